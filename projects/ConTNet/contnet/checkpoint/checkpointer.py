@@ -1,0 +1,197 @@
+"""Checkpoints that are never half written, and weights that never half load."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
+
+from contnet.checkpoint.convert import convert_state_dict
+from contnet.errors import UserError
+from contnet.files import TEMPORARY_SUFFIX, atomic_write
+
+__all__ = ["Checkpointer", "backbone_prefix"]
+
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
+
+
+def backbone_prefix(names: Mapping[str, Tensor]) -> str:
+    """How the names of a model's backbone, without an FPN around it, start in its state dict."""
+    inner = "backbone.bottom_up."
+    return inner if any(name.startswith(inner) for name in names) else "backbone."
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made atomic and strict.
+
+    A file takes its name once it is complete, and ``last_checkpoint`` names it after that.
+
+    Args:
+        model: the model, or a DistributedDataParallel of it.
+        save_dir: where checkpoints are saved and looked for.
+        allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
+        keep: the most recent numbered checkpoints that stay; model_final.pth always does.
+        **checkpointables: objects with a state dict that are saved and resumed with the model.
+    """
+
+    def __init__(
+        self, model, save_dir: str = "", *, allow_missing=False, keep: int = 3, **checkpointables
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self.allow_missing = allow_missing
+        self.keep = keep
+        self._strict_prefix = ""
+
+    def save(self, name: str, **kwargs) -> None:
+        """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
+
+        Raises:
+            UserError: if the file cannot be written; the last checkpoint stays what it was.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
+        data.update(kwargs)
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        try:
+            with atomic_write(path) as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError of its zip writer.
+            raise UserError(f"checkpoint {path} cannot be written: {error}") from error
+        self._drop_old()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_write(Path(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
+
+    def _drop_old(self) -> None:
+        numbered = sorted(p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name))
+        for path in numbered[: max(len(numbered) - self.keep, 0)]:
+            path.unlink()
+
+    def get_checkpoint_file(self) -> str:
+        path = super().get_checkpoint_file()
+        if path and not os.path.isfile(path):
+            raise UserError(
+                f"{Path(self.save_dir, 'last_checkpoint')} names {Path(path).name}, which is not "
+                "there: write the name of a checkpoint of this folder into it"
+            )
+        return path
+
+    def load_backbone(self, path: str) -> None:
+        """Starts from weights that must give every tensor of the backbone.
+
+        Args:
+            path: a detector of ours, a classifier of ours or of the ConTNet authors, or a
+                Detectron2 model-zoo backbone (.pkl).
+
+        Raises:
+            UserError: if the file cannot be read, or gives not all of the backbone's tensors.
+        """
+        self._strict_prefix = backbone_prefix(self.model.state_dict())
+        self.load(path, checkpointables=[])
+
+    def load_whole(self, path: str, resume: bool = False) -> dict:
+        """Loads a checkpoint that must give every tensor of the model.
+
+        Args:
+            path: the file.
+            resume: also load the checkpointables.
+
+        Returns:
+            What else the checkpoint holds.
+
+        Raises:
+            UserError: if the file cannot be read, or is one of another architecture.
+        """
+        self._strict_prefix = ""
+        return self.load(path, checkpointables=None if resume else [])
+
+    def _torch_load(self, f: str) -> dict:
+        try:
+            loaded = torch.load(f, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{f} is not a checkpoint of tensors and plain numbers: {str(error).splitlines()[0]}"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "it is empty"
+            raise UserError(f"{f} cannot be read, it may be cut short: {reason}") from error
+        if not isinstance(loaded, Mapping):
+            raise UserError(f"{f} holds a {type(loaded).__name__}, not a checkpoint")
+        return dict(loaded)
+
+    def _load_file(self, filename: str) -> dict:
+        loaded = super()._load_file(filename)
+        if not loaded.get("matching_heuristics") and isinstance(loaded["model"], Mapping):
+            loaded["model"] = self._detector_names(loaded["model"], filename)
+        return loaded
+
+    def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
+        state = dict(state)
+        if any(name.endswith("layer0.conv.conv.weight") for name in state):
+            try:
+                state, _ = convert_state_dict(state)
+            except ValueError as error:
+                raise UserError(f"{filename}: {error}") from error
+        if "stem.weight" not in state:
+            return state
+        prefix = backbone_prefix(self.model.state_dict())
+        return {prefix + k: v for k, v in state.items() if not k.startswith("head.")}
+
+    def _load_model(self, checkpoint: dict):
+        given = list(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        wanted = {
+            name
+            for name in self.model.state_dict()
+            if name.startswith(self._strict_prefix) and not name.endswith("num_batches_tracked")
+        }
+        misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
+        absent = [n for n in incompatible.missing_keys if n in wanted and n not in misshapen]
+        loaded = len(wanted) - len(misshapen) - len(absent)
+        what = "backbone" if self._strict_prefix else "model"
+        line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
+        if misshapen or absent:
+            line += f"; {len(absent)} are not in it" if absent else ""
+            line += f" ({_some(absent)})" if absent else ""
+            line += f"; {len(misshapen)} have another shape ({_some(misshapen)})" if misshapen else ""
+            if not (self._strict_prefix and self.allow_missing):
+                raise UserError(f"{line}; {self._advice(given)}")
+        self.logger.info(line)
+        return incompatible
+
+    def _advice(self, given: list[str]) -> str:
+        if self._strict_prefix:
+            return (
+                "give weights of this very backbone (variant and options), or allow it with "
+                "MODEL.ALLOW_MISSING_WEIGHTS True"
+            )
+        return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            # Detectron2 leaves it set if loading fails, and then refuses to load again.
+            self._parsed_url_during_load = None
+
+    def remove_leftovers(self) -> None:
+        """Deletes what a killed process left half written."""
+        for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
+            path.unlink()

@@ -1,0 +1,159 @@
+"""Translates classification checkpoints between the authors' key names and ours.
+
+The authors' files are ``{"model": state_dict, ...}`` of a DistributedDataParallel (keys start with
+``module.``) or bare state dicts. Their variant and options are found from keys and shapes, but for
+``pre_norm``, which leaves no trace in them: the published default (post-norm) is assumed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from contnet.modeling.contnet import VARIANTS, create_model, relative_index
+
+__all__ = ["ConversionReport", "convert_state_dict", "revert_state_dict"]
+
+_BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
+_THEIR_BLOCK = re.compile(r"layer(\d+)\.ConTBlock(\d+)\.")
+_INDEX = ".attn.relative_position_index"
+# Ours and theirs inside a block, in the order in which they are replaced.
+_PARTS = (
+    ("norm.", "bn."),
+    ("encoders.0.", "ste1."),
+    ("encoders.1.", "ste2."),
+    ("conv.", "out_conv.conv."),
+    ("shortcut.", "downsample.conv."),
+)
+_LEAVES = {"row_table": "pe.0", "col_table": "pe.1", "bias_table": "relative_position_bias_table"}
+
+
+@dataclass
+class ConversionReport:
+    """What became of a checkpoint's tensors.
+
+    Attributes:
+        mapped: their name to ours.
+        dropped: their tensors that our network computes instead of loading.
+        missing: their names of tensors that a whole network has and the checkpoint lacks.
+        unexpected: the checkpoint's names that the network does not have.
+        variant: name for :func:`contnet.create_model`.
+        options: its keyword arguments, as far as keys and shapes show them.
+    """
+
+    mapped: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    variant: str = ""
+    options: dict = field(default_factory=dict)
+
+
+def _their_name(ours: str) -> str:
+    if not (match := _BLOCK.fullmatch(ours)):
+        return re.sub(r"^stem\.", "layer0.conv.conv.", re.sub(r"^head\.", "fc.", ours))
+    stage, block, rest = match.groups()
+    for our_part, their_part in _PARTS:
+        if rest.startswith(our_part):
+            rest = their_part + rest[len(our_part) :]
+            break
+    head, _, leaf = rest.rpartition(".")
+    return f"layer{int(stage) + 1}.ConTBlock{block}.{head}.{_LEAVES.get(leaf, leaf)}"
+
+
+def _bare(checkpoint: Mapping) -> dict[str, Tensor]:
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError("not a ConTNet checkpoint: it holds no state dict")
+    if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"not a ConTNet checkpoint: its entry {odd[0]!r} is not a tensor")
+    wrapped = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module."): v for name, v in state.items()} if wrapped else state
+
+
+def _variant_of(state: Mapping[str, Tensor]) -> str:
+    stem = state.get("layer0.conv.conv.weight")
+    if stem is None:
+        raise ValueError(
+            "not a checkpoint of the authors' ConTNet: it has no layer0.conv.conv.weight, "
+            f"its first entry is {next(iter(state))!r}"
+        )
+    blocks = {m.groups() for name in state if (m := _THEIR_BLOCK.match(name))}
+    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(1, 5))
+    for name, facts in VARIANTS.items():
+        if facts["depths"] == depths and facts["dim"] == stem.shape[0]:
+            return name
+    raise ValueError(
+        f"no ConTNet variant has {stem.shape[0]} stem channels and {depths} blocks per stage"
+    )
+
+
+def _options_of(state: Mapping[str, Tensor]) -> dict:
+    head = state.get("fc.weight")
+    first = "layer1.ConTBlock0.ste1.attn."
+    return {
+        "num_classes": 0 if head is None else head.shape[0],
+        "in_chans": state["layer0.conv.conv.weight"].shape[1],
+        "relative": first + "relative_position_bias_table" in state,
+        "use_avgdown": any(name.endswith("downsample.conv.conv.weight") for name in state),
+        "qkv_bias": first + "qkv.bias" in state,
+    }
+
+
+def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Translates a checkpoint of the authors' code to our names.
+
+    Args:
+        checkpoint: a state dict, or a dict that has one under ``model``; names may start with
+            ``module.``. It is left as it is.
+
+    Returns:
+        The state dict for ``create_model(report.variant, **report.options)``, which loads it
+        strictly if nothing but the head is missing, and the report.
+
+    Raises:
+        ValueError: if it is no ConTNet checkpoint, or a tensor has a shape that its network has not.
+    """
+    state = _bare(checkpoint)
+    report = ConversionReport(variant=_variant_of(state), options=_options_of(state))
+    with torch.device("meta"):
+        whole = create_model(report.variant, **{**report.options, "num_classes": 1})
+    converted = {}
+    for ours, expected in whole.state_dict().items():
+        theirs = _their_name(ours)
+        if theirs not in state:
+            report.missing.append(theirs)
+            continue
+        if not ours.startswith("head.") and state[theirs].shape != expected.shape:
+            raise ValueError(
+                f"{theirs} has shape {tuple(state[theirs].shape)}, "
+                f"{report.variant} needs {tuple(expected.shape)}"
+            )
+        converted[ours] = state[theirs]
+        report.mapped[theirs] = ours
+    rest = [name for name in state if name not in report.mapped]
+    report.dropped = [name for name in rest if name.endswith(_INDEX)]
+    report.unexpected = [name for name in rest if not name.endswith(_INDEX)]
+    return converted, report
+
+
+def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translates a state dict of ours back to the authors' names (bare, without ``module.``).
+
+    Raises:
+        ValueError: if it is not a state dict of a ConTNet of ours.
+    """
+    if "stem.weight" not in ours:
+        raise ValueError("not a state dict of contnet.create_model: it has no stem.weight")
+    theirs = {}
+    for name, value in ours.items():
+        theirs[_their_name(name)] = value
+        if name.endswith(".bias_table"):
+            patch_size = (int(value.shape[0] ** 0.5) + 1) // 2
+            encoder = _their_name(name).removesuffix(".attn.relative_position_bias_table")
+            theirs[encoder + _INDEX] = relative_index(patch_size).to(value.device)
+    return theirs

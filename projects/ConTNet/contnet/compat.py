@@ -1,0 +1,31 @@
+"""Cures for what breaks, or makes noise, in the libraries below us on a current stack.
+
+Each says what it works around; tests/test_compat.py fails when the pinned libraries no longer need
+it. Nothing here is applied on import: entry points call :func:`quiet_known_noise`.
+"""
+
+import logging
+import warnings
+
+from contnet.errors import UserError
+
+__all__ = ["KNOWN_WARNINGS", "quiet_known_noise"]
+
+# (category, start of the message as a regular expression, where it comes from)
+KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = ()
+
+
+class _NoUserErrorTracebacks(logging.Filter):
+    """Detectron2's training loop logs a traceback for whatever ends it, mistakes of users too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+def quiet_known_noise() -> None:
+    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and tracebacks of users' mistakes."""
+    for category, message, _ in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    if not any(isinstance(f, _NoUserErrorTracebacks) for f in loop.filters):
+        loop.addFilter(_NoUserErrorTracebacks())

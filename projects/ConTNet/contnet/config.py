@@ -1,0 +1,367 @@
+"""The configuration: our keys on top of Detectron2's, strict loading, and checks of the values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from contnet.errors import UserError
+from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
+from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS
+
+__all__ = ["add_contnet_config", "load_config", "validate"]
+
+CHOICES = {
+    "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
+    "MODEL.CONTNET.TAPS": TAPS,
+    "MODEL.CONTNET.NORM": NORMS,
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
+    "SOLVER.AMP.DTYPE": ("float16", "bfloat16"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    # Detectron2's third schedule, WarmupStepWithFixedGammaLR, fails in its last iteration.
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+}
+
+# Least legal value of whole numbers.
+COUNTS = {
+    "LOG_PERIOD": 1,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.CHECKPOINTS_KEPT": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.EVAL_PERIOD": 0,
+}
+
+# Intervals as they are printed; a round bracket leaves the bound out.
+RANGES = {
+    "MODEL.CONTNET.DROP_PATH_RATE": "[0, 1)",
+    "SOLVER.BACKBONE_MULTIPLIER": "(0, inf)",
+    "SOLVER.BASE_LR": "(0, inf)",
+    "SOLVER.BASE_LR_END": "[0, inf)",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "(0, inf)",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "(0, inf]",
+    "SOLVER.EMA.DECAY": "(0, 1)",
+    "SOLVER.LAYER_DECAY": "(0, 1]",
+    "SOLVER.MOMENTUM": "[0, 1)",
+    "SOLVER.WEIGHT_DECAY": "[0, inf)",
+}
+
+
+def add_contnet_config(cfg: CfgNode) -> None:
+    """Adds this project's keys, with defaults that leave Detectron2's behaviour as it is."""
+    # The network. Options are those of the published code; False and "stage" are what it ships.
+    cfg.MODEL.CONTNET = CfgNode()
+    # contnet_ti, contnet_s, contnet_m or contnet_b.
+    cfg.MODEL.CONTNET.VARIANT = "contnet_m"
+    # Relative position biases (True) or absolute position tables.
+    cfg.MODEL.CONTNET.RELATIVE = False
+    # Normalise before attention and MLP (True) or after their residual sums.
+    cfg.MODEL.CONTNET.PRE_NORM = False
+    # Average-pool in the down-sampling shortcuts.
+    cfg.MODEL.CONTNET.USE_AVGDOWN = False
+    # Give the query, key and value projections a bias.
+    cfg.MODEL.CONTNET.QKV_BIAS = True
+    # Where res2 to res4 are taken. "stage": the last block at stride 1, twice the stage's channels;
+    # "pre": before the down-sampling convolution, the stage's channels.
+    cfg.MODEL.CONTNET.TAPS = "stage"
+    # Some of res2, res3, res4, res5. Stages after the last one are not built.
+    cfg.MODEL.CONTNET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Norm of the blocks: BN, FrozenBN, SyncBN or GN.
+    cfg.MODEL.CONTNET.NORM = "FrozenBN"
+    # Freeze the first parts: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all of it.
+    cfg.MODEL.CONTNET.FREEZE_AT = 0
+    # Dropout in the encoders of stages 3 and 4, in [0, 1); -1: the variant's own (B 0.1, others 0).
+    cfg.MODEL.CONTNET.DROP_RATE = -1.0
+    # Dropout after the very last block, in [0, 1); -1: the variant's own (B 0.2, others 0).
+    cfg.MODEL.CONTNET.LAST_DROP_RATE = -1.0
+    # Stochastic depth of the last block, in [0, 1), rising linearly from 0 at the first.
+    cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
+    # Activation checkpointing: compute each block again in the backward pass, to save memory.
+    cfg.MODEL.CONTNET.CHECKPOINT = False
+
+    # False: loading MODEL.WEIGHTS must give every tensor of the backbone. True: it need not.
+    cfg.MODEL.ALLOW_MISSING_WEIGHTS = False
+
+    # SGD (MOMENTUM, NESTEROV) or AdamW (ADAMW_BETAS).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Decay of AdamW's two running means, each in [0, 1).
+    cfg.SOLVER.ADAMW_BETAS = (0.9, 0.999)
+    # Factor of the learning rate from each layer group of the backbone to the one before it, in
+    # (0, 1]; the last group and everything outside the backbone have the full rate.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # Factor of the learning rate of the whole bottom-up network, above 0.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # value or norm: Detectron2's, each parameter's gradient on its own. full_model: scale all
+    # gradients so that their common norm (of NORM_TYPE) is at most CLIP_VALUE.
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
+    # Forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH stays the number of
+    # images per optimiser step, over all processes and passes.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Keep an exponential moving average of the weights and evaluate it.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    # What stays of the average at each optimiser step, in (0, 1).
+    cfg.SOLVER.EMA.DECAY = 0.9999
+    # float16 (with loss scaling) or bfloat16, where SOLVER.AMP.ENABLED.
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Most recent checkpoints that stay on disk, besides model_final.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 3
+
+    # Iterations between two lines of progress.
+    cfg.LOG_PERIOD = 20
+
+
+def _flatten(node: Mapping, like: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Keys with dots and values of nested mappings, as deep as ``like`` goes."""
+    for key, value in node.items():
+        below = like.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            yield from _flatten(value, below, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _get(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _user_error(message: str) -> UserError:
+    return UserError(" ".join(message.split()))
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """The word that is most like it; among keys, the last part counts most."""
+    upper = {name.upper(): name for name in words}
+    if near := difflib.get_close_matches(word.upper(), upper, n=1, cutoff=0.0):
+        return upper[near[0]]
+    return words[0]
+
+
+def _read_yaml(config_file: str) -> dict:
+    """The content of a config file merged over its ``_BASE_``."""
+    if not config_file:
+        raise UserError("no config file is given, give one of configs/ with --config-file")
+    if not os.path.isfile(config_file):
+        raise _user_error(f"the config file {config_file} does not exist")
+    try:
+        content = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
+        problem = getattr(error, "problem", None) or str(error)
+        hint = "write plain values" if "tag:" in problem else "mend the yaml there"
+        raise _user_error(f"{place}: {problem}; {hint}") from error
+    except RecursionError as error:
+        raise _user_error(f"{config_file}: its _BASE_ includes itself") from error
+    except UnicodeDecodeError as error:
+        raise _user_error(f"{config_file} or its _BASE_ is no UTF-8 text") from error
+    except OSError as error:
+        name = error.filename or error
+        raise _user_error(
+            f"{config_file}: cannot read its _BASE_ {name}: {error.strerror or 'no such file'}"
+        ) from error
+    except (AssertionError, AttributeError, TypeError) as error:
+        reason = str(error) if isinstance(error, AssertionError) else "must hold KEY: value lines"
+        raise _user_error(f"{config_file}, with its _BASE_: {reason}") from error
+    if not isinstance(content, dict):
+        raise _user_error(f"{config_file} holds {content!r}, it must hold KEY: value lines")
+    if content.get("VERSION", 2) != 2:
+        raise _user_error(f"{config_file} has VERSION {content['VERSION']!r}, only 2 can be read")
+    return content
+
+
+def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
+    """Sets one key, its value decoded as Detectron2 does it, or raises UserError."""
+    known = dict(_flatten(cfg, cfg))
+    if key not in known:
+        parents = {name.rpartition(".")[0] for name in known}
+        if key in parents:
+            raise _user_error(f"{where}: {key} is a group of keys, it has no value of its own")
+        raise _user_error(
+            f"{where}: there is no key {key}, the nearest is {_nearest(key, list(known))}"
+        )
+    default = known[key]
+    attempts = [value]
+    if isinstance(default, float) and not isinstance(value, bool):
+        attempts.append(_as_float(value))
+    if isinstance(default, str) and isinstance(value, str):
+        attempts.append(repr(value))
+    for attempt in attempts:
+        try:
+            cfg.merge_from_list([key, attempt])
+        except (ValueError, TypeError, SyntaxError, AssertionError, MemoryError, RecursionError):
+            continue
+        # yacs takes None for anything; among keys with a default it means something for floats
+        # alone (SOLVER.WEIGHT_DECAY_NORM), and the others have their ranges.
+        if _get(cfg, key) is not None or default is None or isinstance(default, float):
+            return
+    kind = type(default).__name__
+    raise _user_error(f"{where}: {key} is {value!r}, it must be of type {kind}, as {default!r}")
+
+
+def _as_float(value: object) -> object:
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        return value
+
+
+def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Keys and values of an override list.
+
+    Raises:
+        UserError: for one that is not KEY VALUE KEY VALUE.
+    """
+    form = "write KEY VALUE pairs, as SOLVER.BASE_LR 0.01"
+    for key in opts[::2]:
+        if "=" in str(key):
+            raise _user_error(f"overrides: {key!r} is one word, {form}")
+        if not isinstance(key, str) or key.startswith("-"):
+            raise _user_error(f"overrides: {key!r} stands where a key should, {form}")
+    if len(opts) % 2:
+        raise _user_error(f"overrides: {opts[-1]!r} has no value, {form}")
+    return zip(opts[::2], opts[1::2], strict=True)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _check_choices(cfg: CfgNode) -> None:
+    choices = {
+        **CHOICES,
+        "MODEL.BACKBONE.NAME": [name for name, _ in BACKBONE_REGISTRY],
+        "MODEL.META_ARCHITECTURE": [name for name, _ in META_ARCH_REGISTRY],
+    }
+    for key, legal in choices.items():
+        if (value := _get(cfg, key)) not in legal:
+            raise _user_error(f"{key} is {value!r}, it must be one of {', '.join(legal)}")
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    for key, least in COUNTS.items():
+        value = _get(cfg, key)
+        if not isinstance(value, int) or value < least:
+            raise _user_error(f"{key} is {value!r}, it must be a whole number from {least}")
+    for key, interval in RANGES.items():
+        value = _get(cfg, key)
+        low, high = map(float, interval[1:-1].split(","))
+        inside = _is_number(value) and (
+            low < value < high
+            or (value == low and interval[0] == "[")
+            or (value == high and interval[-1] == "]")
+        )
+        if not inside:
+            raise _user_error(f"{key} is {value!r}, it must be in {interval}")
+
+
+def _check_network(cfg: CfgNode) -> None:
+    node = cfg.MODEL.CONTNET
+    for key in ("DROP_RATE", "LAST_DROP_RATE"):
+        if not _is_number(node[key]) or not (node[key] == -1 or 0 <= node[key] < 1):
+            raise _user_error(
+                f"MODEL.CONTNET.{key} is {node[key]!r}, it must be in [0, 1), or -1 for the "
+                "variant's own"
+            )
+    if node.FREEZE_AT not in range(len(FEATURES) + 2):
+        raise _user_error(f"MODEL.CONTNET.FREEZE_AT is {node.FREEZE_AT!r}, it must be 0 to 5")
+    names = node.OUT_FEATURES
+    if not names or not set(names) <= set(FEATURES) or len(set(names)) < len(names):
+        raise _user_error(
+            f"MODEL.CONTNET.OUT_FEATURES is {names!r}, it must be some of {', '.join(FEATURES)}"
+        )
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+        raise _user_error(
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be of one length, they have "
+            f"{len(cfg.MODEL.PIXEL_MEAN)} and {len(cfg.MODEL.PIXEL_STD)} values"
+        )
+
+
+def _check_pyramid(cfg: CfgNode) -> None:
+    bottom_ups = {
+        f"build_{prefix}{name}_fpn_backbone": name for prefix in TOP_BLOCKS for name in BOTTOM_UPS
+    }
+    bottom_up = bottom_ups.get(cfg.MODEL.BACKBONE.NAME)
+    if bottom_up is None:
+        return
+    key = {"contnet": "MODEL.CONTNET", "resnet": "MODEL.RESNETS"}[bottom_up] + ".OUT_FEATURES"
+    given = list(_get(cfg, key))
+    wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not wanted or wanted != list(FEATURES[-len(wanted) :]):
+        raise _user_error(
+            f"MODEL.FPN.IN_FEATURES is {wanted!r}, it must be the last of {', '.join(FEATURES)}, "
+            "in this order"
+        )
+    if missing := [name for name in wanted if name not in given]:
+        raise _user_error(
+            f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not give"
+        )
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
+        raise _user_error(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of SOLVER.ACCUMULATE "
+            f"{solver.ACCUMULATE}, it counts the images of all passes"
+        )
+    betas = solver.ADAMW_BETAS
+    if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise _user_error(f"SOLVER.ADAMW_BETAS is {betas!r}, it must be two numbers in [0, 1)")
+    steps = list(solver.STEPS)
+    if not all(isinstance(step, int) for step in steps) or steps != sorted(set(steps)):
+        raise _user_error(f"SOLVER.STEPS is {solver.STEPS!r}, it must be rising iterations")
+    if solver.NESTEROV and solver.MOMENTUM == 0:
+        raise _user_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
+    if solver.BASE_LR_END > solver.BASE_LR:
+        raise _user_error(
+            f"SOLVER.BASE_LR_END {solver.BASE_LR_END} is above SOLVER.BASE_LR {solver.BASE_LR}"
+        )
+
+
+def validate(cfg: CfgNode) -> None:
+    """Checks values that types alone do not settle; may be called again after changes.
+
+    Raises:
+        UserError: for the first illegal value, naming its key and what is legal.
+    """
+    _check_choices(cfg)
+    _check_numbers(cfg)
+    _check_network(cfg)
+    _check_pyramid(cfg)
+    _check_solver(cfg)
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file and overrides into a full config, checked and not frozen.
+
+    Args:
+        config_file: a yaml file, with ``_BASE_`` to build on another; read without Python tags.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
+            illegal one, and overrides that are no pairs.
+    """
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    for key, value in _flatten(_read_yaml(config_file), cfg):
+        _assign(cfg, key, value, config_file)
+    for key, value in _pairs(list(opts)):
+        _assign(cfg, key, value, "overrides")
+    validate(cfg)
+    return cfg

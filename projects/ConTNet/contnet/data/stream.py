@@ -1,0 +1,182 @@
+"""The training stream: an endless, resumable sequence of batches.
+
+Detectron2's sampler gives the order and its aspect-ratio grouping makes the batches, but of small
+records, in the main process; workers then load whole batches. So the order depends neither on the
+number of workers nor on their timing, and a run is resumed by replaying records, not images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from contnet.errors import UserError
+from contnet.randomness import seed_everything
+
+__all__ = ["TrainingStream", "build_train_loader"]
+
+logger = logging.getLogger(__name__)
+
+
+class SeededDataset(Dataset):
+    """Loads (position, index) pairs, each under a random state of its own.
+
+    Args:
+        dicts: Detectron2's data set dicts.
+        mapper: makes a model input from one.
+        stream: gives the seed; positions are its.
+    """
+
+    def __init__(self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream):
+        self.dicts = DatasetFromList(dicts, copy=False)
+        self.mapper = mapper
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.dicts)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        position, index = item
+        seed_everything(self.stream.seed, position)
+        return self.mapper(self.dicts[index])
+
+
+class TrainingStream(Sampler):
+    """Batches of (position, index) for this rank, without end.
+
+    Args:
+        shapes: (width, height) of every image, in pixels.
+        batch_size: images per batch, of this rank.
+        seed: of order and augmentation, the same on all ranks.
+        make_sampler: makes the sampler of indices from the seed.
+        group: put only landscape or only portrait images into a batch.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        batch_size: int,
+        seed: int,
+        make_sampler: Callable[[int], Sampler],
+        group: bool,
+    ):
+        self.shapes = shapes
+        self.batch_size = batch_size
+        self.seed = seed
+        self.make_sampler = make_sampler
+        self.group = group
+        self.start = 0  # images of all ranks before this stream's first one
+        self.batches = 0  # batches of this rank to leave out after that
+
+    def _records(self) -> Iterator[dict]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        first = -(-self.start // world_size)
+        indices = self.make_sampler(self.seed)
+        for i, index in itertools.islice(enumerate(indices), first, None):
+            width, height = self.shapes[index]
+            yield {"item": (i * world_size + rank, index), "width": width, "height": height}
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        records = self._records()
+        if self.group:
+            batches = iter(AspectRatioGroupedDataset(records, self.batch_size))
+        else:
+            batches = iter(lambda: list(itertools.islice(records, self.batch_size)), [])
+        for batch in itertools.islice(batches, self.batches, None):
+            yield [record["item"] for record in batch]
+
+    def images_before(self, batches: int) -> int:
+        """Images that all ranks together have used after ``batches`` batches of each."""
+        return self.start + batches * self.batch_size * comm.get_world_size()
+
+    def state_dict(self, batches: int) -> dict:
+        """What a later run needs in order to go on after ``batches`` batches of each rank."""
+        return {
+            "seed": self.seed,
+            "images": len(self.shapes),
+            "batch_size": self.batch_size,
+            "world_size": comm.get_world_size(),
+            "start": self.start,
+            "batches": batches,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where another run stopped; with other processes or batches, about there."""
+        self.seed = state["seed"]
+        here = self.state_dict(0)
+        changed = [key for key in ("images", "batch_size", "world_size") if here[key] != state[key]]
+        if not changed:
+            self.start, self.batches = state["start"], state["batches"]
+            return
+        self.start = (
+            state["start"] + state["batches"] * state["batch_size"] * state["world_size"]
+        )
+        self.batches = 0
+        reasons = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
+        logger.warning(
+            f"Resuming after {self.start} images, but their order is no longer that of the run "
+            f"that was cut ({reasons})"
+        )
+
+
+def _images_per_batch(cfg: CfgNode) -> int:
+    parts = comm.get_world_size() * cfg.SOLVER.ACCUMULATE
+    size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, parts)
+    if rest or size == 0:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide over "
+            f"{comm.get_world_size()} processes x SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}: "
+            f"choose a multiple of {parts}"
+        )
+    return size
+
+
+def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[[int], Sampler]:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(dicts), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be TrainingSampler or "
+        "RepeatFactorTrainingSampler"
+    )
+
+
+def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLoader:
+    """The loader of this rank's training batches; its ``batch_sampler`` is the stream.
+
+    Args:
+        cfg: SOLVER.IMS_PER_BATCH, SOLVER.ACCUMULATE, DATALOADER and INPUT are read.
+        dicts: Detectron2's data set dicts.
+        seed: of order and augmentation, the same on all ranks.
+
+    Raises:
+        UserError: if the batch does not divide over the processes, or for an unknown sampler.
+    """
+    batch_size = _images_per_batch(cfg)
+    shapes = [(d["width"], d["height"]) for d in dicts]
+    make_sampler = _sampler_maker(cfg, dicts)
+    group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    stream = TrainingStream(shapes, batch_size, seed, make_sampler, group)
+    return DataLoader(
+        SeededDataset(dicts, DatasetMapper(cfg, is_train=True), stream),
+        batch_sampler=stream,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+        # Its own generator: starting workers must not draw from the training's random state.
+        generator=torch.Generator(),
+    )

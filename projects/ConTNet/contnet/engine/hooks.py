@@ -1,0 +1,100 @@
+"""What happens around the training step. Their order in the trainer matters: evaluation, then
+metrics, then the checkpoint, so that whatever a checkpoint has passed is on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from timm.utils import ModelEmaV3
+
+from contnet.checkpoint.checkpointer import Checkpointer
+
+__all__ = ["Evaluation", "ModelAverage", "PeriodicCheckpoint", "WriteMetrics", "is_due"]
+
+
+def is_due(iteration: int, period: int, max_iter: int) -> bool:
+    """Whether something is to be done after ``iteration``: each period (0: never), and at the end."""
+    return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
+
+
+class ModelAverage(HookBase):
+    """Updates the exponential moving average of the weights."""
+
+    def __init__(self, average: ModelEmaV3):
+        self.average = average
+
+    def after_step(self) -> None:
+        self.average.update(self.trainer.bare_model)
+
+
+class Evaluation(HookBase):
+    """Evaluates each period and after the last iteration.
+
+    Args:
+        period: in iterations; 0 for only at the end.
+        function: returns the metrics by task, on the main process.
+    """
+
+    def __init__(self, period: int, function: Callable[[], dict]):
+        self.period = period
+        self.function = function
+        self.results = {}
+
+    def after_step(self) -> None:
+        if not is_due(self.trainer.iter, self.period, self.trainer.max_iter):
+            return
+        self.results = self.function()
+        flat = flatten_results_dict(self.results)
+        if flat:
+            scalars = {key: float(value) for key, value in flat.items()}
+            self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+        comm.synchronize()
+
+
+class WriteMetrics(HookBase):
+    """Writes metrics each period, after every evaluation, and at the end.
+
+    Args:
+        writers: to write to; only those of the main process.
+        period: in iterations.
+        evaluation_period: in iterations, as of :class:`Evaluation`.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int, evaluation_period: int):
+        self.writers = writers
+        self.periods = (period, evaluation_period)
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if any(is_due(trainer.iter, period, trainer.max_iter) for period in self.periods):
+            for writer in self.writers:
+                writer.write()
+
+    def after_train(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class PeriodicCheckpoint(HookBase):
+    """Saves ``model_<iteration>`` each period and ``model_final`` after the last iteration.
+
+    Args:
+        checkpointer: saves on the main process only.
+        period: in iterations.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int):
+        self.checkpointer = checkpointer
+        self.period = period
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if not is_due(iteration, self.period, self.trainer.max_iter):
+            return
+        final = iteration + 1 == self.trainer.max_iter
+        self.checkpointer.save("model_final" if final else f"model_{iteration:07d}")

@@ -1,0 +1,119 @@
+"""Builds the optimiser from the config and from what the model declares about its parameters."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, Optimizer
+
+from contnet.errors import UserError
+from contnet.modeling.backbone import backbone_prefix
+
+__all__ = ["build_optimizer"]
+
+
+def _undecayed_names(model: nn.Module) -> set[str]:
+    """Full names of the parameters that any module wants to keep from weight decay."""
+    names = set()
+    for prefix, module in model.named_modules():
+        declare = getattr(module, "no_weight_decay", None)
+        if callable(declare):
+            names |= {f"{prefix}.{name}" if prefix else name for name in declare()}
+    return names
+
+
+def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Factors of the learning rate by full name; names that are missing have 1."""
+    decay, multiplier = cfg.SOLVER.LAYER_DECAY, cfg.SOLVER.BACKBONE_MULTIPLIER
+    if decay == multiplier == 1:
+        return {}
+    try:
+        prefix = backbone_prefix(model)
+    except ValueError as error:
+        raise UserError(
+            f"SOLVER.LAYER_DECAY and SOLVER.BACKBONE_MULTIPLIER must be 1, for {error}"
+        ) from error
+    network = model.get_submodule(prefix.removesuffix("."))
+    depth = dict.fromkeys((name for name, _ in network.named_parameters()), 0)
+    if decay != 1:
+        if not hasattr(network, "group_matcher"):
+            raise UserError(
+                f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} declares no layer "
+                "groups (group_matcher): leave it 1"
+            )
+        depth = group_parameters(network, network.group_matcher(), reverse=True)
+    deepest = max(depth.values())
+    return {prefix + name: multiplier * decay ** (deepest - i) for name, i in depth.items()}
+
+
+def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """As few parameter groups as there are pairs of learning rate and weight decay."""
+    solver = cfg.SOLVER
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    undecayed = _undecayed_names(model)
+    factors = _lr_factors(cfg, model)
+    single = []
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            single.append(
+                {
+                    "params": [parameter],
+                    "lr": group["lr"] * factors.get(name, 1.0),
+                    "weight_decay": 0.0 if name in undecayed else group["weight_decay"],
+                }
+            )
+    if not single:
+        raise UserError("every parameter of the model is frozen, there is nothing to train")
+    return reduce_param_groups(single)
+
+
+def _clip_full_model(optimizer: Optimizer, max_norm: float, norm_type: float) -> None:
+    """Scales all gradients to a common norm right before each step, after any unscaling."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_) -> None:
+        clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """Builds SGD or AdamW over the model's trainable parameters, with gradient clipping.
+
+    Weight decay is Detectron2's (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), and 0 for what any
+    module names in ``no_weight_decay()``. Learning rates are Detectron2's times
+    ``BACKBONE_MULTIPLIER`` and ``LAYER_DECAY`` in the bottom-up network.
+
+    Raises:
+        UserError: for layer decay of a network without layer groups.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        kind = SGD
+        options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    elif solver.OPTIMIZER == "AdamW":
+        kind = AdamW
+        options = {"betas": tuple(solver.ADAMW_BETAS)}
+    else:
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, it must be SGD or AdamW")
+    clip = solver.CLIP_GRADIENTS
+    full_model = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    if not full_model:
+        kind = maybe_add_gradient_clipping(cfg, kind)
+    optimizer = kind(_make_groups(cfg, model), lr=solver.BASE_LR, **options)
+    if full_model:
+        _clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+    return optimizer

@@ -1,0 +1,203 @@
+"""The training loop: Detectron2's, with gradient accumulation, mixed precision on any device, and
+a resume that is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import weakref
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.data.checks import load_dicts
+from contnet.data.stream import build_train_loader
+from contnet.engine.evaluation import evaluate
+from contnet.engine.hooks import Evaluation, ModelAverage, PeriodicCheckpoint, WriteMetrics
+from contnet.engine.optimizer import build_optimizer
+from contnet.engine.precision import autocast, grad_scaler
+from contnet.engine.writers import build_writers, forget_metrics_after, record_run
+from contnet.errors import UserError
+from contnet.randomness import seed_everything
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+
+def _loss_normalizers(model: nn.Module) -> dict[str, float]:
+    """Running loss normalisers of dense detectors, which are plain attributes in Detectron2."""
+    return {
+        name: float(module.loss_normalizer)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "loss_normalizer", None), (int, float))
+    }
+
+
+class Trainer(SimpleTrainer):
+    """Trains what a config describes.
+
+    The random state of an iteration depends on (seed, iteration, rank) alone and the data stream's
+    position is counted, so a checkpoint taken between two iterations is all that a resume needs.
+
+    Args:
+        cfg: the config.
+        seed: of the training stream and of all random state, the same on all ranks.
+    """
+
+    def __init__(self, cfg: CfgNode, seed: int):
+        dicts = load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+        self.bare_model = build_model(cfg)
+        optimizer = build_optimizer(cfg, self.bare_model)
+        loader = build_train_loader(cfg, dicts, seed)
+        # Without device_ids a module on the CPU can be distributed too.
+        devices = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
+        model = create_ddp_model(self.bare_model, broadcast_buffers=False, device_ids=devices)
+        super().__init__(model, loader, optimizer)
+        self.cfg = cfg
+        self.stream = loader.batch_sampler
+        self.accumulate = cfg.SOLVER.ACCUMULATE
+        self.scaler = grad_scaler(cfg)
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.start_iter = 0
+        self.average = None
+        extras = {}
+        if cfg.SOLVER.EMA.ENABLED:
+            self.average = ModelEmaV3(self.bare_model, decay=cfg.SOLVER.EMA.DECAY)
+            extras["ema"] = self.average
+        self.checkpointer = Checkpointer(
+            self.bare_model,
+            cfg.OUTPUT_DIR,
+            allow_missing=cfg.MODEL.ALLOW_MISSING_WEIGHTS,
+            keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            save_to_disk=comm.is_main_process(),
+            trainer=weakref.proxy(self),
+            **extras,
+        )
+        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate)
+        self.register_hooks(
+            [
+                hooks.IterationTimer(),
+                hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
+                None if self.average is None else ModelAverage(self.average),
+                self.evaluation,
+            ]
+        )
+
+    def evaluate(self) -> dict:
+        """Metrics of the present weights (their average, if one is kept) on the test sets."""
+        model = self.bare_model if self.average is None else self.average.module
+        return evaluate(self.cfg, model)
+
+    def load(self, resume: bool) -> None:
+        """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
+        weights = self.cfg.MODEL.WEIGHTS
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.load_whole(self.checkpointer.get_checkpoint_file(), resume=True)
+            self.start_iter = self.iter + 1
+        elif weights:
+            self.checkpointer.load_backbone(weights)
+            if self.average is not None:
+                self.average.set(self.bare_model)
+        else:
+            self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        frozen = any(not p.requires_grad for p in self.bare_model.backbone.parameters())
+        advice = "; its frozen layers will stay random: set FREEZE_AT to 0" if frozen else ""
+        logger.warning(
+            "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet weights "
+            f"by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
+        )
+
+    def fit(self) -> dict:
+        """Trains from ``start_iter`` to the end; returns the last evaluation's metrics."""
+        if self.start_iter >= self.max_iter:
+            logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
+            return {}
+        if comm.is_main_process():
+            self.checkpointer.remove_leftovers()
+            forget_metrics_after(self.cfg.OUTPUT_DIR, self.start_iter - 1)
+            record_run(self.cfg, self.stream.seed, self.start_iter)
+        self.register_hooks(self._output_hooks())
+        self.train(self.start_iter, self.max_iter)
+        return self.evaluation.results
+
+    def _output_hooks(self) -> list:
+        cfg = self.cfg
+        writers = []
+        if comm.is_main_process():
+            writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+        return [
+            WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD),
+            PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+        ]
+
+    def _batches_done(self) -> int:
+        return self.stream.batches + (self.iter + 1 - self.start_iter) * self.accumulate
+
+    def run_step(self) -> None:
+        """One optimiser step, over SOLVER.ACCUMULATE forward and backward passes."""
+        start = time.perf_counter()
+        batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
+        data_time = time.perf_counter() - start
+        seed_everything(self.stream.seed, self.iter, comm.get_rank())
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            for name, loss in self._backward(batch, last=i + 1 == self.accumulate).items():
+                sums[name] = sums.get(name, 0) + loss / self.accumulate
+        self.after_backward()
+        self._write_metrics(sums, data_time)
+        self.storage.put_scalar(
+            "images_seen", self.stream.images_before(self._batches_done()), smoothing_hint=False
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, batch: list[dict], last: bool) -> dict[str, Tensor]:
+        """Adds a batch's gradients, which processes exchange after the last one; its losses."""
+        waiting = not last and self.model is not self.bare_model
+        with self.model.no_sync() if waiting else contextlib.nullcontext():
+            with autocast(self.cfg):
+                losses = self.model(batch)
+                total = sum(losses.values()) / self.accumulate
+            self._check_finite(total, losses, batch)
+            self.scaler.scale(total).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: list[dict]) -> None:
+        if math.isfinite(total.item()):
+            return
+        values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
+        images = ", ".join(str(image.get("image_id", image["file_name"])) for image in batch)
+        raise UserError(
+            f"the loss is not finite at iteration {self.iter} ({values}), images {images}: look at "
+            "these images' annotations, lower SOLVER.BASE_LR, or clip gradients "
+            "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
+        )
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state["stream"] = self.stream.state_dict(self._batches_done())
+        state["grad_scaler"] = self.scaler.state_dict()
+        state["loss_normalizers"] = _loss_normalizers(self.bare_model)
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.stream.load_state_dict(state_dict["stream"])
+        if self.scaler.is_enabled() and state_dict["grad_scaler"]:
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
+        for name, value in state_dict["loss_normalizers"].items():
+            self.bare_model.get_submodule(name).loss_normalizer = value

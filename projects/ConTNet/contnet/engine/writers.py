@@ -1,0 +1,114 @@
+"""What a run leaves behind: its metrics, and a record of how it was started."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import detectron2
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+
+import contnet
+from contnet.files import atomic_write
+
+__all__ = ["METRICS_FILE", "RUN_FILE", "build_writers", "forget_metrics_after", "record_run"]
+
+METRICS_FILE = "metrics.json"
+RUN_FILE = "run.json"
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "fvcore")
+
+
+def forget_metrics_after(output_dir: str, iteration: int) -> None:
+    """Drops the lines of metrics.json that a resumed run is going to write again.
+
+    Args:
+        output_dir: the run's folder.
+        iteration: the last one that the checkpoint has.
+    """
+    path = Path(output_dir, METRICS_FILE)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            done = json.loads(line)["iteration"]
+        except json.JSONDecodeError:
+            continue  # cut short by the kill
+        if done <= iteration:
+            kept.append(line + "\n")
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
+
+
+def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
+    """Progress on the screen; metrics.json and TensorBoard with unsmoothed values."""
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(str(Path(output_dir, METRICS_FILE)), window_size=1),
+        TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
+    ]
+
+
+def _git_commit() -> str:
+    """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
+    git = ["git", "-C", str(Path(contnet.__file__).parent)]
+    try:
+        answer = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "python": platform.python_version(),
+        "contnet": contnet.__version__,
+        "detectron2": detectron2.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
+    """Appends this start of the run to run.json, a list.
+
+    Args:
+        cfg: OUTPUT_DIR and MODEL.DEVICE are read.
+        seed: of the training stream and of all random state.
+        start_iter: the first iteration of this start.
+    """
+    path = Path(cfg.OUTPUT_DIR, RUN_FILE)
+    starts = json.loads(path.read_text()) if path.exists() else []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.orig_argv,
+            "folder": str(Path.cwd()),
+            "host": platform.node(),
+            "git_commit": _git_commit(),
+            "versions": _versions(),
+            "device": cfg.MODEL.DEVICE,
+            "processes": comm.get_world_size(),
+            "seed": seed,
+            "start_iter": start_iter,
+        }
+    )
+    with atomic_write(path, "w") as file:
+        json.dump(starts, file, indent=1)

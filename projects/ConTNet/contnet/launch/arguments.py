@@ -1,0 +1,87 @@
+"""The command line of train_net.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from contnet.errors import UserError
+
+__all__ = ["build_parser", "parse_arguments"]
+
+_EPILOG = """\
+examples:
+  one machine       train_net.py --config-file configs/faster_rcnn_contm.yaml --num-gpus 8
+  other settings    train_net.py --config-file ... SOLVER.BASE_LR 0.01 OUTPUT_DIR ./output/slow
+  two CPU processes train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu
+  go on             train_net.py --config-file ... --resume
+  evaluate          train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+  several machines  the same command on each, with --num-machines 2 --machine-rank 0 (or 1)
+                    --dist-url tcp://FIRST_MACHINE:PORT; or torchrun train_net.py --config-file ...
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's usual options; they and the overrides may come in any order."""
+    parser = _Parser(
+        description="Trains and evaluates a model that a config file describes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a yaml of configs/")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs, and so processes, per machine; with MODEL.DEVICE cpu, processes (default 1)",
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="(default 1)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="R", help="of this machine, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://HOST:PORT of the first machine; auto for one machine (default)",
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="config keys and their values, in pairs"
+    )
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses a command line (this process's own by default).
+
+    Raises:
+        UserError: for arguments that do not fit together.
+    """
+    args = build_parser().parse_intermixed_args(argv)
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise UserError("--num-gpus and --num-machines must be at least 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} is not one of the {args.num_machines} machines "
+            f"(0 to {args.num_machines - 1})"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError(
+            "--num-machines needs --dist-url tcp://HOST:PORT, an address of the first machine"
+        )
+    return args

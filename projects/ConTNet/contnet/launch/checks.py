@@ -1,0 +1,75 @@
+"""What can be told to be wrong with a run before any process starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from contnet.data.checks import check_datasets
+from contnet.errors import UserError
+
+__all__ = ["check_run"]
+
+
+def _check_device(cfg: CfgNode, num_gpus: int) -> None:
+    device = cfg.MODEL.DEVICE
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise UserError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
+    present = torch.cuda.device_count()
+    if present == 0:
+        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
+    if num_gpus > present:
+        raise UserError(f"--num-gpus is {num_gpus}, but this machine has {present}")
+
+
+def _check_output(cfg: CfgNode, args: argparse.Namespace) -> None:
+    folder = Path(cfg.OUTPUT_DIR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): choose another"
+        ) from error
+    if args.resume or args.eval_only:
+        return
+    if (folder / "last_checkpoint").exists() or any(folder.glob("model_*.pth")):
+        raise UserError(
+            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
+            "or choose another OUTPUT_DIR"
+        )
+
+
+def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    resumable = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists()
+    if args.eval_only and not weights and not resumable:
+        raise UserError(
+            "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
+            f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
+        )
+    if weights and not resumable and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
+
+
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Checks device, output folder, weights and data sets; makes the output folder.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    _check_device(cfg, args.num_gpus)
+    datasets = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if not datasets:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+    check_datasets(datasets)
+    _check_output(cfg, args)
+    _check_weights(cfg, args)

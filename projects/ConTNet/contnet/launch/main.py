@@ -1,0 +1,99 @@
+"""What train_net.py does."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.compat import quiet_known_noise
+from contnet.config import load_config
+from contnet.data.checks import load_dicts
+from contnet.engine.evaluation import evaluate
+from contnet.engine.trainer import Trainer
+from contnet.errors import UserError
+from contnet.launch.arguments import parse_arguments
+from contnet.launch.checks import check_run
+from contnet.launch.processes import launch_run, print_error
+
+__all__ = ["main", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def _setup(args: argparse.Namespace) -> CfgNode:
+    quiet_known_noise()
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.SEED < 0:
+        cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
+    return cfg
+
+
+def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    file = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        file = checkpointer.get_checkpoint_file()
+    rest = checkpointer.load_whole(file)
+    if cfg.SOLVER.EMA.ENABLED:
+        if "ema" not in rest:
+            raise UserError(f"{file} has no averaged weights: set SOLVER.EMA.ENABLED False")
+        model.load_state_dict(
+            {name.removeprefix("module."): value for name, value in rest["ema"].items()}
+        )
+    return evaluate(cfg, model)
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Trains or evaluates in one process of a run; returns the last evaluation's metrics."""
+    cfg = _setup(args)
+    if comm.is_main_process():
+        load_dicts(cfg, cfg.DATASETS.TEST, train=False)  # only to find what is wrong with them
+    comm.synchronize()
+    if args.eval_only:
+        return _evaluate_only(cfg, args.resume)
+    if args.resume and not Path(cfg.OUTPUT_DIR, "last_checkpoint").exists():
+        logger.warning(
+            f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
+            f" {cfg.MODEL.WEIGHTS or '(empty)'}"
+        )
+    trainer = Trainer(cfg, cfg.SEED)
+    trainer.load(args.resume)
+    return trainer.fit()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of train_net.py.
+
+    Args:
+        argv: the command line, this process's own by default.
+
+    Returns:
+        The exit status. Mistakes of the user's are one line on the error stream and status 1.
+    """
+    quiet_known_noise()
+    try:
+        args = parse_arguments(argv)
+        cfg = load_config(args.config_file, args.opts)
+        check_run(cfg, args)
+        launch_run(run, args, torch.device(cfg.MODEL.DEVICE).type)
+    except UserError as error:
+        print_error(error)
+        return 1
+    return 0
+
+

@@ -1,0 +1,201 @@
+"""ConTNet as a Detectron2 backbone, and feature pyramids over it; importing this registers them.
+
+The pyramids are every pair of a bottom-up network and a top block, under conventional names:
+`build_contnet_fpn_backbone`, `build_retinanet_contnet_fpn_backbone` and so on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet
+
+__all__ = [
+    "BOTTOM_UPS",
+    "NORMS",
+    "TOP_BLOCKS",
+    "ConTNetBackbone",
+    "DivisibleFPN",
+    "backbone_prefix",
+    "build_contnet_backbone",
+]
+
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+
+
+def _make_norm(name: str, channels: int) -> nn.Module:
+    if name not in NORMS:
+        raise ValueError(f"norm is {name!r}, it must be one of {', '.join(NORMS)}")
+    if name == "GN":
+        return nn.GroupNorm(math.gcd(32, channels), channels)
+    return get_norm(name, channels)
+
+
+class ConTNetBackbone(ConTNet, Backbone):
+    """A ConTNet without classifier that gives named features; its keys are the network's own.
+
+    Args:
+        norm: of the blocks, one of ``NORMS``.
+        out_features: names from ``FEATURES``. Stages after the last one are left out.
+        freeze_at: freeze the first parts: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all.
+        **options: of :class:`ConTNet`.
+    """
+
+    def __init__(
+        self,
+        *,
+        norm: str = "BN",
+        out_features: Sequence[str] = FEATURES,
+        freeze_at: int = 0,
+        **options,
+    ):
+        unknown = [name for name in out_features if name not in FEATURES]
+        if unknown or not out_features:
+            wrong = f"no feature {unknown[0]!r}" if unknown else "no features are asked for"
+            raise ValueError(f"{wrong}, there are {', '.join(FEATURES)}")
+        if freeze_at not in range(len(FEATURES) + 2):
+            raise ValueError(f"freeze_at is {freeze_at!r}, it must be 0 to {len(FEATURES) + 1}")
+        super().__init__(
+            **options, num_classes=0, norm_layer=lambda channels: _make_norm(norm, channels)
+        )
+        self.out_features = tuple(name for name in FEATURES if name in out_features)
+        self.prune_intermediate_layers([FEATURES.index(name) for name in self.out_features])
+        last = self.stages[-1][-1]
+        if self.taps == "pre" and last.stride > 1:
+            # Nothing is read behind this tap, and DDP refuses parameters without a gradient.
+            last.conv.requires_grad_(False)
+            last.shortcut.requires_grad_(False)
+        self._freeze(freeze_at)
+
+    def _freeze(self, freeze_at: int) -> None:
+        for part in [self.stem, *self.stages][:freeze_at]:
+            part.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+
+    @property
+    def size_divisibility(self) -> int:
+        """0: the network takes any size, it pads and masks its patches' margins itself."""
+        return 0
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each feature."""
+        return {
+            name: ShapeSpec(
+                channels=self.out_feature_channels[name], stride=self.out_feature_strides[name]
+            )
+            for name in self.out_features
+        }
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Features by name of images (N, C, H, W); a map of stride s has ceil(H / s) rows."""
+        return self.forward_features(x, self.out_features)
+
+
+class DivisibleFPN(FPN):
+    """Detectron2's FPN, padding its images to what the bottom-up network needs, too."""
+
+    @property
+    def size_divisibility(self) -> int:
+        """The least that suits both the pyramid's sums and the bottom-up network."""
+        return math.lcm(super().size_divisibility, self.bottom_up.size_divisibility or 1)
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """Prefix of the bottom-up network's keys in a model's state dict, as "backbone.bottom_up.".
+
+    That network is the first backbone that holds no other one, whatever it is.
+
+    Raises:
+        ValueError: where the model has no backbone.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (Backbone, ConTNet)) and not any(
+            isinstance(child, Backbone) for child in module.children()
+        ):
+            return f"{name}." if name else ""
+    raise ValueError(f"{type(model).__name__} has no backbone")
+
+
+@BACKBONE_REGISTRY.register()
+def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackbone:
+    """Builds the bare network from ``cfg.MODEL.CONTNET``."""
+    node = cfg.MODEL.CONTNET
+    if node.VARIANT not in VARIANTS:
+        raise ValueError(f"no ConTNet is called {node.VARIANT!r}, there are {', '.join(VARIANTS)}")
+    options = {
+        **VARIANTS[node.VARIANT],
+        "in_chans": input_shape.channels,
+        "relative": node.RELATIVE,
+        "pre_norm": node.PRE_NORM,
+        "use_avgdown": node.USE_AVGDOWN,
+        "qkv_bias": node.QKV_BIAS,
+        "taps": node.TAPS,
+        "drop_path_rate": node.DROP_PATH_RATE,
+        "norm": node.NORM,
+        "out_features": node.OUT_FEATURES,
+        "freeze_at": node.FREEZE_AT,
+    }
+    if node.DROP_RATE >= 0:
+        options["drop_rate"] = node.DROP_RATE
+    if node.LAST_DROP_RATE >= 0:
+        options["last_drop_rate"] = node.LAST_DROP_RATE
+    backbone = ConTNetBackbone(**options)
+    backbone.set_grad_checkpointing(node.CHECKPOINT)
+    return backbone
+
+
+BOTTOM_UPS = {"contnet": build_contnet_backbone, "resnet": build_resnet_backbone}
+
+# By the prefix of the builder's name: a top block from the bottom-up network's shapes and the
+# pyramid's width.
+TOP_BLOCKS = {
+    "": lambda shapes, width: LastLevelMaxPool(),
+    "retinanet_": lambda shapes, width: LastLevelP6P7(shapes["res5"].channels, width, "res5"),
+    "fcos_": lambda shapes, width: LastLevelP6P7(width, width, "p5"),
+}
+
+
+def _make_fpn_builder(name: str, build_bottom_up: Callable, make_top_block: Callable) -> Callable:
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> DivisibleFPN:
+        bottom_up = build_bottom_up(cfg, input_shape)
+        shapes = bottom_up.output_shape()
+        in_features = cfg.MODEL.FPN.IN_FEATURES
+        width = cfg.MODEL.FPN.OUT_CHANNELS
+        # The top blocks of every detector here start at stride 32.
+        if missing := [feature for feature in (*in_features, "res5") if feature not in shapes]:
+            raise ValueError(
+                f"{name} needs the feature {missing[0]!r}, "
+                f"the bottom-up network gives {', '.join(shapes)}"
+            )
+        return DivisibleFPN(
+            bottom_up=bottom_up,
+            in_features=in_features,
+            out_channels=width,
+            norm=cfg.MODEL.FPN.NORM,
+            top_block=make_top_block(shapes, width),
+            fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+            square_pad=bottom_up.padding_constraints.get("square_size", 0),
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = "Builds a feature pyramid from ``cfg.MODEL.FPN`` and its bottom-up network."
+    return build
+
+
+def _register_pyramids() -> None:
+    for prefix, make_top_block in TOP_BLOCKS.items():
+        for bottom_up, build_bottom_up in BOTTOM_UPS.items():
+            name = f"build_{prefix}{bottom_up}_fpn_backbone"
+            if name not in BACKBONE_REGISTRY:
+                builder = _make_fpn_builder(name, build_bottom_up, make_top_block)
+                BACKBONE_REGISTRY.register(builder)
+
+
+_register_pyramids()

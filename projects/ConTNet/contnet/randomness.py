@@ -1,0 +1,21 @@
+"""Random state as a function of what is computed, so that nothing of it needs to be saved.
+
+Every image of the training stream is augmented under a state made from (seed, its position), every
+iteration computed under one made from (seed, iteration, rank). A resumed run therefore draws what
+the uncut run would have drawn, whatever happened to the processes in between.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+__all__ = ["seed_everything"]
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's global generators from non-negative integers."""
+    state = np.random.SeedSequence(entropy).generate_state(4, np.uint32)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))

@@ -1,0 +1,246 @@
+"""The configuration: shipped files build and train, and every mistake is one line."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from contnet.config import add_contnet_config, load_config, validate
+from contnet.engine.optimizer import build_optimizer
+from contnet.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LEAVES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base-"))
+FASTER = [name for name in LEAVES if name.startswith("faster_rcnn_")]
+TINY = [
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
+]
+
+
+def _write(folder, text, name="some.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def _random_batch():
+    batch = []
+    for height, width in ((61, 80), (48, 75)):
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 5.0, 40.0, 41.0], [20.0, 8.0, 70.0, 30.0]]))
+        instances.gt_classes = torch.tensor([3, 5])
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
+    return batch
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_shipped_leaves_load(name):
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"))
+    assert not cfg.is_frozen()
+    assert cfg.OUTPUT_DIR.startswith(f"./output/{name}")
+    assert cfg.MODEL.WEIGHTS == ""
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_shipped_leaves_train_a_step(name):
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"), TINY)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    with EventStorage():
+        losses = model(_random_batch())
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    assert all(loss.isfinite() for loss in losses.values()), losses
+    before = model.roi_heads.box_predictor.cls_score.weight.clone()
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(before, model.roi_heads.box_predictor.cls_score.weight)
+
+
+def test_same_schedule_for_all():
+    configs = [load_config(str(CONFIGS / f"{name}.yaml")) for name in FASTER]
+    for cfg in configs:
+        assert cfg.SOLVER == configs[0].SOLVER
+        assert cfg.INPUT == configs[0].INPUT
+        assert cfg.DATASETS == configs[0].DATASETS
+        assert cfg.MODEL.ROI_HEADS == configs[0].MODEL.ROI_HEADS
+    solver = configs[0].SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (16, 90000, (60000, 80000))
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.WARMUP_ITERS) == ("SGD", 0.02, 1000)
+
+
+def test_defaults_are_detectron2s():
+    plain, cfg = get_cfg(), get_cfg()
+    add_contnet_config(cfg)
+    for node, like in ((cfg, plain), (cfg.MODEL, plain.MODEL), (cfg.SOLVER, plain.SOLVER)):
+        for key, value in like.items():
+            if key not in ("MODEL", "SOLVER", "AMP"):
+                assert node[key] == value, key
+    validate(cfg)
+
+
+def test_overrides_win_and_are_decoded(tmp_path):
+    path = _write(tmp_path, "SOLVER:\n  BASE_LR: 1e-4\n  STEPS: [6, 8]\n")
+    assert load_config(path).SOLVER.BASE_LR == 1e-4
+    opts = {
+        "SOLVER.BASE_LR": "1",
+        "SOLVER.STEPS": "3,4",
+        "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "inf",
+        "OUTPUT_DIR": "2024",
+        "MODEL.WEIGHTS": "a=b.pth",
+        "SOLVER.EMA.ENABLED": "True",
+        "SOLVER.WEIGHT_DECAY_BIAS": "0.1",
+    }
+    cfg = load_config(path, [item for pair in opts.items() for item in pair])
+    assert cfg.SOLVER.BASE_LR == 1.0 and isinstance(cfg.SOLVER.BASE_LR, float)
+    assert cfg.SOLVER.STEPS == (3, 4)
+    assert math.isinf(cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE)
+    assert cfg.OUTPUT_DIR == "2024"
+    assert cfg.MODEL.WEIGHTS == "a=b.pth"
+    assert cfg.SOLVER.EMA.ENABLED is True
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS == 0.1
+
+
+def test_a_dump_loads_again(tmp_path):
+    cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), ["SOLVER.OPTIMIZER", "AdamW"])
+    again = load_config(_write(tmp_path, cfg.dump()))
+    # As JSON, which has no tuples: those within tuples come back as lists.
+    assert json.dumps(again) == json.dumps(cfg)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "KEY: value"),
+        ("- 1", "KEY: value"),
+        ("SOLVER: {BASE_LR: [}", "line 1: expected the node content"),
+        ("SOLVER:\n  STEPS: !!python/tuple [1]", "line 2: .*python/tuple.* plain values"),
+        ("!!python/object/apply:os.mkdir ['x']", "line 1: .*plain values"),
+        ("_BASE_: nowhere.yaml", "cannot read its _BASE_ .*nowhere.yaml"),
+        ("_BASE_: some.yaml", "includes itself"),
+        ("_BASE_: 5", "_BASE_"),
+        ("_BASE_: base.yaml\nSOLVER: {STEPS: {A: 1}}", "STEPS"),
+        ("SOLVER: 3", "SOLVER is a group of keys"),
+        ("SOLVER: {MAX_ITERS: 3}", "no key SOLVER.MAX_ITERS, the nearest is SOLVER.MAX_ITER$"),
+        ("MODEL: {CONTNET: {VARIENT: x}}", "the nearest is MODEL.CONTNET.VARIANT$"),
+        ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER is 'many', .* type int"),
+        ("SOLVER: {STEPS: null}", "SOLVER.STEPS is None, .* type tuple"),
+        ("OUTPUT_DIR: [1]", "OUTPUT_DIR is \\[1\\], .* type str"),
+        ("VERSION: 1", "VERSION 1, only 2"),
+    ],
+)
+def test_wrong_files(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, "SOLVER: {STEPS: [1]}", "base.yaml")
+    path = _write(tmp_path, text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value) and "some.yaml" in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="no config file is given"):
+        load_config("")
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(UserError, match="does not exist"):
+            load_config(str(path))
+    (tmp_path / "bytes.yaml").write_bytes(b"A: \xff\xfe")
+    with pytest.raises(UserError, match=r"bytes\.yaml"):
+        load_config(str(tmp_path / "bytes.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASE_LR"], "'SOLVER.BASE_LR' has no value, write KEY VALUE"),
+        (["SOLVER.BASE_LR=1"], "'SOLVER.BASE_LR=1' is one word, write KEY VALUE"),
+        (["SOLVER.BASE_LR=1", "SOLVER.MAX_ITER=2"], "is one word"),
+        (["SOLVER.BASE_LR", "1", "--resume"], "'--resume' stands where a key should"),
+        (["SOLVER.BASLR", "1"], "the nearest is SOLVER.BASE_LR$"),
+        (["contnet.variant", "x"], "the nearest is MODEL.CONTNET.VARIANT$"),
+        (["_BASE_", "x"], "no key _BASE_"),
+        (["SOLVER.STEPS.X", "1"], "the nearest is SOLVER.STEPS$"),
+        (["SOLVER", "1"], "group of keys"),
+        (["SOLVER.STEPS", "60"], "type tuple"),
+        (["SOLVER.BASE_LR", "True"], "type float"),
+        (["SOLVER.IMS_PER_BATCH", "1.5"], "type int"),
+        (["SOLVER.AMP.ENABLED", "yes"], "type bool"),
+    ],
+)
+def test_wrong_overrides(opts, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), opts)
+    assert str(caught.value).startswith("overrides: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.CONTNET.VARIANT", "contnet_l", "one of contnet_ti, contnet_s"),
+        ("MODEL.CONTNET.TAPS", "post", "one of stage, pre"),
+        ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, GN"),
+        ("MODEL.CONTNET.OUT_FEATURES", "['res6']", "some of res2"),
+        ("MODEL.CONTNET.OUT_FEATURES", "[]", "some of res2"),
+        ("MODEL.CONTNET.OUT_FEATURES", "['res3','res4','res5']", "'res2', which MODEL.CONTNET"),
+        ("MODEL.CONTNET.FREEZE_AT", "6", "0 to 5"),
+        ("MODEL.CONTNET.DROP_RATE", "-0.5", "or -1 for the variant"),
+        ("MODEL.CONTNET.LAST_DROP_RATE", "1.0", "or -1 for the variant"),
+        ("MODEL.CONTNET.DROP_PATH_RATE", "1.0", r"in \[0, 1\)"),
+        ("MODEL.FPN.IN_FEATURES", "['res5','res4']", "in this order"),
+        ("MODEL.FPN.IN_FEATURES", "[]", "in this order"),
+        ("MODEL.FPN.FUSE_TYPE", "max", "one of sum, avg"),
+        ("MODEL.BACKBONE.NAME", "build_contnet", "build_contnet_fpn_backbone"),
+        ("MODEL.META_ARCHITECTURE", "FasterRCNN", "GeneralizedRCNN"),
+        ("MODEL.PIXEL_STD", "[1.0]", "of one length"),
+        ("SOLVER.OPTIMIZER", "adam", "one of SGD, AdamW"),
+        ("SOLVER.AMP.DTYPE", "fp16", "one of float16, bfloat16"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global", "one of value, norm, full_model"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0", r"in \(0, inf\)"),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "WarmupMultiStepLR, WarmupC"),
+        ("SOLVER.WARMUP_METHOD", "cosine", "one of linear, constant"),
+        ("SOLVER.BASE_LR", "nan", r"in \(0, inf\)"),
+        ("SOLVER.BASE_LR", "None", r"in \(0, inf\)"),
+        ("SOLVER.BASE_LR_END", "1.0", "above SOLVER.BASE_LR"),
+        ("SOLVER.LAYER_DECAY", "1.5", r"in \(0, 1\]"),
+        ("SOLVER.BACKBONE_MULTIPLIER", "0", r"in \(0, inf\)"),
+        ("SOLVER.ADAMW_BETAS", "(0.9,)", "two numbers"),
+        ("SOLVER.ADAMW_BETAS", "(0.9, 1.0)", "two numbers"),
+        ("SOLVER.ACCUMULATE", "0", "whole number from 1"),
+        ("SOLVER.ACCUMULATE", "3", "no multiple of SOLVER.ACCUMULATE 3"),
+        ("SOLVER.EMA.DECAY", "1.0", r"in \(0, 1\)"),
+        ("SOLVER.MAX_ITER", "0", "whole number from 1"),
+        ("SOLVER.STEPS", "(8, 6)", "rising"),
+        ("SOLVER.CHECKPOINTS_KEPT", "0", "whole number from 1"),
+        ("LOG_PERIOD", "0", "whole number from 1"),
+    ],
+)
+def test_illegal_values(key, value, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), [key, value])
+    assert key.rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_validate_may_be_called_again():
+    cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"))
+    validate(cfg)
+    cfg.SOLVER.NESTEROV, cfg.SOLVER.MOMENTUM = True, 0.0
+    with pytest.raises(UserError, match="needs a SOLVER"):
+        validate(cfg)

@@ -1,0 +1,283 @@
+"""The HTML report: whole, self-contained, honest about its numbers, safe with any text."""
+
+import base64
+import io
+import os
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from contnet import report
+from contnet.report import Box, ReportImage, write_report
+
+CLASS_NAMES = ("circle", "<b>square</b>")
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+SUMMARY = {"command": "train_net.py A 'b' \"c\" & <d>", "box AP": 61.2345, "seed": 17}
+
+
+class Page(HTMLParser):
+    """All tags with attributes, and the text; raises where tags are not properly nested."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+    def all(self, tag, **wanted):
+        wanted = {key.rstrip("_"): value for key, value in wanted.items()}
+        return [a for t, a in self.tags if t == tag and wanted.items() <= a.items()]
+
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def images():
+    y, x = np.mgrid[:48, :64]
+    ramp = np.stack([3 * x, 4 * y, 128 + 0 * x], axis=-1).astype(np.uint8)
+    truth = [Box((4, 5, 30, 40), 0), Box((20.5, 10, 60, 44), 1)]
+    return [
+        ReportImage("one.jpg", ramp, truth, [Box(np.array([5.0, 6, 31, 39]), 0, 0.876)]),
+        ReportImage('two <&"> .jpg', ramp[::-1, ::-1], [], []),
+    ]
+
+
+def metrics():
+    lines = []
+    for i in range(60):
+        lines.append({"iteration": i, "total_loss": 3.0 - i / 50, "loss_cls": 1.5, "lr": 0.0777})
+    lines.append({"iteration": 29, "bbox/AP": 33.4567, "bbox/AP50": 71.25})
+    last = {"bbox/AP": 61.2345, "bbox/AP50": 88.875, "bbox/APl": float("nan")}
+    lines.append({"iteration": 59, **last, "bbox/AP-circle": 64.5})
+    return lines
+
+
+def write(path, **changes):
+    arguments = {
+        "title": "A run <of> ours & more",
+        "images": images(),
+        "metrics": metrics(),
+        "summary": SUMMARY,
+        "class_names": CLASS_NAMES,
+    }
+    return write_report(path, **{**arguments, **changes})
+
+
+@pytest.fixture
+def html(tmp_path):
+    return write(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_returns_its_path_and_makes_the_folder(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    assert write(str(path)) == path
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+
+
+def test_parses_as_one_document(html):
+    page = Page(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert [len(page.all(tag)) for tag in ("html", "head", "body", "main", "h1")] == [1] * 5
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_is_self_contained(html):
+    assert "http://" not in html and "https://" not in html
+    assert not re.search(r"@import|<script|<link|<iframe|url\((?!#)", html)
+    for _, attributes in Page(html).tags:
+        assert "src" not in attributes
+        for key in ("href", "xlink:href"):
+            assert attributes.get(key, "#").startswith(("#", "data:image/jpeg;base64,"))
+
+
+def test_forbids_itself_the_network(html):
+    (policy,) = Page(html).all("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert "default-src 'none'" in policy["content"]
+
+
+def test_references_resolve_and_ids_are_unique(html):
+    page = Page(html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    references = re.findall(r"""(?:href="#|url\(#)([^")]+)""", html)
+    assert references and set(references) <= set(ids)
+
+
+def test_text_is_escaped(html):
+    page = Page(html)
+    assert "<title>A run &lt;of&gt; ours &amp; more</title>" in html
+    assert "A run <of> ours & more" in page.words()
+    assert SUMMARY["command"] in page.words()
+    assert "<b>square</b>" in page.words() and 'two <&"> .jpg' in page.words()
+    assert not page.all("of") and not page.all("b") and not page.all("d")
+
+
+def test_holds_every_image(html):
+    embedded = Page(html).all("image")
+    assert len(embedded) == 2
+    for item, attributes in zip(images(), embedded, strict=True):
+        data = base64.b64decode(attributes["href"].partition(",")[2])
+        picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert picture.shape == item.image.shape
+        assert np.abs(picture.astype(float) - item.image).mean() < 6
+
+
+def test_each_image_is_shown_with_truth_and_detections(html):
+    labels = [a["aria-label"] for a in Page(html).all("svg", class_="picture")]
+    assert labels == [
+        "Ground truth of one.jpg: circle, <b>square</b>",
+        "Detections of one.jpg: circle 0.88",
+        'Ground truth of two <&"> .jpg: none',
+        'Detections of two <&"> .jpg: none',
+    ]
+    captions = re.findall("<figcaption>((?:Ground|Det).*?)</figcaption>", html)
+    assert captions[:2] == ["Ground truth: 2 boxes", "Detections: 1 box"]
+
+
+def test_boxes_are_drawn_where_they_are(html):
+    drawn = [a for a in Page(html).all("rect") if "stroke" in a and a["x"] == "20.5"]
+    assert [(a["y"], a["width"], a["height"]) for a in drawn] == [("10.0", "39.5", "34.0")]
+    assert re.search(r"<title>circle 0\.88 at 5, 6, 31, 39</title>", html)
+
+
+def test_labels_stay_in_the_image_and_avoid_each_other():
+    taken = []
+    for _ in range(4):
+        left, top = report._place_tag(Box((70, 0, 110, 50), 0), (40, 10), (100, 80), taken)
+        assert 0 <= left <= 60 and 0 <= top <= 70
+        taken.append((left, top, left + 40, top + 10))
+    assert len(set(taken[:3])) == 3
+    assert not any(a[1] < b[3] and b[1] < a[3] for a, b in zip(taken[:3], taken[1:3], strict=False))
+
+
+def test_summary_and_last_numbers_are_said(html):
+    words = Page(html).words()
+    for text in ("box AP 61.2", "box AP50 88.9", "last loss 1.820", "seed 17", "61.23"):
+        assert text in words
+
+
+def test_all_values_are_listed(html):
+    body = html[html.index('<table class="numbers">') :]
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("<tr>")[1:62]]
+    assert rows[0] == ["iteration", "total_loss", "loss_cls", "bbox/AP", "bbox/AP50", "bbox/APl"]
+    assert rows[1] == ["0", "3", "1.5", "", "", ""]
+    assert rows[30] == ["29", "2.42", "1.5", "33.46", "71.25", ""]
+    assert rows[60] == ["59", "1.82", "1.5", "61.23", "88.88", "nan"]
+    assert "0.0777" not in html
+
+
+def test_class_scores_are_listed(html):
+    assert re.search(r"<th[^>]*>circle</th><td>64.50</td>", html)
+
+
+def test_curves_are_drawn_and_named(html):
+    labels = [a.get("aria-label") for a in Page(html).all("svg")]
+    assert labels[:2] == ["Loss against iteration", "Average precision against iteration"]
+    for key in ("total_loss", "loss_cls", "bbox/AP", "bbox/AP50", "iteration"):
+        assert re.search(f"<text[^>]*>{key}</text>", html)
+    assert "currentColor" in html and report._SENTINEL not in html
+
+
+def test_a_falling_loss_falls_in_the_curve():
+    rows = {i: {"total_loss": 5.0 - i / 10} for i in range(40)}
+    path = re.search(
+        r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', report._loss_curve(rows)
+    )
+    heights = [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path.group(1))]
+    assert len(heights) >= 2 and heights == sorted(heights)  # In SVG, y grows downwards.
+
+
+def test_running_median_ignores_a_spike():
+    values = [1.0] * 100
+    values[50] = 1000.0
+    assert report._running_median(values) == [1.0] * 100
+    assert report._running_median([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+
+
+def test_later_lines_of_an_iteration_hold():
+    lines = [
+        {"iteration": 5, "total_loss": 1.0, "lr": 2.0},
+        {"iteration": 3, "total_loss": 4.0},
+        {"iteration": 5, "total_loss": 0.5},
+    ]
+    merged = report._by_iteration(lines)
+    assert list(merged.items()) == [(3, {"total_loss": 4.0}), (5, {"total_loss": 0.5, "lr": 2.0})]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"iteration": 0, "total_loss": float("nan")}],
+        [{"iteration": 0, "total_loss": float("inf"), "bbox/AP": 0.0}],
+        [{"iteration": 9, "bbox/AP": 12.5}],
+        [{"iteration": 9, "total_loss": 1.5}],
+    ],
+)
+def test_scarce_metrics(tmp_path, lines):
+    html = write(tmp_path / "report.html", metrics=lines, images=[]).read_text()
+    page = Page(html)
+    has_loss = any("total_loss" in line for line in lines)
+    has_ap = any("bbox/AP" in line for line in lines)
+    assert len(page.all("svg")) == has_loss + has_ap
+    assert "Detections beside" not in html
+
+
+def test_same_input_same_bytes(tmp_path):
+    assert write(tmp_path / "a").read_bytes() == write(tmp_path / "b").read_bytes()
+
+
+def test_leaves_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    write(tmp_path / "report.html")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
+    path = write(tmp_path / "report.html")
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, title="other")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3))]
+)
+def test_wrong_images(tmp_path, array):
+    with pytest.raises(ValueError, match="expected a uint8 image"):
+        write(tmp_path / "report.html", images=[ReportImage("x", array, [], [])])
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_unknown_class(tmp_path, index):
+    item = ReportImage("x", np.zeros((8, 8, 3), np.uint8), [], [Box((0, 0, 4, 4), index, 0.5)])
+    with pytest.raises(ValueError, match="has no name"):
+        write(tmp_path / "report.html", images=[item])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,184 @@
+"""torch.compile, torch.jit.trace and torch.export of the network, without a compiler."""
+
+import warnings
+
+import pytest
+import torch
+from oracle import make_pair
+from torch import nn
+from torch.export import Dim
+
+OUTPUTS = ["res2", "res3", "res4", "res5"]
+FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
+OPTIONS = [{}, {"relative": True}, FLAGS]
+
+
+def label(options):
+    """A readable test id."""
+    return "-".join(options) or "default"
+
+
+def network(options, name="contnet_ti", **ours):
+    """Our network with random weights in evaluation mode."""
+    return make_pair(name, ours=ours, **options)[1]
+
+
+def image(height, width, batch=1):
+    """A fixed random input."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+class Taps(nn.Module):
+    """Makes the feature maps the output of a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return tuple(self.model.forward_features(x, out_features=OUTPUTS).values())
+
+
+def assert_equal(a, b, tolerance=1e-5):
+    """Two outputs, tensors or tuples, agree."""
+    a, b = ((a,), (b,)) if isinstance(a, torch.Tensor) else (a, b)
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        assert (x - y).abs().max() < tolerance
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compiled graphs of one test must not serve another."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+def test_compiled_equals_eager(options):
+    model = network(options)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for size in ((224, 224), (37, 50)):
+        assert_equal(compiled(image(*size)), model(image(*size)))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_serves_changing_sizes():
+    model = network({})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for size in ((37, 50), (99, 131), (200, 99)):
+        assert_equal(compiled(image(*size)), model(image(*size)))
+
+
+@pytest.mark.parametrize("options", [{"relative": True}], ids=label)
+def test_compiled_training_step_equals_eager(options):
+    model = network(options)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = image(37, 50, batch=2)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        run(x).square().mean().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for plain, other in zip(*results, strict=True):
+        assert (plain - other).abs().max() <= 1e-5 * max(1, plain.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taps", ["stage", "pre"])
+def test_compiled_taps_equal_eager(taps):
+    model = Taps(network({}, taps=taps))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_equal(compiled(image(61, 90)), model(image(61, 90)))
+
+
+def test_compiled_with_activation_checkpointing():
+    model = network({}, name="contnet_s")
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, backend="aot_eager")
+    model.train()
+    compiled(image(37, 50, batch=2)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- torch.jit.trace -----------------------------------------------------------------------------
+
+
+def trace(model, x):
+    """Trace; shapes become constants, which is what the warnings say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.trace(model, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(224, 224), (37, 50), (200, 99)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+def test_traced_equals_eager(options, size):
+    model = network(options)
+    traced = trace(model, image(*size))
+    other = image(*size).flip(-1)
+    assert_equal(traced(other), model(other))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taps", ["stage", "pre"])
+@pytest.mark.parametrize("size", [(224, 224), (61, 90)], ids=str)
+def test_traced_taps_equal_eager(size, taps):
+    model = Taps(network(FLAGS, taps=taps))
+    traced = trace(model, image(*size))
+    other = image(*size).flip(-2)
+    assert_equal(traced(other), model(other))
+
+
+# --- torch.export --------------------------------------------------------------------------------
+
+
+def export(model, x, shapes):
+    """The exported module for one input with the given dynamic axes."""
+    return torch.export.export(model, (x,), dynamic_shapes=(shapes,)).module()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [nn.Sequential, Taps], ids=["logits", "taps"])
+@pytest.mark.parametrize("size", [(37, 50), (224, 224)], ids=str)
+@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+def test_export_with_dynamic_batch(options, size, wrap):
+    model = wrap(network(options))
+    exported = export(model, image(*size, batch=2), {0: Dim("batch", min=1, max=64)})
+    for batch in (1, 2, 5):
+        x = image(*size, batch=batch)
+        assert_equal(exported(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [nn.Sequential, Taps], ids=["logits", "taps"])
+@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+def test_export_at_multiples_of_224(options, wrap):
+    model = wrap(network(options))
+    rows, columns = Dim("rows", min=2, max=8), Dim("columns", min=2, max=8)
+    # PyTorch specialises dynamic sizes that make a dimension 1, here one patch: so from 2 up.
+    exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
+    for size in ((448, 448), (672, 448), (448, 896)):
+        assert_equal(exported(image(*size)), model(image(*size)))
+
+
+@torch.no_grad()
+def test_exported_program_survives_saving(tmp_path):
+    model = network({"relative": True})
+    program = torch.export.export(
+        model, (image(37, 50, batch=2),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},)
+    )
+    torch.export.save(program, tmp_path / "contnet.pt2")
+    loaded = torch.export.load(tmp_path / "contnet.pt2").module()
+    x = image(37, 50, batch=3)
+    assert_equal(loaded(x), model(x))
