@@ -3,7 +3,11 @@
 
 import sys
 
-from contnet.launch.main import main
+from contnet.compat import quiet_known_noise
+
+quiet_known_noise()  # also in spawned processes, which run this file again
+
+from contnet.launch.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,30 @@
-"""Settings shared by all tests: one thread and fixed seeds."""
+"""Settings shared by all tests: one thread, fixed seeds, a tiny COCO."""
 
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Detectron2 reads it when it is imported, so the tests' own data set has to be named before.
+os.environ["DETECTRON2_DATASETS"] = ""
 torch.set_num_threads(1)
+
+# Shrinks any shipped detector to seconds on a CPU.
+SMALL = """
+MODEL.DEVICE cpu INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64
+INPUT.MAX_SIZE_TEST 96 SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0 SEED 3
+MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.PRE_NMS_TOPK_TEST 50
+MODEL.RPN.POST_NMS_TOPK_TEST 20 MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_BOX_HEAD.FC_DIM 32
+MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 SOLVER.WARMUP_ITERS 2
+""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +33,31 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def coco_root(tmp_path_factory) -> Path:
+    """A DETECTRON2_DATASETS with a tiny COCO 2017."""
+    from coco import make_coco
+
+    return make_coco(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def train_net(coco_root) -> Callable[..., subprocess.Popen]:
+    """Starts ``train_net.py`` in a process of its own; arguments are a string and a list."""
+
+    def start(options: str, *more: str, launcher: tuple[str, ...] = (), **environment: str):
+        command = [sys.executable, *launcher, str(REPOSITORY / "train_net.py"), *options.split()]
+        values = {**os.environ, "DETECTRON2_DATASETS": str(coco_root), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*command, *SMALL, *more],
+            env={**values, **environment},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start

@@ -7,6 +7,7 @@ import torch
 from oracle import make_pair
 from torch import nn
 from torch.export import Dim
+from torch.fx.experimental import _config as symbolic_config
 
 OUTPUTS = ["res2", "res3", "res4", "res5"]
 FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
@@ -169,6 +170,28 @@ def test_export_at_multiples_of_224(options, wrap):
     # PyTorch specialises dynamic sizes that make a dimension 1, here one patch: so from 2 up.
     exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
     for size in ((448, 448), (672, 448), (448, 896)):
+        assert_equal(exported(image(*size)), model(image(*size)))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(symbolic_config, "backed_size_oblivious"), reason="this PyTorch guards on sizes"
+)
+@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+def test_export_with_free_height_and_width(options):
+    """By default export guards on properties of the example's size; these settings defer that."""
+    model = network(options)
+    shapes = {2: Dim("height", min=225, max=2048), 3: Dim("width", min=225, max=2048)}
+    with symbolic_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            model,
+            (image(330, 500),),
+            dynamic_shapes=(shapes,),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    exported = program.module()
+    for size in ((330, 500), (448, 448), (511, 333), (256, 241)):
         assert_equal(exported(image(*size)), model(image(*size)))
 
 

@@ -1,7 +1,8 @@
 """Cures for what breaks, or makes noise, in the libraries below us on a current stack.
 
 Each says what it works around; tests/test_compat.py fails when the pinned libraries no longer need
-it. Nothing here is applied on import: entry points call :func:`quiet_known_noise`.
+it. Nothing here is applied on import: entry points call :func:`quiet_known_noise`, scripts before
+they import the rest, for some of the noise is made by importing Detectron2.
 """
 
 import logging
@@ -12,7 +13,28 @@ from contnet.errors import UserError
 __all__ = ["KNOWN_WARNINGS", "quiet_known_noise"]
 
 # (category, start of the message as a regular expression, where it comes from)
-KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = ()
+KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    (
+        FutureWarning,
+        r"`torch\.jit\.script` is deprecated\. Please switch to `torch\.compile`",
+        "import of fvcore.nn.focal_loss and detectron2.modeling.box_regression, which script code",
+    ),
+    (
+        UserWarning,
+        r"torch\.meshgrid: in an upcoming release, it will be required to pass the indexing",
+        "detectron2.modeling.anchor_generator, first grid of anchors",
+    ),
+    (
+        FutureWarning,
+        r"`broadcast_buffers` is deprecated\. Use `forward_sync_buffers`",
+        "detectron2.engine.create_ddp_model, which knows no other way, with several processes",
+    ),
+    (
+        UserWarning,
+        r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",
+        "PyTorch, when the float16 loss scaler skips the first step to lower its scale, rightly",
+    ),
+)
 
 
 class _NoUserErrorTracebacks(logging.Filter):

@@ -15,16 +15,11 @@ from torch import Tensor
 from contnet.checkpoint.convert import convert_state_dict
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.modeling.backbone import backbone_prefix
 
-__all__ = ["Checkpointer", "backbone_prefix"]
+__all__ = ["Checkpointer"]
 
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
-
-
-def backbone_prefix(names: Mapping[str, Tensor]) -> str:
-    """How the names of a model's backbone, without an FPN around it, start in its state dict."""
-    inner = "backbone.bottom_up."
-    return inner if any(name.startswith(inner) for name in names) else "backbone."
 
 
 def _some(names: list[str]) -> str:
@@ -103,7 +98,7 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
         """
-        self._strict_prefix = backbone_prefix(self.model.state_dict())
+        self._strict_prefix = backbone_prefix(self.model)
         self.load(path, checkpointables=[])
 
     def load_whole(self, path: str, resume: bool = False) -> dict:
@@ -151,19 +146,23 @@ class Checkpointer(DetectionCheckpointer):
                 raise UserError(f"{filename}: {error}") from error
         if "stem.weight" not in state:
             return state
-        prefix = backbone_prefix(self.model.state_dict())
+        prefix = backbone_prefix(self.model)
         return {prefix + k: v for k, v in state.items() if not k.startswith("head.")}
 
     def _load_model(self, checkpoint: dict):
-        given = list(checkpoint["model"])
+        given = [name.removeprefix("module.") for name in checkpoint["model"]]
+        # Detectron2 fills in a FrozenBN's absent statistics and counts them as loaded, which is
+        # right for its own model zoo alone.
+        exact = not checkpoint.get("matching_heuristics")
         incompatible = super()._load_model(checkpoint)
-        wanted = {
+        wanted = [
             name
             for name in self.model.state_dict()
             if name.startswith(self._strict_prefix) and not name.endswith("num_batches_tracked")
-        }
+        ]
         misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
-        absent = [n for n in incompatible.missing_keys if n in wanted and n not in misshapen]
+        absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
+        absent = [name for name in wanted if name in absent and name not in misshapen]
         loaded = len(wanted) - len(misshapen) - len(absent)
         what = "backbone" if self._strict_prefix else "model"
         line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"

@@ -85,7 +85,8 @@ def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> list[dict]:
         train: leave out images without annotations, if the config says so.
 
     Raises:
-        UserError: for annotations that are not COCO's, missing images, a wrong number of classes.
+        UserError: for annotations that are not COCO's or give no image, for missing images, and for
+            a wrong number of classes.
     """
     filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     every = []
@@ -99,6 +100,8 @@ def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> list[dict]:
             raise UserError(
                 f"data set {name}: {file} has not the form of COCO instances, {error} is missing"
             ) from error
+        except AssertionError as error:
+            raise UserError(f"data set {name}: {file} gives no image to use ({error})") from error
         _check_images(name, dicts)
         _check_classes(cfg, name)
         every += dicts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from contnet.errors import UserError
 from contnet.randomness import seed_everything
 
-__all__ = ["TrainingStream", "build_train_loader"]
+__all__ = ["TrainingStream", "build_train_loader", "images_per_pass"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class TrainingStream(Sampler):
         shapes: (width, height) of every image, in pixels.
         batch_size: images per batch, of this rank.
         seed: of order and augmentation, the same on all ranks.
-        make_sampler: makes the sampler of indices from the seed.
+        make_sampler: makes the sampler of indices from ``seed=``; spawned workers pickle it.
         group: put only landscape or only portrait images into a batch.
     """
 
@@ -67,7 +68,7 @@ class TrainingStream(Sampler):
         shapes: Sequence[tuple[int, int]],
         batch_size: int,
         seed: int,
-        make_sampler: Callable[[int], Sampler],
+        make_sampler: Callable[..., Sampler],
         group: bool,
     ):
         self.shapes = shapes
@@ -81,7 +82,7 @@ class TrainingStream(Sampler):
     def _records(self) -> Iterator[dict]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
         first = -(-self.start // world_size)
-        indices = self.make_sampler(self.seed)
+        indices = self.make_sampler(seed=self.seed)
         for i, index in itertools.islice(enumerate(indices), first, None):
             width, height = self.shapes[index]
             yield {"item": (i * world_size + rank, index), "width": width, "height": height}
@@ -129,27 +130,31 @@ class TrainingStream(Sampler):
         )
 
 
-def _images_per_batch(cfg: CfgNode) -> int:
-    parts = comm.get_world_size() * cfg.SOLVER.ACCUMULATE
+def images_per_pass(cfg: CfgNode, processes: int) -> int:
+    """Images that each process sees in one forward pass.
+
+    Raises:
+        UserError: if SOLVER.IMS_PER_BATCH does not divide over processes and passes.
+    """
+    parts = processes * cfg.SOLVER.ACCUMULATE
     size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, parts)
     if rest or size == 0:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide over "
-            f"{comm.get_world_size()} processes x SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}: "
-            f"choose a multiple of {parts}"
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide over {processes} "
+            f"processes x SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}: choose a multiple of {parts}"
         )
     return size
 
 
-def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[[int], Sampler]:
+def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[..., Sampler]:
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(len(dicts), seed=seed)
+        return partial(TrainingSampler, len(dicts))
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
-        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+        return partial(RepeatFactorTrainingSampler, factors)
     raise UserError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be TrainingSampler or "
         "RepeatFactorTrainingSampler"
@@ -167,7 +172,7 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
     Raises:
         UserError: if the batch does not divide over the processes, or for an unknown sampler.
     """
-    batch_size = _images_per_batch(cfg)
+    batch_size = images_per_pass(cfg, comm.get_world_size())
     shapes = [(d["width"], d["height"]) for d in dicts]
     make_sampler = _sampler_maker(cfg, dicts)
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING

@@ -170,19 +170,28 @@ class Trainer(SimpleTrainer):
         waiting = not last and self.model is not self.bare_model
         with self.model.no_sync() if waiting else contextlib.nullcontext():
             with autocast(self.cfg):
-                losses = self.model(batch)
+                losses = self._losses(batch)
                 total = sum(losses.values()) / self.accumulate
             self._check_finite(total, losses, batch)
             self.scaler.scale(total).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def _losses(self, batch: list[dict]) -> dict[str, Tensor]:
+        try:
+            return self.model(batch)
+        except FloatingPointError as error:  # Detectron2's proposals are made before the loss
+            raise self._not_finite(str(error), batch) from error
+
     def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: list[dict]) -> None:
         if math.isfinite(total.item()):
             return
         values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
+        raise self._not_finite(values, batch)
+
+    def _not_finite(self, what: str, batch: list[dict]) -> UserError:
         images = ", ".join(str(image.get("image_id", image["file_name"])) for image in batch)
-        raise UserError(
-            f"the loss is not finite at iteration {self.iter} ({values}), images {images}: look at "
+        return UserError(
+            f"the loss is not finite at iteration {self.iter} ({what}), images {images}: look at "
             "these images' annotations, lower SOLVER.BASE_LR, or clip gradients "
             "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
         )

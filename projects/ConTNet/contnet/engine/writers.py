@@ -99,7 +99,7 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.orig_argv,
+            "command": [sys.executable, *sys.argv],
             "folder": str(Path.cwd()),
             "host": platform.node(),
             "git_commit": _git_commit(),

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 
 from contnet.data.checks import check_datasets
+from contnet.data.stream import images_per_pass
 from contnet.errors import UserError
 
 __all__ = ["check_run"]
@@ -70,6 +71,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     datasets = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     if not datasets:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+    if not args.eval_only:
+        processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+        images_per_pass(cfg, processes)
     check_datasets(datasets)
     _check_output(cfg, args)
     _check_weights(cfg, args)

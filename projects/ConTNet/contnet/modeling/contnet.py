@@ -46,7 +46,9 @@ def relative_index(patch_size: int) -> Tensor:
 
 def _is_multiple(size: int, of: int) -> bool:
     """Whether ``size % of == 0``; where torch.export has free sizes, whether that is certain."""
-    return statically_known_true(size % of == 0)
+    fits = size % of == 0
+    # jit.trace has sizes as tensors.
+    return bool(fits) if isinstance(fits, Tensor) else statically_known_true(fits)
 
 
 def _partition(x: Tensor, patch_size: int) -> Tensor:
@@ -385,7 +387,7 @@ class ConTNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns of the layer groups, in timm's form, for layer-wise decay."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^head", (99999,))]}
+        return {"stem": r"^stem", "blocks": blocks}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,0 +1,200 @@
+"""What is quietened: exactly the warnings that the pinned libraries make, and nothing else."""
+
+import importlib
+import logging
+import re
+import warnings
+
+import pytest
+import torch
+from detectron2.engine import TrainerBase, create_ddp_model
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+from torch import nn
+from torch.distributed import HashStore
+
+from contnet.compat import KNOWN_WARNINGS, quiet_known_noise
+from contnet.errors import UserError
+
+# --- each warning, made where it comes from ------------------------------------------------------
+
+
+def script_losses(monkeypatch):
+    """Import fvcore's losses, which Detectron2 does."""
+    importlib.reload(importlib.import_module("fvcore.nn.focal_loss"))
+
+
+def make_anchors(monkeypatch):
+    """The anchor generator's grid; PyTorch makes this warning once in a process, unless told."""
+    torch.set_warn_always(True)
+    try:
+        _create_grid_offsets([2, 2], 4, 0.5, torch.zeros(1))
+    finally:
+        torch.set_warn_always(False)
+
+
+def distribute(monkeypatch):
+    """Detectron2's way to a distributed model on the CPU."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    try:
+        create_ddp_model(nn.Linear(1, 1), broadcast_buffers=False, device_ids=None)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def skip_first_step(monkeypatch):
+    """A loss scaler that finds its scale too high at the first step."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum() * 1e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.item() == 1
+    scheduler.step()
+
+
+SOURCES = {
+    "torch.jit.script": script_losses,
+    "torch.meshgrid": make_anchors,
+    "broadcast_buffers": distribute,
+    "lr_scheduler": skip_first_step,
+}
+
+
+def source_of(message):
+    """The function that makes the warning with this pattern."""
+    (found,) = (make for name, make in SOURCES.items() if name in message.replace("\\", ""))
+    return found
+
+
+def caught(make, monkeypatch, quiet):
+    """Warnings that ``make`` lets through, as (category, message)."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        if quiet:
+            quiet_known_noise()
+        make(monkeypatch)
+    return [(w.category, str(w.message)) for w in record]
+
+
+def fits(found, category, message):
+    """Whether a pattern of the table matches as the filters match."""
+    return issubclass(found[0], category) and re.match(message, found[1], re.IGNORECASE)
+
+
+def named(value):
+    """A readable test id."""
+    return next((name for name in SOURCES if name in str(value).replace("\\", "")), "")
+
+
+def test_every_known_warning_has_its_source_here():
+    assert len(KNOWN_WARNINGS) == len(SOURCES)
+    assert {source_of(message) for _, message, _ in KNOWN_WARNINGS} == set(SOURCES.values())
+
+
+@pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
+def test_the_pinned_libraries_still_make_it(monkeypatch, category, message, origin):
+    found = caught(source_of(message), monkeypatch, quiet=False)
+    assert any(fits(one, category, message) for one in found), f"drop this filter; only {found}"
+
+
+@pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
+def test_it_is_silent(monkeypatch, category, message, origin):
+    found = caught(source_of(message), monkeypatch, quiet=True)
+    assert not any(fits(one, category, message) for one in found)
+
+
+@pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
+def test_another_warning_of_the_same_category_is_not(monkeypatch, category, message, origin):
+    (known, *_) = caught(source_of(message), monkeypatch, quiet=False)
+    others = ["something else", f"torch: {known[1]}", f"{known[1][:20]}?"]
+
+    def make(monkeypatch):
+        for text in others:
+            warnings.warn(text, category, stacklevel=1)
+
+    assert caught(make, monkeypatch, quiet=True) == [(category, text) for text in others]
+
+
+def test_the_same_text_of_another_category_is_not(monkeypatch):
+    message = "`torch.jit.script` is deprecated. Please switch to `torch.compile`"
+
+    def make(monkeypatch):
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
+
+    assert caught(make, monkeypatch, quiet=True) == [(RuntimeWarning, message)]
+
+
+def test_filters_are_not_added_twice():
+    with warnings.catch_warnings():
+        quiet_known_noise()
+        filters = list(warnings.filters)
+        quiet_known_noise()
+        assert warnings.filters == filters
+
+
+# --- a whole run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_shows_no_warning(train_net, tmp_path):
+    """Processes are spawned, so what is quiet in the first one alone would show here."""
+    process = train_net(
+        "--config-file configs/faster_rcnn_contti.yaml --num-gpus 2",
+        *f"SOLVER.MAX_ITER 2 SOLVER.STEPS (1,) OUTPUT_DIR {tmp_path}".split(),
+        *("MODEL.CONTNET.CHECKPOINT", "True", "SOLVER.EMA.ENABLED", "True"),
+    )
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    assert [line for line in output.splitlines() if re.search(r"\w*Warning: ", line)] == []
+
+
+# --- tracebacks of users' mistakes ---------------------------------------------------------------
+
+
+class Failing(TrainerBase):
+    """Detectron2's loop around a step that fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def run_step(self):
+        raise self.error
+
+
+@pytest.fixture
+def loop_records():
+    """What Detectron2's training loop logs, after its filters."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    filters, level = list(loop.filters), loop.level
+    loop.addHandler(handler)
+    loop.setLevel(logging.INFO)
+    yield records
+    loop.removeHandler(handler)
+    loop.filters, loop.level = filters, level
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [(UserError("the loss is not finite"), False), (ValueError("bug"), True)]
+)
+def test_tracebacks_are_shown_for_bugs_only(loop_records, error, shown):
+    with warnings.catch_warnings():
+        quiet_known_noise()
+    with pytest.raises(type(error)):
+        Failing(error).train(0, 1)
+    assert any(record.exc_info for record in loop_records) == shown
+
+
+def test_without_the_filter_a_traceback_is_shown(loop_records):
+    """Fails when Detectron2's loop no longer logs what ends it."""
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.filters = []
+    with pytest.raises(UserError):
+        Failing(UserError("the loss is not finite")).train(0, 1)
+    assert any(record.exc_info for record in loop_records)

@@ -1,0 +1,202 @@
+"""Mistakes of users end in one line that says what to do, before any heavy work."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL
+from detectron2.data import MetadataCatalog
+
+from contnet.launch.main import main
+
+ANNOTATIONS = "coco/annotations/instances_train2017.json"
+LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
+
+
+@pytest.fixture
+def here(coco_root, tmp_path, monkeypatch):
+    """A working folder with the tiny COCO where this process, with Detectron2 imported, looks."""
+    root = tmp_path / MetadataCatalog.get("coco_2017_train").json_file.removesuffix(ANNOTATIONS)
+    root.mkdir(exist_ok=True)
+    (root / "coco").symlink_to(coco_root / "coco")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "")
+    return tmp_path
+
+
+def _error(capsys, *argv: str) -> str:
+    """Runs main with a mistake in ``argv``; its one line."""
+    assert main(list(argv)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["MODEL.CONTNET.VARIENT", "contnet_m"],
+            ["MODEL.CONTNET.VARIENT", "MODEL.CONTNET.VARIANT"],
+        ),
+        (["SOLVER.BASE_LR"], ["SOLVER.BASE_LR"]),
+        (["SOLVER.BASE_LR=0.1"], ["SOLVER.BASE_LR"]),
+        (["MODEL.CONTNET.TAPS", "all"], ["MODEL.CONTNET.TAPS", "stage", "pre"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "many"]),
+        (["MODEL.WEIGHTS", "missing.pth"], ["missing.pth", "not a file"]),
+        (["DATASETS.TRAIN", "('coco_2017_trian',)"], ["coco_2017_trian", "coco_2017_train"]),
+        (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], ["DATASETS.TRAIN"]),
+        (["--num-gpus", "0"], ["--num-gpus"]),
+        (["--num-machines", "2"], ["--dist-url"]),
+        (["--machine-rank", "1"], ["--machine-rank 1"]),
+        (["SOLVER.ACCUMULATE", "3"], ["SOLVER.IMS_PER_BATCH 2", "SOLVER.ACCUMULATE 3"]),
+        (["--num-gpus", "4"], ["SOLVER.IMS_PER_BATCH 2", "choose a multiple of 4"]),
+        (["--resum"], ["--resum"]),
+        (["--eval-only"], ["MODEL.WEIGHTS", "--resume"]),
+        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "cuda or cpu"]),
+        (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run", "choose another"]),
+        (["OUTPUT_DIR", "file"], ["OUTPUT_DIR file", "choose another"]),
+    ],
+)
+def test_wrong_options(here, capsys, options, said):
+    (here / "file").write_text("")
+    line = _error(capsys, "--config-file", LEAF, *SMALL, *options)
+    for part in said:
+        assert part in line
+
+
+def test_no_config_file(here, capsys):
+    assert "--config-file" in _error(capsys)
+    assert "nothing.yaml" in _error(capsys, "--config-file", "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("MODEL: {CONTNET: {VARIENT: x}}", "MODEL.CONTNET.VARIANT"),
+        ("MODEL: !!python/object/apply:os.getcwd []", "bad.yaml"),
+        ("MODEL: [", "bad.yaml"),
+        ("_BASE_: gone.yaml", "gone.yaml"),
+    ],
+)
+def test_wrong_yaml(here, capsys, content, said):
+    (here / "bad.yaml").write_text(content)
+    assert said in _error(capsys, "--config-file", "bad.yaml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_no_gpu(here, capsys):
+    line = _error(capsys, "--config-file", LEAF)
+    assert "MODEL.DEVICE cpu" in line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_gpus_than_there_are(here, capsys):
+    line = _error(capsys, "--config-file", LEAF, "--num-gpus", "99")
+    assert "99" in line
+    assert str(torch.cuda.device_count()) in line
+
+
+@pytest.mark.parametrize("gone", ["annotations/instances_val2017.json", "val2017"])
+def test_missing_data(here, coco_root, capsys, gone):
+    (folder,) = (path for path in here.rglob("coco") if path.is_symlink())
+    folder.unlink()
+    shutil.copytree(coco_root / "coco", folder, copy_function=os.link)
+    (folder / gone).rename(folder / "elsewhere")
+    line = _error(capsys, "--config-file", LEAF, *SMALL)
+    assert "DETECTRON2_DATASETS" in line
+    assert str(folder / gone) in line
+
+
+def test_output_with_checkpoints_is_not_overwritten(here, capsys):
+    (here / "run").mkdir()
+    (here / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    line = _error(capsys, "--config-file", LEAF, *SMALL, "OUTPUT_DIR", "run")
+    assert "--resume" in line
+
+
+def test_partial_torchrun_environment(here, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "WORLD_SIZE" in _error(capsys, "--config-file", LEAF, *SMALL)
+
+
+def test_options_and_overrides_in_any_order():
+    from contnet.launch.arguments import parse_arguments
+
+    args = parse_arguments(
+        ["SEED", "-1", "--resume", "OUTPUT_DIR", "x", "--config-file", "c.yaml", "A.B", "(1,)"]
+    )
+    assert args.resume
+    assert args.config_file == "c.yaml"
+    assert args.opts == ["SEED", "-1", "OUTPUT_DIR", "x", "A.B", "(1,)"]
+
+
+def _run(datasets, *options: str) -> tuple[int, str]:
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", LEAF, *SMALL]
+    done = subprocess.run(
+        [*command, *options],
+        env={**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stderr + done.stdout
+
+
+@pytest.fixture
+def broken_root(coco_root, tmp_path):
+    """A copy of the tiny COCO whose files may be damaged."""
+    shutil.copytree(coco_root / "coco", tmp_path / "datasets" / "coco")
+    return tmp_path / "datasets"
+
+
+def _train_file(root):
+    return root / "coco" / "annotations" / "instances_train2017.json"
+
+
+def _drop_image(root):
+    next((root / "coco" / "val2017").iterdir()).unlink()
+
+
+def _cut_json(root):
+    file = _train_file(root)
+    file.write_text(file.read_text()[:-100])
+
+
+def _drop_key(key):
+    def drop(root):
+        content = json.loads(_train_file(root).read_text())
+        del content[key]
+        _train_file(root).write_text(json.dumps(content))
+
+    return drop
+
+
+DAMAGES = {
+    "image": (_drop_image, [], "1 of 4 images are missing"),
+    "cut JSON": (_cut_json, [], "is not valid JSON"),
+    "no images": (_drop_key("images"), [], "gives no image to use"),
+    "no categories": (_drop_key("categories"), [], "has not the form of COCO instances"),
+    "classes": (lambda root: None, ["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "has 80 classes"),
+    "diverging": (lambda root: None, ["SOLVER.BASE_LR", "1e30"], "not finite at iteration 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_found_when_training_starts(broken_root, tmp_path, damage):
+    apply, options, said = DAMAGES[damage]
+    apply(broken_root)
+    status, output = _run(broken_root, "OUTPUT_DIR", str(tmp_path / "run"), *options)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert status == 1
+    assert len(errors) == 1, output[-3000:]
+    assert said in errors[0]
+    assert "Traceback" not in output

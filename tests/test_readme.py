@@ -1,0 +1,345 @@
+"""What README and docs say is checked: commands, Python, links, names, keys, counts."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from contnet import demo
+from contnet.config import load_config
+from contnet.launch.arguments import parse_arguments
+
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+README = REPOSITORY / "README.md"
+PACKAGE = REPOSITORY / "projects" / "ConTNet"
+# Besides python, torchrun and make, which are looked into.
+KNOWN_PROGRAMS = {".", "cd", "export", "git", "pip", "sh"}
+TORCHRUN_OPTIONS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
+
+
+@dataclass
+class Block:
+    """A code block: its language ("" where it is indented), its text, its first line's number."""
+
+    language: str
+    text: str
+    line: int
+
+
+def find_blocks(markdown: str) -> list[Block]:
+    """Fenced and indented code blocks of a page."""
+    blocks, lines, start, language = [], [], 0, None
+    before = ""
+    for number, line in enumerate(markdown.splitlines(), 1):
+        if line.startswith("```"):
+            if language is None:
+                language, lines, start = line[3:].strip(), [], number + 1
+            else:
+                blocks.append(Block(language, "\n".join(lines), start))
+                language = None
+        elif language is not None:
+            lines.append(line)
+        elif line.startswith("    ") and (not before.strip() or before.startswith("    ")):
+            if not before.strip():
+                blocks.append(Block("", line[4:], number))
+            else:
+                blocks[-1].text += "\n" + line[4:]
+        before = line
+    assert language is None, "a fence is not closed"
+    return blocks
+
+
+def read_commands(text: str) -> list[list[str]]:
+    """The commands of a shell block as words, without assignments before them."""
+    commands, pending = [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        pending += line
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:  # a quote is open
+            pending += "\n"
+            continue
+        pending = ""
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words.pop(0)
+        if words:
+            commands.append(words)
+    assert not pending, f"a quote is not closed: {pending}"
+    return commands
+
+
+def is_shell(block: Block) -> bool:
+    return block.language in ("bash", "sh") or (
+        not block.language and bool(re.match(r"(python|torchrun|make|pip|sh|git) ", block.text))
+    )
+
+
+def every_command() -> list:
+    found = []
+    for page in PAGES:
+        for block in filter(is_shell, find_blocks(page.read_text())):
+            for words in read_commands(block.text):
+                name = f"{page.name}:{block.line} {' '.join(words)[:40]}".splitlines()[0]
+                found.append(pytest.param(words, id=name))
+    return found
+
+
+def check_overrides(config_file: str, opts: list[str]) -> None:
+    """The config exists and every KEY VALUE is legal in it."""
+    load_config(str(REPOSITORY / config_file), opts)
+
+
+def check_train_net(arguments: list[str]) -> None:
+    args = parse_arguments(arguments)
+    check_overrides(args.config_file, args.opts)
+
+
+def check_demo(arguments: list[str], monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(demo, "run_demo", lambda *given: seen.append(given) or (100.0, Path("x")))
+    assert demo.main(arguments) == 0
+    config_file, _, opts = seen[0]
+    check_overrides(str(config_file), list(opts))
+
+
+def check_make(arguments: list[str]) -> None:
+    text = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
+    variables = set(re.findall(r"^(\w+) *[?:]?=", text, re.MULTILINE))
+    for word in arguments:
+        variable, equals, _ = word.partition("=")
+        if equals:
+            assert variable in variables, f"the Makefile has no variable {variable}"
+        else:
+            assert word in targets, f"the Makefile has no target {word}"
+
+
+def check_command(words: list[str], monkeypatch) -> None:
+    """Raises unless this project understands the command."""
+    program, *arguments = words
+    if program == "torchrun":
+        script = arguments.index("train_net.py")
+        assert set(arguments[:script:2]) <= TORCHRUN_OPTIONS
+        program, arguments = "python", arguments[script:]
+    if program == "make":
+        check_make(arguments)
+    elif program in ("python", "python3"):
+        if arguments[0] == "train_net.py":
+            check_train_net(arguments[1:])
+        elif arguments[0] == "tools/demo.py":
+            check_demo(arguments[1:], monkeypatch)
+        else:
+            assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
+            compile(arguments[1], "command", "exec")
+    else:
+        assert program in KNOWN_PROGRAMS, f"nothing is known about {program}"
+        for path in arguments:
+            if re.fullmatch(r"(requirements|tools)/[\w./-]+", path):
+                assert (REPOSITORY / path).is_file(), path
+
+
+@pytest.mark.parametrize("words", every_command())
+def test_commands_are_legal(words, monkeypatch):
+    check_command(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train_net.py --config-file configs/faster_rcnn_contm.yaml --num-gpu 8",
+        "python train_net.py --config-file configs/faster_rcnn_contx.yaml",
+        "python train_net.py --config-file configs/faster_rcnn_contm.yaml SOLVER.BASE_RATE 1",
+        "python train_net.py --config-file configs/faster_rcnn_contm.yaml SOLVER.MAX_ITER 0",
+        "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
+        "python tools/demo.py MODEL.CONTNET.TAPS all",
+        "python train.py",
+        "make tests",
+        "make setup VENW=here",
+        "detectron2 train",
+        "pip install -r requirements/none.txt",
+    ],
+)
+def test_wrong_commands_are_found(line, monkeypatch):
+    (words,) = read_commands(line)
+    with pytest.raises((Exception, SystemExit)):
+        check_command(words, monkeypatch)
+
+
+def test_blocks_and_commands_are_read_whole():
+    page = "a\n\n    make x\n    make y\n\nb\n\n```bash\nA=1 make \\\n  z\npython -c '\n1'\n```\n"
+    blocks = find_blocks(page)
+    assert [block.text for block in blocks if is_shell(block)] == [
+        "make x\nmake y",
+        "A=1 make \\\n  z\npython -c '\n1'",
+    ]
+    assert read_commands(blocks[1].text) == [["make", "z"], ["python", "-c", "\n1"]]
+
+
+def test_readme_begins_with_the_two_commands():
+    first = next(filter(is_shell, find_blocks(README.read_text())))
+    assert read_commands(first.text) == [["make", "demo"], ["make", "test"]]
+
+
+# --- Python in the pages -------------------------------------------------------------------------
+
+
+def python_pages() -> list:
+    pages = [p for p in PAGES if any(b.language == "python" for b in find_blocks(p.read_text()))]
+    assert README in pages
+    slow = {"network.md": pytest.mark.slow}
+    return [pytest.param(p, id=p.name, marks=slow.get(p.name, ())) for p in pages]
+
+
+@pytest.mark.parametrize("page", python_pages())
+def test_python_runs(page, tmp_path, monkeypatch):
+    """A page's blocks run one after the other, each in the names of those before."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for block in find_blocks(page.read_text()):
+        if block.language == "python":
+            text = "\n" * (block.line - 1) + block.text
+            exec(compile(text, str(page), "exec"), names)
+
+
+def table_of_sizes() -> dict[str, tuple[str, ...]]:
+    """Counted columns of README's table: parameters, FLOPs, attention."""
+    rows = re.findall(r"^\| ConT-(\w+) \|(.*)\|$", README.read_text(), re.MULTILINE)
+    cells = {name.lower(): [cell.strip() for cell in row.split("|")] for name, row in rows}
+    return {f"contnet_{name}": (row[1], row[3], row[4]) for name, row in cells.items()}
+
+
+def test_counting_command_gives_the_table():
+    blocks = filter(is_shell, find_blocks(README.read_text()))
+    (command,) = [w for block in blocks for w in read_commands(block.text) if w[1:2] == ["-c"]]
+    done = subprocess.run(
+        [sys.executable, *command[1:]], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"(\w+): ([\d.]+) M, ([\d.]+) G, attention ([\d.]+) G", done.stdout)
+    assert {name: tuple(numbers) for name, *numbers in printed} == table_of_sizes()
+    assert len(printed) == 4
+
+
+# --- links, files, names, keys -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    local = [t.partition("#")[0] for t in targets if "://" not in t and not t.startswith("#")]
+    missing = [t for t in local if not (page.parent / t).exists()]
+    assert not missing
+
+
+def mentioned_files(text: str) -> set[str]:
+    return set(re.findall(r"`([\w./-]+\.(?:py|md|sh|txt|cfg|toml))`", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_mentioned_files_exist(page):
+    made_by_runs = {"log.txt"}
+    elsewhere = {"convert-torchvision-to-d2.py"}
+    names = mentioned_files(page.read_text()) - made_by_runs - elsewhere
+    roots = (REPOSITORY, PACKAGE, page.parent, REPOSITORY / "configs")
+    assert not [name for name in names if not any((root / name).is_file() for root in roots)]
+
+
+def resolve(name: str) -> object:
+    """The object that a name with dots stands for."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_of_the_package_exist(page):
+    names = set(re.findall(r"(?<![\w./-])contnet(?:\.[A-Za-z_]\w*)+", page.read_text()))
+    for name in names - {"contnet.egg"}:
+        resolve(name)
+
+
+def test_wrong_names_are_found():
+    with pytest.raises(AttributeError):
+        resolve("contnet.create_modell")
+    with pytest.raises(AttributeError):
+        resolve("contnet.config.load")
+
+
+def unknown_keys(text: str) -> list[str]:
+    """Config keys in a text that the config has not."""
+    unknown = []
+    for key in sorted(set(re.findall(r"\b[A-Z][A-Z_]+(?:\.[A-Z][A-Z_0-9]*)+\b", text))):
+        node = load_config(str(REPOSITORY / "configs" / "faster_rcnn_contm.yaml"))
+        for part in key.split("."):
+            if not hasattr(node, part):
+                unknown.append(key)
+                break
+            node = getattr(node, part)
+    return unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_keys_exist(page):
+    assert unknown_keys(page.read_text()) == []
+
+
+def test_wrong_keys_are_found():
+    text = "`SOLVER.BASE_LR`, `MODEL.CONTNET.TAP`, SOLVER.EMA.DECAY.X and MODEL.CONTNET"
+    assert unknown_keys(text) == ["MODEL.CONTNET.TAP", "SOLVER.EMA.DECAY.X"]
+
+
+def test_every_key_for_the_network_is_in_the_docs():
+    text = "".join(page.read_text() for page in PAGES)
+    node = load_config(str(REPOSITORY / "configs" / "faster_rcnn_contm.yaml")).MODEL.CONTNET
+    assert [key for key in node if f"MODEL.CONTNET.{key}" not in text] == []
+
+
+def test_every_recipe_is_in_the_model_zoo():
+    text = (REPOSITORY / "MODEL_ZOO.md").read_text()
+    leaves = [path.name for path in (REPOSITORY / "configs").glob("*_*_*.yaml")]
+    assert leaves
+    assert [name for name in leaves if f"(configs/{name})" not in text] == []
+
+
+def test_model_zoo_counts_as_the_configs_page():
+    row = re.compile(r"^\|[^|]+\| ([\w-]+) \| \S+ / (\S+) \| \S+ / (\S+) \|", re.MULTILINE)
+    zoo = {name: counts for name, *counts in row.findall((REPOSITORY / "MODEL_ZOO.md").read_text())}
+    row = re.compile(r"^\| (\S+) \| \S* ?\| (\d+\.\d\d) \| \S* ?\| (\d+\.\d\d) \|$", re.MULTILINE)
+    page = (REPOSITORY / "docs" / "configs.md").read_text()
+    assert len(zoo) == 5
+    assert zoo == {name: counts for name, *counts in row.findall(page)}
+
+
+# --- one command for real ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_short_try_on_the_cpu_works(train_net, tmp_path):
+    blocks = filter(is_shell, find_blocks(README.read_text()))
+    commands = [words for block in blocks for words in read_commands(block.text)]
+    (words,) = [w for w in commands if w[:2] == ["python", "train_net.py"] and "./output/try" in w]
+    process = train_net(" ".join(words[2:]), "OUTPUT_DIR", str(tmp_path))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    assert "MODEL.WEIGHTS is empty" in output
+    checkpoint = torch.load(tmp_path / "model_final.pth")
+    assert checkpoint["trainer"]["iteration"] == 19
+    left = {path.name for path in tmp_path.iterdir()}
+    training = (REPOSITORY / "docs" / "training.md").read_text()
+    table = re.findall(r"^\| `([\w.]+)/?` \|", training, re.MULTILINE)
+    assert {"log.txt", "config.yaml", "metrics.json", "last_checkpoint"} <= set(table)
+    assert set(table) <= left

@@ -1,0 +1,123 @@
+"""A run that is killed and resumed equals one that was not, to the bit, with real processes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+ITERATIONS = 10
+LEAF = "--config-file configs/faster_rcnn_contti.yaml"
+
+SETTINGS = {
+    "one process": ("--num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
+    "two processes": ("--num-gpus 2", ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"]),
+    "everything": (
+        "--num-gpus 1",
+        """SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.9 SOLVER.ACCUMULATE 2 SOLVER.AMP.ENABLED True
+        SOLVER.AMP.DTYPE bfloat16 SOLVER.OPTIMIZER AdamW SOLVER.BASE_LR 0.0001
+        MODEL.CONTNET.DROP_PATH_RATE 0.2 MODEL.CONTNET.DROP_RATE 0.1 DATALOADER.NUM_WORKERS 1
+        SOLVER.LR_SCHEDULER_NAME WarmupCosineLR""".split(),
+    ),
+}
+
+
+def _options(folder: Path, more: list[str]) -> list[str]:
+    own = f"""SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 3
+    TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder}""".split()
+    return [*own, *more]
+
+
+def _finish(process, timeout: float = 400) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> None:
+    """SIGKILL to the whole run once ``checkpoint`` is there and metrics have passed ``iteration``."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"ended before it could be killed: {process.stdout.read()[-3000:]}")
+        lines = further.read_text().splitlines() if further.exists() else []
+        if checkpoint.exists() and lines and json.loads(lines[-1])["iteration"] >= iteration:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.02)
+    pytest.fail("the run made no progress")
+
+
+def _metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_killed_and_resumed_equals_uncut(train_net, tmp_path, setting):
+    launch, more = SETTINGS[setting]
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    _finish(train_net(f"{LEAF} {launch}", *_options(uncut, more)))
+
+    # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
+    first = train_net(f"{LEAF} {launch}", *_options(cut, more))
+    _kill_after(first, cut / "model_0000005.pth", cut / "metrics.json", 7)
+    assert (cut / "last_checkpoint").read_text() in ("model_0000005.pth", "model_0000008.pth")
+    _finish(train_net(f"{LEAF} {launch} --resume", *_options(cut, more)))
+
+    expected, found = _metrics(uncut), _metrics(cut)
+    assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
+    # As text, where not-a-number equals itself.
+    assert list(map(repr, found)) == list(map(repr, expected))
+    assert any("bbox/AP" in line for line in expected)
+    weights = [torch.load(folder / "model_final.pth") for folder in (uncut, cut)]
+    assert _same(*weights)
+
+
+@pytest.mark.slow
+def test_other_number_of_processes_keeps_the_count_of_images(train_net, tmp_path):
+    options = _options(tmp_path, ["SOLVER.IMS_PER_BATCH", "4"])
+    first = train_net(f"{LEAF} --num-gpus 2", *options)
+    _kill_after(first, tmp_path / "model_0000005.pth", tmp_path / "metrics.json", 5)
+    resumed_at = int((tmp_path / "last_checkpoint").read_text()[6:13]) + 1
+    output = _finish(train_net(f"{LEAF} --num-gpus 1 --resume", *options))
+    assert f"Resuming after {4 * resumed_at} images" in output
+    assert "order is no longer" in output
+    assert _metrics(tmp_path)[-1]["images_seen"] == 4 * ITERATIONS
+
+
+@pytest.mark.slow
+def test_other_number_of_workers_changes_nothing(train_net, tmp_path):
+    for workers in ("0", "2"):
+        options = _options(tmp_path / workers, ["DATALOADER.NUM_WORKERS", workers])
+        _finish(train_net(LEAF, *options))
+    assert list(map(repr, _metrics(tmp_path / "0"))) == list(map(repr, _metrics(tmp_path / "2")))
+
+
+@pytest.mark.slow
+def test_cut_line_in_metrics_is_dropped(train_net, tmp_path):
+    options = _options(tmp_path, [])
+    first = train_net(LEAF, *options)
+    _kill_after(first, tmp_path / "model_0000002.pth", tmp_path / "metrics.json", 3)
+    with open(tmp_path / "metrics.json", "a") as file:
+        file.write('{"iteration": 5, "total_lo')
+    _finish(train_net(f"{LEAF} --resume", *options))
+    iterations = [line["iteration"] for line in _metrics(tmp_path)]
+    assert iterations == sorted(set(iterations))
+    assert iterations[-1] == ITERATIONS - 1

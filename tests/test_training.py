@@ -1,0 +1,393 @@
+"""Real training runs: what they leave behind, how they go on, and what one step computes."""
+
+import json
+import logging
+import math
+import pickle
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, SMALL
+from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.utils.logger import setup_logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
+
+from contnet.config import load_config
+from contnet.engine.trainer import Trainer
+from contnet.launch.arguments import parse_arguments
+from contnet.launch.main import main, run
+
+LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
+ANNOTATIONS = "coco/annotations/instances_train2017.json"
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+
+
+def words(text):
+    """Keys and values of a text."""
+    return text.split()
+
+
+# So many boxes of an untrained detector that its AP is above 0, and tells weights apart.
+MANY_BOXES = words("""MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.DETECTIONS_PER_IMAGE 3000
+MODEL.RPN.PRE_NMS_TOPK_TEST 300 MODEL.RPN.POST_NMS_TOPK_TEST 200""")
+EMA = words("SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5")
+PERIODS = words("LOG_PERIOD 1 SOLVER.CHECKPOINT_PERIOD 1 SOLVER.CHECKPOINTS_KEPT 2")
+
+
+@META_ARCH_REGISTRY.register()
+class AveragingToy(nn.Module):
+    """A loss that is the mean over images, each on its own: batches cannot matter."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.seen = []
+
+    def forward(self, batch):
+        images = [F.interpolate(x["image"][None] / 255, (32, 32)) for x in batch]
+        features = self.backbone(torch.cat(images))["res5"]
+        self.seen.append(([x["image_id"] for x in batch], features.dtype))
+        return {
+            "loss_mean": features.float().mean(),
+            "loss_square": features.float().square().mean(),
+        }
+
+
+@pytest.fixture(autouse=True)
+def data_here(coco_root, tmp_path, monkeypatch):
+    """The tiny COCO where this process, which has imported Detectron2, looks for it."""
+    root = MetadataCatalog.get("coco_2017_train").json_file.removesuffix(ANNOTATIONS)
+    (tmp_path / root).mkdir(exist_ok=True)
+    (tmp_path / root / "coco").symlink_to(coco_root / "coco")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def own_loggers():
+    """Takes away the log handlers that a run in this process adds."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "contnet")]
+    before = [(list(each.handlers), each.propagate) for each in loggers]
+    yield
+    setup_logger.cache_clear()
+    for each, (handlers, propagate) in zip(loggers, before, strict=True):
+        each.handlers, each.propagate = handlers, propagate
+
+
+def arguments(folder, *options):
+    """A command line for a small run in a folder."""
+    return ["--config-file", LEAF, *SMALL, *PERIODS, "OUTPUT_DIR", str(folder), *options]
+
+
+def metrics_of(folder):
+    """Lines of metrics.json without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def starts_of(folder):
+    """The starts that run.json records."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def checkpoints_of(folder):
+    """Names of checkpoints, and of anything that was left half written."""
+    return sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".tmp"))
+
+
+def finish(process):
+    """Output of a run that must succeed."""
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def averaged(train_net, tmp_path_factory):
+    """Folder and output of a whole run by train_net.py, with averaged weights, without a seed."""
+    folder = tmp_path_factory.mktemp("averaged")
+    options = f"SOLVER.MAX_ITER 5 SEED -1 OUTPUT_DIR {folder}".split()
+    process = train_net(f"--config-file {LEAF}", *options, *PERIODS, *EMA, *MANY_BOXES)
+    return folder, finish(process)
+
+
+# --- what a run leaves behind --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_metrics_are_written_to_json_and_tensorboard(averaged):
+    folder, _ = averaged
+    lines = metrics_of(folder)
+    assert [line["iteration"] for line in lines] == list(range(5))
+    assert [line["images_seen"] for line in lines] == [2, 4, 6, 8, 10]
+    assert all(math.isfinite(line["total_loss"]) for line in lines)
+    assert lines[-1]["bbox/AP"] > 0
+    (events,) = folder.glob("events.out.tfevents.*")
+    written = EventAccumulator(str(events)).Reload().Scalars("total_loss")
+    assert [e.step for e in written] == list(range(5))
+    assert [e.value for e in written] == pytest.approx([line["total_loss"] for line in lines])
+
+
+@pytest.mark.slow
+def test_config_and_command_are_recorded(averaged):
+    folder, _ = averaged
+    (start,) = starts_of(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["SOLVER"]["MAX_ITER"] == 5
+    assert config["MODEL"]["CONTNET"]["VARIANT"] == "contnet_ti"
+    assert config["SEED"] == start["seed"] >= 0
+    assert str(REPOSITORY / "train_net.py") in start["command"]
+    assert start["command"][-1] == MANY_BOXES[-1]
+    assert start["versions"]["torch"] == str(torch.__version__).partition("+")[0]
+    assert {"python", "detectron2", "torchvision", "timm", "numpy"} <= set(start["versions"])
+    assert (start["device"], start["processes"], start["start_iter"]) == ("cpu", 1, 0)
+    if (REPOSITORY / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", start["git_commit"])
+
+
+@pytest.mark.slow
+def test_recorded_config_starts_the_same_run(averaged):
+    folder, _ = averaged
+    cfg = load_config(str(folder / "config.yaml"))
+    assert yaml.safe_load(cfg.dump()) == yaml.safe_load((folder / "config.yaml").read_text())
+
+
+@pytest.mark.slow
+def test_checkpoints_are_whole_and_bounded(averaged):
+    folder, _ = averaged
+    kept = ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+    assert checkpoints_of(folder) == kept
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    for i, name in enumerate(kept):
+        assert torch.load(folder / name)["trainer"]["iteration"] == 2 + i
+
+
+@pytest.mark.slow
+def test_progress_is_printed(averaged):
+    _, output = averaged
+    assert re.search(r"eta: \d+:\d\d:\d\d  iter: 2  total_loss: \d", output)
+    assert "MODEL.WEIGHTS is empty: the backbone starts from random weights" in output
+    assert "MODEL.WEIGHTS FILE" in output
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def evaluate(folder, *options):
+    """Metrics of --eval-only by name, as metrics.json has them."""
+    args = parse_arguments(["--eval-only", *arguments(folder, *MANY_BOXES, *options)])
+    return {f"bbox/{name}": value for name, value in run(args)["bbox"].items()}
+
+
+def assert_last_metrics(folder, found):
+    """The very numbers that the training in a folder ended with."""
+    last = metrics_of(folder)[-1]
+    assert found.keys() == {name for name in last if name.startswith("bbox/")}
+    assert {name: repr(last[name]) for name in found} == {k: repr(v) for k, v in found.items()}
+    assert last["bbox/AP"] > 0
+
+
+@pytest.mark.slow
+def test_eval_only_gives_the_metrics_of_training_with_averaged_weights(averaged, tmp_path):
+    folder, output = averaged
+    weights = str(folder / "model_final.pth")
+    found = evaluate(tmp_path / "eval", "MODEL.WEIGHTS", weights, *EMA)
+    assert_last_metrics(folder, found)
+    printed = ",".join(f"{found[f'bbox/{name}']:.4f}" for name in ("AP", "AP50", "AP75"))
+    assert f"copypaste: {printed}" in output
+    # The weights that are not averaged give others, so the numbers tell them apart.
+    plain = evaluate(tmp_path / "eval", "MODEL.WEIGHTS", weights)
+    assert plain["bbox/AP"] != found["bbox/AP"]
+
+
+@pytest.mark.slow
+def test_eval_only_gives_the_metrics_of_training(tmp_path):
+    folder = tmp_path / "run"
+    assert main(arguments(folder, *MANY_BOXES, "SOLVER.MAX_ITER", "2")) == 0
+    weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
+    assert_last_metrics(folder, evaluate(tmp_path / "eval", *weights))
+    assert_last_metrics(folder, evaluate(folder, "--resume"))
+
+
+@pytest.mark.slow
+def test_eval_only_needs_averaged_weights_where_they_are_asked_for(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(arguments(folder, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")) == 0
+    capsys.readouterr()
+    weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
+    with pytest.raises(SystemExit):
+        main(["--eval-only", *arguments(tmp_path / "eval", *EMA, *weights)])
+    assert "SOLVER.EMA.ENABLED False" in capsys.readouterr().err
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_resume_is_recorded_and_keeps_checkpoints_bounded(averaged, tmp_path):
+    folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
+    (folder / "model_0000009.pth.tmp").write_text("half")
+    more = ["SOLVER.MAX_ITER", "8", "DATASETS.TEST", "()"]
+    assert main(["--resume", *arguments(folder, *EMA, *more)]) == 0
+    first, second = starts_of(folder)
+    assert (first["start_iter"], second["start_iter"]) == (0, 5)
+    assert second["seed"] == first["seed"]
+    assert [line["iteration"] for line in metrics_of(folder)] == list(range(8))
+    kept = ["model_0000005.pth", "model_0000006.pth", "model_final.pth"]
+    assert checkpoints_of(folder) == kept
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert torch.load(folder / "model_final.pth")["trainer"]["iteration"] == 7
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so(averaged, tmp_path):
+    folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
+    before = {p.name: p.read_bytes() for p in folder.glob("*.*") if p.suffix in (".pth", ".json")}
+    assert main(["--resume", *arguments(folder, *EMA, "SOLVER.MAX_ITER", "5")]) == 0
+    assert "Training has finished: 5 of 5 iterations" in (folder / "log.txt").read_text()
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
+def test_resume_without_a_checkpoint_says_where_it_starts(tmp_path):
+    folder = tmp_path / "run"
+    more = ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
+    assert main(["--resume", *arguments(folder, *more)]) == 0
+    log = (folder / "log.txt").read_text()
+    assert f"no checkpoint in {folder}: starting from MODEL.WEIGHTS (empty)" in log
+    assert checkpoints_of(folder) == ["model_final.pth"]
+
+
+@pytest.mark.slow
+def test_torchrun_equals_our_launcher(train_net, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
+    more = [*PERIODS, *MANY_BOXES, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR"]
+    here, there = str(tmp_path / "ours"), str(tmp_path / "torchrun")
+    finish(train_net(f"--config-file {LEAF} --num-gpus 2", *more, here))
+    finish(train_net(f"--config-file {LEAF}", *more, there, launcher=torchrun))
+    ours, theirs = metrics_of(tmp_path / "ours"), metrics_of(tmp_path / "torchrun")
+    assert len(ours) == 2
+    assert ours[-1]["bbox/AP"] > 0
+    assert list(map(repr, ours)) == list(map(repr, theirs))
+    for folder in ("ours", "torchrun"):
+        (start,) = starts_of(tmp_path / folder)
+        assert start["processes"] == 2
+        assert str(REPOSITORY / "train_net.py") in start["command"]
+    assert starts_of(tmp_path / "ours")[0]["command"][-1] == here
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def trainer_of(folder, *options):
+    """A trainer of the toy, without evaluation."""
+    toy = words("MODEL.META_ARCHITECTURE AveragingToy MODEL.BACKBONE.NAME build_contnet_backbone")
+    more = [*words("DATASETS.TEST () SOLVER.MAX_ITER 1 OUTPUT_DIR"), str(folder)]
+    cfg = load_config(LEAF, [*SMALL, *toy, *more, *options])
+    torch.manual_seed(1)
+    return Trainer(cfg, seed=4)
+
+
+def train(trainer):
+    """Runs the loop; returns the last unsmoothed total loss."""
+    trainer.train(0, trainer.max_iter)
+    return trainer.storage.history("total_loss").latest()
+
+
+def test_two_accumulated_batches_equal_the_joined_batch(tmp_path):
+    options = words("SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 SOLVER.BASE_LR 0.1")
+    options += words("DATALOADER.ASPECT_RATIO_GROUPING False SOLVER.ACCUMULATE")
+    joined, parts = (trainer_of(tmp_path, *options, str(n)) for n in (1, 2))
+    start = {k: v.clone() for k, v in joined.bare_model.state_dict().items()}
+    losses = train(joined), train(parts)
+    (together,), two = ([ids for ids, _ in t.bare_model.seen] for t in (joined, parts))
+    assert [len(ids) for ids in two] == [2, 2]
+    assert together == two[0] + two[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    ours = parts.bare_model.state_dict()
+    for name, value in joined.bare_model.state_dict().items():
+        step = (value - start[name]).abs().max().item()
+        assert (ours[name] - value).abs().max() <= 1e-3 * step + 1e-7, name
+    assert any(not torch.equal(value, start[name]) for name, value in ours.items())
+
+
+class Averaging(HookBase):
+    """The formula of the moving average, beside the trainer's own."""
+
+    def __init__(self, decay):
+        self.decay = decay
+
+    def before_train(self):
+        self.mean = {k: v.clone() for k, v in self.trainer.bare_model.state_dict().items()}
+
+    def after_step(self):
+        for name, value in self.trainer.bare_model.state_dict().items():
+            self.mean[name] = self.decay * self.mean[name] + (1 - self.decay) * value
+
+
+def test_averaged_weights_follow_the_formula(tmp_path):
+    options = words("SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.9 SOLVER.BASE_LR 0.1")
+    trainer = trainer_of(tmp_path, *options, "SOLVER.MAX_ITER", "3")
+    expected = Averaging(0.9)
+    trainer.register_hooks([expected])
+    train(trainer)
+    found = trainer.average.module.state_dict()
+    assert found.keys() == expected.mean.keys()
+    moved = False
+    for name, value in trainer.bare_model.state_dict().items():
+        torch.testing.assert_close(found[name], expected.mean[name], rtol=1e-5, atol=1e-6)
+        moved |= not torch.equal(found[name], value)
+    assert moved
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision_on_the_cpu(tmp_path, dtype):
+    options = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", "8"]
+    trainer = trainer_of(tmp_path, *options)
+    before = {k: v.clone() for k, v in trainer.bare_model.state_dict().items()}
+    loss = train(trainer)
+    exact = train(trainer_of(tmp_path, "SOLVER.MAX_ITER", "8"))
+    assert loss == pytest.approx(exact, rel=0.1)
+    after = trainer.bare_model.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    assert trainer.bare_model.seen[0][1] == getattr(torch, dtype)
+    assert {p.dtype for p in trainer.bare_model.parameters()} == {torch.float32}
+    assert bool(trainer.state_dict()["grad_scaler"]) == (dtype == "float16")
+
+
+def test_spawned_workers_can_have_the_data(tmp_path):
+    """Under Detectron2's launcher a loader's workers are spawned: all they get is pickled."""
+    trainer = trainer_of(tmp_path)
+    there = pickle.loads(pickle.dumps(trainer.data_loader.dataset))
+    here = trainer.data_loader.dataset
+    assert torch.equal(there[3, 1]["image"], here[3, 1]["image"])
+    assert next(iter(there.stream)) == next(iter(here.stream))
+
+
+def test_loss_normalizer_is_saved_and_restored(tmp_path):
+    options = words(
+        "MODEL.META_ARCHITECTURE RetinaNet MODEL.BACKBONE.NAME build_retinanet_contnet_fpn_backbone"
+    )
+    options += ["MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"]
+    trainer = trainer_of(tmp_path, *options)
+    train(trainer)
+    moved = trainer.bare_model.loss_normalizer
+    assert moved != 100  # what it starts from
+    trainer.checkpointer.save("model_0000000")
+    other = trainer_of(tmp_path, *options)
+    assert not hasattr(other.bare_model, "loss_normalizer")
+    other.load(resume=True)
+    assert other.bare_model.loss_normalizer == moved

@@ -1,0 +1,406 @@
+"""Weights that fit wholly or not at all, files that are no checkpoints, and atomic saving."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, SMALL
+from detectron2.modeling import build_model
+from oracle import make_oracle
+
+import contnet
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.config import load_config
+from contnet.errors import UserError
+from contnet.modeling.backbone import backbone_prefix
+
+CONTNET = "faster_rcnn_contti.yaml"
+RESNET = "faster_rcnn_r50.yaml"
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def detector(*options, leaf=CONTNET):
+    """A small detector with random weights, and its config."""
+    cfg = load_config(str(REPOSITORY / "configs" / leaf), [*SMALL, *options])
+    return build_model(cfg)
+
+
+@pytest.fixture
+def lines(caplog):
+    """Returns what the checkpointer has said so far."""
+    with caplog.at_level("INFO", logger="fvcore.common.checkpoint"):
+        yield lambda: [record.getMessage() for record in caplog.records]
+
+
+def classifier(variant="contnet_ti", **options):
+    """A classifier of ours in which no tensor is a constant."""
+    theirs = make_oracle(variant, **options)
+    return contnet.convert_state_dict(theirs.state_dict())[0]
+
+
+def saved(tmp_path, content, name="weights.pth"):
+    """A file of the given content."""
+    torch.save(content, tmp_path / name)
+    return str(tmp_path / name)
+
+
+def load(model, file, **options):
+    """Loads the backbone as training does."""
+    Checkpointer(model, **options).load_backbone(file)
+
+
+def backbone_of(model):
+    """Tensors of the bottom-up network by its own names."""
+    prefix = backbone_prefix(model)
+    state = model.state_dict()
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def assert_backbone(model, expected):
+    """Every tensor is bit-equal to the expected one, and was not so by chance."""
+    found = backbone_of(model)
+    names = {name for name in expected if not name.startswith("head.")}
+    counts = {name for name in names if name.endswith("num_batches_tracked")}
+    assert set(found) in (names, names - counts)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def all_of(model):
+    """The line that says that nothing is missing."""
+    tensors = [n for n in backbone_of(model) if not n.endswith("num_batches_tracked")]
+    return f"{len(tensors)} of the {len(tensors)} tensors of the backbone came from the file"
+
+
+# --- what fits -----------------------------------------------------------------------------------
+
+VARIANTS = {
+    "FrozenBN": ((), {}),
+    "BN": (("MODEL.CONTNET.NORM", "BN"), {}),
+    "frozen stages": (("MODEL.CONTNET.NORM", "BN", "MODEL.CONTNET.FREEZE_AT", "2"), {}),
+    "relative": (("MODEL.CONTNET.RELATIVE", "True"), {"relative": True}),
+}
+
+
+@pytest.mark.parametrize("setting", VARIANTS)
+def test_our_classifier_gives_every_tensor_of_the_backbone(tmp_path, lines, setting):
+    options, network = VARIANTS[setting]
+    model, state = detector(*options), classifier(**network)
+    load(model, saved(tmp_path, state))
+    assert_backbone(model, state)
+    assert all_of(model) in lines()
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"model": state}], ids=["bare", "model"])
+def test_create_models_own_state_dict(tmp_path, lines, wrap):
+    network = contnet.create_model("contnet_ti")
+    model = detector()
+    load(model, saved(tmp_path, wrap(network.state_dict())))
+    assert_backbone(model, network.state_dict())
+    assert all_of(model) in lines()
+
+
+def test_the_authors_checkpoint(tmp_path, lines):
+    theirs = make_oracle("contnet_ti", use_avgdown=True, qkv_bias=False).state_dict()
+    module = {f"module.{name}": value for name, value in theirs.items()}
+    content = {"model": module, "epoch": 199, "best_acc1": torch.tensor(77.6), "optimizer": {}}
+    model = detector("MODEL.CONTNET.USE_AVGDOWN", "True", "MODEL.CONTNET.QKV_BIAS", "False")
+    load(model, saved(tmp_path, content))
+    assert_backbone(model, contnet.convert_state_dict(content)[0])
+    assert all_of(model) in lines()
+
+
+@pytest.mark.parametrize("leaf", [CONTNET, RESNET])
+def test_a_detector_of_ours(tmp_path, lines, leaf):
+    source, model = detector(leaf=leaf), detector(leaf=leaf)
+    Checkpointer(source, str(tmp_path)).save("model_final")
+    load(model, str(tmp_path / "model_final.pth"))
+    assert_backbone(model, backbone_of(source))
+    assert all_of(model) in lines()
+
+
+def test_a_detector_for_other_classes_gives_its_backbone(tmp_path, lines):
+    source, model = detector(), detector("MODEL.ROI_HEADS.NUM_CLASSES", "6")
+    Checkpointer(source, str(tmp_path)).save("model_final")
+    load(model, str(tmp_path / "model_final.pth"))
+    assert_backbone(model, backbone_of(source))
+    assert all_of(model) in lines()
+
+
+def test_a_shorter_network_needs_only_its_own_tensors(tmp_path, lines):
+    options = {
+        "MODEL.META_ARCHITECTURE": "RetinaNet",
+        "MODEL.BACKBONE.NAME": "build_contnet_backbone",
+        "MODEL.CONTNET.OUT_FEATURES": "('res3',)",
+        "MODEL.RETINANET.IN_FEATURES": "('res3',)",
+        "MODEL.ANCHOR_GENERATOR.SIZES": "[[32]]",
+    }
+    options = [word for pair in options.items() for word in pair]
+    model, state = detector(*options), classifier()
+    load(model, saved(tmp_path, state))
+    assert all_of(model) in lines()
+    for name, value in backbone_of(model).items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_group_norm_has_no_use_for_running_statistics(tmp_path, lines):
+    """GN has weights and biases of the same names, but the file's means and variances go unused."""
+    model, state = detector("MODEL.CONTNET.NORM", "GN"), classifier()
+    load(model, saved(tmp_path, state))
+    assert all_of(model) in lines()
+    assert_backbone(model, {k: v for k, v in state.items() if not k.endswith(STATISTICS)})
+
+
+def test_a_backbone_of_detectron2s_model_zoo(tmp_path, lines):
+    """Arrays in a pickle, by the network's own names, matched by their endings."""
+    source, model = detector(leaf=RESNET), detector(leaf=RESNET)
+    arrays = {name: value.numpy() for name, value in backbone_of(source).items()}
+    content = {"model": arrays, "__author__": "us", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    load(model, str(tmp_path / "R-50.pkl"))
+    assert_backbone(model, backbone_of(source))
+    assert all_of(model) in lines()
+
+
+# --- what does not -------------------------------------------------------------------------------
+
+
+def without_one(tensors):
+    """A state dict that lacks one tensor."""
+    return {k: v for k, v in tensors.items() if k != "stages.1.0.encoders.0.mlp.fc1.weight"}
+
+
+MISFITS = {
+    "other variant": (lambda: classifier("contnet_s"), CONTNET, "have another shape (backbone."),
+    "relative": (lambda: classifier(relative=True), CONTNET, "row_table"),
+    "no bias": (lambda: classifier(qkv_bias=False), CONTNET, "qkv.bias"),
+    "one missing": (
+        lambda: without_one(classifier()),
+        CONTNET,
+        "; 1 are not in it (backbone.bottom_up.stages.1.0.encoders.0.mlp.fc1.weight)",
+    ),
+    "other network": (lambda: classifier(), RESNET, "0 of the"),
+    "nothing": (lambda: {"a": torch.zeros(1)}, CONTNET, "0 of the 137 tensors"),
+    "no statistics": (
+        lambda: {k: v for k, v in classifier().items() if not k.endswith(STATISTICS)},
+        CONTNET,
+        "8 are not in it (backbone.bottom_up.stages.0.0.norm.running_mean",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_weights_that_do_not_fit_are_an_error_that_names_tensors(tmp_path, misfit):
+    content, leaf, said = MISFITS[misfit]
+    with pytest.raises(UserError) as error:
+        load(detector(leaf=leaf), saved(tmp_path, content()))
+    line = str(error.value)
+    assert said in line
+    assert "backbone.bottom_up." in line
+    assert "MODEL.ALLOW_MISSING_WEIGHTS" in line
+    assert "\n" not in line
+
+
+def test_the_authors_file_of_a_network_that_is_none_of_theirs(tmp_path):
+    content = make_oracle("contnet_ti").state_dict()
+    content = {name: value for name, value in content.items() if "layer4" not in name}
+    with pytest.raises(UserError, match="no ConTNet variant"):
+        load(detector(), saved(tmp_path, content))
+
+
+def test_missing_weights_are_accepted_where_a_key_allows_it(tmp_path, lines):
+    model, state = detector(), without_one(classifier())
+    load(model, saved(tmp_path, state), allow_missing=True)
+    (line,) = [line for line in lines() if "tensors of the backbone" in line]
+    total = len([n for n in backbone_of(model) if not n.endswith("num_batches_tracked")])
+    assert line.startswith(f"{total - 1} of the {total} tensors of the backbone came from the file")
+    assert "stages.1.0.encoders.0.mlp.fc1.weight" in line
+    found = backbone_of(model)
+    assert all(torch.equal(found[name], state[name]) for name in found if name in state)
+
+
+# --- what is no checkpoint -----------------------------------------------------------------------
+
+
+class Code:
+    """Would leave a file behind if it were unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def cut_short(path):
+    whole = saved(path.parent, classifier(), "whole.pth")
+    path.write_bytes(Path(whole).read_bytes()[:100_000])
+
+
+FILES = {
+    "cut short": cut_short,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("These are no weights.\n" * 9),
+    "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
+    "code": lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
+    "bare code": lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))),
+    "list": lambda path: torch.save([torch.zeros(1)], path),
+    "tensor": lambda path: torch.save(torch.zeros(1), path),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize("kind", FILES)
+def test_other_files_are_one_line(tmp_path, kind, suffix):
+    path = tmp_path / f"weights{suffix}"
+    FILES[kind](path)
+    with pytest.raises(UserError) as error:
+        load(detector(), str(path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, {"model": {}}, {}, {"model": {"a": 1}}], ids=str)
+def test_checkpoints_without_weights_are_one_line(tmp_path, content):
+    with pytest.raises(UserError) as error:
+        load(detector(), saved(tmp_path, content))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["MODEL.CONTNET.VARIANT", "contnet_s"],
+        ["MODEL.FPN.OUT_CHANNELS", "16"],
+        ["MODEL.CONTNET.RELATIVE", "True"],
+        ["MODEL.ROI_HEADS.NUM_CLASSES", "3"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_a_checkpoint_of_another_architecture_is_not_resumed(tmp_path, options):
+    checkpointer = Checkpointer(detector(*options), str(tmp_path))
+    checkpointer.save("model_0000001")
+    other = Checkpointer(detector(), str(tmp_path))
+    with pytest.raises(UserError, match="another architecture") as error:
+        other.load_whole(other.get_checkpoint_file(), resume=True)
+    assert "\n" not in str(error.value)
+    # It can go on after that.
+    checkpointer.load_whole(checkpointer.get_checkpoint_file(), resume=True)
+
+
+def test_a_whole_checkpoint_is_not_one_of_a_backbone(tmp_path):
+    file = saved(tmp_path, classifier())
+    with pytest.raises(UserError, match="tensors of the model"):
+        Checkpointer(detector(), allow_missing=True).load_whole(file)
+
+
+def test_last_checkpoint_names_a_file_that_is_gone(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    with pytest.raises(UserError, match=r"names model_0000004\.pth, which is not there"):
+        checkpointer.get_checkpoint_file()
+
+
+# --- saving is atomic ----------------------------------------------------------------------------
+
+
+def assert_intact(folder, value):
+    """The last checkpoint is whole and has this value."""
+    name = (folder / "last_checkpoint").read_text()
+    assert torch.load(folder / name)["model"]["weight"].flatten()[0] == value
+    for path in folder.glob("*.pth"):
+        torch.load(path)
+
+
+@pytest.mark.parametrize("name", ["model_0000002", "model_0000001"], ids=["new", "same name"])
+def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, name):
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(model.weight, 1)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+
+    def save_half(data, file):
+        whole = tmp_path / "elsewhere"
+        save(data, whole)
+        file.write(whole.read_bytes()[:500])
+        whole.unlink()
+        raise KeyboardInterrupt
+
+    save = torch.save
+    monkeypatch.setattr("torch.save", save_half)
+    torch.nn.init.constant_(model.weight, 2)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save(name)
+    assert_intact(tmp_path, 1)
+    assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.setattr("torch.save", save)
+    checkpointer.save(name)
+    assert_intact(tmp_path, 2)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def save(data, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001")
+    monkeypatch.setattr("torch.save", save)
+    with pytest.raises(UserError, match=r"model_0000002\.pth cannot be written"):
+        checkpointer.save("model_0000002")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+SAVER = """
+import sys, torch
+from contnet.checkpoint.checkpointer import Checkpointer
+model = torch.nn.Linear(6000, 6000, bias=False)
+checkpointer = Checkpointer(model, sys.argv[1], keep=2)
+for i in range(1000):
+    torch.nn.init.constant_(model.weight, i)
+    checkpointer.save(f"model_{i:07d}")
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path):
+    """A child writes 144 MB again and again, and is killed while a second or later file is open."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    half = tmp_path / "model_0000001.pth.tmp"
+    deadline = time.monotonic() + 120
+    while not (half.exists() and half.stat().st_size > 1_000_000):
+        assert child.poll() is None, child.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stderr.close()
+    saved = int((tmp_path / "last_checkpoint").read_text()[6:13])
+    assert_intact(tmp_path, saved)
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.remove_leftovers()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), keep=2)
+    (tmp_path / "model_best.pth").write_text("mine")
+    for i in range(4):
+        checkpointer.save(f"model_{i:07d}")
+    checkpointer.save("model_final")
+    names = sorted(p.name for p in tmp_path.glob("*.pth"))
+    assert names == [
+        "model_0000002.pth",
+        "model_0000003.pth",
+        "model_best.pth",
+        "model_final.pth",
+    ]
