@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import re
 from html.parser import HTMLParser
@@ -167,7 +168,7 @@ def test_labels_stay_in_the_image_and_avoid_each_other():
         assert 0 <= left <= 60 and 0 <= top <= 70
         taken.append((left, top, left + 40, top + 10))
     assert len(set(taken[:3])) == 3
-    assert not any(a[1] < b[3] and b[1] < a[3] for a, b in zip(taken[:3], taken[1:3], strict=False))
+    assert not any(a[1] < b[3] and b[1] < a[3] for a, b in itertools.pairwise(taken))
 
 
 def test_summary_and_last_numbers_are_said(html):

@@ -149,9 +149,16 @@ def export(model, x, shapes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wrap", [nn.Sequential, Taps], ids=["logits", "taps"])
-@pytest.mark.parametrize("size", [(37, 50), (224, 224)], ids=str)
-@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+@pytest.mark.parametrize(
+    ("options", "size", "wrap"),
+    [
+        ({}, (37, 50), nn.Sequential),
+        (FLAGS, (37, 50), Taps),
+        ({}, (224, 224), Taps),
+        (FLAGS, (224, 224), nn.Sequential),
+    ],
+    ids=["default-odd-logits", "flags-odd-taps", "default-224-taps", "flags-224-logits"],
+)
 def test_export_with_dynamic_batch(options, size, wrap):
     model = wrap(network(options))
     exported = export(model, image(*size, batch=2), {0: Dim("batch", min=1, max=64)})
@@ -162,14 +169,15 @@ def test_export_with_dynamic_batch(options, size, wrap):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [nn.Sequential, Taps], ids=["logits", "taps"])
-@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
+@pytest.mark.parametrize(
+    ("options", "wrap"), [({}, nn.Sequential), (FLAGS, Taps)], ids=["default-logits", "flags-taps"]
+)
 def test_export_at_multiples_of_224(options, wrap):
     model = wrap(network(options))
     rows, columns = Dim("rows", min=2, max=8), Dim("columns", min=2, max=8)
     # PyTorch specialises dynamic sizes that make a dimension 1, here one patch: so from 2 up.
     exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
-    for size in ((448, 448), (672, 448), (448, 896)):
+    for size in ((448, 448), (672, 448)):
         assert_equal(exported(image(*size)), model(image(*size)))
 
 
@@ -178,10 +186,9 @@ def test_export_at_multiples_of_224(options, wrap):
 @pytest.mark.skipif(
     not hasattr(symbolic_config, "backed_size_oblivious"), reason="this PyTorch guards on sizes"
 )
-@pytest.mark.parametrize("options", [{}, FLAGS], ids=label)
-def test_export_with_free_height_and_width(options):
+def test_export_with_free_height_and_width():
     """By default export guards on properties of the example's size; these settings defer that."""
-    model = network(options)
+    model = network({})
     shapes = {2: Dim("height", min=225, max=2048), 3: Dim("width", min=225, max=2048)}
     with symbolic_config.patch(backed_size_oblivious=True):
         program = torch.export.export(
@@ -191,7 +198,7 @@ def test_export_with_free_height_and_width(options):
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     exported = program.module()
-    for size in ((330, 500), (448, 448), (511, 333), (256, 241)):
+    for size in ((330, 500), (448, 448), (511, 333)):
         assert_equal(exported(image(*size)), model(image(*size)))
 
 

@@ -375,17 +375,16 @@ def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    half = tmp_path / "model_0000001.pth.tmp"
-    deadline = time.monotonic() + 120
-    while not (half.exists() and half.stat().st_size > 1_000_000):
-        assert child.poll() is None, child.stderr.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stderr.close()
-    saved = int((tmp_path / "last_checkpoint").read_text()[6:13])
-    assert_intact(tmp_path, saved)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(p.stat().st_size > 1_000_000 for p in tmp_path.glob("model_0000001.pth*")):
+            assert child.poll() is None, child.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert_intact(tmp_path, int((tmp_path / "last_checkpoint").read_text()[6:13]))
     checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
     checkpointer.remove_leftovers()
     assert not list(tmp_path.glob("*.tmp"))

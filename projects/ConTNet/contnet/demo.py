@@ -16,8 +16,12 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
-from detectron2.data import detection_utils
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    detection_utils,
+)
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 

@@ -169,7 +169,9 @@ class Checkpointer(DetectionCheckpointer):
         if misshapen or absent:
             line += f"; {len(absent)} are not in it" if absent else ""
             line += f" ({_some(absent)})" if absent else ""
-            line += f"; {len(misshapen)} have another shape ({_some(misshapen)})" if misshapen else ""
+            line += (
+                f"; {len(misshapen)} have another shape ({_some(misshapen)})" if misshapen else ""
+            )
             if not (self._strict_prefix and self.allow_missing):
                 raise UserError(f"{line}; {self._advice(given)}")
         self.logger.info(line)

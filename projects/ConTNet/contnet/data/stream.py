@@ -38,7 +38,9 @@ class SeededDataset(Dataset):
         stream: gives the seed; positions are its.
     """
 
-    def __init__(self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream):
+    def __init__(
+        self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream
+    ):
         self.dicts = DatasetFromList(dicts, copy=False)
         self.mapper = mapper
         self.stream = stream
@@ -119,9 +121,7 @@ class TrainingStream(Sampler):
         if not changed:
             self.start, self.batches = state["start"], state["batches"]
             return
-        self.start = (
-            state["start"] + state["batches"] * state["batch_size"] * state["world_size"]
-        )
+        self.start = state["start"] + state["batches"] * state["batch_size"] * state["world_size"]
         self.batches = 0
         reasons = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
         logger.warning(

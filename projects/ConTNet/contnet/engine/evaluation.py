@@ -17,8 +17,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
-from contnet.errors import UserError
 from contnet.engine.precision import autocast
+from contnet.errors import UserError
 
 __all__ = ["build_evaluator", "evaluate"]
 

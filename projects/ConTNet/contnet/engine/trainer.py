@@ -10,7 +10,6 @@ import math
 import time
 import weakref
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
