@@ -18,7 +18,8 @@ _THINGS = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["ist
 
 def _with_coco_categories(file: Path) -> dict:
     content = json.loads(file.read_text())
-    ids = {category["id"]: thing["id"] for category, thing in zip(content["categories"], _THINGS, strict=False)}
+    pairs = zip(content["categories"], _THINGS, strict=False)
+    ids = {category["id"]: thing["id"] for category, thing in pairs}
     for annotation in content["annotations"]:
         annotation["category_id"] = ids[annotation["category_id"]]
     content["categories"] = _THINGS

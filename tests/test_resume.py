@@ -13,12 +13,18 @@ TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 ITERATIONS = 10
 LEAF = "--config-file configs/faster_rcnn_contti.yaml"
 
+EVERYTHING = """
+SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.9 SOLVER.ACCUMULATE 2 SOLVER.AMP.ENABLED True
+SOLVER.AMP.DTYPE bfloat16 SOLVER.OPTIMIZER AdamW SOLVER.BASE_LR 0.0001
+MODEL.CONTNET.DROP_PATH_RATE 0.2 MODEL.CONTNET.DROP_RATE 0.1 DATALOADER.NUM_WORKERS 1
+SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
+"""
 SETTINGS = {
     "one process": ("--num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
     "two processes": ("--num-gpus 2", ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"]),
     "everything": (
         "--num-gpus 1",
-        ["SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.9", "SOLVER.ACCUMULATE", "2", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.0001", "MODEL.CONTNET.DROP_PATH_RATE", "0.2", "MODEL.CONTNET.DROP_RATE", "0.1", "DATALOADER.NUM_WORKERS", "1", "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"],
+        EVERYTHING.split(),
     ),
 }
 
@@ -36,7 +42,7 @@ def _finish(process, timeout: float = 400) -> str:
 
 
 def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> None:
-    """SIGKILL to the whole run once ``checkpoint`` is there and metrics have passed ``iteration``."""
+    """SIGKILL to the whole run once ``checkpoint`` exists and metrics passed ``iteration``."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if process.poll() is not None:

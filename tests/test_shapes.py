@@ -282,7 +282,7 @@ def test_many_at_once(tmp_path):
 def test_other_parameters_are_refused(tmp_path):
     root = make_shapes(tmp_path / "shapes", TINY)
     before = annotation_bytes(root)
-    with pytest.raises(UserError, match="seed 0.*asked for.*seed 3.*another folder") as caught:
+    with pytest.raises(UserError, match=r"seed 0.*asked for.*seed 3.*another folder") as caught:
         make_shapes(root, TINY, seed=3)
     assert "\n" not in str(caught.value)
     assert annotation_bytes(root) == before
@@ -292,7 +292,7 @@ def test_other_parameters_are_refused(tmp_path):
 def test_a_set_that_lost_files_is_refused(tmp_path, lost):
     root = make_shapes(tmp_path / "shapes", TINY)
     (root / lost).unlink()
-    with pytest.raises(UserError, match="lacks files of its (train|val) split"):
+    with pytest.raises(UserError, match=r"lacks files of its (train|val) split"):
         make_shapes(root, TINY)
 
 
@@ -340,6 +340,6 @@ def test_register_another_folder(root, catalogs, tmp_path):
 
 
 def test_register_without_a_set(catalogs, tmp_path):
-    with pytest.raises(UserError, match="instances_train.json is missing"):
+    with pytest.raises(UserError, match=r"instances_train\.json is missing"):
         register_shapes(tmp_path)
     assert not catalogs[0].list()

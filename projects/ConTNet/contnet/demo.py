@@ -1,6 +1,7 @@
 """The demonstration: draws a data set, trains a small detector on it, evaluates it, shows pictures.
 
-It goes through the same entry point as every training; only the data set is made here, and the page.
+It goes through the same entry point as every training; only the data set and the page are made
+here.
 """
 
 from __future__ import annotations

@@ -6,6 +6,6 @@ __all__ = ["UserError"]
 class UserError(Exception):
     """A mistake that the user can mend.
 
-    Its message is one line that names what is wrong, where, and what to do. The entry points print it
-    without a traceback and exit with status 1.
+    Its message is one line that names what is wrong, where, and what to do. The entry points print
+    it without a traceback and exit with status 1.
     """

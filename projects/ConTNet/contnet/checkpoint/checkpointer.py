@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
@@ -19,12 +20,44 @@ from contnet.modeling.backbone import backbone_prefix
 
 __all__ = ["Checkpointer"]
 
+# All that arrays and plain values are made of in a pickle.
+_PLAIN = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core.numeric", "_frombuffer"),
+}
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _PLAIN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_plain(filename: str) -> None:
+    """Reads a .pkl file, which Detectron2 loads without any check, as arrays and plain values."""
+    try:
+        with open(filename, "rb") as file:
+            content = _PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a file that is no pickle may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{filename} is not a pickle of plain arrays: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{filename} holds a {type(content).__name__}, not a checkpoint")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -121,8 +154,9 @@ class Checkpointer(DetectionCheckpointer):
         try:
             loaded = torch.load(f, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{f} is not a checkpoint of tensors and plain numbers: {str(error).splitlines()[0]}"
+                f"{f} is not a checkpoint of tensors and plain numbers: {reason}"
             ) from error
         except (RuntimeError, EOFError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else "it is empty"
@@ -132,8 +166,16 @@ class Checkpointer(DetectionCheckpointer):
         return dict(loaded)
 
     def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".pkl"):
+            _check_plain(filename)
         loaded = super()._load_file(filename)
-        if not loaded.get("matching_heuristics") and isinstance(loaded["model"], Mapping):
+        state = loaded["model"]
+        tensors = isinstance(state, Mapping) and state.values()
+        if not tensors or not all(isinstance(value, (Tensor, np.ndarray)) for value in tensors):
+            raise UserError(
+                f"{filename} holds no weights: it must be tensors by name, or have them as 'model'"
+            )
+        if not loaded.get("matching_heuristics"):
             loaded["model"] = self._detector_names(loaded["model"], filename)
         return loaded
 

@@ -116,7 +116,7 @@ def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], Conversi
         strictly if nothing but the head is missing, and the report.
 
     Raises:
-        ValueError: if it is no ConTNet checkpoint, or a tensor has a shape that its network has not.
+        ValueError: if it is no ConTNet checkpoint, or a tensor has not its network's shape.
     """
     state = _bare(checkpoint)
     report = ConversionReport(variant=_variant_of(state), options=_options_of(state))

@@ -19,9 +19,11 @@ __all__ = ["check_datasets", "load_dicts"]
 
 def _root() -> str:
     value = os.environ.get("DETECTRON2_DATASETS")
-    if value:
-        return f"DETECTRON2_DATASETS is {value}"
-    return f"DETECTRON2_DATASETS is not set, so data sets are looked for in {Path('datasets').resolve()}"
+    if value is not None:
+        return f"DETECTRON2_DATASETS is {value!r}"
+    return (
+        f"DETECTRON2_DATASETS is not set: data sets are looked for in {Path('datasets').resolve()}"
+    )
 
 
 def _check_registered(name: str) -> None:

@@ -18,7 +18,7 @@ __all__ = ["Evaluation", "ModelAverage", "PeriodicCheckpoint", "WriteMetrics", "
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
-    """Whether something is to be done after ``iteration``: each period (0: never), and at the end."""
+    """Whether something is due after ``iteration``: each period (0: never), and at the end."""
     return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
 
 

@@ -115,8 +115,8 @@ class Trainer(SimpleTrainer):
         frozen = any(not p.requires_grad for p in self.bare_model.backbone.parameters())
         advice = "; its frozen layers will stay random: set FREEZE_AT to 0" if frozen else ""
         logger.warning(
-            "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet weights "
-            f"by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
+            "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet "
+            f"weights by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
         )
 
     def fit(self) -> dict:

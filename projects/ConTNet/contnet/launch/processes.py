@@ -29,9 +29,12 @@ def _share_cores(processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
-def _worker(function: Callable, args: argparse.Namespace, processes: int, on_cpu: bool) -> None:
-    if on_cpu and processes > 1:
-        _share_cores(processes)
+def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
+    """A spawned process; its caller only sees its exit status."""
+    # Spawned processes would spawn their loader workers too, each importing everything again.
+    torch.multiprocessing.set_start_method("fork", force=True)
+    if on_cpu:
+        _share_cores(args.num_gpus)
     try:
         function(args)
     except UserError as error:
@@ -42,8 +45,8 @@ def _worker(function: Callable, args: argparse.Namespace, processes: int, on_cpu
 def _run_under_torchrun(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
     if missing := [name for name in _TORCHRUN if name not in os.environ]:
         raise UserError(
-            f"RANK is set as by torchrun, but {', '.join(missing)} is not: unset RANK, or set all of "
-            f"{', '.join(_TORCHRUN)}"
+            f"RANK is set as by torchrun, but {', '.join(missing)} is not: unset RANK, or set all "
+            f"of {', '.join(_TORCHRUN)}"
         )
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if not on_cpu:
@@ -56,7 +59,9 @@ def _run_under_torchrun(function: Callable, args: argparse.Namespace, on_cpu: bo
     torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
     try:
         comm.create_local_process_group(local_size)
-        _worker(function, args, local_size, on_cpu)
+        if on_cpu:
+            _share_cores(local_size)
+        function(args)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -70,6 +75,7 @@ def launch_run(function: Callable, args: argparse.Namespace, device: str) -> Non
         device: MODEL.DEVICE. Processes on the CPU talk through gloo, also where there are GPUs.
 
     Raises:
+        UserError: from ``function``, where this is the only process of the machine.
         SystemExit: with status 1, if a process failed and has said why.
     """
     on_cpu = device == "cpu"
@@ -79,6 +85,9 @@ def launch_run(function: Callable, args: argparse.Namespace, device: str) -> Non
     if "RANK" in os.environ:
         _run_under_torchrun(function, args, on_cpu)
         return
+    if args.num_gpus * args.num_machines == 1:
+        function(args)
+        return
     try:
         launch(
             _worker,
@@ -86,7 +95,7 @@ def launch_run(function: Callable, args: argparse.Namespace, device: str) -> Non
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(function, args, args.num_gpus, on_cpu),
+            args=(function, args, on_cpu),
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code if error.exit_code > 0 else 1)
