@@ -295,7 +295,7 @@ def _annotation(thing: _Object, image_id: int, annotation_id: int) -> dict:
         "category_id": thing.class_index + 1,
         "bbox": box,
         "area": int(thing.visible.sum()),
-        "segmentation": [((*corners, x, y)).ravel().tolist() for corners in polygons],
+        "segmentation": [(corners + np.array([x, y])).ravel().tolist() for corners in polygons],
         "iscrowd": 0,
     }
 
