@@ -19,6 +19,8 @@ CLASS_NAMES = ("circle", "<b>square</b>")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 SUMMARY = {"command": "train_net.py A 'b' \"c\" & <d>", "box AP": 61.2345, "seed": 17}
 
+pytestmark = pytest.mark.numpy1
+
 
 class Page(HTMLParser):
     """All tags with attributes, and the text; raises where tags are not properly nested."""

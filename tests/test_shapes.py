@@ -22,6 +22,7 @@ from contnet.data.shapes import (
 )
 from contnet.errors import UserError
 
+pytestmark = pytest.mark.numpy1
 SMALL = ShapesConfig(num_train=24, num_val=8)
 TINY = ShapesConfig(num_train=2, num_val=2, min_side=128, max_side=140)
 

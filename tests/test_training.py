@@ -210,6 +210,7 @@ def test_eval_only_gives_the_metrics_of_training_with_averaged_weights(averaged,
 
 
 @pytest.mark.slow
+@pytest.mark.numpy1
 def test_eval_only_gives_the_metrics_of_training(tmp_path):
     folder = tmp_path / "run"
     assert main(arguments(folder, *MANY_BOXES, "SOLVER.MAX_ITER", "2")) == 0
