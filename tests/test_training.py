@@ -225,8 +225,7 @@ def test_eval_only_needs_averaged_weights_where_they_are_asked_for(tmp_path, cap
     assert main(arguments(folder, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")) == 0
     capsys.readouterr()
     weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
-    with pytest.raises(SystemExit):
-        main(["--eval-only", *arguments(tmp_path / "eval", *EMA, *weights)])
+    assert main(["--eval-only", *arguments(tmp_path / "eval", *EMA, *weights)]) == 1
     assert "SOLVER.EMA.ENABLED False" in capsys.readouterr().err
 
 
