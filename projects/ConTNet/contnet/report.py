@@ -9,10 +9,8 @@ bytes.
 import base64
 import io
 import math
-import os
 import re
 import statistics
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +21,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from contnet.files import atomic_write
 
 __all__ = ["Box", "ReportImage", "write_report"]
 
@@ -467,15 +467,8 @@ def write_report(
         + _pictures(images, class_names)
         + "</main>\n</body>\n</html>\n"
     )
-    return _write_atomically(Path(path), page)
-
-
-def _write_atomically(path: Path, text: str) -> Path:
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(page.encode())
     return path
