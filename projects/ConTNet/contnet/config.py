@@ -82,6 +82,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CONTNET.NORM = "FrozenBN"
     # Freeze the first parts: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all of it.
     cfg.MODEL.CONTNET.FREEZE_AT = 0
+    # Stride of res5: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate.
+    cfg.MODEL.CONTNET.OUTPUT_STRIDE = 32
+    # Dilate patches as convolutions, so that weights keep their meaning (docs/network.md).
+    cfg.MODEL.CONTNET.DILATED_PATCHES = True
     # Dropout in the encoders of stages 3 and 4, in [0, 1); -1: the variant's own (B 0.1, others 0).
     cfg.MODEL.CONTNET.DROP_RATE = -1.0
     # Dropout after the very last block, in [0, 1); -1: the variant's own (B 0.2, others 0).
@@ -90,6 +94,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
     # Activation checkpointing: compute each block again in the backward pass, to save memory.
     cfg.MODEL.CONTNET.CHECKPOINT = False
+
+    # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
+    cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
 
     # False: loading MODEL.WEIGHTS must give every tensor of the backbone. True: it need not.
     cfg.MODEL.ALLOW_MISSING_WEIGHTS = False

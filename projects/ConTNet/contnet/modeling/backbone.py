@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ __all__ = [
     "DivisibleFPN",
     "backbone_prefix",
     "build_contnet_backbone",
+    "build_dilated_resnet_backbone",
 ]
 
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -67,9 +68,9 @@ class ConTNetBackbone(ConTNet, Backbone):
         )
         self.out_features = tuple(name for name in FEATURES if name in out_features)
         self.prune_intermediate_layers([FEATURES.index(name) for name in self.out_features])
-        last = self.stages[-1][-1]
-        if self.taps == "pre" and last.stride > 1:
+        if self.taps == "pre" and self.out_features[-1] != FEATURES[-1]:
             # Nothing is read behind this tap, and DDP refuses parameters without a gradient.
+            last = self.stages[-1][-1]
             last.conv.requires_grad_(False)
             last.shortcut.requires_grad_(False)
         self._freeze(freeze_at)
@@ -138,6 +139,8 @@ def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackb
         "qkv_bias": node.QKV_BIAS,
         "taps": node.TAPS,
         "drop_path_rate": node.DROP_PATH_RATE,
+        "output_stride": node.OUTPUT_STRIDE,
+        "dilated_patches": node.DILATED_PATCHES,
         "norm": node.NORM,
         "out_features": node.OUT_FEATURES,
         "freeze_at": node.FREEZE_AT,
@@ -149,6 +152,45 @@ def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackb
     backbone = ConTNetBackbone(**options)
     backbone.set_grad_checkpointing(node.CHECKPOINT)
     return backbone
+
+
+def _dilate(block: nn.Module, dilation: int) -> int:
+    """Dilates a ResNet block in place of its stride; returns the dilation for what follows it."""
+    for name in ("conv1", "conv2", "conv3"):
+        if (conv := getattr(block, name, None)) is None:
+            continue
+        stride = conv.stride[0]
+        conv.stride = (1, 1)
+        if conv.kernel_size != (1, 1):
+            conv.dilation = conv.padding = (dilation, dilation)
+        dilation *= stride
+    if block.shortcut is not None:
+        block.shortcut.stride = (1, 1)
+    block.stride = 1
+    return dilation
+
+
+@BACKBONE_REGISTRY.register()
+def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet whose last stages dilate, down to ``MODEL.RESNETS.OUTPUT_STRIDE``.
+
+    As in ConTNet the function stays that of the weights: at every (32 / output stride)-th pixel
+    res5 equals the undilated network's.
+    """
+    plain = build_resnet_backbone(cfg, input_shape)
+    stages = [list(stage) for stage in plain.stages]
+    stride, dilation = plain.stem.stride, 1
+    for block in [block for stage in stages for block in stage]:
+        if stride * block.stride > cfg.MODEL.RESNETS.OUTPUT_STRIDE or dilation > 1:
+            dilation = _dilate(block, dilation)
+        else:
+            stride *= block.stride
+    return ResNet(
+        plain.stem,
+        stages,
+        out_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
 
 
 BOTTOM_UPS = {"contnet": build_contnet_backbone, "resnet": build_resnet_backbone}

@@ -17,10 +17,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-__all__ = ["FEATURES", "TAPS", "VARIANTS", "ConTBlock", "ConTNet", "create_model", "relative_index"]
+__all__ = [
+    "FEATURES",
+    "OUTPUT_STRIDES",
+    "TAPS",
+    "VARIANTS",
+    "ConTBlock",
+    "ConTNet",
+    "create_model",
+    "relative_index",
+]
 
 FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
+OUTPUT_STRIDES = (32, 16, 8)
 
 VARIANTS: dict[str, dict] = {
     "contnet_ti": {"depths": (1, 1, 1, 1), "dim": 48, "mlp_dims": (196, 392, 768, 768)},
@@ -63,6 +73,34 @@ def _merge(x: Tensor, patch_size: int, like: Tensor) -> Tensor:
     n, h, w, c = like.shape
     x = x.reshape(n, h // patch_size, w // patch_size, patch_size, patch_size, c)
     return x.transpose(2, 3).reshape(n, h, w, c)
+
+
+def _split_phases(x: Tensor, dilation: int) -> Tensor:
+    """Makes each grid of every ``dilation``-th pixel of (N, H, W, C) an image of its own.
+
+    Returns:
+        (N * dilation**2, H / dilation, W / dilation, C), the grids of an image side by side.
+    """
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // dilation, dilation, w // dilation, dilation, c)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h // dilation, w // dilation, c)
+
+
+def _join_phases(x: Tensor, dilation: int, like: Tensor) -> Tensor:
+    """Undoes :func:`_split_phases`; ``like`` has the joined shape (N, H, W, C)."""
+    n, h, w, c = like.shape
+    x = x.reshape(n, dilation, dilation, h // dilation, w // dilation, c)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(n, h, w, c)
+
+
+def _mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
+    """Mean of each pixel and the one ``dilation`` further; alone where that lies outside."""
+    size = x.shape[dim]
+    if size <= dilation:
+        return x
+    tail = x.narrow(dim, size - dilation, dilation)
+    following = torch.cat([x.narrow(dim, dilation, size - dilation), tail], dim)
+    return (x + following) / 2
 
 
 class Attention(nn.Module):
@@ -150,14 +188,15 @@ class Encoder(nn.Module):
 
         Args:
             x: map (N, H, W, C), H and W multiples of the patch size.
-            real: bool (1, H, W, 1), False on padding; None where there is none.
+            real: bool (M, H, W, 1), False on padding, for maps that repeat each M; None where
+                there is none.
         """
         tokens = _partition(x, self.patch_size)
         if real is not None:
             real = _partition(real, self.patch_size).squeeze(2)
             # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
             real = real | ~real.any(dim=1, keepdim=True)
-            real = real.repeat(x.shape[0], 1)
+            real = real.repeat(tokens.shape[0] // real.shape[0], 1)
         if self.row_table is not None:
             tokens = tokens + self._position()
         if self.pre_norm:
@@ -175,7 +214,7 @@ class Shortcut(nn.Conv2d):
     def __init__(self, dim: int, out_dim: int):
         super().__init__(dim, out_dim, 1, bias=False)
 
-    def forward(self, x: Tensor, stride: int) -> Tensor:
+    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
         return F.conv2d(x, self.weight, stride=stride)
 
 
@@ -186,12 +225,11 @@ class PooledShortcut(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, 1, bias=False)
 
-    def forward(self, x: Tensor, stride: int) -> Tensor:
+    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
         if stride == 2:
             x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
         else:
-            # Doubling the border equals leaving it out of the mean, as the strided pool does.
-            x = F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1)
+            x = _mean_with_next(_mean_with_next(x, 2, dilation), 3, dilation)
         return self.conv(x)
 
 
@@ -204,6 +242,10 @@ class ConTBlock(nn.Module):
         stride: 1 or 2, of the convolution and the shortcut.
         kernel_size: of the convolution.
         patch_sizes: of the two encoders, in pixels of the map.
+        dilation: of the convolution and of a pooled shortcut.
+        patch_dilation: a patch takes every so many-th pixel; the map is cut into patches for each
+            of the ``patch_dilation**2`` grids of such pixels.
+        use_avgdown: average-pool in the shortcut, where it is a convolution.
         encoder: the encoders' other arguments.
     """
 
@@ -215,6 +257,8 @@ class ConTBlock(nn.Module):
         stride: int,
         kernel_size: int,
         patch_sizes: Sequence[int],
+        dilation: int,
+        patch_dilation: int,
         use_avgdown: bool,
         norm_layer: Callable[[int], nn.Module],
         drop_path: float,
@@ -223,18 +267,19 @@ class ConTBlock(nn.Module):
     ):
         super().__init__()
         self.stride = stride
-        self.margin_unit = math.lcm(*patch_sizes)
+        self.patch_dilation = patch_dilation
+        self.margin_unit = math.lcm(*patch_sizes) * patch_dilation
         self.norm = norm_layer(dim)
         self.encoders = nn.ModuleList(
             Encoder(dim, patch_size=size, **encoder) for size in patch_sizes
         )
+        padding = kernel_size // 2 * dilation
         self.conv = nn.Conv2d(
-            dim, out_dim, kernel_size, stride, padding=kernel_size // 2, bias=False
+            dim, out_dim, kernel_size, stride, padding=padding, dilation=dilation, bias=False
         )
         self.shortcut = None
         if out_dim != dim:
-            pooled = use_avgdown and stride == 2
-            self.shortcut = (PooledShortcut if pooled else Shortcut)(dim, out_dim)
+            self.shortcut = (PooledShortcut if use_avgdown else Shortcut)(dim, out_dim)
         self.drop_path = StochasticDepth(drop_path, "row")
         self.out_drop = nn.Dropout(out_drop)
 
@@ -249,8 +294,14 @@ class ConTBlock(nn.Module):
             rows = torch.arange(full_h, device=x.device) < h
             cols = torch.arange(full_w, device=x.device) < w
             real = (rows[:, None] & cols)[None, :, :, None]
+        whole = x
+        if self.patch_dilation > 1:
+            x = _split_phases(x, self.patch_dilation)
+            real = None if real is None else _split_phases(real, self.patch_dilation)
         for encoder in self.encoders:
             x = encoder(x, real)
+        if self.patch_dilation > 1:
+            x = _join_phases(x, self.patch_dilation, whole)
         return x[:, :h, :w].permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, dense: bool = False) -> tuple[Tensor, Tensor]:
@@ -267,8 +318,11 @@ class ConTBlock(nn.Module):
         stride = 1 if dense else self.stride
         activated = F.relu(self.norm(x))
         encoded = self._encode(activated)
-        residual = F.conv2d(encoded, self.conv.weight, stride=stride, padding=self.conv.padding)
-        skip = x if self.shortcut is None else self.shortcut(activated, stride)
+        conv = self.conv
+        residual = F.conv2d(encoded, conv.weight, None, stride, conv.padding, conv.dilation)
+        skip = x
+        if self.shortcut is not None:
+            skip = self.shortcut(activated, stride, conv.dilation[0])
         return self.out_drop(self.drop_path(residual) + skip), encoded
 
 
@@ -292,6 +346,10 @@ class ConTNet(nn.Module):
         taps: where the features of stages 1 to 3 are taken. "stage": the last block's output,
             computed at stride 1 (twice the stage's channels). "pre": the input of the last
             block's convolution (the stage's channels).
+        output_stride: of the last map, one of ``OUTPUT_STRIDES``. Below 32 the last stages keep
+            their resolution and dilate instead; weights and their meaning stay the same.
+        dilated_patches: where convolutions dilate, so do the patches (the same area and the
+            published function); otherwise patches are of adjacent pixels (a smaller area).
     """
 
     def __init__(
@@ -311,11 +369,16 @@ class ConTNet(nn.Module):
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] | None = None,
         taps: str = "stage",
+        output_stride: int = 32,
+        dilated_patches: bool = True,
     ):
         super().__init__()
         if taps not in TAPS:
             raise ValueError(f"taps is {taps!r}, it must be one of {', '.join(TAPS)}")
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride is {output_stride!r}, it must be 32, 16 or 8")
         self.taps = taps
+        self.output_stride = output_stride
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim * 16
         self.grad_checkpointing = False
@@ -325,6 +388,7 @@ class ConTNet(nn.Module):
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             final = i == len(depths) - 1
+            dilation = max((4 << i) // output_stride, 1)
             blocks = nn.ModuleList()
             for j in range(depth):
                 last = j == depth - 1
@@ -332,10 +396,12 @@ class ConTNet(nn.Module):
                     ConTBlock(
                         dim << i,
                         dim << (i + last),
-                        stride=2 if last and not final else 1,
+                        stride=2 if last and not final and 8 << i <= output_stride else 1,
                         kernel_size=1 if last and final else 3,
                         patch_sizes=(7, 7) if final else (7, 14),
-                        use_avgdown=use_avgdown,
+                        dilation=dilation,
+                        patch_dilation=dilation if dilated_patches else 1,
+                        use_avgdown=use_avgdown and not final,
                         norm_layer=norm_layer or nn.BatchNorm2d,
                         drop_path=drop_path_step * (sum(depths[:i]) + j),
                         out_drop=last_drop_rate if last and final else 0.0,
@@ -360,10 +426,12 @@ class ConTNet(nn.Module):
     def _set_feature_facts(self, dim: int) -> None:
         channels = [dim << (i + (self.taps == "stage")) for i in range(3)] + [dim * 16]
         self.out_feature_channels = dict(zip(FEATURES, channels, strict=True))
-        self.out_feature_strides = {name: 4 << i for i, name in enumerate(FEATURES)}
+        self.out_feature_strides = {
+            name: min(4 << i, self.output_stride) for i, name in enumerate(FEATURES)
+        }
         self.feature_info = [
-            {"num_chs": channels[i], "reduction": 4 << i, "module": f"stages.{i}"}
-            for i in range(len(FEATURES))
+            {"num_chs": channels[i], "reduction": stride, "module": f"stages.{i}"}
+            for i, stride in enumerate(self.out_feature_strides.values())
         ]
 
     @staticmethod
@@ -415,19 +483,16 @@ class ConTNet(nn.Module):
             return checkpoint(block, x, dense, use_reentrant=False)
         return block(x, dense)
 
-    def _tapped_stage(self, stage: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A stage's output, and its features before down-sampling."""
+    def _tapped_stage(self, name: str, stage: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A stage's output, and the features ``name`` before down-sampling."""
         *blocks, last = stage
         for block in blocks:
             x, _ = self._run(block, x)
-        if last.stride == 1:
-            x, _ = self._run(last, x)
-            return x, x
-        if self.taps == "pre":
+        if self.taps == "pre" and name != FEATURES[-1]:
             return self._run(last, x)
         tap, _ = self._run(last, x, dense=True)
         # A strided convolution is the stride-1 convolution sub-sampled.
-        return tap[..., ::2, ::2], tap
+        return tap[..., :: last.stride, :: last.stride], tap
 
     def forward_features(
         self, x: Tensor, out_features: Sequence[str] | None = None
@@ -440,8 +505,9 @@ class ConTNet(nn.Module):
 
         Returns:
             The last map (N, num_features, ceil(H / 32), ceil(W / 32)), or, with ``out_features``,
-            a dict of maps by name, at strides 4, 8, 16 and 32. Stages after the last name do not
-            run, and no stage pays for features that were not asked for.
+            a dict of maps by name, at strides 4, 8, 16 and 32 (or ``output_stride``, if that is
+            less). Stages after the last name do not run, and no stage pays for features that were
+            not asked for.
 
         Raises:
             ValueError: for a name that is none of ``FEATURES``.
@@ -454,7 +520,7 @@ class ConTNet(nn.Module):
         x = self.pool(self.stem(x))
         for name, stage in zip(FEATURES[:depth], self.stages, strict=False):
             if name in wanted:
-                x, features[name] = self._tapped_stage(stage, x)
+                x, features[name] = self._tapped_stage(name, stage, x)
             else:
                 for block in stage:
                     x, _ = self._run(block, x)
