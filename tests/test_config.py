@@ -4,25 +4,46 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from contnet.config import add_contnet_config, load_config, validate
-from contnet.engine.optimizer import build_optimizer
+from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LEAVES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.name.startswith("Base-"))
-FASTER = [name for name in LEAVES if name.startswith("faster_rcnn_")]
+LEAVES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in CONFIGS.rglob("*.yaml")
+    if not path.name.startswith("Base")
+)
+RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+# By the start of a leaf's name: its losses, and its batch, iterations, steps and rate.
+SYSTEMS = {
+    "faster_rcnn": (RCNN_LOSSES, (16, 90000, (60000, 80000), 0.02)),
+    "mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, (16, 90000, (60000, 80000), 0.02)),
+    "retinanet": ({"loss_cls", "loss_box_reg"}, (16, 90000, (60000, 80000), 0.01)),
+    "fcos": (
+        {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+        (16, 90000, (60000, 80000), 0.01),
+    ),
+    "cityscapes/mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, (8, 24000, (18000,), 0.01)),
+    "cityscapes/pspnet": ({"loss_sem_seg", "loss_sem_seg_aux"}, (8, 80000, (30000,), 0.01)),
+    "demo": (RCNN_LOSSES, None),
+}
 TINY = [
     *("MODEL.DEVICE", "cpu"),
     *("MODEL.FPN.OUT_CHANNELS", "16"),
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+    *("MODEL.FCOS.NORM", ""),
+    *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"),
+    *("MODEL.PSP_HEAD.AUX_CONVS_DIM", "16"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
     *("SOLVER.IMS_PER_BATCH", "2"),
@@ -35,14 +56,21 @@ def _write(folder, text, name="some.yaml"):
     return str(path)
 
 
+def _system(name):
+    return max((start for start in SYSTEMS if name.startswith(start)), key=len)
+
+
 def _random_batch():
     batch = []
     for height, width in ((61, 80), (48, 75)):
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(torch.tensor([[4.0, 5.0, 40.0, 41.0], [20.0, 8.0, 70.0, 30.0]]))
-        instances.gt_classes = torch.tensor([3, 5])
+        instances.gt_classes = torch.tensor([3, 1])
+        corners = [[4.0, 5.0, 40.0, 5.0, 40.0, 41.0], [20.0, 8.0, 70.0, 30.0, 20.0, 30.0]]
+        instances.gt_masks = PolygonMasks([[np.array(polygon)] for polygon in corners])
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances})
+        labels = torch.randint(0, 19, (height, width))
+        batch.append({"image": image, "instances": instances, "sem_seg": labels})
     return batch
 
 
@@ -50,7 +78,7 @@ def _random_batch():
 def test_shipped_leaves_load(name):
     cfg = load_config(str(CONFIGS / f"{name}.yaml"))
     assert not cfg.is_frozen()
-    assert cfg.OUTPUT_DIR.startswith(f"./output/{name}")
+    assert cfg.OUTPUT_DIR.startswith(f"./output/{name.replace('/', '_')}")
     assert cfg.MODEL.WEIGHTS == ""
     assert cfg.INPUT.FORMAT == "RGB"
     assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
@@ -65,34 +93,87 @@ def test_shipped_leaves_train_a_step(name):
     scheduler = build_lr_scheduler(cfg, optimizer)
     with EventStorage():
         losses = model(_random_batch())
-    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    assert set(losses) == SYSTEMS[_system(name)][0]
     assert all(loss.isfinite() for loss in losses.values()), losses
-    before = model.roi_heads.box_predictor.cls_score.weight.clone()
     sum(losses.values()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name for name, p in trained.items() if p.grad is None] == []
+    before = {name: p.detach().clone() for name, p in trained.items() if p.grad.any()}
     optimizer.step()
     scheduler.step()
-    assert not torch.equal(before, model.roi_heads.box_predictor.cls_score.weight)
+    changed = [name for name in before if not torch.equal(before[name], trained[name])]
+    # The rest has gradients too small for a step of the warm-up to show.
+    assert len(changed) > len(trained) / 2
 
 
-def test_same_schedule_for_all():
-    configs = [load_config(str(CONFIGS / f"{name}.yaml")) for name in FASTER]
+@pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "demo"])
+def test_same_schedule_for_all_backbones_of_a_system(system):
+    names = [f"{system}_{backbone}" for backbone in ("contti", "conts", "contm", "contb", "r50")]
+    configs = [load_config(str(CONFIGS / f"{name}.yaml")) for name in names]
+    if system == "fcos":
+        configs += [
+            load_config(str(CONFIGS / f"fcos_plain_{name}.yaml")) for name in ("contm", "r50")
+        ]
     for cfg in configs:
+        clips = cfg.SOLVER.pop("CLIP_GRADIENTS")
+        assert clips.ENABLED == cfg.OUTPUT_DIR.startswith("./output/fcos_plain")
         assert cfg.SOLVER == configs[0].SOLVER
         assert cfg.INPUT == configs[0].INPUT
         assert cfg.DATASETS == configs[0].DATASETS
         assert cfg.MODEL.ROI_HEADS == configs[0].MODEL.ROI_HEADS
+        assert cfg.MODEL.SEM_SEG_HEAD == configs[0].MODEL.SEM_SEG_HEAD
     solver = configs[0].SOLVER
-    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (16, 90000, (60000, 80000))
-    assert (solver.OPTIMIZER, solver.BASE_LR, solver.WARMUP_ITERS) == ("SGD", 0.02, 1000)
+    said = (solver.IMS_PER_BATCH, solver.MAX_ITER, tuple(solver.STEPS), solver.BASE_LR)
+    assert said == SYSTEMS[system][1]
+    assert solver.OPTIMIZER == "SGD"
+
+
+def test_variants_of_a_recipe():
+    plain = load_config(str(CONFIGS / "mask_rcnn_contm.yaml"))
+    scales = load_config(str(CONFIGS / "mask_rcnn_contm_ms.yaml"))
+    longer = load_config(str(CONFIGS / "mask_rcnn_contm_3x.yaml"))
+    mixed = load_config(str(CONFIGS / "faster_rcnn_contm_amp.yaml"))
+    assert scales.SOLVER == plain.SOLVER and scales.MODEL == plain.MODEL
+    assert scales.INPUT.MIN_SIZE_TRAIN == (640, 672, 704, 736, 768, 800)
+    assert longer.INPUT == scales.INPUT and longer.MODEL == plain.MODEL
+    assert (longer.SOLVER.MAX_ITER, longer.SOLVER.STEPS) == (270000, (210000, 250000))
+    assert mixed.SOLVER.AMP.ENABLED and mixed.SOLVER.AMP.DTYPE == "bfloat16"
+
+
+def test_poly_schedule_falls_to_zero():
+    cfg = load_config(
+        str(CONFIGS / "cityscapes" / "pspnet_contti.yaml"), ["SOLVER.MAX_ITER", "10"]
+    )
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    for iteration in range(10):
+        expected = 0.01 * (1 - iteration / 10) ** 0.9
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_sync_bn_is_replaced_on_the_cpu():
+    path = str(CONFIGS / "cityscapes" / "pspnet_contti.yaml")
+    for device, norm in (("cuda", "SyncBN"), ("cpu", "naiveSyncBN")):
+        cfg = load_config(path, ["MODEL.DEVICE", device])
+        assert cfg.MODEL.CONTNET.NORM == cfg.MODEL.SEM_SEG_HEAD.NORM == norm
+        assert cfg.MODEL.RESNETS.NORM == norm
 
 
 def test_defaults_are_detectron2s():
     plain, cfg = get_cfg(), get_cfg()
     add_contnet_config(cfg)
-    for node, like in ((cfg, plain), (cfg.MODEL, plain.MODEL), (cfg.SOLVER, plain.SOLVER)):
+
+    def check(node, like):
         for key, value in like.items():
-            if key not in ("MODEL", "SOLVER", "AMP"):
+            if isinstance(value, CfgNode):
+                check(node[key], value)
+            else:
                 assert node[key] == value, key
+
+    check(cfg, plain)
     validate(cfg)
 
 
@@ -196,7 +277,7 @@ def test_wrong_overrides(opts, message):
     [
         ("MODEL.CONTNET.VARIANT", "contnet_l", "one of contnet_ti, contnet_s"),
         ("MODEL.CONTNET.TAPS", "post", "one of stage, pre"),
-        ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, GN"),
+        ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, naiveSyncBN, GN"),
         ("MODEL.CONTNET.OUT_FEATURES", "['res6']", "some of res2"),
         ("MODEL.CONTNET.OUT_FEATURES", "[]", "some of res2"),
         ("MODEL.CONTNET.OUT_FEATURES", "['res3','res4','res5']", "'res2', which MODEL.CONTNET"),

@@ -13,7 +13,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
-from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS
+from contnet.modeling.contnet import FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
+from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
+from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = ["add_contnet_config", "load_config", "validate"]
 
@@ -21,19 +23,27 @@ CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
     "MODEL.CONTNET.TAPS": TAPS,
     "MODEL.CONTNET.NORM": NORMS,
+    "MODEL.CONTNET.OUTPUT_STRIDE": OUTPUT_STRIDES,
+    "MODEL.RESNETS.OUTPUT_STRIDE": OUTPUT_STRIDES,
+    "MODEL.FCOS.BOX_LOSS": BOX_LOSSES,
+    "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
     "SOLVER.AMP.DTYPE": ("float16", "bfloat16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     # Detectron2's third schedule, WarmupStepWithFixedGammaLR, fails in its last iteration.
-    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
 
 # Least legal value of whole numbers.
 COUNTS = {
     "LOG_PERIOD": 1,
+    "MODEL.FCOS.NUM_CLASSES": 1,
+    "MODEL.FCOS.NUM_CONVS": 1,
+    "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1,
+    "MODEL.PSP_HEAD.AUX_CONVS_DIM": 1,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.ACCUMULATE": 1,
     "SOLVER.CHECKPOINTS_KEPT": 1,
@@ -47,6 +57,15 @@ COUNTS = {
 # Intervals as they are printed; a round bracket leaves the bound out.
 RANGES = {
     "MODEL.CONTNET.DROP_PATH_RATE": "[0, 1)",
+    "MODEL.FCOS.CENTER_SAMPLING_RADIUS": "[0, inf)",
+    "MODEL.FCOS.FOCAL_LOSS_ALPHA": "[0, 1]",
+    "MODEL.FCOS.FOCAL_LOSS_GAMMA": "[0, inf)",
+    "MODEL.FCOS.NMS_THRESH_TEST": "[0, 1]",
+    "MODEL.FCOS.PRIOR_PROB": "(0, 1)",
+    "MODEL.FCOS.SCORE_THRESH_TEST": "[0, 1]",
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "(0, 1]",
+    "MODEL.PSP_HEAD.AUX_LOSS_WEIGHT": "[0, inf)",
+    "MODEL.PSP_HEAD.DROPOUT": "[0, 1)",
     "SOLVER.BACKBONE_MULTIPLIER": "(0, inf)",
     "SOLVER.BASE_LR": "(0, inf)",
     "SOLVER.BASE_LR_END": "[0, inf)",
@@ -55,6 +74,7 @@ RANGES = {
     "SOLVER.EMA.DECAY": "(0, 1)",
     "SOLVER.LAYER_DECAY": "(0, 1]",
     "SOLVER.MOMENTUM": "[0, 1)",
+    "SOLVER.POLY_POWER": "(0, inf)",
     "SOLVER.WEIGHT_DECAY": "[0, inf)",
 }
 
@@ -98,6 +118,42 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
     cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
 
+    # FCOS. The defaults are the improved form (Detectron2's); plain FCOS differs in four keys.
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # 3x3 convolutions in each tower, MODEL.FPN.OUT_CHANNELS wide, and their norm.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # A place is positive within this many strides of the object's centre; 0: anywhere in its box.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Distances to the box's sides in strides (True), or in pixels as exp(scale * x) with a learned
+    # scale per level.
+    cfg.MODEL.FCOS.NORMALIZE_BOX = True
+    # giou, or iou: -log(IoU) weighted by centre-ness.
+    cfg.MODEL.FCOS.BOX_LOSS = "giou"
+    # The tower that predicts centre-ness: regression or classification.
+    cfg.MODEL.FCOS.CENTERNESS_ON = "regression"
+    # Focal loss; and the score that all places start from.
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Of sqrt(class score * centre-ness), in [0, 1].
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    # Per level, before suppression at this IoU.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+    # PSPHead, beside MODEL.SEM_SEG_HEAD: IN_FEATURES are the auxiliary and the main feature,
+    # CONVS_DIM is the main classifier's width. Sides of the pooled maps.
+    cfg.MODEL.PSP_HEAD = CfgNode()
+    cfg.MODEL.PSP_HEAD.BINS = [1, 2, 3, 6]
+    # Of whole channels before each classifier, in [0, 1).
+    cfg.MODEL.PSP_HEAD.DROPOUT = 0.1
+    # Of the auxiliary classifier; a weight of 0 leaves it out.
+    cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
+    cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
+
     # False: loading MODEL.WEIGHTS must give every tensor of the backbone. True: it need not.
     cfg.MODEL.ALLOW_MISSING_WEIGHTS = False
 
@@ -125,6 +181,19 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Most recent checkpoints that stay on disk, besides model_final.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
+
+    # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
+    cfg.SOLVER.POLY_POWER = 0.9
+
+    # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
+    # crops are drawn again, up to ten times.
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # WindowSegmentor: average the logits of windows instead of looking at the whole image at once.
+    # SIZE and STRIDE are height and width in pixels of the network's input.
+    cfg.TEST.SLIDING_WINDOW = CfgNode()
+    cfg.TEST.SLIDING_WINDOW.ENABLED = False
+    cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
+    cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
@@ -256,7 +325,7 @@ def _check_choices(cfg: CfgNode) -> None:
     }
     for key, legal in choices.items():
         if (value := _get(cfg, key)) not in legal:
-            raise _user_error(f"{key} is {value!r}, it must be one of {', '.join(legal)}")
+            raise _user_error(f"{key} is {value!r}, it must be one of {', '.join(map(str, legal))}")
 
 
 def _check_numbers(cfg: CfgNode) -> None:
@@ -319,8 +388,37 @@ def _check_pyramid(cfg: CfgNode) -> None:
         )
 
 
+def _check_segmentation(cfg: CfgNode) -> None:
+    window = cfg.TEST.SLIDING_WINDOW
+    for key in ("SIZE", "STRIDE"):
+        if len(window[key]) != 2 or not all(isinstance(n, int) and n > 0 for n in window[key]):
+            raise _user_error(
+                f"TEST.SLIDING_WINDOW.{key} is {window[key]!r}, it must be a height and a width"
+            )
+    if any(step > side for step, side in zip(window.STRIDE, window.SIZE, strict=True)):
+        raise _user_error(
+            f"TEST.SLIDING_WINDOW.STRIDE {window.STRIDE!r} exceeds SIZE {window.SIZE!r}: windows "
+            "would leave gaps"
+        )
+    if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS:
+        return
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if head.NAME == "PSPHead" and len(head.IN_FEATURES) != 2:
+        raise _user_error(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES!r}, PSPHead takes two: the "
+            "auxiliary classifier's and the main one"
+        )
+
+
 def _check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE < 0 or (
+        solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE
+    ):
+        raise _user_error(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}, it must divide "
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, or be 0"
+        )
     if solver.IMS_PER_BATCH % solver.ACCUMULATE:
         raise _user_error(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of SOLVER.ACCUMULATE "
@@ -350,11 +448,23 @@ def validate(cfg: CfgNode) -> None:
     _check_numbers(cfg)
     _check_network(cfg)
     _check_pyramid(cfg)
+    _check_segmentation(cfg)
     _check_solver(cfg)
+
+
+def _substitute_sync_bn(cfg: CfgNode) -> None:
+    """SyncBN needs GPUs; on the CPU Detectron2's slower one takes its place, with equal keys."""
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    for key, value in list(_flatten(cfg, cfg)):
+        if key.endswith(".NORM") and value == "SyncBN":
+            cfg.merge_from_list([key, "naiveSyncBN"])
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file and overrides into a full config, checked and not frozen.
+
+    On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
 
     Args:
         config_file: a yaml file, with ``_BASE_`` to build on another; read without Python tags.
@@ -371,4 +481,5 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, value in _pairs(list(opts)):
         _assign(cfg, key, value, "overrides")
     validate(cfg)
+    _substitute_sync_bn(cfg)
     return cfg

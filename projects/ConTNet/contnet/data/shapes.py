@@ -30,10 +30,10 @@ from contnet.errors import UserError
 
 __all__ = ["CLASS_NAMES", "MIN_VISIBLE", "ShapesConfig", "make_shapes", "register_shapes"]
 
-CLASS_NAMES = ("circle", "square", "triangle", "star", "ring", "cross")
+CLASS_NAMES = ("circle", "square", "triangle", "star")
 MIN_VISIBLE = 0.5
 
-_DRAWING = 1  # Goes up when the same parameters would draw other images.
+_DRAWING = 2  # Goes up when the same parameters would draw other images.
 _STAMP = "shapes.json"
 _SPLITS = ("train", "val")
 _SUPERSAMPLE = 4
@@ -99,22 +99,12 @@ def _on_circle(radii: np.ndarray) -> np.ndarray:
     return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _cross() -> np.ndarray:
-    arm, end = 0.32, 0.94
-    corner = np.array([[arm, -end], [arm, -arm], [end, -arm]])
-    turn = np.array([[0.0, 1.0], [-1.0, 0.0]])
-    return np.concatenate([corner @ np.linalg.matrix_power(turn, k) for k in range(4)])
-
-
 _OUTLINES: dict[str, np.ndarray] = {
     "circle": _on_circle(np.ones(72)),
     "square": _on_circle(np.ones(4)),
     "triangle": _on_circle(np.ones(3)),
     "star": _on_circle(np.tile([1.0, 0.45], 5)),
-    "ring": _on_circle(np.ones(72)),
-    "cross": _cross(),
 }
-_HOLES = {"ring": 0.55}
 
 
 def _alpha(name: str, diameter: float, angle: float, offset: np.ndarray) -> np.ndarray:
@@ -136,8 +126,6 @@ def _alpha(name: str, diameter: float, angle: float, offset: np.ndarray) -> np.n
     pen = ImageDraw.Draw(canvas)
     corners = _OUTLINES[name] @ rotation * (diameter / 2)
     pen.polygon(((corners + middle) * _SUPERSAMPLE).ravel().tolist(), fill=255)
-    if name in _HOLES:
-        pen.polygon(((corners * _HOLES[name] + middle) * _SUPERSAMPLE).ravel().tolist(), fill=0)
     return np.asarray(canvas.reduce(_SUPERSAMPLE), dtype=np.float32) / 255
 
 

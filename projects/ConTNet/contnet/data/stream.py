@@ -14,13 +14,14 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from contnet.data.augmentation import build_train_mapper
 from contnet.errors import UserError
 from contnet.randomness import seed_everything
 
@@ -178,7 +179,7 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = TrainingStream(shapes, batch_size, seed, make_sampler, group)
     return DataLoader(
-        SeededDataset(dicts, DatasetMapper(cfg, is_train=True), stream),
+        SeededDataset(dicts, build_train_mapper(cfg), stream),
         batch_sampler=stream,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode
-from detectron2.solver import get_default_optimizer_params
+from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
+from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from contnet.errors import UserError
 from contnet.modeling.backbone import backbone_prefix
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_lr_scheduler", "build_optimizer"]
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
@@ -117,3 +120,18 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     if full_model:
         _clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
     return optimizer
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+    """Builds Detectron2's schedules, and WarmupPolyLR, stepped once an iteration."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_detectron2_scheduler(cfg, optimizer)
+    schedule = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, solver.POLY_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)

@@ -13,7 +13,6 @@ import weakref
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from contnet.data.checks import load_dicts
 from contnet.data.stream import build_train_loader
 from contnet.engine.evaluation import evaluate
 from contnet.engine.hooks import Evaluation, ModelAverage, PeriodicCheckpoint, WriteMetrics
-from contnet.engine.optimizer import build_optimizer
+from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.precision import autocast, grad_scaler
 from contnet.engine.writers import build_writers, forget_metrics_after, record_run
 from contnet.errors import UserError

@@ -13,8 +13,14 @@ from detectron2.config import CfgNode
 from contnet.data.checks import check_datasets
 from contnet.data.stream import images_per_pass
 from contnet.errors import UserError
+from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["check_run"]
+__all__ = ["check_run", "count_processes"]
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """Processes of the run on all machines."""
+    return int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
 
 
 def _check_device(cfg: CfgNode, num_gpus: int) -> None:
@@ -61,6 +67,20 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
 
 
+def _check_batch(cfg: CfgNode, processes: int) -> None:
+    images = images_per_pass(cfg, processes)
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
+        return
+    # A map pooled to one pixel: statistics need a second image.
+    normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
+    if normed.get(head.NORM, 2) < 2:
+        raise UserError(
+            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs 2 images at a time: raise "
+            "SOLVER.IMS_PER_BATCH, or set the norm to GN"
+        )
+
+
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
@@ -72,8 +92,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not datasets:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not args.eval_only:
-        processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
-        images_per_pass(cfg, processes)
+        _check_batch(cfg, count_processes(args))
     check_datasets(datasets)
     _check_output(cfg, args)
     _check_weights(cfg, args)

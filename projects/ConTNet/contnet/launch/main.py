@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -22,7 +22,7 @@ from contnet.engine.evaluation import evaluate
 from contnet.engine.trainer import Trainer
 from contnet.errors import UserError
 from contnet.launch.arguments import parse_arguments
-from contnet.launch.checks import check_run
+from contnet.launch.checks import check_run, count_processes
 from contnet.launch.processes import launch_run, print_error
 
 __all__ = ["main", "run"]
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 def _setup(args: argparse.Namespace) -> CfgNode:
     quiet_known_noise()
     cfg = load_config(args.config_file, args.opts)
+    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         cfg = load_config(args.config_file, args.opts)
-        check_run(cfg, args)
+        check_run(DefaultTrainer.auto_scale_workers(cfg, count_processes(args)), args)
         launch_run(run, args, torch.device(cfg.MODEL.DEVICE).type)
     except UserError as error:
         print_error(error)

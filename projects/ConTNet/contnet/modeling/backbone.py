@@ -28,7 +28,7 @@ __all__ = [
     "build_dilated_resnet_backbone",
 ]
 
-NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+NORMS = ("BN", "FrozenBN", "SyncBN", "naiveSyncBN", "GN")
 
 
 def _make_norm(name: str, channels: int) -> nn.Module:
