@@ -20,12 +20,13 @@ MODEL.CONTNET.DROP_PATH_RATE 0.2 MODEL.CONTNET.DROP_RATE 0.1 DATALOADER.NUM_WORK
 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
 """
 SETTINGS = {
-    "one process": ("--num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
-    "two processes": ("--num-gpus 2", ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"]),
-    "everything": (
-        "--num-gpus 1",
-        EVERYTHING.split(),
+    "one process": (f"{LEAF} --num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
+    "two processes": (
+        f"{LEAF} --num-gpus 2",
+        ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"],
     ),
+    "everything": (f"{LEAF} --num-gpus 1", EVERYTHING.split()),
+    "running loss normaliser": ("--config-file configs/fcos_contti.yaml --num-gpus 2", []),
 }
 
 
@@ -76,13 +77,13 @@ def _same(a, b) -> bool:
 def test_killed_and_resumed_equals_uncut(train_net, tmp_path, setting):
     launch, more = SETTINGS[setting]
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    _finish(train_net(f"{LEAF} {launch}", *_options(uncut, more)))
+    _finish(train_net(launch, *_options(uncut, more)))
 
     # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
-    first = train_net(f"{LEAF} {launch}", *_options(cut, more))
+    first = train_net(launch, *_options(cut, more))
     _kill_after(first, cut / "model_0000005.pth", cut / "metrics.json", 7)
     assert (cut / "last_checkpoint").read_text() in ("model_0000005.pth", "model_0000008.pth")
-    _finish(train_net(f"{LEAF} {launch} --resume", *_options(cut, more)))
+    _finish(train_net(f"{launch} --resume", *_options(cut, more)))
 
     expected, found = _metrics(uncut), _metrics(cut)
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]

@@ -72,10 +72,10 @@ class FCOSHead(fcos.FCOSHead):
             }
             logits.append(self.cls_score(towers["classification"]))
             centerness.append(self.ctrness(towers[self.centerness_on]))
-            distance = self.bbox_pred(towers["regression"])
+            # Half precision is too coarse for distances, and Detectron2's losses mix it with single.
+            distance = self.bbox_pred(towers["regression"]).float()
             if self.scales is not None:
-                # Half precision ends at 65504 pixels, and is too coarse for a distance.
-                distance = (distance.float() * self.scales[level]).exp()
+                distance = (distance * self.scales[level]).exp()
             distances.append(distance)
         return logits, distances, centerness
 
