@@ -1,0 +1,134 @@
+"""Parameters and multiply-adds of built models, by the rule behind the published figures.
+
+The rule is that of the counter the baselines' figures come from: convolutions with their biases,
+linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
+max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention are counted apart, the published figures
+leave them out. Nothing is computed: on the meta device, hooks count from shapes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from torch import Tensor, nn
+
+from contnet.modeling.contnet import Attention, ConTBlock
+from contnet.modeling.pspnet import PSPHead
+
+__all__ = ["build_meta_model", "count_operations", "count_parameters"]
+
+_PROPOSALS = 1000
+_MASKS = 100
+_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
+
+
+def build_meta_model(cfg: CfgNode) -> nn.Module:
+    """The config's model without memory for its weights, in inference mode."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg).eval()
+
+
+def _operations(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
+    """Multiply-adds of one call of a module, without its children's, by kind."""
+    if isinstance(module, nn.Conv2d):
+        bias = 0 if module.bias is None else out.numel()
+        yield "convolution", out.numel() * module.weight[0].numel() + bias
+    elif isinstance(module, nn.ConvTranspose2d):
+        yield "convolution", x.numel() * module.weight[0].numel() + out.numel()
+    elif isinstance(module, nn.Linear):
+        yield "linear", x.numel() * module.out_features
+    elif isinstance(module, _NORMS):
+        yield "norm", 2 * out.numel()
+    elif isinstance(module, nn.GroupNorm):
+        yield "norm", out.numel()
+    elif isinstance(module, nn.ReLU):
+        yield "relu", out.numel()
+    elif isinstance(module, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)):
+        yield "pooling", x.numel()
+    elif isinstance(module, Attention):
+        batch, tokens, channels = x.shape
+        yield "attention", 2 * batch * tokens**2 * channels
+    elif isinstance(module, ConTBlock):
+        # The block calls its convolution and its ReLU as functions.
+        yield "relu", x.numel()
+        yield "convolution", out[0].numel() * module.conv.weight[0].numel()
+    elif isinstance(module, BasicStem):
+        # ReLU and pooling, both at twice the output's height and width.
+        yield "relu", 4 * out.numel()
+        yield "pooling", 4 * out.numel()
+    elif isinstance(module, BottleneckBlock):
+        middle = out.numel() // 4
+        yield "relu", middle * module.stride**2 + middle + out.numel()
+    elif isinstance(module, BasicBlock):
+        yield "relu", 2 * out.numel()
+
+
+def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> None:
+    """Calls what follows the backbone, on as many regions as the rule has."""
+    if hasattr(model, "head"):
+        model.head([features[name] for name in model.head_in_features])
+    elif hasattr(model, "sem_seg_head"):
+        model.sem_seg_head(features)
+    else:
+        model.proposal_generator.rpn_head([features[name] for name in cfg.MODEL.RPN.IN_FEATURES])
+        width = features[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].shape[1]
+        heads, side = model.roi_heads, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+        pooled = torch.empty(_PROPOSALS, width, side, side, device="meta")
+        heads.box_predictor(heads.box_head(pooled))
+        if cfg.MODEL.MASK_ON:
+            side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+            heads.mask_head.layers(torch.empty(_MASKS, width, side, side, device="meta"))
+
+
+def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
+    """Counts one image's multiply-adds.
+
+    Args:
+        cfg: the config that the model was built from.
+        model: of :func:`build_meta_model`.
+        size: height and width of the network's input, in pixels.
+
+    Returns:
+        G multiply-adds by kind; "attention" is what the published figures leave out.
+    """
+    total: Counter[str] = Counter()
+
+    def count(module: nn.Module, args: tuple, out: Tensor) -> None:
+        for kind, number in _operations(module, args[0], out):
+            total[kind] += number / 1e9
+
+    handles = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        # Its own forward takes a dict.
+        if not isinstance(module, PSPHead)
+    ]
+    try:
+        with torch.no_grad():
+            image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
+            _run_heads(cfg, model, model.backbone(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def count_parameters(model: nn.Module) -> float:
+    """Trained parameters in M, with the affine ones of frozen norms in trained blocks."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for module in model.modules():
+        norm = getattr(module, "norm", None)
+        if isinstance(norm, FrozenBatchNorm2d) and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            total += norm.weight.numel() + norm.bias.numel()
+    return total / 1e6
