@@ -116,7 +116,7 @@ def test_same_schedule_for_all_backbones_of_a_system(system):
         ]
     for cfg in configs:
         clips = cfg.SOLVER.pop("CLIP_GRADIENTS")
-        assert clips.ENABLED == cfg.OUTPUT_DIR.startswith("./output/fcos_plain")
+        assert cfg.OUTPUT_DIR.startswith("./output/fcos_plain") == clips.ENABLED
         assert cfg.SOLVER == configs[0].SOLVER
         assert cfg.INPUT == configs[0].INPUT
         assert cfg.DATASETS == configs[0].DATASETS
@@ -141,9 +141,7 @@ def test_variants_of_a_recipe():
 
 
 def test_poly_schedule_falls_to_zero():
-    cfg = load_config(
-        str(CONFIGS / "cityscapes" / "pspnet_contti.yaml"), ["SOLVER.MAX_ITER", "10"]
-    )
+    cfg = load_config(str(CONFIGS / "cityscapes" / "pspnet_contti.yaml"), ["SOLVER.MAX_ITER", "10"])
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR)
     scheduler = build_lr_scheduler(cfg, optimizer)
@@ -159,7 +157,7 @@ def test_sync_bn_is_replaced_on_the_cpu():
     for device, norm in (("cuda", "SyncBN"), ("cpu", "naiveSyncBN")):
         cfg = load_config(path, ["MODEL.DEVICE", device])
         assert cfg.MODEL.CONTNET.NORM == cfg.MODEL.SEM_SEG_HEAD.NORM == norm
-        assert cfg.MODEL.RESNETS.NORM == norm
+        assert norm == cfg.MODEL.RESNETS.NORM
 
 
 def test_defaults_are_detectron2s():

@@ -24,7 +24,9 @@ SIZES = [(224, 224), (131, 77), (20, 33)]
 def _pair(variant="contnet_ti", *, output_stride, seed=0, **options):
     """The undilated network and a dilated one with its weights, in double precision."""
     torch.manual_seed(seed)
-    plain = create_model(variant, num_classes=0, **{k: v for k, v in options.items() if k[:3] != "dil"})
+    plain = create_model(
+        variant, num_classes=0, **{k: v for k, v in options.items() if k[:3] != "dil"}
+    )
     for parameter in plain.parameters():
         # Position tables start at zero, where a wrong place could not be told from the right one.
         torch.nn.init.normal_(parameter, std=0.2) if parameter.std() == 0 else None

@@ -43,9 +43,7 @@ def test_improved_form_is_detectron2s():
     shapes = [ours.backbone.output_shape()[name] for name in cfg.MODEL.FCOS.IN_FEATURES]
     theirs = detectron2_fcos.FCOS(
         backbone=ours.backbone,
-        head=detectron2_fcos.FCOSHead(
-            input_shape=shapes, num_classes=3, conv_dims=[64], norm="GN"
-        ),
+        head=detectron2_fcos.FCOSHead(input_shape=shapes, num_classes=3, conv_dims=[64], norm="GN"),
         head_in_features=cfg.MODEL.FCOS.IN_FEATURES,
         num_classes=3,
         test_score_thresh=0.0,
@@ -89,6 +87,10 @@ def test_plain_form_takes_every_place_in_a_box():
     assert ((sampled == 0) <= (plain == 0)).all()
 
 
+def _area(sides):
+    return (sides[0] + sides[2]) * (sides[1] + sides[3])
+
+
 def test_plain_box_loss_is_weighted_log_iou():
     _, model = _model("fcos_plain_contm", "MODEL.CONTNET.VARIANT", "contnet_ti")
     model.head.scales.data = torch.tensor([1.0, 0.5, 1.5, 1.0, 2.0])
@@ -103,7 +105,7 @@ def test_plain_box_loss_is_weighted_log_iou():
     for level, (tower, stride) in enumerate(zip(towers, strides, strict=True)):
         exponent = model.head.bbox_pred(tower) * model.head.scales[level]
         distances = exponent.exp()[0].permute(1, 2, 0).reshape(-1, 4)
-        rows, columns = tower.shape[-2:]
+        columns = tower.shape[-1]
         for place, (left, top, right, bottom) in enumerate(distances):
             x, y = (place % columns + 0.5) * stride, (place // columns + 0.5) * stride
             sides = [(x - b[0], y - b[1], b[2] - x, b[3] - y) for b in BOXES]
@@ -112,11 +114,11 @@ def test_plain_box_loss_is_weighted_log_iou():
             fit = [i for i, s in enumerate(sides) if min(s) > 0 and low < max(s) < high]
             if not fit:
                 continue
-            l, t, r, b = min((sides[i] for i in fit), key=lambda s: (s[0] + s[2]) * (s[1] + s[3]))
-            weight = (min(l, r) / max(l, r) * min(t, b) / max(t, b)) ** 0.5
-            width = torch.clamp(left, max=l) + torch.clamp(right, max=r)
-            height = torch.clamp(top, max=t) + torch.clamp(bottom, max=b)
-            union = (left + right) * (top + bottom) + (l + r) * (t + b) - width * height
+            x0, y0, x1, y1 = min((sides[i] for i in fit), key=_area)
+            weight = (min(x0, x1) / max(x0, x1) * min(y0, y1) / max(y0, y1)) ** 0.5
+            width = torch.clamp(left, max=x0) + torch.clamp(right, max=x1)
+            height = torch.clamp(top, max=y0) + torch.clamp(bottom, max=y1)
+            union = (left + right) * (top + bottom) + (x0 + x1) * (y0 + y1) - width * height
             total = total - weight * (width * height / union).log()
             weights += weight
     assert weights > 5

@@ -2,8 +2,9 @@
 
 The rule is that of the counter the baselines' figures come from: convolutions with their biases,
 linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
-max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention are counted apart, the published figures
-leave them out. Nothing is computed: on the meta device, hooks count from shapes.
+max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention
+are counted apart, the published figures leave them out. Nothing is computed: on the meta device,
+hooks count from shapes.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class FCOSHead(fcos.FCOSHead):
             }
             logits.append(self.cls_score(towers["classification"]))
             centerness.append(self.ctrness(towers[self.centerness_on]))
-            # Half precision is too coarse for distances, and Detectron2's losses mix it with single.
+            # Half precision is too coarse for distances; Detectron2's losses mix it with single.
             distance = self.bbox_pred(towers["regression"]).float()
             if self.scales is not None:
                 distance = (distance * self.scales[level]).exp()

@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Writes MODEL_ZOO.md anew from the configs and docs/results.yaml."""
+
+from pathlib import Path
+
+from contnet.compat import quiet_known_noise
+
+quiet_known_noise()  # before Detectron2 is imported
+
+from contnet.zoo import ZOO, make_zoo  # noqa: E402
+
+if __name__ == "__main__":
+    repository = Path(__file__).resolve().parents[1]
+    (repository / ZOO).write_text(make_zoo(repository))
+    print(f"wrote {repository / ZOO}")
