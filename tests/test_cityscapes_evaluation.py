@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,14 +24,18 @@ from cityscapesscripts.helpers.labels import id2label, name2label, trainId2label
 from conftest import REPOSITORY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine.launch import _find_free_port
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
+from faster_coco_eval import COCOeval_faster
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
 from contnet.config import load_config
 from contnet.engine.cityscapes_evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
+    NumberedImages,
     as_coco,
     match_instances,
 )
@@ -437,9 +442,9 @@ def test_two_processes_get_the_same_numbers(machines, cityscapes_root, tmp_path)
     args = {"num_gpus": 2 // machines, "num_machines": machines, "dist_url": url}
     args |= {"root": cityscapes_root, "folder": tmp_path}
     with ThreadPoolExecutor(machines) as starters:
-        for machine in range(machines):
-            own = argparse.Namespace(**args, machine_rank=machine)
-            starters.submit(launch_run, evaluate_in_parallel, own, "cpu")
+        ranks = [argparse.Namespace(**args, machine_rank=rank) for rank in range(machines)]
+        started = [starters.submit(launch_run, evaluate_in_parallel, a, "cpu") for a in ranks]
+    assert [start.result() for start in started] == [None] * machines
     expected = evaluate_everything(cityscapes_root, tmp_path / "single", slice(None))
     (first, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert second == {}
@@ -475,6 +480,21 @@ def test_instances_also_get_cocos_metrics(cityscapes_root, tmp_path):
     assert list(run_evaluator(build_evaluator(cfg, INSTANCES), images, outputs)) == ["bbox", "segm"]
 
 
+def test_a_fast_coco_evaluation_gives_the_same(cityscapes_root, tmp_path, monkeypatch):
+    """It takes no image ids that are texts, as Detectron2's of Cityscapes are."""
+    images = images_of(cityscapes_root)
+    outputs = [{"instances": predict_instances(image)} for image in images]
+    results = []
+    for implementation in (COCOeval, partial(COCOeval_faster, print_function=print)):
+        monkeypatch.setattr(coco_evaluation, "COCOeval_opt", implementation)
+        coco = COCOEvaluator(as_coco(INSTANCES, str(tmp_path)), output_dir=str(tmp_path))
+        results.append(run_evaluator(NumberedImages(coco, INSTANCES), images, outputs))
+    slow, fast = results
+    for task, scores in slow.items():
+        assert fast[task] == pytest.approx(scores, rel=1e-9, nan_ok=True)
+    assert 0 < slow["bbox"]["AP"] < 100 and 0 < slow["segm"]["APs"] < 100
+
+
 def annotations(folder: Path) -> list[Path]:
     return sorted(folder.glob("annotations-*.json"))
 
@@ -499,8 +519,8 @@ def test_cocos_annotations_follow_the_data(own_root, tmp_path):
     picture.unlink()
     as_coco(INSTANCES, str(folder))
     (third,) = annotations(folder)
-    ids = {image["id"] for image in json.loads(third.read_text())["images"]}
-    assert ids == {Path(image).name for image in images_of(own_root)}
+    names = {Path(image["file_name"]) for image in json.loads(third.read_text())["images"]}
+    assert names == set(map(Path, images_of(own_root)))
 
 
 def test_other_kinds_have_no_evaluator(cityscapes_root):

@@ -21,6 +21,7 @@ from torch import nn
 from contnet.engine.cityscapes_evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
+    NumberedImages,
     as_coco,
 )
 from contnet.engine.precision import autocast
@@ -40,7 +41,7 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     if kind == "coco":
         return COCOEvaluator(name, output_dir=folder)
     if kind == "cityscapes_instance":
-        coco = COCOEvaluator(as_coco(name, folder), output_dir=folder)
+        coco = NumberedImages(COCOEvaluator(as_coco(name, folder), output_dir=folder), name)
         if not cfg.MODEL.MASK_ON:
             return coco
         return DatasetEvaluators([CityscapesInstanceEvaluator(name), coco])
