@@ -45,6 +45,16 @@ def coco_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cityscapes_root(tmp_path_factory) -> Path:
+    """A DETECTRON2_DATASETS with a tiny Cityscapes, to which Detectron2's names point."""
+    from cityscapes import make_cityscapes, use_cityscapes
+
+    root = make_cityscapes(tmp_path_factory.mktemp("datasets"))
+    use_cityscapes(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def train_net(coco_root) -> Callable[..., subprocess.Popen]:
     """Starts ``train_net.py`` in a process of its own; arguments are a string and a list."""
 

@@ -1,10 +1,15 @@
-"""What is quietened: exactly the warnings that the pinned libraries make, and nothing else."""
+"""What is quietened: exactly the warnings that the pinned libraries make, and nothing else; what is
+given back to a library that needs it.
+"""
 
 import importlib
+import inspect
 import logging
 import re
 import warnings
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import TrainerBase, create_ddp_model
@@ -12,7 +17,7 @@ from detectron2.modeling.anchor_generator import _create_grid_offsets
 from torch import nn
 from torch.distributed import HashStore
 
-from contnet.compat import KNOWN_WARNINGS, quiet_known_noise
+from contnet.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
 from contnet.errors import UserError
 
 # --- each warning, made where it comes from ------------------------------------------------------
@@ -198,3 +203,21 @@ def test_without_the_filter_a_traceback_is_shown(loop_records):
     with pytest.raises(UserError):
         Failing(UserError("the loss is not finite")).train(0, 1)
     assert any(record.exc_info for record in loop_records)
+
+
+# --- np.in1d -------------------------------------------------------------------------------------
+
+
+def test_cityscapesscripts_still_needs_in1d():
+    assert not hasattr(np, "in1d")
+    module = importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    assert "np.in1d" in inspect.getsource(module)
+
+
+def test_in1d_is_given_to_one_module():
+    module, before = ModuleType("theirs"), set(vars(np))
+    module.np = np
+    give_in1d(module)
+    assert module.np.in1d([[1, 2], [3, 4]], [2, 5]).reshape(2, 2).tolist() == [[0, 1], [0, 0]]
+    assert module.np.in1d([1, 2], [2], invert=True).tolist() == [True, False]
+    assert module.np.unique is np.unique and set(vars(np)) == before

@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 
 from contnet import demo
 from contnet.config import load_config
+from contnet.data import cityscapes
 from contnet.errors import UserError
 from contnet.launch.arguments import parse_arguments
 from contnet.zoo import make_zoo
@@ -111,6 +112,11 @@ def check_demo(arguments: list[str], monkeypatch) -> None:
     check_overrides(str(config_file), list(opts))
 
 
+def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(cityscapes, "prepare_cityscapes", lambda root, workers: (0, 0))
+    assert cityscapes.main(arguments) == 0
+
+
 def check_make(arguments: list[str]) -> None:
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
@@ -137,6 +143,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_train_net(arguments[1:])
         elif arguments[0] == "tools/demo.py":
             check_demo(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/prepare_cityscapes.py":
+            check_prepare_cityscapes(arguments[1:], monkeypatch)
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -161,6 +169,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python train_net.py --config-file configs/faster_rcnn_contm.yaml SOLVER.MAX_ITER 0",
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
+        "python tools/prepare_cityscapes.py --folder here",
         "python train.py",
         "make tests",
         "make setup VENW=here",

@@ -7,10 +7,13 @@ they import the rest, for some of the noise is made by importing Detectron2.
 
 import logging
 import warnings
+from types import ModuleType
+
+import numpy as np
 
 from contnet.errors import UserError
 
-__all__ = ["KNOWN_WARNINGS", "quiet_known_noise"]
+__all__ = ["KNOWN_WARNINGS", "give_in1d", "quiet_known_noise"]
 
 # (category, start of the message as a regular expression, where it comes from)
 KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
@@ -51,3 +54,14 @@ def quiet_known_noise() -> None:
     loop = logging.getLogger("detectron2.engine.train_loop")
     if not any(isinstance(f, _NoUserErrorTracebacks) for f in loop.filters):
         loop.addFilter(_NoUserErrorTracebacks())
+
+
+def give_in1d(module: ModuleType) -> None:
+    """Gives one module the function ``np.in1d``, which cityscapesscripts calls and numpy 2.4 lacks.
+
+    Args:
+        module: has numpy as ``np``; numpy itself stays as it is.
+    """
+    stand_in = ModuleType("numpy")
+    stand_in.__dict__.update(vars(np), in1d=np.isin)
+    module.np = stand_in

@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     inference_on_dataset,
     print_csv_format,
     verify_results,
@@ -17,6 +18,12 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from contnet.engine.cityscapes_evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    NumberedImages,
+    as_coco,
+)
 from contnet.engine.precision import autocast
 from contnet.errors import UserError
 
@@ -30,8 +37,16 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
         UserError: if its kind has none here.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
+    folder = str(Path(cfg.OUTPUT_DIR, "inference", name))
     if kind == "coco":
-        return COCOEvaluator(name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference", name)))
+        return COCOEvaluator(name, output_dir=folder)
+    if kind == "cityscapes_instance":
+        coco = NumberedImages(COCOEvaluator(as_coco(name, folder), output_dir=folder), name)
+        if not cfg.MODEL.MASK_ON:
+            return coco
+        return DatasetEvaluators([CityscapesInstanceEvaluator(name), coco])
+    if kind == "cityscapes_sem_seg":
+        return CityscapesSemSegEvaluator(name)
     raise UserError(f"data set {name} has no evaluator here, its type is {kind!r}")
 
 
