@@ -74,6 +74,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only:
         processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
         images_per_pass(cfg, processes)
-    check_datasets(datasets)
+    # Of the processes that torchrun starts on a machine, one reads the annotation files.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_datasets(cfg, list(dict.fromkeys(datasets)))
     _check_output(cfg, args)
     _check_weights(cfg, args)
