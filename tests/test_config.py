@@ -89,9 +89,10 @@ def test_same_schedule_for_all():
 def test_defaults_are_detectron2s():
     plain, cfg = get_cfg(), get_cfg()
     add_contnet_config(cfg)
-    for node, like in ((cfg, plain), (cfg.MODEL, plain.MODEL), (cfg.SOLVER, plain.SOLVER)):
+    groups = ("MODEL", "SOLVER", "DATASETS")
+    for node, like in ((cfg, plain), *((cfg[group], plain[group]) for group in groups)):
         for key, value in like.items():
-            if key not in ("MODEL", "SOLVER", "AMP"):
+            if key not in (*groups, "AMP"):
                 assert node[key] == value, key
     validate(cfg)
 

@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 
 from contnet import demo
 from contnet.config import load_config
+from contnet.data import doctor
 from contnet.launch.arguments import parse_arguments
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -109,6 +110,11 @@ def check_demo(arguments: list[str], monkeypatch) -> None:
     check_overrides(str(config_file), list(opts))
 
 
+def check_doctor(arguments: list[str]) -> None:
+    args = doctor.build_parser().parse_intermixed_args(arguments)
+    check_overrides(args.config_file, args.opts)
+
+
 def check_make(arguments: list[str]) -> None:
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
@@ -135,6 +141,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_train_net(arguments[1:])
         elif arguments[0] == "tools/demo.py":
             check_demo(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/doctor.py":
+            check_doctor(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -159,6 +167,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python train_net.py --config-file configs/faster_rcnn_contm.yaml SOLVER.MAX_ITER 0",
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
+        "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
         "python train.py",
         "make tests",
         "make setup VENW=here",

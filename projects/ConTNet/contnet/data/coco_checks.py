@@ -6,6 +6,7 @@ object that it leaves out is one unless it is rare (COCO's own file has two boxe
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterable
@@ -45,6 +46,8 @@ def read_instances(file: str) -> dict:
     Raises:
         UserError: if it is missing or has not the form of COCO's.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk through COCO's millions of new objects again and again
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -52,6 +55,9 @@ def read_instances(file: str) -> dict:
         raise UserError(f"the annotation file {file} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"the annotation file {file} is not valid JSON ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
     for key in _LISTS:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -25,7 +25,7 @@ from contnet.errors import UserError
 from contnet.launch.arguments import config_parser, configure
 from contnet.launch.processes import print_error
 
-__all__ = ["diagnose", "main"]
+__all__ = ["build_parser", "diagnose", "main"]
 
 _EPILOG = """\
 What would stop or corrupt training is an ERROR: the exit status is then 1. Differences from the
@@ -142,11 +142,26 @@ def _print(name: str, findings: Findings) -> None:
             print(f"  {severity:5}  {line}")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tools/doctor.py."""
+    parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that open images (default: one for each core)",
+    )
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
     quiet_known_noise()
     try:
-        args = _parser().parse_intermixed_args(argv)
+        args = build_parser().parse_intermixed_args(argv)
+        if args.workers < 1:
+            raise UserError("--workers must be at least 1")
         cfg = configure(args)
         for note in args.notes:
             print(note)
@@ -163,15 +178,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = "this would stop or corrupt training" if errors else "training can start"
     print(f"{plural(errors, 'error')}, {plural(notes, 'note')}: {verdict}")
     return 1 if errors else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes that open images (default: one for each core)",
-    )
-    return parser

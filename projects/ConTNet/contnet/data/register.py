@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -11,7 +9,7 @@ from detectron2.data.datasets import register_coco_instances
 from contnet.data.coco_checks import class_names, read_instances
 from contnet.errors import UserError
 
-__all__ = ["CLASS_KEYS", "ClassNumber", "class_number", "is_registered", "register_datasets"]
+__all__ = ["CLASS_KEYS", "class_key", "count_classes", "is_registered", "register_datasets"]
 
 # By meta-architecture: the keys of the numbers of classes of objects and of label maps.
 CLASS_KEYS: dict[str, dict[str, str]] = {
@@ -24,14 +22,6 @@ CLASS_KEYS: dict[str, dict[str, str]] = {
         "label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
     },
 }
-
-
-@dataclass(frozen=True)
-class ClassNumber:
-    """What a data set asks of a config: ``key`` should be ``number``."""
-
-    key: str
-    number: int
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -59,20 +49,24 @@ def is_registered(cfg: CfgNode, name: str) -> bool:
     return name in [entry[0] for entry in cfg.DATASETS.REGISTER]
 
 
-def class_number(cfg: CfgNode, name: str) -> ClassNumber | None:
-    """The number of classes in the file of a data set of DATASETS.REGISTER.
+def class_key(cfg: CfgNode, name: str) -> str | None:
+    """The key of the number of classes that a data set of DATASETS.REGISTER decides.
 
     Returns:
         None for other data sets, and for models that detect no objects.
+    """
+    if not is_registered(cfg, name):
+        return None
+    return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get("objects")
+
+
+def count_classes(name: str) -> int:
+    """The number of classes in the annotation file of a data set of DATASETS.REGISTER.
 
     Raises:
-        UserError: if its file cannot be read.
+        UserError: if the file cannot be read.
     """
-    key = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get("objects")
-    if key is None or not is_registered(cfg, name):
-        return None
     try:
-        content = read_instances(MetadataCatalog.get(name).json_file)
+        return len(class_names(read_instances(MetadataCatalog.get(name).json_file)))
     except UserError as error:
         raise UserError(f"data set {name}: {error}") from error
-    return ClassNumber(key, len(class_names(content)))

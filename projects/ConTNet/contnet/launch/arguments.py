@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from contnet.config import is_set, load_config
-from contnet.data.register import class_number, register_datasets
+from contnet.data.register import class_key, count_classes, register_datasets
 from contnet.errors import UserError
 
 __all__ = ["build_parser", "config_parser", "configure", "parse_arguments"]
@@ -63,13 +63,13 @@ def configure(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    found = class_number(cfg, names[0]) if names else None
-    if found is None or is_set(found.key, args.config_file, args.opts):
+    key = class_key(cfg, names[0]) if names else None
+    if key is None or is_set(key, args.config_file, args.opts):
         return cfg
-    number = str(found.number)
-    args.opts = [*args.opts, found.key, number]
-    args.notes = (*args.notes, f"{found.key} {number}: the number of classes of {names[0]}")
-    cfg.merge_from_list([found.key, number])
+    number = str(count_classes(names[0]))
+    args.opts = [*args.opts, key, number]
+    args.notes = (*args.notes, f"{key} {number}: the number of classes of {names[0]}")
+    cfg.merge_from_list([key, number])
     return cfg
 
 
