@@ -180,9 +180,9 @@ def _drop_key(key):
 
 
 DAMAGES = {
-    "image": (_drop_image, [], "1 of 4 images are missing"),
+    "image": (_drop_image, [], "images that are missing"),
     "cut JSON": (_cut_json, [], "is not valid JSON"),
-    "no images": (_drop_key("images"), [], "gives no image to use"),
+    "no images": (_drop_key("images"), [], "has not the form of COCO instances"),
     "no categories": (_drop_key("categories"), [], "has not the form of COCO instances"),
     "classes": (lambda root: None, ["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "has 80 classes"),
     "diverging": (lambda root: None, ["SOLVER.BASE_LR", "1e30"], "not finite at iteration 1"),

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 from contnet import demo
 from contnet.config import load_config
-from contnet.data import cityscapes
+from contnet.data import cityscapes, doctor
 from contnet.errors import UserError
 from contnet.launch.arguments import parse_arguments
 from contnet.zoo import make_zoo
@@ -117,6 +117,11 @@ def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
     assert cityscapes.main(arguments) == 0
 
 
+def check_doctor(arguments: list[str]) -> None:
+    args = doctor.build_parser().parse_intermixed_args(arguments)
+    check_overrides(args.config_file, args.opts)
+
+
 def check_make(arguments: list[str]) -> None:
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
@@ -145,6 +150,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/doctor.py":
+            check_doctor(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -170,6 +177,7 @@ def test_commands_are_legal(words, monkeypatch):
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
         "python tools/prepare_cityscapes.py --folder here",
+        "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
         "python train.py",
         "make tests",
         "make setup VENW=here",

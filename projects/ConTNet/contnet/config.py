@@ -17,7 +17,7 @@ from contnet.modeling.contnet import FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["add_contnet_config", "load_config", "validate"]
+__all__ = ["add_contnet_config", "is_set", "load_config", "validate"]
 
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
@@ -194,6 +194,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.TEST.SLIDING_WINDOW.ENABLED = False
     cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
     cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
+    # Data sets of your own in COCO's format: [name, annotation file, image folder] of each. The
+    # names are then as good as built-in ones in TRAIN and TEST. Relative paths start in the folder
+    # where the command is typed. On the command line:
+    # DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
+    # If the first set of a run is one of these, the model's number of classes is that of its
+    # annotation file, unless the config file itself (not its _BASE_) or the command line sets it.
+    cfg.DATASETS.REGISTER = []
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
@@ -438,6 +445,20 @@ def _check_solver(cfg: CfgNode) -> None:
         )
 
 
+def _check_register(cfg: CfgNode) -> None:
+    names = []
+    for entry in cfg.DATASETS.REGISTER:
+        parts = list(entry) if isinstance(entry, (list, tuple)) else []
+        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
+            raise _user_error(
+                f"DATASETS.REGISTER has {entry!r}, it must be a list of [name, annotation file, "
+                "image folder], as [['mine', 'mine.json', 'images']]"
+            )
+        names.append(parts[0])
+    if double := [name for name in names if names.count(name) > 1]:
+        raise _user_error(f"DATASETS.REGISTER has the name {double[0]!r} twice")
+
+
 def validate(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
@@ -450,6 +471,30 @@ def validate(cfg: CfgNode) -> None:
     _check_pyramid(cfg)
     _check_segmentation(cfg)
     _check_solver(cfg)
+    _check_register(cfg)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
+    """Whether a config file itself, not its ``_BASE_``, or the overrides give a key.
+
+    Args:
+        key: with dots.
+        config_file: one that :func:`load_config` has read.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+    """
+    if key in opts[::2]:
+        return True
+    with open(config_file, encoding="utf-8") as file:
+        node = yaml.safe_load(file)
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _substitute_sync_bn(cfg: CfgNode) -> None:
@@ -470,6 +515,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         config_file: a yaml file, with ``_BASE_`` to build on another; read without Python tags.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
+    Returns:
+        The config, with absolute paths in DATASETS.REGISTER.
+
     Raises:
         UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
             illegal one, and overrides that are no pairs.
@@ -481,5 +529,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, value in _pairs(list(opts)):
         _assign(cfg, key, value, "overrides")
     validate(cfg)
+    cfg.DATASETS.REGISTER = [
+        [name, _absolute(file), _absolute(folder)] for name, file, folder in cfg.DATASETS.REGISTER
+    ]
     _substitute_sync_bn(cfg)
     return cfg

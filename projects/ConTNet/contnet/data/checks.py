@@ -1,110 +1,224 @@
-"""What can be wrong with a data set, said before training starts."""
+"""Data sets as a config uses them: checked without opening images, and loaded.
+
+A training makes these checks before it starts; tools/doctor.py makes them too, and decodes the
+images.
+"""
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from contnet.data.cityscapes_checks import FILES, check_layout
+from contnet.data.coco_checks import Use, check_instances, read_instances
+from contnet.data.findings import ERROR, Findings, plural
+from contnet.data.register import CLASS_KEYS, is_registered
 from contnet.errors import UserError
 
-__all__ = ["check_datasets", "load_dicts"]
+__all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
+
+_DOCTOR = "python tools/doctor.py"
+# Images and objects.
+_OFFICIAL_COCO = {"coco_2017_train": (118287, 860001), "coco_2017_val": (5000, 36781)}
+_FOLDERS = {
+    "json_file": "annotation file",
+    "image_root": "image folder",
+    "image_dir": "image folder",
+    "gt_dir": "label folder",
+}
 
 
-def _root() -> str:
+def _origin(cfg: CfgNode, name: str) -> str:
+    """Where the paths of a data set come from."""
+    if is_registered(cfg, name):
+        return "mend its path in DATASETS.REGISTER"
     value = os.environ.get("DETECTRON2_DATASETS")
     if value is not None:
-        return f"DETECTRON2_DATASETS is {value!r}"
+        return f"DETECTRON2_DATASETS is {value!r}, docs/data.md shows what belongs there"
     return (
         f"DETECTRON2_DATASETS is not set: data sets are looked for in {Path('datasets').resolve()}"
     )
 
 
-def _check_registered(name: str) -> None:
-    if name in DatasetCatalog.list():
-        return
-    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"data set {name!r} is not registered{hint}")
+def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
+    """Whether a data set is registered and its files and folders exist."""
+    if name not in DatasetCatalog.list():
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        findings.error(f"it is not registered, give your own in DATASETS.REGISTER{hint}")
+        return False
+    metadata = MetadataCatalog.get(name)
+    whole = True
+    for fact, what in _FOLDERS.items():
+        path = metadata.get(fact)
+        if not path:
+            continue
+        findings.facts.append(f"{what} {Path(path).resolve()}")
+        if not os.path.exists(path):
+            whole = False
+            findings.error(
+                f"the {what} {Path(path).resolve()} does not exist ({_origin(cfg, name)})"
+            )
+    return whole
 
 
-def check_datasets(names: Iterable[str]) -> None:
-    """Checks that data sets are registered and their annotations and image folders exist.
-
-    Raises:
-        UserError: naming the first file that is missing, where it was looked for, and the root.
-    """
-    for name in names:
-        _check_registered(name)
-        metadata = MetadataCatalog.get(name)
-        for fact in ("json_file", "image_root"):
-            path = metadata.get(fact)
-            if path and not os.path.exists(path):
-                what = "annotation file" if fact == "json_file" else "image folder"
-                raise UserError(
-                    f"data set {name}: the {what} {Path(path).resolve()} does not exist ({_root()})"
+def _check_files(cfg: CfgNode, name: str, content: dict, findings: Findings) -> None:
+    by_folder = defaultdict(list)
+    root = MetadataCatalog.get(name).image_root
+    for image in content["images"]:
+        folder, file = os.path.split(os.path.join(root, str(image.get("file_name"))))
+        by_folder[folder].append(file)
+    for folder, files in by_folder.items():
+        present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        for file in files:
+            if file not in present:
+                findings.error(
+                    f"images that are missing ({_origin(cfg, name)})", os.path.join(folder, file)
                 )
 
 
-def _check_images(name: str, dicts: Sequence[dict]) -> None:
-    by_folder = defaultdict(list)
-    for record in dicts:
-        folder, file = os.path.split(record["file_name"])
-        by_folder[folder].append(file)
-    missing = []
-    for folder, files in by_folder.items():
-        present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        missing += [os.path.join(folder, file) for file in files if file not in present]
-    if missing:
-        raise UserError(
-            f"data set {name}: {len(missing)} of {len(dicts)} images are missing, "
-            f"e.g. {', '.join(missing[:3])} ({_root()})"
+def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
+    metadata = MetadataCatalog.get(name)
+    use = Use(
+        trained=name in cfg.DATASETS.TRAIN,
+        evaluated=name in cfg.DATASETS.TEST,
+        masks=cfg.MODEL.MASK_ON,
+        bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
+    )
+    try:
+        content = read_instances(metadata.json_file)
+        check_instances(content, use, findings)
+    except UserError as error:
+        findings.error(str(error))
+        return
+    _check_files(cfg, name, content, findings)
+    # Only built-in names have their classes before the file is loaded.
+    expected = metadata.get("thing_classes")
+    if expected and list(expected) != findings.classes["objects"]:
+        findings.error(
+            f"its file has other categories than {name}, which stands for {len(expected)} classes "
+            f"({', '.join(expected[:3])}, ...): give a data set of your own another name in "
+            "DATASETS.REGISTER"
+        )
+    count = len(content["images"]), len(content["annotations"])
+    official = _OFFICIAL_COCO.get(name)
+    if official == count:
+        findings.facts.append("as many as COCO itself has")
+    elif official:
+        findings.note(
+            f"{count[0]} images and {count[1]} objects, COCO itself has {official[0]} and "
+            f"{official[1]}"
         )
 
 
-def _check_classes(cfg: CfgNode, name: str) -> None:
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    expected = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and classes and len(classes) != expected:
-        raise UserError(
-            f"data set {name} has {len(classes)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
-            f"{expected}: set it to {len(classes)}"
-        )
+def _check_cityscapes(name: str, findings: Findings) -> None:
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.evaluator_type
+    if kind == "cityscapes_sem_seg":
+        findings.classes["label maps"] = list(metadata.stuff_classes)
+    else:
+        findings.classes["objects"] = list(metadata.thing_classes)
+    check_layout(metadata.image_dir, metadata.gt_dir, kind, findings)
+
+
+def check_dataset(cfg: CfgNode, name: str) -> Findings:
+    """What can be told of a data set without opening its images.
+
+    Args:
+        cfg: DATASETS, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        name: of the data set, registered or not.
+    """
+    findings = Findings()
+    if not _are_there(cfg, name, findings):
+        return findings
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind == "coco":
+        _check_coco(cfg, name, findings)
+    elif kind in FILES:
+        _check_cityscapes(name, findings)
+    else:
+        findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
+    return findings
+
+
+def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
+    """Adds errors where data sets have other classes than the model, or than each other.
+
+    Args:
+        cfg: MODEL is read.
+        found: of all data sets of a run, by name.
+    """
+    keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+    first: dict[str, tuple[str, list[str]]] = {}
+    for name, findings in found.items():
+        for kind, classes in findings.classes.items():
+            if len(keys) == 1 and kind not in keys:
+                findings.error(
+                    f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {next(iter(keys))}"
+                )
+                continue
+            earlier, expected = first.setdefault(kind, (name, classes))
+            if classes != expected:
+                findings.error(
+                    f"its classes ({_shown(classes)}) are not those of {earlier} "
+                    f"({_shown(expected)}): names and their order must agree"
+                )
+            elif kind in keys:
+                _check_number(cfg, keys[kind], len(classes), findings)
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+
+
+def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part, {})
+    if node != number:
+        findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
+
+
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Makes the checks of a run's data sets that need no image.
+
+    Raises:
+        UserError: with the first error.
+    """
+    found = {name: check_dataset(cfg, name) for name in names}
+    check_classes(cfg, found)
+    errors = [(name, line) for name in found for line in found[name].lines(ERROR)]
+    if errors:
+        name, line = errors[0]
+        more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
+        raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
 
 
 def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> list[dict]:
-    """Loads data sets and checks that their images are there and their classes fit the model.
+    """Loads data sets that :func:`check_datasets` has passed.
 
     Args:
-        cfg: DATALOADER.FILTER_EMPTY_ANNOTATIONS and MODEL are read.
+        cfg: DATALOADER.FILTER_EMPTY_ANNOTATIONS is read.
         names: of registered data sets.
         train: leave out images without annotations, if the config says so.
 
     Raises:
-        UserError: for annotations that are not COCO's or give no image, for missing images, and for
-            a wrong number of classes.
+        UserError: if Detectron2 cannot load one.
     """
     filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     every = []
     for name in names:
-        file = MetadataCatalog.get(name).get("json_file", name)
         try:
-            dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-        except json.JSONDecodeError as error:
-            raise UserError(f"data set {name}: {file} is not valid JSON ({error})") from error
-        except KeyError as error:
+            every += get_detection_dataset_dicts(name, filter_empty=filter_empty)
+        except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             raise UserError(
-                f"data set {name}: {file} has not the form of COCO instances, {error} is missing"
+                f"data set {name} cannot be loaded ({type(error).__name__}: {error}): {_DOCTOR} "
+                "with this config tells what is wrong"
             ) from error
-        except AssertionError as error:
-            raise UserError(f"data set {name}: {file} gives no image to use ({error})") from error
-        _check_images(name, dicts)
-        _check_classes(cfg, name)
-        every += dicts
     return every

@@ -1,13 +1,17 @@
-"""The command line of train_net.py."""
+"""Command lines: that of train_net.py, and what others that read a config share with it."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+from detectron2.config import CfgNode
+
+from contnet.config import is_set, load_config
+from contnet.data.register import class_key, count_classes, register_datasets
 from contnet.errors import UserError
 
-__all__ = ["build_parser", "parse_arguments"]
+__all__ = ["build_parser", "config_parser", "configure", "parse_arguments"]
 
 _EPILOG = """\
 examples:
@@ -26,15 +30,52 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's usual options; they and the overrides may come in any order."""
+def config_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser of ``--config-file FILE`` and KEY VALUE overrides, for :func:`configure`."""
     parser = _Parser(
-        description="Trains and evaluates a model that a config file describes.",
-        epilog=_EPILOG,
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a yaml of configs/")
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="config keys and their values, in pairs"
+    )
+    parser.set_defaults(eval_only=False, notes=())
+    return parser
+
+
+def configure(args: argparse.Namespace) -> CfgNode:
+    """The config that a command line describes, with its own data sets registered.
+
+    Args:
+        args: of a :func:`config_parser`. If the number of classes is taken from the data,
+            ``args.opts`` gets it, so that a second call need not look, and ``args.notes`` says so.
+
+    Returns:
+        The config, checked and not frozen.
+
+    Raises:
+        UserError: for mistakes in the config, in the names of DATASETS.REGISTER, or in the file
+            that gives the number of classes.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    key = class_key(cfg, names[0]) if names else None
+    if key is None or is_set(key, args.config_file, args.opts):
+        return cfg
+    number = str(count_classes(names[0]))
+    args.opts = [*args.opts, key, number]
+    args.notes = (*args.notes, f"{key} {number}: the number of classes of {names[0]}")
+    cfg.merge_from_list([key, number])
+    return cfg
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's usual options; they and the overrides may come in any order."""
+    parser = config_parser("Trains and evaluates a model that a config file describes.", _EPILOG)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )
@@ -59,9 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="URL",
         help="tcp://HOST:PORT of the first machine; auto for one machine (default)",
-    )
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="config keys and their values, in pairs"
     )
     return parser
 

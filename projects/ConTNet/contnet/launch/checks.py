@@ -93,6 +93,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not args.eval_only:
         _check_batch(cfg, count_processes(args))
-    check_datasets(datasets)
+    # Of the processes that torchrun starts on a machine, one reads the annotation files.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_datasets(cfg, list(dict.fromkeys(datasets)))
     _check_output(cfg, args)
     _check_weights(cfg, args)

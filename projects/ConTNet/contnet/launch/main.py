@@ -16,12 +16,10 @@ from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.compat import quiet_known_noise
-from contnet.config import load_config
-from contnet.data.checks import load_dicts
 from contnet.engine.evaluation import evaluate
 from contnet.engine.trainer import Trainer
 from contnet.errors import UserError
-from contnet.launch.arguments import parse_arguments
+from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.checks import check_run, count_processes
 from contnet.launch.processes import launch_run, print_error
 
@@ -32,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 def _setup(args: argparse.Namespace) -> CfgNode:
     quiet_known_noise()
-    cfg = load_config(args.config_file, args.opts)
-    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    cfg = DefaultTrainer.auto_scale_workers(configure(args), comm.get_world_size())
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
+    for note in args.notes:
+        logger.info(note)
     return cfg
 
 
@@ -61,9 +60,6 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
 def run(args: argparse.Namespace) -> dict:
     """Trains or evaluates in one process of a run; returns the last evaluation's metrics."""
     cfg = _setup(args)
-    if comm.is_main_process():
-        load_dicts(cfg, cfg.DATASETS.TEST, train=False)  # only to find what is wrong with them
-    comm.synchronize()
     if args.eval_only:
         return _evaluate_only(cfg, args.resume)
     if args.resume and not Path(cfg.OUTPUT_DIR, "last_checkpoint").exists():
@@ -88,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_known_noise()
     try:
         args = parse_arguments(argv)
-        cfg = load_config(args.config_file, args.opts)
-        check_run(DefaultTrainer.auto_scale_workers(cfg, count_processes(args)), args)
+        cfg = DefaultTrainer.auto_scale_workers(configure(args), count_processes(args))
+        check_run(cfg, args)
         launch_run(run, args, torch.device(cfg.MODEL.DEVICE).type)
     except UserError as error:
         print_error(error)

@@ -1,0 +1,225 @@
+"""What can be wrong with a data set in Cityscapes' layout.
+
+:func:`check_layout` looks at folders and polygon files, :func:`inspect_images` at the pixels of one
+image and its label files. Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
+``gtFine/SPLIT/CITY/NAME_gtFine_*``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cityscapesscripts.helpers.labels import id2label, name2label
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from contnet.data.coco_checks import is_far, is_size
+from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+
+__all__ = ["FILES", "Scene", "check_layout", "find_scenes", "inspect_images"]
+
+# What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
+FILES = {
+    "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
+    "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png"),
+}
+_IMAGE = "_leftImg8bit.png"
+_COUNTS = {"train": 2975, "val": 500, "test": 1525}
+_SIZE = (2048, 1024)
+_PREPARE = "run python tools/prepare_cityscapes.py"
+
+_LABELS = {number for number in id2label if number >= 0}
+_TRAIN_IDS = {label.trainId for label in id2label.values() if 0 <= label.trainId < 255} | {255}
+_WITH_INSTANCES = {number for number in _LABELS if id2label[number].hasInstances}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and its label files.
+
+    Attributes:
+        image: path of the image.
+        labels: paths by the end of their name, such as "labelIds.png".
+    """
+
+    image: Path
+    labels: dict[str, Path]
+
+
+def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
+    """The images of a split, in order.
+
+    Args:
+        image_dir: ``leftImg8bit/SPLIT``.
+        gt_dir: ``gtFine/SPLIT``.
+        kind: a key of ``FILES``.
+    """
+    scenes = []
+    for image in sorted(Path(image_dir).glob(f"*/*{_IMAGE}")):
+        stem = Path(gt_dir, image.parent.name, image.name.removesuffix(_IMAGE))
+        labels = {end: Path(f"{stem}_gtFine_{end}") for end in FILES[kind]}
+        scenes.append(Scene(image, labels))
+    return scenes
+
+
+def _listing(folder: str) -> set[Path]:
+    return {path for city in Path(folder).iterdir() if city.is_dir() for path in city.iterdir()}
+
+
+def check_layout(image_dir: str, gt_dir: str, kind: str, findings: Findings) -> None:
+    """Checks that every image has its files and that the polygons can be used.
+
+    Args:
+        image_dir: ``leftImg8bit/SPLIT``; it and the next exist.
+        gt_dir: ``gtFine/SPLIT``.
+        kind: a key of ``FILES``.
+        findings: gets what is found.
+    """
+    scenes = find_scenes(image_dir, gt_dir, kind)
+    findings.facts.append(plural(len(scenes), "image"))
+    if not scenes:
+        findings.error(f"there are no images CITY/NAME{_IMAGE} in {image_dir}")
+        return
+    official = _COUNTS.get(Path(image_dir).name)
+    if official == len(scenes):
+        findings.facts.append("as many as Cityscapes itself has")
+    elif official:
+        findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
+    _check_strays(image_dir, findings)
+    present = _listing(gt_dir)
+    paired = set()
+    for scene in scenes:
+        paired.update(scene.labels.values())
+        for end, path in scene.labels.items():
+            if path not in present:
+                findings.error(f"images without {end}: {_cure(end)}", path.name)
+        if scene.labels["polygons.json"] in present:
+            _check_polygons(scene, findings)
+    for path in sorted(present - paired):
+        if path.name.endswith(tuple(f"_gtFine_{end}" for end in FILES[kind])):
+            findings.note("label files without an image", path.name)
+
+
+def _cure(end: str) -> str:
+    return _PREPARE if end.endswith(".png") else "copy gtFine again"
+
+
+def _check_strays(image_dir: str, findings: Findings) -> None:
+    for path in sorted(Path(image_dir).glob("*")):
+        strays = [path] if not path.is_dir() else sorted(path.iterdir())
+        for stray in strays:
+            if not stray.name.endswith(_IMAGE):
+                findings.error(f"files that are no images *{_IMAGE}: move them away", str(stray))
+
+
+def _read_polygons(file: Path) -> dict | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
+        return None
+    if not all(isinstance(thing, dict) for thing in content["objects"]):
+        return None
+    return content
+
+
+def _check_polygons(scene: Scene, findings: Findings) -> None:
+    file = scene.labels["polygons.json"]
+    content = _read_polygons(file)
+    if content is None:
+        findings.error("polygon files that cannot be read: copy gtFine again", file.name)
+        return
+    size = content.get("imgWidth"), content.get("imgHeight")
+    if not is_size(*size):
+        findings.error("polygon files without imgWidth and imgHeight", file.name)
+        return
+    for thing in content["objects"]:
+        if "deleted" not in thing:
+            _check_object(thing, size, file.name, findings)
+
+
+def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Findings) -> None:
+    name = str(thing.get("label"))
+    if name not in name2label and name.removesuffix("group") not in name2label:
+        findings.error("objects of classes that Cityscapes has not", f"{where} {name}")
+    polygon = thing.get("polygon")
+    if not _is_polygon(polygon):
+        findings.error("polygons that are no lists of 3 or more [x, y]", f"{where} {name}")
+        return
+    xs, ys = zip(*polygon, strict=True)
+    if is_far(min(xs), max(xs), size[0]) or is_far(min(ys), max(ys), size[1]):
+        findings.error("polygons that reach far outside their image", f"{where} {name}")
+
+
+def _is_polygon(polygon: object) -> bool:
+    try:
+        points = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return (
+        points.ndim == 2
+        and len(points) >= 3
+        and points.shape[1] == 2
+        and bool(np.isfinite(points).all())
+    )
+
+
+def _wrong_values(end: str, values: np.ndarray) -> list[int]:
+    """Values that a label file of a kind must not have."""
+    if end == "labelTrainIds.png":
+        return [value for value in values.tolist() if value not in _TRAIN_IDS]
+    if end == "labelIds.png":
+        return [value for value in values.tolist() if value not in _LABELS]
+    return [
+        value
+        for value in values.tolist()
+        if (value if value < 1000 else value // 1000)
+        not in (_LABELS if value < 1000 else _WITH_INSTANCES)
+    ]
+
+
+def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding]:
+    try:
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+    except Exception as error:  # decoders raise anything on a damaged file
+        return [
+            Finding(ERROR, f"{end} files that cannot be read: {_cure(end)}", f"{path} ({error})")
+        ]
+    if labels.ndim != 2:
+        return [Finding(ERROR, f"{end} files in colour: {_cure(end)}", str(path))]
+    found = []
+    if labels.shape[::-1] != size:
+        sizes = f"{path} ({labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]})"
+        found.append(Finding(ERROR, f"{end} files of another size than their image", sizes))
+    if wrong := _wrong_values(end, np.unique(labels)):
+        values = ", ".join(map(str, wrong[:3]))
+        what = f"{end} files with values that they must not have: {_cure(end)}"
+        found.append(Finding(ERROR, what, f"{path} ({values})"))
+    return found
+
+
+def inspect_images(scene: Scene) -> list[Finding]:
+    """Decodes an image and its label files; what is wrong with them, missing ones left out."""
+    try:
+        height, width = read_image(str(scene.image), "RGB").shape[:2]
+    except Exception as error:  # decoders raise anything on a damaged file
+        return [Finding(ERROR, "images that cannot be read", f"{scene.image} ({error})")]
+    found = []
+    if (width, height) != _SIZE:
+        what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
+        found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))
+    content = _read_polygons(scene.labels["polygons.json"])
+    if content is not None:
+        given = content.get("imgWidth"), content.get("imgHeight")
+        if given != (width, height):
+            sizes = f"{scene.image.name} ({width}x{height}, polygons {given[0]}x{given[1]})"
+            found.append(Finding(ERROR, "images of another size than their polygons say", sizes))
+    for end, path in scene.labels.items():
+        if end.endswith(".png") and path.exists():
+            found += _inspect_labels(end, path, (width, height))
+    return found

@@ -1,0 +1,96 @@
+"""What a look at a data set brings to light: facts, errors and notes, each kind on one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["ERROR", "NOTE", "SHOWN", "Finding", "Findings", "plural"]
+
+ERROR = "ERROR"  # would stop or corrupt training
+NOTE = "NOTE"
+_LOST = "LOST"  # an object that Detectron2 would leave out
+
+SHOWN = 5  # examples of a kind
+_HARMLESS = 1000  # one lost object in so many is a note
+
+
+def plural(number: int, what: str) -> str:
+    """``1 class``, ``2 classes``."""
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{ending if number != 1 else ''}"
+
+
+class Finding(NamedTuple):
+    """One thing that was found.
+
+    Attributes:
+        severity: ERROR or NOTE.
+        kind: what, and what to do; the same for all of a kind.
+        example: where; empty where ``kind`` says it all.
+    """
+
+    severity: str
+    kind: str
+    example: str = ""
+
+
+@dataclass
+class _Kind:
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class Findings:
+    """What was found in one data set.
+
+    Attributes:
+        facts: lines about what is there.
+        classes: names of its classes, in the model's order, by "objects" or "label maps".
+    """
+
+    def __init__(self) -> None:
+        self.facts: list[str] = []
+        self.classes: dict[str, list[str]] = {}
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+
+    def add(self, severity: str, kind: str, example: str = "") -> None:
+        found = self._kinds.setdefault((severity, kind), _Kind())
+        found.count += 1
+        if example and len(found.examples) < SHOWN:
+            found.examples.append(example)
+
+    def error(self, kind: str, example: str = "") -> None:
+        self.add(ERROR, kind, example)
+
+    def note(self, kind: str, example: str = "") -> None:
+        self.add(NOTE, kind, example)
+
+    def lost(self, kind: str, example: str) -> None:
+        """An object that Detectron2 would leave out; :meth:`settle` tells how grave it is."""
+        self.add(_LOST, kind, example)
+
+    def settle(self, objects: int) -> None:
+        """Makes each kind of lost objects a note if they are few of all, as in COCO itself."""
+        kinds = {}
+        for (severity, kind), found in self._kinds.items():
+            if severity == _LOST:
+                severity = NOTE if found.count * _HARMLESS <= objects else ERROR
+                kind += " (training would leave these objects out)"
+            kinds[severity, kind] = found
+        self._kinds = kinds
+
+    def lines(self, severity: str) -> list[str]:
+        """A line for each kind of a severity, with how often and the first examples."""
+        lines = []
+        for (of_kind, kind), found in self._kinds.items():
+            if of_kind != severity:
+                continue
+            if not found.examples:
+                lines.append(kind)
+                continue
+            examples = "; ".join(found.examples)
+            more = found.count - len(found.examples)
+            rest = f"; ... and {more} more" if more else ""
+            lines.append(f"{kind}: {found.count} [{examples}{rest}]")
+        return lines

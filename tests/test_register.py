@@ -1,0 +1,245 @@
+"""A user's own data set by DATASETS.REGISTER: names, paths, number of classes, every process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from contnet.config import is_set, load_config
+from contnet.data.checks import check_datasets
+from contnet.data.register import register_datasets
+from contnet.data.shapes import make_shapes
+from contnet.errors import UserError
+from contnet.launch.arguments import configure, parse_arguments
+
+LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
+KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
+NAMES = ("mine_train", "mine_val")
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.mktemp("drawn") / "set", num_train=6, num_val=2)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Tests may take the same names for other files."""
+    yield
+    for name in NAMES:
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def _entries(root="") -> list[list[str]]:
+    return [
+        [f"mine_{split}", f"{root}annotations/instances_{split}.json", f"{root}{split}"]
+        for split in ("train", "val")
+    ]
+
+
+def _options(root="") -> list[str]:
+    return [
+        *("DATASETS.REGISTER", str(_entries(root))),
+        *("DATASETS.TRAIN", "('mine_train',)"),
+        *("DATASETS.TEST", "('mine_val',)"),
+    ]
+
+
+def _args(*more: str, file: str = LEAF):
+    return parse_arguments(["--config-file", file, *more])
+
+
+def test_paths_start_in_the_working_directory(drawn, monkeypatch):
+    monkeypatch.chdir(drawn)
+    cfg = configure(_args(*_options()))
+    registered = cfg.DATASETS.REGISTER
+    assert registered == _entries(f"{drawn}/")
+    monkeypatch.chdir("/")
+    assert len(DatasetCatalog.get("mine_train")) == 6
+    assert MetadataCatalog.get("mine_val").evaluator_type == "coco"
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', '~/a.json', '~/images']]"])
+    assert cfg.DATASETS.REGISTER == [["mine_train", "/home/me/a.json", "/home/me/images"]]
+
+
+def test_yaml_and_its_dump_say_the_same(drawn, tmp_path):
+    content = {
+        "_BASE_": LEAF,
+        "DATASETS": {
+            "REGISTER": _entries(f"{drawn}/"),
+            "TRAIN": ["mine_train"],
+            "TEST": ["mine_val"],
+        },
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(content))
+    cfg = configure(_args(file=str(file)))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = _args(file=str(tmp_path / "config.yaml"))
+    assert json.dumps(configure(again)) == json.dumps(cfg)
+    assert again.notes == ()
+
+
+def test_number_of_classes_comes_from_the_file(drawn):
+    args = _args(*_options(f"{drawn}/"))
+    assert configure(args).MODEL.ROI_HEADS.NUM_CLASSES == 6
+    assert args.opts[-2:] == [KEY, "6"]
+    assert args.notes == (f"{KEY} 6: the number of classes of mine_train",)
+    configure(args)
+    assert len(args.notes) == 1
+
+
+def test_only_test_sets_count_in_evaluation(drawn):
+    options = [*_options(f"{drawn}/"), "DATASETS.TRAIN", "('coco_2017_train',)"]
+    assert configure(_args(*options)).MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert configure(_args(*options, "--eval-only")).MODEL.ROI_HEADS.NUM_CLASSES == 6
+
+
+def test_a_number_that_the_user_gave_stays_and_is_checked(drawn, tmp_path):
+    cfg = configure(_args(*_options(f"{drawn}/"), KEY, "5"))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 5
+    with pytest.raises(UserError, match=f"mine_train: it has 6 classes, but {KEY} is 5: set it"):
+        check_datasets(cfg, ["mine_train", "mine_val"])
+    file = tmp_path / "leaf.yaml"
+    file.write_text(f"_BASE_: {LEAF}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 4}}}}\n")
+    assert configure(_args(*_options(f"{drawn}/"), file=str(file))).MODEL.ROI_HEADS.NUM_CLASSES == 4
+
+
+def test_other_models_have_other_keys(drawn):
+    cfg = configure(_args(*_options(f"{drawn}/"), "MODEL.META_ARCHITECTURE", "RetinaNet"))
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 6
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+    check_datasets(cfg, NAMES)
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    with pytest.raises(UserError, match="has objects, but a SemanticSegmentor needs label maps"):
+        check_datasets(cfg, NAMES)
+
+
+def test_is_set(tmp_path):
+    assert not is_set(KEY, LEAF, ["MODEL.WEIGHTS", KEY])
+    assert is_set(KEY, LEAF, [KEY, "3"])
+    assert is_set("MODEL.CONTNET.NORM", LEAF, [])
+    (tmp_path / "x.yaml").write_text("MODEL: {ROI_HEADS: 3}")
+    assert not is_set(KEY, str(tmp_path / "x.yaml"), [])
+
+
+def test_built_in_sets_keep_the_configs_number():
+    assert configure(_args(KEY, "3")).MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert configure(_args()).MODEL.ROI_HEADS.NUM_CLASSES == 80
+
+
+def test_names_are_not_taken_twice(drawn):
+    cfg = load_config(LEAF, _options(f"{drawn}/"))
+    register_datasets(cfg)
+    register_datasets(cfg)
+    other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'other.json', 'images']]"])
+    with pytest.raises(UserError, match=r"the name mine_train is taken already, by .*train.json"):
+        register_datasets(other)
+    for name in ("coco_2017_train", "cityscapes_fine_sem_seg_val"):
+        built_in = load_config(LEAF, ["DATASETS.REGISTER", f"[['{name}', 'o.json', 'images']]"])
+        with pytest.raises(UserError, match=f"the name {name} is taken"):
+            register_datasets(built_in)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["['mine', 'a.json', 'images']", "[['mine', 'a.json']]", "[[1, 'a', 'b']]", "[['m', '', 'b']]"],
+)
+def test_form_is_told(value):
+    with pytest.raises(UserError, match=r"DATASETS.REGISTER has .* \[name, annotation file, image"):
+        load_config(LEAF, ["DATASETS.REGISTER", value])
+
+
+def test_double_names_are_told():
+    value = "[['mine', 'a.json', 'images'], ['mine', 'b.json', 'images']]"
+    with pytest.raises(UserError, match="has the name 'mine' twice"):
+        load_config(LEAF, ["DATASETS.REGISTER", value])
+
+
+@pytest.mark.parametrize("change", ["reorder", "rename"])
+def test_train_and_test_must_agree(drawn, tmp_path, change):
+    content = json.loads((drawn / "annotations" / "instances_val.json").read_text())
+    first, second = content["categories"][:2]
+    if change == "reorder":
+        first["name"], second["name"] = second["name"], first["name"]
+    else:
+        first["name"] = "disc"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    entries = _entries(f"{drawn}/")
+    entries[1][1] = str(tmp_path / "val.json")
+    cfg = configure(_args(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries)))
+    with pytest.raises(UserError, match=r"mine_val: its classes .* are not those of mine_train"):
+        check_datasets(cfg, NAMES)
+
+
+def test_file_must_be_there(tmp_path):
+    with pytest.raises(UserError, match=r"data set mine_train: the annotation file .* cannot be"):
+        configure(_args(*_options(f"{tmp_path}/")))
+
+
+def _boxes_only(root: Path, target: Path) -> list[str]:
+    """The drawn set as a user may have it: without masks, ids from 10, keypoints, no info."""
+    entries = _entries(f"{root}/")
+    for entry in entries:
+        content = json.loads(Path(entry[1]).read_text())
+        for item in content["annotations"]:
+            del item["segmentation"]
+            item["keypoints"] = [1, 1, 2] * 3
+            item["category_id"] += 9
+        for category in content["categories"]:
+            category["id"] += 9
+        del content["info"], content["licenses"]
+        entry[1] = str(target / f"{entry[0]}.json")
+        Path(entry[1]).write_text(json.dumps(content))
+    return [*_options(), "DATASETS.REGISTER", str(entries)]
+
+
+def test_boxes_without_masks(drawn, tmp_path):
+    options = _boxes_only(drawn, tmp_path)
+    check_datasets(configure(_args(*options)), NAMES)
+    with pytest.raises(UserError, match=r"objects without a mask, which MODEL.MASK_ON needs"):
+        check_datasets(configure(_args(*options, "MODEL.MASK_ON", "True")), NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "launcher"),
+    [
+        ("", ()),
+        ("--num-gpus 2 DATALOADER.NUM_WORKERS 1", ()),
+        ("", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")),
+    ],
+    ids=["one process", "two processes", "torchrun"],
+)
+def test_trains_evaluates_resumes(drawn, train_net, tmp_path, options, launcher):
+    data = _boxes_only(drawn, tmp_path)
+    run = ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.CONTNET.NORM", "GN"]
+    command = f"{options} --config-file {LEAF} SOLVER.MAX_ITER 2"
+    process = train_net(command, *data, *run, launcher=launcher)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    assert output.count(f"{KEY} 6: the number of classes of mine_train") >= 1
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 6
+    metrics = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert "bbox/AP" in json.loads(metrics[-1])
+    model = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 7
+    if launcher or options:
+        return
+    process = train_net(f"--config-file {tmp_path}/run/config.yaml --resume SOLVER.MAX_ITER 3")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    assert (
+        json.loads((tmp_path / "run/metrics.json").read_text().splitlines()[-1])["iteration"] == 2
+    )
