@@ -89,9 +89,14 @@ def test_same_schedule_for_all():
 def test_defaults_are_detectron2s():
     plain, cfg = get_cfg(), get_cfg()
     add_contnet_config(cfg)
-    for node, like in ((cfg, plain), (cfg.MODEL, plain.MODEL), (cfg.SOLVER, plain.SOLVER)):
+    for node, like in (
+        (cfg, plain),
+        (cfg.MODEL, plain.MODEL),
+        (cfg.SOLVER, plain.SOLVER),
+        (cfg.TEST, plain.TEST),
+    ):
         for key, value in like.items():
-            if key not in ("MODEL", "SOLVER", "AMP"):
+            if key not in ("MODEL", "SOLVER", "TEST", "AMP"):
                 assert node[key] == value, key
     validate(cfg)
 
@@ -230,6 +235,8 @@ def test_wrong_overrides(opts, message):
         ("SOLVER.STEPS", "(8, 6)", "rising"),
         ("SOLVER.CHECKPOINTS_KEPT", "0", "whole number from 1"),
         ("LOG_PERIOD", "0", "whole number from 1"),
+        ("TEST.DETECTIONS_PER_IMAGE", "-1", "whole number from 1"),
+        ("TEST.AUG.MAX_SIZE", "0", "whole number from 1"),
     ],
 )
 def test_illegal_values(key, value, message):

@@ -31,7 +31,8 @@ SETTINGS = {
 
 def _options(folder: Path, more: list[str]) -> list[str]:
     own = f"""SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 3
-    TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder}""".split()
+    TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder} TEST.DETECTIONS_PER_IMAGE 1000
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0""".split()
     return [*own, *more]
 
 
@@ -89,8 +90,11 @@ def test_killed_and_resumed_equals_uncut(train_net, tmp_path, setting):
     # As text, where not-a-number equals itself.
     assert list(map(repr, found)) == list(map(repr, expected))
     assert any("bbox/AP" in line for line in expected)
-    weights = [torch.load(folder / "model_final.pth") for folder in (uncut, cut)]
-    assert _same(*weights)
+    for name in ("model_final.pth", "model_best.pth"):
+        assert _same(*(torch.load(folder / name) for folder in (uncut, cut)))
+    results = [(folder / "results.json").read_text() for folder in (uncut, cut)]
+    assert results[0] == results[1]
+    assert any(each["metrics"]["bbox"]["AP"] > 0 for each in json.loads(results[0]))
 
 
 @pytest.mark.slow

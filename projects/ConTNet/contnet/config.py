@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
 from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS
@@ -41,6 +42,8 @@ COUNTS = {
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,
+    "TEST.AUG.MAX_SIZE": 1,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
 }
 
@@ -118,6 +121,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Most recent checkpoints that stay on disk, besides model_final.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
+
+    # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
+    # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
+    cfg.TEST.BEST_METRIC = ""
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
@@ -333,6 +340,20 @@ def _check_solver(cfg: CfgNode) -> None:
         )
 
 
+def _check_tta(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS or tta_class(architecture) is None:
+        raise _user_error(
+            f"TEST.AUG.ENABLED: there is no test-time augmentation for {architecture} (nor with "
+            "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it False"
+        )
+    sizes = cfg.TEST.AUG.MIN_SIZES
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise _user_error(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
+
+
 def validate(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
@@ -344,6 +365,7 @@ def validate(cfg: CfgNode) -> None:
     _check_network(cfg)
     _check_pyramid(cfg)
     _check_solver(cfg)
+    _check_tta(cfg)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 
 from contnet.data.checks import check_datasets
 from contnet.data.stream import images_per_pass
+from contnet.engine.evaluation import check_best_metric
+from contnet.engine.results import read_results
 from contnet.errors import UserError
 
 __all__ = ["check_run"]
@@ -75,5 +77,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         processes = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
         images_per_pass(cfg, processes)
     check_datasets(datasets)
+    if not args.eval_only:
+        check_best_metric(cfg)
     _check_output(cfg, args)
+    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     _check_weights(cfg, args)
