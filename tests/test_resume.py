@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -44,16 +45,23 @@ def _finish(process, timeout: float = 400) -> str:
 
 def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> None:
     """SIGKILL to the whole run once ``checkpoint`` exists and metrics passed ``iteration``."""
+    output = []
+    # A run that prints into a full pipe waits.
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
+    reader.start()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            pytest.fail(f"ended before it could be killed: {process.stdout.read()[-3000:]}")
+            reader.join()
+            pytest.fail(f"ended before it could be killed: {output[0][-3000:]}")
         lines = further.read_text().splitlines() if further.exists() else []
         if checkpoint.exists() and lines and json.loads(lines[-1])["iteration"] >= iteration:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            reader.join()
             return
         time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
     pytest.fail("the run made no progress")
 
 
