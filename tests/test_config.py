@@ -309,6 +309,8 @@ def test_wrong_overrides(opts, message):
         ("SOLVER.STEPS", "(8, 6)", "rising"),
         ("SOLVER.CHECKPOINTS_KEPT", "0", "whole number from 1"),
         ("LOG_PERIOD", "0", "whole number from 1"),
+        ("TEST.DETECTIONS_PER_IMAGE", "-1", "whole number from 1"),
+        ("TEST.AUG.MAX_SIZE", "0", "whole number from 1"),
     ],
 )
 def test_illegal_values(key, value, message):

@@ -61,10 +61,14 @@ def _error(capsys, *argv: str) -> str:
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "cuda or cpu"]),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run", "choose another"]),
         (["OUTPUT_DIR", "file"], ["OUTPUT_DIR file", "choose another"]),
+        (["TEST.BEST_METRIC", "segm/AP"], ["'segm/AP'", "bbox/AP, bbox/AP50"]),
+        (["OUTPUT_DIR", "broken"], ["broken/results.json", "move it away"]),
     ],
 )
 def test_wrong_options(here, capsys, options, said):
     (here / "file").write_text("")
+    (here / "broken").mkdir()
+    (here / "broken" / "results.json").write_text("[")
     line = _error(capsys, "--config-file", LEAF, *SMALL, *options)
     for part in said:
         assert part in line

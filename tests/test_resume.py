@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +33,8 @@ SETTINGS = {
 
 def _options(folder: Path, more: list[str]) -> list[str]:
     own = f"""SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 3
-    TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder}""".split()
+    TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder} TEST.DETECTIONS_PER_IMAGE 1000
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0""".split()
     return [*own, *more]
 
 
@@ -44,16 +46,23 @@ def _finish(process, timeout: float = 400) -> str:
 
 def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> None:
     """SIGKILL to the whole run once ``checkpoint`` exists and metrics passed ``iteration``."""
+    output = []
+    # A run that prints into a full pipe waits.
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
+    reader.start()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            pytest.fail(f"ended before it could be killed: {process.stdout.read()[-3000:]}")
+            reader.join()
+            pytest.fail(f"ended before it could be killed: {output[0][-3000:]}")
         lines = further.read_text().splitlines() if further.exists() else []
         if checkpoint.exists() and lines and json.loads(lines[-1])["iteration"] >= iteration:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            reader.join()
             return
         time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
     pytest.fail("the run made no progress")
 
 
@@ -90,8 +99,11 @@ def test_killed_and_resumed_equals_uncut(train_net, tmp_path, setting):
     # As text, where not-a-number equals itself.
     assert list(map(repr, found)) == list(map(repr, expected))
     assert any("bbox/AP" in line for line in expected)
-    weights = [torch.load(folder / "model_final.pth") for folder in (uncut, cut)]
-    assert _same(*weights)
+    for name in ("model_final.pth", "model_best.pth"):
+        assert _same(*(torch.load(folder / name) for folder in (uncut, cut)))
+    results = [(folder / "results.json").read_text() for folder in (uncut, cut)]
+    assert results[0] == results[1]
+    assert any(each["metrics"]["bbox"]["AP"] > 0 for each in json.loads(results[0]))
 
 
 @pytest.mark.slow

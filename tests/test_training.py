@@ -165,10 +165,25 @@ def test_recorded_config_starts_the_same_run(averaged):
 def test_checkpoints_are_whole_and_bounded(averaged):
     folder, _ = averaged
     kept = ["model_0000002.pth", "model_0000003.pth", "model_final.pth"]
-    assert checkpoints_of(folder) == kept
+    assert checkpoints_of(folder) == sorted([*kept, "model_best.pth"])
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     for i, name in enumerate(kept):
         assert torch.load(folder / name)["trainer"]["iteration"] == 2 + i
+
+
+@pytest.mark.slow
+def test_best_checkpoint_is_whole(averaged):
+    folder, output = averaged
+    best = torch.load(folder / "model_best.pth")
+    final = torch.load(folder / "model_final.pth")
+    assert best.keys() == final.keys() >= {"model", "ema", "trainer"}
+    assert best["trainer"]["iteration"] == 4  # of the only evaluation
+    for part in ("model", "ema"):
+        assert all(torch.equal(best[part][name], final[part][name]) for name in final[part])
+    ap = metrics_of(folder)[-1]["bbox/AP"]
+    expected = {"metric": "bbox/AP", "value": ap, "iteration": 4}
+    assert final["trainer"]["hooks"]["Evaluation"] == expected
+    assert f"The best bbox/AP so far: {ap:.2f}" in output
 
 
 @pytest.mark.slow
@@ -202,8 +217,11 @@ def test_eval_only_gives_the_metrics_of_training_with_averaged_weights(averaged,
     weights = str(folder / "model_final.pth")
     found = evaluate(tmp_path / "eval", "MODEL.WEIGHTS", weights, *EMA)
     assert_last_metrics(folder, found)
-    printed = ",".join(f"{found[f'bbox/{name}']:.4f}" for name in ("AP", "AP50", "AP75"))
-    assert f"copypaste: {printed}" in output
+    printed = " | ".join(f"{found[f'bbox/{name}']:.2f}" for name in ("AP", "AP50", "AP75"))
+    head = r"\| coco_2017_val \| AP \| AP50 \| AP75 \| APs \| APm \| APl \|\n\| ---[ |:-]*\n"
+    assert re.search(rf"{head}\| bbox \| {re.escape(printed)} \|", output)
+    assert f"| person | {found['bbox/AP-person']:.2f} |" in output
+    assert "copypaste" not in output
     # The weights that are not averaged give others, so the numbers tell them apart.
     plain = evaluate(tmp_path / "eval", "MODEL.WEIGHTS", weights)
     assert plain["bbox/AP"] != found["bbox/AP"]
@@ -217,6 +235,46 @@ def test_eval_only_gives_the_metrics_of_training(tmp_path):
     weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
     assert_last_metrics(folder, evaluate(tmp_path / "eval", *weights))
     assert_last_metrics(folder, evaluate(folder, "--resume"))
+
+
+@pytest.mark.slow
+def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_path):
+    folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
+    weights = str(folder / "model_best.pth")
+    for _ in range(2):  # the second one replaces the first
+        found = evaluate(folder, "MODEL.WEIGHTS", weights, *EMA)
+    trained, evaluated = json.loads((folder / "results.json").read_text())
+    facts = {"iteration": 4, "dataset": "coco_2017_val", "averaged": True}
+    assert trained == {**facts, "weights": None, "metrics": trained["metrics"]}
+    assert evaluated == {**facts, "weights": weights, "metrics": trained["metrics"]}
+    metrics = trained["metrics"]["bbox"]
+    assert len(metrics) == 86
+    for name, value in metrics.items():
+        last = found[f"bbox/{name}"]
+        assert value is None if math.isnan(last) else value == last
+
+
+@pytest.mark.slow
+def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
+    """At the end of a training, and of the very checkpoint alone; also in bfloat16."""
+    folder = tmp_path / "run"
+    more = words("""MODEL.MASK_ON True TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (64,96)
+    SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 TEST.DETECTIONS_PER_IMAGE 200
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.EVAL_PERIOD 1 SOLVER.MAX_ITER 2""")
+    assert main(arguments(folder, *more)) == 0
+    first, last = metrics_of(folder)
+    assert {name.split("/")[0] for name in first if "/AP" in name} == {"bbox", "segm"}
+    tasks = {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    assert {name.split("/")[0] for name in last if "/AP" in name} == tasks
+    args = ["--eval-only", "--resume", *arguments(folder, *more)]
+    found = run(parse_arguments(args))
+    assert set(found) == tasks
+    for task, metrics in found.items():
+        assert repr(metrics["AP"]) == repr(last[f"{task}/AP"])
+    assert found["bbox"]["AP50"] > 0
+    assert found["bbox_TTA"]["AP50"] != found["bbox"]["AP50"]
+    for part in ("inference", "tta/inference"):
+        assert (folder / part / "coco_2017_val" / "coco_instances_results.json").exists()
 
 
 @pytest.mark.slow
@@ -242,7 +300,7 @@ def test_a_resume_is_recorded_and_keeps_checkpoints_bounded(averaged, tmp_path):
     assert (first["start_iter"], second["start_iter"]) == (0, 5)
     assert second["seed"] == first["seed"]
     assert [line["iteration"] for line in metrics_of(folder)] == list(range(8))
-    kept = ["model_0000005.pth", "model_0000006.pth", "model_final.pth"]
+    kept = ["model_0000005.pth", "model_0000006.pth", "model_best.pth", "model_final.pth"]
     assert checkpoints_of(folder) == kept
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     assert torch.load(folder / "model_final.pth")["trainer"]["iteration"] == 7

@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
 from contnet.modeling.contnet import FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
@@ -51,6 +52,8 @@ COUNTS = {
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.WARMUP_ITERS": 0,
+    "TEST.AUG.MAX_SIZE": 1,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
 }
 
@@ -201,6 +204,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # If the first set of a run is one of these, the model's number of classes is that of its
     # annotation file, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
+    # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
+    # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
+    cfg.TEST.BEST_METRIC = ""
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
@@ -459,6 +465,20 @@ def _check_register(cfg: CfgNode) -> None:
         raise _user_error(f"DATASETS.REGISTER has the name {double[0]!r} twice")
 
 
+def _check_tta(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS or tta_class(architecture) is None:
+        raise _user_error(
+            f"TEST.AUG.ENABLED: there is no test-time augmentation for {architecture} (nor with "
+            "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it False"
+        )
+    sizes = cfg.TEST.AUG.MIN_SIZES
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise _user_error(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
+
+
 def validate(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
@@ -471,6 +491,7 @@ def validate(cfg: CfgNode) -> None:
     _check_pyramid(cfg)
     _check_segmentation(cfg)
     _check_solver(cfg)
+    _check_tta(cfg)
     _check_register(cfg)
 
 

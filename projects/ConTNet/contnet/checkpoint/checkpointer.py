@@ -18,7 +18,10 @@ from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
 
-__all__ = ["Checkpointer"]
+__all__ = ["BEST", "Checkpointer"]
+
+# Name of the checkpoint with the best evaluation, which is none of the periodic ones.
+BEST = "model_best"
 
 # All that arrays and plain values are made of in a pickle.
 _PLAIN = {
@@ -69,7 +72,8 @@ class Checkpointer(DetectionCheckpointer):
         model: the model, or a DistributedDataParallel of it.
         save_dir: where checkpoints are saved and looked for.
         allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
-        keep: the most recent numbered checkpoints that stay; model_final.pth always does.
+        keep: the most recent numbered checkpoints that stay; model_final.pth and model_best.pth
+            always do.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
@@ -84,6 +88,10 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
 
+        Args:
+            name: ``BEST`` is not what a resume goes on from; any other is.
+            **kwargs: more to save.
+
         Raises:
             UserError: if the file cannot be written; the last checkpoint stays what it was.
         """
@@ -97,7 +105,8 @@ class Checkpointer(DetectionCheckpointer):
         try:
             with atomic_write(path) as file:
                 torch.save(data, file)
-            self.tag_last_checkpoint(path.name)
+            if name != BEST:
+                self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             raise UserError(f"checkpoint {path} cannot be written: {error}") from error

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
-    COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     inference_on_dataset,
-    print_csv_format,
     verify_results,
 )
 from detectron2.utils import comm
@@ -24,10 +25,18 @@ from contnet.engine.cityscapes_evaluation import (
     NumberedImages,
     as_coco,
 )
+from contnet.engine.coco_evaluation import COCO_METRICS, build_coco_evaluator, coco_tasks
 from contnet.engine.precision import autocast
+from contnet.engine.results import markdown_tables, record_results
+from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 
-__all__ = ["build_evaluator", "evaluate"]
+__all__ = ["build_evaluator", "check_best_metric", "evaluate", "main_metric"]
+
+# The one number of a data set: the first of these that its evaluators give.
+MAIN_METRICS = ("cityscapes/AP", "segm/AP", "bbox/AP", "sem_seg/IoU", "sem_seg/mIoU")
+
+logger = logging.getLogger(__name__)
 
 
 def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
@@ -39,15 +48,71 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(name).get("evaluator_type")
     folder = str(Path(cfg.OUTPUT_DIR, "inference", name))
     if kind == "coco":
-        return COCOEvaluator(name, output_dir=folder)
+        return build_coco_evaluator(cfg, name, folder)
     if kind == "cityscapes_instance":
-        coco = NumberedImages(COCOEvaluator(as_coco(name, folder), output_dir=folder), name)
+        coco = NumberedImages(build_coco_evaluator(cfg, as_coco(name, folder), folder), name)
         if not cfg.MODEL.MASK_ON:
             return coco
         return DatasetEvaluators([CityscapesInstanceEvaluator(name), coco])
     if kind == "cityscapes_sem_seg":
         return CityscapesSemSegEvaluator(name)
     raise UserError(f"data set {name} has no evaluator here, its type is {kind!r}")
+
+
+def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
+    """What an evaluator will give, where that can be told before it has run."""
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    things = metadata.get("thing_classes", [])
+    metrics = [*COCO_METRICS, *(f"AP-{each}" for each in things if len(things) > 1)]
+    known = {f"{task}/{metric}" for task in coco_tasks(cfg) or [] for metric in metrics}
+    if kind == "cityscapes_instance" and cfg.MODEL.MASK_ON:
+        known |= {f"cityscapes/{metric}" for metric in ("AP", "AP50")}
+        known |= {f"cityscapes/{metric}-{each}" for metric in ("AP", "AP50") for each in things}
+    elif kind == "cityscapes_sem_seg":
+        known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
+        known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
+    prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    return sorted(prefix + metric for metric in known)
+
+
+def _check_metric(wanted: str, metrics: Iterable[str]) -> None:
+    metrics = list(metrics)
+    if not wanted or wanted in metrics:
+        return
+    near = difflib.get_close_matches(wanted, metrics, n=1)
+    hint = f", the nearest is {near[0]}" if near else ""
+    main = ", ".join(name for name in metrics if "-" not in name.rpartition("/")[2])
+    raise UserError(f"TEST.BEST_METRIC is {wanted!r}{hint}; there are {main or 'no metrics'}")
+
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Checks TEST.BEST_METRIC before any evaluation, as far as the evaluators are known.
+
+    Raises:
+        UserError: naming the metrics that there are.
+    """
+    known = [_known_metrics(cfg, name) for name in cfg.DATASETS.TEST]
+    if all(known):
+        _check_metric(cfg.TEST.BEST_METRIC, [metric for each in known for metric in each])
+
+
+def main_metric(cfg: CfgNode, metrics: Iterable[str]) -> str:
+    """The metric that says which weights are best, "" if there is none.
+
+    Args:
+        cfg: TEST.BEST_METRIC, or by default the first data set's main metric.
+        metrics: names of all that an evaluation gave, as metrics.json has them.
+
+    Raises:
+        UserError: if TEST.BEST_METRIC is not one of them.
+    """
+    if cfg.TEST.BEST_METRIC:
+        _check_metric(cfg.TEST.BEST_METRIC, metrics)
+        return cfg.TEST.BEST_METRIC
+    prefix = f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    given = set(metrics)
+    return next((prefix + name for name in MAIN_METRICS if prefix + name in given), "")
 
 
 def _share_buffers(model: nn.Module) -> None:
@@ -57,12 +122,41 @@ def _share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict]:
-    """Evaluates on every data set of DATASETS.TEST, over all processes.
+def _inference(cfg: CfgNode, model: nn.Module, name: str, mapper=None) -> dict:
+    loader = build_detection_test_loader(cfg, name, mapper=mapper)
+    with autocast(cfg):
+        return inference_on_dataset(model, loader, build_evaluator(cfg, name)) or {}
+
+
+def _inference_tta(cfg: CfgNode, model: nn.Module, name: str) -> dict:
+    """The same with test-time augmentation; its predictions go into a folder of their own."""
+    logger.info("Evaluating with test-time augmentation")
+    model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
+    # Views are made of the images as they are on the disk, each by one resizing.
+    mapper = DatasetMapper(cfg, is_train=False, augmentations=[])
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))
+    results = _inference(cfg, model, name, mapper)
+    return {f"{task}_TTA": metrics for task, metrics in results.items()}
+
+
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    iteration: int | None = None,
+    weights: str | None = None,
+    tta: bool = False,
+) -> dict[str, dict]:
+    """Evaluates on every data set of DATASETS.TEST, over all processes; prints and records it.
 
     Args:
         cfg: the config.
         model: takes Detectron2's inputs.
+        iteration: the last one that trained it, for results.json.
+        weights: the file it comes from, for results.json; None in training.
+        tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
 
     Returns:
         On the main process the metrics by task (by data set and task, if there are several data
@@ -71,12 +165,19 @@ def evaluate(cfg: CfgNode, model: nn.Module) -> dict[str, dict]:
     _share_buffers(model)
     results = {}
     for name in cfg.DATASETS.TEST:
-        loader = build_detection_test_loader(cfg, name)
-        with autocast(cfg):
-            result = inference_on_dataset(model, loader, build_evaluator(cfg, name)) or {}
+        metrics = _inference(cfg, model, name)
+        if tta:
+            metrics = {**metrics, **_inference_tta(cfg, model, name)}
         if comm.is_main_process():
-            print_csv_format(result)
-            results[name] = result
+            if metrics:
+                logger.info(f"Results:\n\n{markdown_tables(name, metrics)}\n")
+            results[name] = metrics
+    if comm.is_main_process():
+        averaged = cfg.SOLVER.EMA.ENABLED
+        if given := {name: metrics for name, metrics in results.items() if metrics}:
+            record_results(
+                cfg.OUTPUT_DIR, given, iteration=iteration, weights=weights, averaged=averaged
+            )
     if len(results) == 1:
         (results,) = results.values()
     if comm.is_main_process():

@@ -1,10 +1,12 @@
 """What happens around the training step. Their order in the trainer matters: evaluation, then
-metrics, then the checkpoint, so that whatever a checkpoint has passed is on the disk.
+metrics, then checkpoints, so that whatever a checkpoint has passed is on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Mapping
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -12,9 +14,18 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
 
-from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.checkpointer import BEST, Checkpointer
 
-__all__ = ["Evaluation", "ModelAverage", "PeriodicCheckpoint", "WriteMetrics", "is_due"]
+__all__ = [
+    "BestCheckpoint",
+    "Evaluation",
+    "ModelAverage",
+    "PeriodicCheckpoint",
+    "WriteMetrics",
+    "is_due",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
@@ -33,17 +44,25 @@ class ModelAverage(HookBase):
 
 
 class Evaluation(HookBase):
-    """Evaluates each period and after the last iteration.
+    """Evaluates each period and after the last iteration, and remembers the best one.
 
     Args:
         period: in iterations; 0 for only at the end.
         function: returns the metrics by task, on the main process.
+        choose: names the metric that counts, of all that there are; "" for none.
     """
 
-    def __init__(self, period: int, function: Callable[[], dict]):
+    def __init__(
+        self,
+        period: int,
+        function: Callable[[], dict],
+        choose: Callable[[Mapping[str, float]], str],
+    ):
         self.period = period
         self.function = function
+        self.choose = choose
         self.results = {}
+        self.best = {}  # metric, value, iteration; of the main process
 
     def after_step(self) -> None:
         if not is_due(self.trainer.iter, self.period, self.trainer.max_iter):
@@ -53,7 +72,24 @@ class Evaluation(HookBase):
         if flat:
             scalars = {key: float(value) for key, value in flat.items()}
             self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+            self._compare(scalars)
         comm.synchronize()
+
+    def _compare(self, scalars: Mapping[str, float]) -> None:
+        metric = self.choose(scalars)
+        if not metric:
+            return
+        if metric != self.best.get("metric"):  # another one was asked for before a resume
+            self.best = {}
+        value = scalars[metric]
+        if value > self.best.get("value", -math.inf):  # not-a-number is above nothing
+            self.best = {"metric": metric, "value": value, "iteration": self.trainer.iter}
+
+    def state_dict(self) -> dict:
+        return dict(self.best)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.best = dict(state_dict)
 
 
 class WriteMetrics(HookBase):
@@ -98,3 +134,22 @@ class PeriodicCheckpoint(HookBase):
             return
         final = iteration + 1 == self.trainer.max_iter
         self.checkpointer.save("model_final" if final else f"model_{iteration:07d}")
+
+
+class BestCheckpoint(HookBase):
+    """Saves ``model_best`` after each evaluation that is better than all before it.
+
+    Args:
+        checkpointer: saves on the main process only.
+        evaluation: has come before, and knows the best one.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, evaluation: Evaluation):
+        self.checkpointer = checkpointer
+        self.evaluation = evaluation
+
+    def after_step(self) -> None:
+        best = self.evaluation.best
+        if best.get("iteration") == self.trainer.iter:
+            logger.info(f"The best {best['metric']} so far: {best['value']:.2f}")
+            self.checkpointer.save(BEST)

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 import weakref
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
@@ -20,10 +21,17 @@ from torch import Tensor, nn
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.data.checks import load_dicts
 from contnet.data.stream import build_train_loader
-from contnet.engine.evaluation import evaluate
-from contnet.engine.hooks import Evaluation, ModelAverage, PeriodicCheckpoint, WriteMetrics
+from contnet.engine.evaluation import evaluate, main_metric
+from contnet.engine.hooks import (
+    BestCheckpoint,
+    Evaluation,
+    ModelAverage,
+    PeriodicCheckpoint,
+    WriteMetrics,
+)
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.precision import autocast, grad_scaler
+from contnet.engine.results import forget_results_after
 from contnet.engine.writers import build_writers, forget_metrics_after, record_run
 from contnet.errors import UserError
 from contnet.randomness import seed_everything
@@ -82,7 +90,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
-        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate)
+        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
                 hooks.IterationTimer(),
@@ -93,9 +101,13 @@ class Trainer(SimpleTrainer):
         )
 
     def evaluate(self) -> dict:
-        """Metrics of the present weights (their average, if one is kept) on the test sets."""
+        """Metrics of the present weights (their average, if one is kept) on the test sets.
+
+        Test-time augmentation takes so long that it waits for the last iteration.
+        """
         model = self.bare_model if self.average is None else self.average.module
-        return evaluate(self.cfg, model)
+        tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
+        return evaluate(self.cfg, model, iteration=self.iter, tta=tta)
 
     def load(self, resume: bool) -> None:
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
@@ -126,6 +138,7 @@ class Trainer(SimpleTrainer):
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
             forget_metrics_after(self.cfg.OUTPUT_DIR, self.start_iter - 1)
+            forget_results_after(self.cfg.OUTPUT_DIR, self.start_iter - 1)
             record_run(self.cfg, self.stream.seed, self.start_iter)
         self.register_hooks(self._output_hooks())
         self.train(self.start_iter, self.max_iter)
@@ -138,6 +151,7 @@ class Trainer(SimpleTrainer):
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
         return [
             WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD),
+            BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
 

@@ -12,6 +12,8 @@ from detectron2.config import CfgNode
 
 from contnet.data.checks import check_datasets
 from contnet.data.stream import images_per_pass
+from contnet.engine.evaluation import check_best_metric
+from contnet.engine.results import read_results
 from contnet.errors import UserError
 from contnet.modeling.pspnet import SEGMENTORS
 
@@ -96,5 +98,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Of the processes that torchrun starts on a machine, one reads the annotation files.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_datasets(cfg, list(dict.fromkeys(datasets)))
+    if not args.eval_only:
+        check_best_metric(cfg)
     _check_output(cfg, args)
+    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     _check_weights(cfg, args)

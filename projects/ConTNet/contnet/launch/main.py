@@ -41,6 +41,12 @@ def _setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def _iteration(rest: dict) -> int | None:
+    """The last iteration that a checkpoint's weights have seen, if it says so."""
+    trainer = rest.get("trainer", rest)
+    return trainer.get("iteration") if isinstance(trainer, dict) else None
+
+
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -54,7 +60,7 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
         model.load_state_dict(
             {name.removeprefix("module."): value for name, value in rest["ema"].items()}
         )
-    return evaluate(cfg, model)
+    return evaluate(cfg, model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED)
 
 
 def run(args: argparse.Namespace) -> dict:

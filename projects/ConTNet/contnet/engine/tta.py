@@ -1,0 +1,108 @@
+"""Test-time augmentation: an image is shown at several sizes, and mirrored, and what the model
+finds is merged.
+
+Two-stage detectors have Detectron2's. Dense detectors and semantic segmentors have ours, which ask
+no more of a model than its usual output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import batched_nms
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    DatasetMapperTTA,
+    GeneralizedRCNN,
+    GeneralizedRCNNWithTTA,
+    PanopticFPN,
+    SemanticSegmentor,
+)
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Instances
+from fvcore.transforms import HFlipTransform
+from torch import nn
+
+__all__ = ["DenseDetectorTTA", "SemanticSegmentorTTA", "tta_class"]
+
+# What a view gives: the model's output for one image, and whether the image was mirrored.
+View = tuple[dict, bool]
+
+
+class _TTA(nn.Module):
+    """Takes and gives what the model does, one view at a time.
+
+    Args:
+        cfg: TEST.AUG is read.
+        model: gives its output in each input's ``height`` and ``width``.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.mapper = DatasetMapperTTA(cfg)
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        return [self.merge(self._views(image)) for image in batched_inputs]
+
+    def _views(self, image: dict) -> Iterator[View]:
+        for view in self.mapper(image):
+            transforms = view.pop("transforms").transforms
+            (output,) = self.model([view])
+            yield output, any(isinstance(each, HFlipTransform) for each in transforms)
+
+    def merge(self, views: Iterable[View]) -> dict:
+        """One output of those of all views, in the frame of the image that is not mirrored."""
+        raise NotImplementedError
+
+
+class DenseDetectorTTA(_TTA):
+    """The union of all views' boxes after the model's own suppression, class by class."""
+
+    def merge(self, views: Iterable[View]) -> dict[str, Instances]:
+        found = []
+        for output, mirrored in views:
+            instances = output["instances"]
+            if mirrored:
+                boxes = instances.pred_boxes.tensor
+                boxes[:, [0, 2]] = instances.image_size[1] - boxes[:, [2, 0]]
+            found.append(instances)
+        if len(found) == 1:  # has been suppressed, before its boxes were clipped
+            return {"instances": found[0]}
+        union = Instances.cat(found)
+        keep = batched_nms(
+            union.pred_boxes.tensor, union.scores, union.pred_classes, self.model.test_nms_thresh
+        )
+        return {"instances": union[keep[: self.model.max_detections_per_image]]}
+
+
+class SemanticSegmentorTTA(_TTA):
+    """The mean of all views' class probabilities, (K, height, width), in place of logits."""
+
+    def merge(self, views: Iterable[View]) -> dict[str, torch.Tensor]:
+        total, count = 0, 0
+        for output, mirrored in views:
+            probabilities = output["sem_seg"].float().softmax(dim=0)
+            total = total + (probabilities.flip(-1) if mirrored else probabilities)
+            count += 1
+        return {"sem_seg": total / count}
+
+
+def tta_class(architecture: str) -> type[nn.Module] | None:
+    """What wraps a model, as ``tta_class(name)(cfg, model)``; None if there is no such thing.
+
+    Args:
+        architecture: MODEL.META_ARCHITECTURE.
+    """
+    model = META_ARCH_REGISTRY.get(architecture)
+    # Detectron2's own does not take panoptic models, though they derive from the two-stage one.
+    if not isinstance(model, type) or issubclass(model, PanopticFPN):
+        return None
+    pairs = (
+        (GeneralizedRCNN, GeneralizedRCNNWithTTA),
+        (DenseDetector, DenseDetectorTTA),
+        (SemanticSegmentor, SemanticSegmentorTTA),
+    )
+    return next((wrapper for kind, wrapper in pairs if issubclass(model, kind)), None)

@@ -1,0 +1,239 @@
+"""The fast COCO evaluation against pycocotools itself, on random detections and ground truth."""
+
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from contnet.config import load_config
+from contnet.engine.evaluation import build_evaluator
+
+HEIGHT, WIDTH = 120, 160
+MAIN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
+
+
+def random_box(rng):
+    """XYWH, small to large by COCO's areas."""
+    width, height = np.exp(rng.uniform(np.log(6), np.log([WIDTH, HEIGHT])))
+    return [rng.uniform(0, WIDTH - width), rng.uniform(0, HEIGHT - height), width, height]
+
+
+def polygon_of(box):
+    """A triangle in it."""
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w / 2, y + h]]
+
+
+def crowd_of(box):
+    """Uncompressed run lengths, as COCO has crowds."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    x, y, w, h = (int(v) for v in box)
+    mask[y : y + h + 1, x : x + w + 1] = 1
+    flat = mask.reshape(-1, order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": [HEIGHT, WIDTH], "counts": counts if flat[0] == 0 else [0, *counts]}
+
+
+def random_truth(rng, images, classes, per_image=8):
+    """A COCO file: each third image is empty, some objects are crowds, some say "ignore"."""
+    categories = [{"id": 3 * i + 2, "name": f"class-{i}"} for i in range(classes)]
+    annotations = []
+    for image in range(images):
+        for _ in range(0 if image % 3 == 2 else per_image):
+            box, crowd = random_box(rng), rng.random() < 0.2
+            segmentation = crowd_of(box) if crowd else polygon_of(box)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 * image,
+                    "category_id": int(rng.choice(categories)["id"]),
+                    "bbox": box,
+                    "area": box[2] * box[3] * (1 if crowd else 0.5),
+                    "iscrowd": int(crowd),
+                    "ignore": int(rng.random() < 0.2),
+                    "segmentation": segmentation,
+                }
+            )
+    shapes = [{"id": 10 * i, "height": HEIGHT, "width": WIDTH} for i in range(images)]
+    return {"images": shapes, "annotations": annotations, "categories": categories}
+
+
+def mask_of(segmentation):
+    """Of an annotation, as an array."""
+    if isinstance(segmentation, dict):
+        return rle.decode(rle.frPyObjects(segmentation, HEIGHT, WIDTH))
+    return rle.decode(rle.merge(rle.frPyObjects(segmentation, HEIGHT, WIDTH)))
+
+
+def random_detections(rng, truth, image_id, masks, noise=12):
+    """Objects found about where they are, twice or not at all, of a right or wrong class."""
+    classes = len(truth["categories"])
+    boxes, found = [], []
+    for item in truth["annotations"]:
+        for _ in range(rng.integers(0, 3) if item["image_id"] == image_id else 0):
+            boxes.append(np.array(item["bbox"]) + rng.normal(size=4) * rng.choice([0, 1, 4]))
+            found.append((item["category_id"] - 2) // 3 if rng.random() < 0.8 else None)
+    boxes += [np.array(random_box(rng)) for _ in range(noise)]
+    found += [None] * noise
+    boxes = np.stack(boxes) if boxes else np.zeros((0, 4))
+    boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].clip(1)
+    instances = Instances((HEIGHT, WIDTH))
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    # In tenths, so that many are equal, within an image and between images.
+    instances.scores = torch.tensor(rng.integers(0, 11, len(found)) / 10, dtype=torch.float32)
+    classes = [rng.integers(classes) if each is None else each for each in found]
+    instances.pred_classes = torch.tensor(np.array(classes, dtype=int))
+    if masks:
+        xywh = [[x, y, u - x, v - y] for x, y, u, v in boxes.tolist()]
+        drawn = [mask_of(polygon_of(box)) for box in xywh]
+        instances.pred_masks = torch.tensor(np.array(drawn).reshape(-1, HEIGHT, WIDTH)).bool()
+    return instances
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Evaluates detections by image id; returns our metrics and a function for the official."""
+    names = []
+
+    def evaluate(truth, detections, *options):
+        name = f"random_{tmp_path.name}_{len(names)}"
+        names.append(name)
+        (tmp_path / f"{name}.json").write_text(json.dumps(truth))
+        DatasetCatalog.register(name, list)
+        ids = {each["id"]: i for i, each in enumerate(truth["categories"])}
+        MetadataCatalog.get(name).set(
+            evaluator_type="coco",
+            json_file=str(tmp_path / f"{name}.json"),
+            thing_dataset_id_to_contiguous_id=ids,
+            thing_classes=[each["name"] for each in truth["categories"]],
+        )
+        cfg = load_config(LEAF, ["OUTPUT_DIR", str(tmp_path), *options])
+        evaluator = build_evaluator(cfg, name)
+        evaluator.reset()
+        for image_id, instances in detections.items():
+            evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+        results = evaluator.evaluate()
+        found = json.loads(
+            (tmp_path / "inference" / name / "coco_instances_results.json").read_text()
+        )
+        return results, lambda task, limit: official(truth, found, task, limit)
+
+    yield evaluate
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def official(truth, results, task, limit):
+    """What pycocotools says, with its own means over its own arrays."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = COCO()
+        ground_truth.dataset = json.loads(json.dumps(truth))
+        ground_truth.createIndex()
+        if task == "segm":
+            results = [{k: v for k, v in each.items() if k != "bbox"} for each in results]
+        if results:
+            detections = ground_truth.loadRes(results)
+        else:
+            detections = COCO()
+            detections.dataset = {**ground_truth.dataset, "annotations": []}
+            detections.createIndex()
+        evaluation = COCOeval(ground_truth, detections, task)
+        evaluation.params.maxDets = [1, 10, limit]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # threshold, recall, class, area
+
+    def mean(part):
+        return 100 * part[part > -1].mean() if (part > -1).any() else math.nan
+
+    parts = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
+    parts += [precision[..., i] for i in (1, 2, 3)]
+    metrics = dict(zip(MAIN, map(mean, parts), strict=True))
+    for i, each in enumerate(truth["categories"]):
+        metrics[f"AP-{each['name']}"] = mean(precision[:, :, i, 0])
+    return metrics
+
+
+def assert_equal(ours, theirs):
+    """The same metrics, equal but for rounding; not-a-number equals itself."""
+    assert ours.keys() == theirs.keys()
+    assert ours == pytest.approx(theirs, abs=1e-9, rel=0, nan_ok=True)
+
+
+@pytest.mark.parametrize(("images", "classes", "seed"), [(1, 2, 0), (12, 3, 1), (9, 80, 2)])
+@pytest.mark.parametrize("masks", [False, True])
+def test_equals_pycocotools(evaluated, images, classes, seed, masks):
+    rng = np.random.default_rng(seed)
+    truth = random_truth(rng, images, classes)
+    found = {10 * i: random_detections(rng, truth, 10 * i, masks) for i in range(images)}
+    options = ["MODEL.MASK_ON", str(masks)]
+    results, reference = evaluated(truth, found, *options)
+    assert list(results) == (["bbox", "segm"] if masks else ["bbox"])
+    for task, metrics in results.items():
+        assert_equal(metrics, reference(task, 100))
+        assert 0 < metrics["AP"] < 100
+    if masks:
+        assert results["segm"]["AP"] != results["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("limit", [1, 5, 100, 150])
+def test_equals_pycocotools_with_any_limit_of_detections(evaluated, limit):
+    """Its sorted limits are 1, 10 and ours, so that fewer than 10 count as 10 there too."""
+    rng = np.random.default_rng(limit)
+    truth = random_truth(rng, 4, 2, per_image=60)
+    found = {10 * i: random_detections(rng, truth, 10 * i, False, noise=300) for i in range(4)}
+    results, reference = evaluated(truth, found, "TEST.DETECTIONS_PER_IMAGE", str(limit))
+    assert_equal(results["bbox"], reference("bbox", limit))
+    others = {other: reference("bbox", other)["AP"] for other in (10, 100, 150) if other != limit}
+    assert limit < 10 or results["bbox"]["AP"] not in others.values()
+
+
+def test_pycocotools_does_none_of_the_work(evaluated, monkeypatch):
+    rng = np.random.default_rng(0)
+    truth = random_truth(rng, 3, 2)
+    found = {10 * i: random_detections(rng, truth, 10 * i, False) for i in range(3)}
+    monkeypatch.delattr(COCOeval, "evaluateImg")
+    for limit in ("100", "7"):
+        results, _ = evaluated(truth, found, "TEST.DETECTIONS_PER_IMAGE", limit)
+        assert results["bbox"]["AP"] > 0
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_no_detection_at_all_is_zero(evaluated, masks):
+    truth = random_truth(np.random.default_rng(3), 4, 3)
+    truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] != 2]
+    empty = Instances(
+        (HEIGHT, WIDTH),
+        pred_boxes=Boxes(torch.zeros(0, 4)),
+        scores=torch.zeros(0),
+        pred_classes=torch.zeros(0, dtype=torch.long),
+    )
+    found = {10 * i: empty for i in range(4)}
+    results, reference = evaluated(truth, found, "MODEL.MASK_ON", str(masks))
+    assert list(results) == (["bbox", "segm"] if masks else ["bbox"])
+    for task, metrics in results.items():
+        assert_equal(metrics, reference(task, 100))
+        assert metrics["AP"] == 0
+        assert math.isnan(metrics["AP-class-0"])
+
+
+def test_detections_but_nothing_to_find_is_no_number(evaluated):
+    rng = np.random.default_rng(4)
+    truth = {**random_truth(rng, 3, 2), "annotations": []}
+    found = {10 * i: random_detections(rng, truth, 10 * i, False) for i in range(3)}
+    results, reference = evaluated(truth, found)
+    assert_equal(results["bbox"], reference("bbox", 100))
+    assert all(map(math.isnan, results["bbox"].values()))
