@@ -275,6 +275,12 @@ def test_wrong_overrides(opts, message):
     [
         ("MODEL.CONTNET.VARIANT", "contnet_l", "one of contnet_ti, contnet_s"),
         ("MODEL.CONTNET.TAPS", "post", "one of stage, pre"),
+        ("MODEL.CONTNET.OUTPUT_STRIDE", "4", "one of 32, 16, 8"),
+        ("MODEL.FCOS.BOX_LOSS", "diou", "one of giou, iou"),
+        ("MODEL.FCOS.PRIOR_PROB", "0", r"in \(0, 1\)"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the least and the greatest"),
+        ("INPUT.MIN_SIZE_TRAIN", "(0,)", "whole numbers from 1"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", "3", "must divide SOLVER.IMS_PER_BATCH 16"),
         ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, naiveSyncBN, GN"),
         ("MODEL.CONTNET.OUT_FEATURES", "['res6']", "some of res2"),
         ("MODEL.CONTNET.OUT_FEATURES", "[]", "some of res2"),

@@ -326,6 +326,17 @@ def test_resume_without_a_checkpoint_says_where_it_starts(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_is_scaled_to_the_processes_that_there_are(train_net, tmp_path):
+    more = f"""SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 2
+    SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 OUTPUT_DIR {tmp_path}"""
+    finish(train_net(f"--config-file {LEAF} --num-gpus 2", *more.split()))
+    solver = load_config(str(tmp_path / "config.yaml")).SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (2, 4, (2,))
+    assert solver.BASE_LR == 0.005
+    assert metrics_of(tmp_path)[-1]["images_seen"] == 8
+
+
+@pytest.mark.slow
 def test_torchrun_equals_our_launcher(train_net, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -29,6 +29,8 @@ CHOICES = {
     "MODEL.FCOS.BOX_LOSS": BOX_LOSSES,
     "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
     "SOLVER.AMP.DTYPE": ("float16", "bfloat16"),
@@ -380,6 +382,19 @@ def _check_network(cfg: CfgNode) -> None:
         )
 
 
+def _check_sizes(cfg: CfgNode) -> None:
+    node = cfg.INPUT
+    sizes = node.MIN_SIZE_TRAIN
+    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise _user_error(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, it must be whole numbers from 1")
+    if node.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        raise _user_error(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, INPUT.MIN_SIZE_TRAIN_SAMPLING range takes the "
+            "least and the greatest"
+        )
+
+
 def _check_pyramid(cfg: CfgNode) -> None:
     bottom_ups = {
         f"build_{prefix}{name}_fpn_backbone": name for prefix in TOP_BLOCKS for name in BOTTOM_UPS
@@ -488,6 +503,7 @@ def validate(cfg: CfgNode) -> None:
     _check_choices(cfg)
     _check_numbers(cfg)
     _check_network(cfg)
+    _check_sizes(cfg)
     _check_pyramid(cfg)
     _check_segmentation(cfg)
     _check_solver(cfg)

@@ -8,6 +8,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from contnet.data.coco_checks import class_names, read_instances
 from contnet.errors import UserError
+from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = ["CLASS_KEYS", "class_key", "count_classes", "is_registered", "register_datasets"]
 
@@ -16,7 +17,7 @@ CLASS_KEYS: dict[str, dict[str, str]] = {
     "GeneralizedRCNN": {"objects": "MODEL.ROI_HEADS.NUM_CLASSES"},
     "RetinaNet": {"objects": "MODEL.RETINANET.NUM_CLASSES"},
     "FCOS": {"objects": "MODEL.FCOS.NUM_CLASSES"},
-    "SemanticSegmentor": {"label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"},
+    **{name: {"label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"} for name in SEGMENTORS},
     "PanopticFPN": {
         "objects": "MODEL.ROI_HEADS.NUM_CLASSES",
         "label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",

@@ -1,7 +1,7 @@
 """A small detection data set of drawn shapes in COCO's format, made from a seed.
 
 It lets the whole pipeline (training, evaluation, pictures) run where no data set was downloaded.
-Each image shows 3 to 8 rotated, textured shapes of 20 to 100 pixels that hide parts of each other,
+Each image shows 3 to 7 rotated, textured shapes of 20 to 100 pixels that hide parts of each other,
 over a background of gradients, blotches and distracting strokes, with noise.
 
 Boxes, polygons and areas describe the VISIBLE part of an object, as in COCO, and agree exactly: the
@@ -28,10 +28,10 @@ from PIL import Image, ImageDraw
 
 from contnet.errors import UserError
 
-__all__ = ["CLASS_NAMES", "MIN_VISIBLE", "ShapesConfig", "make_shapes", "register_shapes"]
+__all__ = ["CLASS_NAMES", "MIN_VISIBLE", "ShapesConfig", "make_shapes", "shapes_datasets"]
 
 CLASS_NAMES = ("circle", "square", "triangle", "star")
-MIN_VISIBLE = 0.5
+MIN_VISIBLE = 0.6
 
 _DRAWING = 2  # Goes up when the same parameters would draw other images.
 _STAMP = "shapes.json"
@@ -40,7 +40,7 @@ _SUPERSAMPLE = 4
 _MIN_BOX = 20  # Of the longer side of the visible part, in pixels.
 _DIAMETERS = (28.0, 98.0)  # Of the circle around an object; with anti-aliasing up to 100 pixels.
 _PLACING_TRIES = 40
-_MIN_CONTRAST = 70.0
+_MIN_CONTRAST = 100.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _strokes(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(canvas)
-    for _ in range(rng.integers(4, 14)):
+    for _ in range(rng.integers(3, 10)):
         colour, thickness = tuple(_colour(rng).astype(int).tolist()), int(rng.integers(1, 5))
         at = rng.uniform((0, 0), (width, height))
         kind = rng.choice(["line", "arc", "zigzag"])
@@ -328,11 +328,11 @@ def _draw(config: ShapesConfig, split: str, number: int) -> tuple[Image.Image, l
     height, width = rng.integers(config.min_side, config.max_side, 2, endpoint=True).tolist()
     image = _background(rng, height, width)
     objects: list[_Object] = []
-    wanted = int(rng.integers(3, 9))
+    wanted = int(rng.integers(3, 8))
     for _ in range(3 * wanted):
         if len(objects) < wanted:
             _add_object(rng, image, objects)
-    noise = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(2, 12)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(2, 10)
     return Image.fromarray(np.clip(image + noise, 0, 255).astype(np.uint8)), objects
 
 
@@ -435,27 +435,14 @@ def make_shapes(root: str | Path, config: ShapesConfig | None = None, **override
     return root
 
 
-def register_shapes(root: str | Path) -> None:
-    """Registers `shapes_train` and `shapes_val` with Detectron2; again with the same root is fine.
+def shapes_datasets(root: str | Path) -> list[list[str]]:
+    """`shapes_train` and `shapes_val`, as DATASETS.REGISTER takes them.
 
     Args:
         root: a folder that `make_shapes` made.
-
-    Raises:
-        UserError: the annotations aren't there, or the names are registered for another folder.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets import register_coco_instances
-
     root = Path(root).resolve()
-    wanted: dict[str, tuple[str, str]] = {}
-    for split in _SPLITS:
-        name, annotations = f"shapes_{split}", _annotation_file(root, split)
-        if not annotations.is_file():
-            raise UserError(f"no shapes data set in {root}: {annotations} is missing")
-        if name not in DatasetCatalog.list():
-            wanted[name] = (str(annotations), str(root / split))
-        elif (known := getattr(MetadataCatalog.get(name), "json_file", None)) != str(annotations):
-            raise UserError(f"{name} is registered already, from {known}, not from {annotations}")
-    for name, (annotations, images) in wanted.items():
-        register_coco_instances(name, {}, annotations, images)
+    return [
+        [f"shapes_{split}", str(_annotation_file(root, split)), str(root / split)]
+        for split in _SPLITS
+    ]
