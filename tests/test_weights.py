@@ -7,10 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from conftest import REPOSITORY, SMALL
 from detectron2.modeling import build_model
 from oracle import make_oracle
@@ -169,6 +172,45 @@ def test_a_backbone_of_detectron2s_model_zoo(tmp_path, lines):
     assert all_of(model) in lines()
 
 
+RESNETS = {
+    "torchvision's": (torchvision.models.resnet50, RESNET, ()),
+    "timm's": (partial(timm.create_model, "resnet50"), RESNET, ("MODEL.RESNETS.NORM", "BN")),
+    "dilated": (
+        torchvision.models.resnet50,
+        "cityscapes/pspnet_r50.yaml",
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"),
+    ),
+    "basic blocks": (
+        partial(timm.create_model, "resnet18"),
+        RESNET,
+        ("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"model": state, "epoch": 3}])
+@pytest.mark.parametrize("source", RESNETS)
+def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, wrap):
+    """They give every tensor, and the function: the last map is theirs."""
+    make, leaf, options = RESNETS[source]
+    theirs = make().eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+            torch.nn.init.uniform_(module.weight, 0.4, 0.6)
+    model = detector(*options, leaf=leaf).eval()
+    load(model, saved(tmp_path, wrap(theirs.state_dict())))
+    assert all_of(model) in lines()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x = theirs.maxpool(torch.relu(theirs.bn1(theirs.conv1(image))))
+        expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
+        found = model.get_submodule(backbone_prefix(model)[:-1])(image)["res5"]
+    step = 32 // (8 if "pspnet" in leaf else 32)
+    torch.testing.assert_close(found[..., ::step, ::step], expected, rtol=1e-4, atol=1e-4)
+
+
 # --- what does not -------------------------------------------------------------------------------
 
 
@@ -187,6 +229,8 @@ MISFITS = {
         "; 1 are not in it (backbone.bottom_up.stages.1.0.encoders.0.mlp.fc1.weight)",
     ),
     "other network": (lambda: classifier(), RESNET, "0 of the"),
+    "a ResNet": (lambda: torchvision.models.resnet50().state_dict(), CONTNET, "0 of the 137"),
+    "a deeper ResNet": (lambda: torchvision.models.resnet18().state_dict(), RESNET, "not in it"),
     "nothing": (lambda: {"a": torch.zeros(1)}, CONTNET, "0 of the 137 tensors"),
     "no statistics": (
         lambda: {k: v for k, v in classifier().items() if not k.endswith(STATISTICS)},
@@ -213,6 +257,12 @@ def test_the_authors_file_of_a_network_that_is_none_of_theirs(tmp_path):
     content = {name: value for name, value in content.items() if "layer4" not in name}
     with pytest.raises(UserError, match="no ConTNet variant"):
         load(detector(), saved(tmp_path, content))
+
+
+def test_a_resnet_with_another_stem(tmp_path):
+    file = saved(tmp_path, timm.create_model("resnet50d").state_dict())
+    with pytest.raises(UserError, match=r"weights\.pth: .* no conv1\.weight of 7x7"):
+        load(detector(leaf=RESNET), file)
 
 
 def test_missing_weights_are_accepted_where_a_key_allows_it(tmp_path, lines):

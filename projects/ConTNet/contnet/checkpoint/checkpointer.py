@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,11 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from contnet.checkpoint.convert import convert_state_dict
+from contnet.checkpoint.convert import (
+    convert_resnet_state_dict,
+    convert_state_dict,
+    is_resnet,
+)
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
@@ -134,8 +138,8 @@ class Checkpointer(DetectionCheckpointer):
         """Starts from weights that must give every tensor of the backbone.
 
         Args:
-            path: a detector of ours, a classifier of ours or of the ConTNet authors, or a
-                Detectron2 model-zoo backbone (.pkl).
+            path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
+                torchvision or timm, or a Detectron2 model-zoo backbone (.pkl).
 
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
@@ -191,12 +195,20 @@ class Checkpointer(DetectionCheckpointer):
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
         state = dict(state)
         if any(name.endswith("layer0.conv.conv.weight") for name in state):
-            try:
-                state, _ = convert_state_dict(state)
-            except ValueError as error:
-                raise UserError(f"{filename}: {error}") from error
+            return self._translated(filename, lambda: convert_state_dict(state)[0])
+        if is_resnet(state):
+            return self._translated(filename, lambda: convert_resnet_state_dict(state))
         if "stem.weight" not in state:
             return state
+        return self._under_backbone(state)
+
+    def _translated(self, filename: str, convert: Callable[[], dict]) -> dict[str, Tensor]:
+        try:
+            return self._under_backbone(convert())
+        except ValueError as error:
+            raise UserError(f"{filename}: {error}") from error
+
+    def _under_backbone(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = backbone_prefix(self.model)
         return {prefix + k: v for k, v in state.items() if not k.startswith("head.")}
 

@@ -1,8 +1,10 @@
-"""Translates classification checkpoints between the authors' key names and ours.
+"""Translates classification checkpoints to our key names: the authors', and those of ResNets.
 
 The authors' files are ``{"model": state_dict, ...}`` of a DistributedDataParallel (keys start with
 ``module.``) or bare state dicts. Their variant and options are found from keys and shapes, but for
 ``pre_norm``, which leaves no trace in them: the published default (post-norm) is assumed.
+
+ResNets of torchvision and timm (the plain stem) become Detectron2's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from torch import Tensor
 
 from contnet.modeling.contnet import VARIANTS, create_model, relative_index
 
-__all__ = ["ConversionReport", "convert_state_dict", "revert_state_dict"]
+__all__ = [
+    "ConversionReport",
+    "convert_resnet_state_dict",
+    "convert_state_dict",
+    "is_resnet",
+    "revert_state_dict",
+]
 
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
 _THEIR_BLOCK = re.compile(r"layer(\d+)\.ConTBlock(\d+)\.")
@@ -28,6 +36,14 @@ _PARTS = (
     ("encoders.1.", "ste2."),
     ("conv.", "out_conv.conv."),
     ("shortcut.", "downsample.conv."),
+)
+# torchvision's ResNet and Detectron2's, in the order in which they are replaced.
+_RESNET = (
+    (re.compile(r"^(conv|bn)1\."), r"stem.\g<0>"),
+    (re.compile(r"^layer(\d)\."), lambda match: f"res{int(match[1]) + 1}."),
+    (re.compile(r"\.bn(\d)\."), r".conv\1.norm."),
+    (re.compile(r"\.downsample\.0\."), ".shortcut."),
+    (re.compile(r"\.downsample\.1\."), ".shortcut.norm."),
 )
 _LEAVES = {"row_table": "pe.0", "col_table": "pe.1", "bias_table": "relative_position_bias_table"}
 
@@ -157,3 +173,32 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             encoder = _their_name(name).removesuffix(".attn.relative_position_bias_table")
             theirs[encoder + _INDEX] = relative_index(patch_size).to(value.device)
     return theirs
+
+
+def is_resnet(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the names of torchvision's and timm's ResNets."""
+    return any(name.endswith("layer1.0.conv1.weight") for name in state)
+
+
+def convert_resnet_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
+    """Translates a ResNet of torchvision or timm to the names of Detectron2's, without its head.
+
+    Args:
+        checkpoint: a state dict, or a dict that has one under ``model``; names may start with
+            ``module.``. It is left as it is.
+
+    Raises:
+        ValueError: if it is no such ResNet, or one with another stem.
+    """
+    state = _bare(checkpoint)
+    stem = state.get("conv1.weight")
+    if not is_resnet(state) or stem is None or stem.shape[-2:] != (7, 7):
+        raise ValueError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
+    converted = {}
+    for name, value in state.items():
+        if name.startswith("fc.") or name.endswith(".num_batches_tracked"):
+            continue
+        for pattern, replacement in _RESNET:
+            name = pattern.sub(replacement, name)
+        converted[name] = value
+    return converted
