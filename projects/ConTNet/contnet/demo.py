@@ -1,7 +1,7 @@
 """The demonstration: draws a data set, trains a small detector on it, evaluates it, shows pictures.
 
-It goes through the same entry point as every training, in two processes, with a data set that is
-registered by its paths; only the data set and the page are made here.
+It goes through the same entry point as every training, with a data set that is registered by its
+paths; only the data set and the page are made here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ __all__ = ["REQUIRED_AP", "main", "run_demo"]
 REQUIRED_AP = 60.0
 _PICTURES = 12
 _SHOWN_SCORE = 0.5
-# Better than one process with two threads: some operators on the CPU have only one.
-_PROCESSES = 2
 # Of the square images, in pixels: a multiple of 224 needs no margins in the network.
 _SIDE = 224
 
@@ -107,7 +105,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
     make_shapes(data, min_side=_SIDE, max_side=_SIDE)
     shutil.rmtree(run, ignore_errors=True)
     opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
-    if train(["--config-file", str(config_file), "--num-gpus", str(_PROCESSES), *opts]):
+    if train(["--config-file", str(config_file), *opts]):
         raise UserError("the demonstration's training failed, see the line above")
     cfg = load_config(str(config_file), opts)
     metrics = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
@@ -125,7 +123,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
             "iterations": cfg.SOLVER.MAX_ITER,
             "time": f"{seconds:.0f} s",
             "PyTorch": torch.__version__,
-            "machine": f"{platform.machine()}, {_PROCESSES} processes",
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         },
         class_names=MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes,
     )

@@ -1,7 +1,7 @@
 """A small detection data set of drawn shapes in COCO's format, made from a seed.
 
 It lets the whole pipeline (training, evaluation, pictures) run where no data set was downloaded.
-Each image shows 3 to 7 rotated, textured shapes of 20 to 100 pixels that hide parts of each other,
+Each image shows 4 to 8 rotated, textured shapes of 20 to 100 pixels that hide parts of each other,
 over a background of gradients, blotches and distracting strokes, with noise.
 
 Boxes, polygons and areas describe the VISIBLE part of an object, as in COCO, and agree exactly: the
@@ -40,7 +40,7 @@ _SUPERSAMPLE = 4
 _MIN_BOX = 20  # Of the longer side of the visible part, in pixels.
 _DIAMETERS = (28.0, 98.0)  # Of the circle around an object; with anti-aliasing up to 100 pixels.
 _PLACING_TRIES = 40
-_MIN_CONTRAST = 100.0
+_MIN_CONTRAST = 120.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _texture(rng: np.random.Generator, side: int, under: np.ndarray) -> np.ndarr
     colour = _colour(rng)
     while np.linalg.norm(colour - under) < _MIN_CONTRAST:
         colour = _colour(rng)
-    other = np.clip(colour + rng.uniform(-70, 70, 3).astype(np.float32), 0, 255)
+    other = np.clip(colour + rng.uniform(-40, 40, 3).astype(np.float32), 0, 255)
     y, x = np.mgrid[:side, :side].astype(np.float32)
     period, angle = rng.uniform(6, 16), rng.uniform(0, math.pi)
     along = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
@@ -328,7 +328,7 @@ def _draw(config: ShapesConfig, split: str, number: int) -> tuple[Image.Image, l
     height, width = rng.integers(config.min_side, config.max_side, 2, endpoint=True).tolist()
     image = _background(rng, height, width)
     objects: list[_Object] = []
-    wanted = int(rng.integers(3, 8))
+    wanted = int(rng.integers(4, 9))
     for _ in range(3 * wanted):
         if len(objects) < wanted:
             _add_object(rng, image, objects)
