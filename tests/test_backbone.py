@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_model
 from detectron2.structures import ImageList
 from torch import nn
@@ -199,6 +199,7 @@ def test_norms(norm, variant):
         "BN": nn.BatchNorm2d,
         "FrozenBN": FrozenBatchNorm2d,
         "SyncBN": nn.SyncBatchNorm,
+        "naiveSyncBN": NaiveSyncBatchNorm,
         "GN": nn.GroupNorm,
     }
     for block in _blocks(model):

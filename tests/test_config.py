@@ -152,6 +152,14 @@ def test_poly_schedule_falls_to_zero():
         scheduler.step()
 
 
+@pytest.mark.parametrize("width", [32, 80])
+def test_groups_of_one_channel_are_refused(width):
+    opts = ["MODEL.FPN.OUT_CHANNELS", str(width)]
+    with pytest.raises(UserError, match="a multiple of 32 from 64"):
+        load_config(str(CONFIGS / "fcos_contti.yaml"), opts)
+    load_config(str(CONFIGS / "fcos_contti.yaml"), [*opts, "MODEL.FCOS.NORM", ""])
+
+
 def test_sync_bn_is_replaced_on_the_cpu():
     path = str(CONFIGS / "cityscapes" / "pspnet_contti.yaml")
     for device, norm in (("cuda", "SyncBN"), ("cpu", "naiveSyncBN")):

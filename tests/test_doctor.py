@@ -192,7 +192,7 @@ def test_damaged_annotations(data, capsys, damage):
     change, said = STRUCTURE[damage]
     change(data)
     # The number of classes is given, so that only the data can be wrong.
-    options = [*data.options(), "MODEL.ROI_HEADS.NUM_CLASSES", "6"]
+    options = [*data.options(), "MODEL.ROI_HEADS.NUM_CLASSES", "4"]
     status, lines = _doctor(capsys, *options)
     assert status == 1
     errors = [line for line in lines if line.startswith("  ERROR")]
@@ -216,7 +216,7 @@ def test_damaged_annotations(data, capsys, damage):
 )
 def test_damaged_categories(data, capsys, change, said):
     change(data)
-    for more in ([], ["MODEL.ROI_HEADS.NUM_CLASSES", "6"]):
+    for more in ([], ["MODEL.ROI_HEADS.NUM_CLASSES", "4"]):
         status, lines = _doctor(capsys, *data.options(), *more)
         assert status == 1
         assert any(said in line for line in lines), lines
@@ -437,7 +437,7 @@ def test_cut_json(data, capsys):
     options = data.options()
     data.file.write_text(data.file.read_text()[:-50])
     assert "is not valid JSON" in _doctor(capsys, *options)[1][0]
-    status, lines = _doctor(capsys, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "6")
+    status, lines = _doctor(capsys, *options, "MODEL.ROI_HEADS.NUM_CLASSES", "4")
     assert status == 1
     assert any("ERROR" in line and "is not valid JSON" in line for line in lines)
 
@@ -457,7 +457,7 @@ def test_unknown_names_and_wrong_numbers(data, capsys):
     assert status == 1
     assert any("it is not registered" in line and "did you mean val" in line for line in lines)
     status, lines = _doctor(capsys, *data.options(), "MODEL.ROI_HEADS.NUM_CLASSES", "80")
-    said = "it has 6 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 80: set it to 6"
+    said = "it has 4 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 80: set it to 4"
     assert (status, sum(said in line for line in lines)) == (1, 2)
 
 

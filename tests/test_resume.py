@@ -32,8 +32,14 @@ SETTINGS = {
         ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"],
     ),
     "everything": (f"{LEAF} --num-gpus 1", EVERYTHING.split()),
-    "running loss normaliser": ("--config-file configs/fcos_contti.yaml --num-gpus 2", []),
-    "cityscapes masks": ("--config-file configs/cityscapes/mask_rcnn_contti.yaml", []),
+    "running loss normaliser": (
+        "--config-file configs/fcos_contti.yaml --num-gpus 2",
+        ["MODEL.FPN.OUT_CHANNELS", "64"],
+    ),
+    "cityscapes masks": (
+        "--config-file configs/cityscapes/mask_rcnn_contti.yaml",
+        ["MODEL.CONTNET.NORM", "GN", "SOLVER.BASE_LR", "0.001"],
+    ),
     "cityscapes classes, norms over two processes": (
         "--config-file configs/cityscapes/pspnet_contti.yaml --num-gpus 2",
         SMALL_CROPS.split(),

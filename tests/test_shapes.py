@@ -127,7 +127,7 @@ def test_objects_hide_each_other_but_stay_visible():
 
 @pytest.mark.parametrize(
     ("height", "width", "full_area", "enough"),
-    [(20, 9, 180, True), (19, 19, 361, False), (20, 20, 800, True), (20, 20, 801, False)],
+    [(20, 9, 180, True), (19, 19, 361, False), (20, 20, 666, True), (20, 20, 667, False)],
 )
 def test_what_counts_as_visible(height, width, full_area, enough):
     visible = np.zeros((40, 40), bool)

@@ -259,7 +259,8 @@ def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
     """At the end of a training, and of the very checkpoint alone; also in bfloat16."""
     folder = tmp_path / "run"
     more = words("""MODEL.MASK_ON True TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (64,96)
-    SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 TEST.DETECTIONS_PER_IMAGE 200
+    SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 TEST.DETECTIONS_PER_IMAGE 800
+    MODEL.RPN.PRE_NMS_TOPK_TEST 400 MODEL.RPN.POST_NMS_TOPK_TEST 400
     MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.EVAL_PERIOD 1 SOLVER.MAX_ITER 2""")
     assert main(arguments(folder, *more)) == 0
     first, last = metrics_of(folder)

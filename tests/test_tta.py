@@ -53,6 +53,10 @@ def models():
             last = ("cls_score", "bbox_pred", "mask_head.predictor", "sem_seg_head.predictor")
             if parameter.ndim > 1 and any(each in name for each in last):
                 nn.init.normal_(parameter, std=0.1)
+        if kind == "fcos":
+            # Negative distances are none: start from boxes of two strides to each side.
+            nn.init.constant_(model.head.bbox_pred.bias, 2.0)
+            nn.init.normal_(model.head.cls_score.weight, std=0.5)
         built[kind] = model
     return built
 

@@ -416,6 +416,17 @@ def _check_pyramid(cfg: CfgNode) -> None:
         )
 
 
+def _check_fcos(cfg: CfgNode) -> None:
+    width = cfg.MODEL.FPN.OUT_CHANNELS
+    if cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN":
+        # With one channel a group, a map of one pixel has no variance.
+        if width % 32 or width < 64:
+            raise _user_error(
+                f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple "
+                "of 32 from 64"
+            )
+
+
 def _check_segmentation(cfg: CfgNode) -> None:
     window = cfg.TEST.SLIDING_WINDOW
     for key in ("SIZE", "STRIDE"):
@@ -505,6 +516,7 @@ def validate(cfg: CfgNode) -> None:
     _check_network(cfg)
     _check_sizes(cfg)
     _check_pyramid(cfg)
+    _check_fcos(cfg)
     _check_segmentation(cfg)
     _check_solver(cfg)
     _check_tta(cfg)
