@@ -6,6 +6,8 @@ import importlib
 import inspect
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from types import ModuleType
 
@@ -221,3 +223,20 @@ def test_in1d_is_given_to_one_module():
     assert module.np.in1d([[1, 2], [3, 4]], [2, 5]).reshape(2, 2).tolist() == [[0, 1], [0, 0]]
     assert module.np.in1d([1, 2], [2], invert=True).tolist() == [True, False]
     assert module.np.unique is np.unique and set(vars(np)) == before
+
+
+def test_focal_loss_is_scripted_upstream_and_plain_here():
+    program = """
+import torch
+from detectron2.modeling.meta_arch import fcos, retinanet
+scripted = fcos.sigmoid_focal_loss_jit
+assert isinstance(scripted, torch.jit.ScriptFunction), "the cure is no longer needed"
+from contnet.compat import use_plain_focal_loss
+use_plain_focal_loss()
+x, y = torch.randn(50, 3), torch.randint(0, 2, (50, 3)).float()
+for module in (fcos, retinanet):
+    plain = module.sigmoid_focal_loss_jit
+    assert not isinstance(plain, torch.jit.ScriptFunction)
+    torch.testing.assert_close(plain(x, y, 0.25, 2.0, "sum"), scripted(x, y, 0.25, 2.0, "sum"))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

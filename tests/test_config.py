@@ -288,6 +288,7 @@ def test_wrong_overrides(opts, message):
         ("MODEL.FCOS.PRIOR_PROB", "0", r"in \(0, 1\)"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the least and the greatest"),
         ("INPUT.MIN_SIZE_TRAIN", "(0,)", "whole numbers from 1"),
+        ("SOLVER.STEPS", "(60000, 90000)", "leave it out"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "3", "must divide SOLVER.IMS_PER_BATCH 16"),
         ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, naiveSyncBN, GN"),
         ("MODEL.CONTNET.OUT_FEATURES", "['res6']", "some of res2"),

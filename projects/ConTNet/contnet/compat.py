@@ -13,7 +13,7 @@ import numpy as np
 
 from contnet.errors import UserError
 
-__all__ = ["KNOWN_WARNINGS", "give_in1d", "quiet_known_noise"]
+__all__ = ["KNOWN_WARNINGS", "give_in1d", "quiet_known_noise", "use_plain_focal_loss"]
 
 # (category, start of the message as a regular expression, where it comes from)
 KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
@@ -65,3 +65,15 @@ def give_in1d(module: ModuleType) -> None:
     stand_in = ModuleType("numpy")
     stand_in.__dict__.update(vars(np), in1d=np.isin)
     module.np = stand_in
+
+
+def use_plain_focal_loss() -> None:
+    """Gives Detectron2's dense detectors the focal loss without TorchScript.
+
+    A scripted function is optimised after its first calls and then rounds differently, so that a
+    resumed run would differ from an uncut one in the last bits.
+    """
+    from detectron2.modeling.meta_arch import fcos, retinanet
+    from fvcore.nn import sigmoid_focal_loss
+
+    fcos.sigmoid_focal_loss_jit = retinanet.sigmoid_focal_loss_jit = sigmoid_focal_loss

@@ -418,13 +418,13 @@ def _check_pyramid(cfg: CfgNode) -> None:
 
 def _check_fcos(cfg: CfgNode) -> None:
     width = cfg.MODEL.FPN.OUT_CHANNELS
-    if cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN":
-        # With one channel a group, a map of one pixel has no variance.
-        if width % 32 or width < 64:
-            raise _user_error(
-                f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple "
-                "of 32 from 64"
-            )
+    grouped = cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN"
+    # With one channel a group, a map of one pixel has no variance.
+    if grouped and (width % 32 or width < 64):
+        raise _user_error(
+            f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple of "
+            "32 from 64"
+        )
 
 
 def _check_segmentation(cfg: CfgNode) -> None:
@@ -469,6 +469,11 @@ def _check_solver(cfg: CfgNode) -> None:
     steps = list(solver.STEPS)
     if not all(isinstance(step, int) for step in steps) or steps != sorted(set(steps)):
         raise _user_error(f"SOLVER.STEPS is {solver.STEPS!r}, it must be rising iterations")
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and solver.MAX_ITER in steps:
+        raise _user_error(
+            f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
+            "end does nothing, leave it out"
+        )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise _user_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:

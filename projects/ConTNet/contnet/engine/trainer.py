@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.compat import use_plain_focal_loss
 from contnet.data.checks import load_dicts
 from contnet.data.stream import build_train_loader
 from contnet.engine.evaluation import evaluate, main_metric
@@ -62,6 +63,7 @@ class Trainer(SimpleTrainer):
     """
 
     def __init__(self, cfg: CfgNode, seed: int):
+        use_plain_focal_loss()
         dicts = load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
         self.bare_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.bare_model)
