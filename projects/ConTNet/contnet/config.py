@@ -29,6 +29,7 @@ CHOICES = {
     "MODEL.FCOS.BOX_LOSS": BOX_LOSSES,
     "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -43,6 +44,10 @@ CHOICES = {
 # Least legal value of whole numbers.
 COUNTS = {
     "LOG_PERIOD": 1,
+    "INPUT.CLASSIFIER.CROP_TEST": 1,
+    "INPUT.CLASSIFIER.RESIZE_TEST": 1,
+    "INPUT.CLASSIFIER.SIZE": 1,
+    "MODEL.CLASSIFIER.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CONVS": 1,
     "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1,
@@ -57,10 +62,19 @@ COUNTS = {
     "TEST.AUG.MAX_SIZE": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
+    "TEST.IMS_PER_PROCESS": 1,
 }
 
 # Intervals as they are printed; a round bracket leaves the bound out.
 RANGES = {
+    "INPUT.CLASSIFIER.COLOR_JITTER": "[0, 1]",
+    "INPUT.CLASSIFIER.RANDOM_ERASING": "[0, 1]",
+    "MODEL.CLASSIFIER.CUTMIX_ALPHA": "[0, inf)",
+    "MODEL.CLASSIFIER.CUTMIX_PROB": "[0, 1]",
+    "MODEL.CLASSIFIER.DROP_PATH_RATE": "[0, 1)",
+    "MODEL.CLASSIFIER.LABEL_SMOOTHING": "[0, 1)",
+    "MODEL.CLASSIFIER.MIXUP_ALPHA": "[0, inf)",
+    "MODEL.CLASSIFIER.MIX_PROB": "[0, 1]",
     "MODEL.CONTNET.DROP_PATH_RATE": "[0, 1)",
     "MODEL.FCOS.CENTER_SAMPLING_RADIUS": "[0, inf)",
     "MODEL.FCOS.FOCAL_LOSS_ALPHA": "[0, 1]",
@@ -159,6 +173,26 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
+    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the drop
+    # rates and CHECKPOINT); any other model that timm can build has timm's defaults.
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
+    cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Stochastic depth of timm's models, in [0, 1).
+    cfg.MODEL.CLASSIFIER.DROP_PATH_RATE = 0.0
+    # Of the target that goes to all classes alike, in [0, 1).
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # Mix pairs of images and of their labels, by blending (mixup) or by pasting a box (CutMix):
+    # parameter of the Beta distribution that the share is drawn from; 0: never.
+    cfg.MODEL.CLASSIFIER.MIXUP_ALPHA = 0.0
+    cfg.MODEL.CLASSIFIER.CUTMIX_ALPHA = 0.0
+    # Share of batches that are mixed; and of those, where both are on, by CutMix. In [0, 1].
+    cfg.MODEL.CLASSIFIER.MIX_PROB = 1.0
+    cfg.MODEL.CLASSIFIER.CUTMIX_PROB = 0.5
+    # Keep images and convolutions in channels-last order, which GPUs with tensor cores prefer.
+    cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
+
     # False: loading MODEL.WEIGHTS must give every tensor of the backbone. True: it need not.
     cfg.MODEL.ALLOW_MISSING_WEIGHTS = False
 
@@ -190,6 +224,25 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
     cfg.SOLVER.POLY_POWER = 0.9
 
+    # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
+    # pixels after resizing.
+    cfg.INPUT.CLASSIFIER = CfgNode()
+    cfg.INPUT.CLASSIFIER.SIZE = 224
+    cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
+    cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
+    # Of the training crop's resize and of the test's: bilinear, bicubic; the training's may also
+    # be random (one of the two for each image).
+    cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
+    # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
+    cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
+    # Change of brightness, contrast and saturation, in [0, 1]; not used with AUTO_AUGMENT.
+    cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
+    # Share of images that lose a random box to noise, in [0, 1].
+    cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
+    # Test: shorter side after resizing, and side of the centre crop; in pixels.
+    cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
+    cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
@@ -209,6 +262,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""
+
+    # Images per process and forward pass of ImageClassifier's evaluation.
+    cfg.TEST.IMS_PER_PROCESS = 64
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
