@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from contnet.data.imagenet_labels import LABEL_ENDINGS
 from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
@@ -252,12 +253,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.TEST.SLIDING_WINDOW.ENABLED = False
     cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
     cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
-    # Data sets of your own in COCO's format: [name, annotation file, image folder] of each. The
-    # names are then as good as built-in ones in TRAIN and TEST. Relative paths start in the folder
-    # where the command is typed. On the command line:
-    # DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
+    # Data sets of your own. In COCO's format: [name, annotation file, image folder]. To classify
+    # images: [name, folder] for class folders or shards, and [name, label file, folder] for images
+    # in one folder, where the label file ends with .txt or .csv. The names are then as good as
+    # built-in ones in TRAIN and TEST. Relative paths start in the folder where the command is
+    # typed. On the command line: DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
     # If the first set of a run is one of these, the model's number of classes is that of its
-    # annotation file, unless the config file itself (not its _BASE_) or the command line sets it.
+    # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
@@ -542,10 +544,14 @@ def _check_register(cfg: CfgNode) -> None:
     names = []
     for entry in cfg.DATASETS.REGISTER:
         parts = list(entry) if isinstance(entry, (list, tuple)) else []
-        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
+        if not all(isinstance(part, str) and part for part in parts):
+            parts = []
+        is_folder = len(parts) == 2 and not parts[1].lower().endswith((".json", *LABEL_ENDINGS))
+        if len(parts) != 3 and not is_folder:
             raise _user_error(
                 f"DATASETS.REGISTER has {entry!r}, it must be a list of [name, annotation file, "
-                "image folder], as [['mine', 'mine.json', 'images']]"
+                "image folder], as [['mine', 'mine.json', 'images']], and for classification of "
+                "[name, folder] or [name, label file .txt or .csv, folder]"
             )
         names.append(parts[0])
     if double := [name for name in names if names.count(name) > 1]:
@@ -640,7 +646,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _assign(cfg, key, value, "overrides")
     validate(cfg)
     cfg.DATASETS.REGISTER = [
-        [name, _absolute(file), _absolute(folder)] for name, file, folder in cfg.DATASETS.REGISTER
+        [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
     ]
     _substitute_sync_bn(cfg)
     return cfg
