@@ -174,8 +174,8 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
-    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the drop
-    # rates and CHECKPOINT); any other model that timm can build has timm's defaults.
+    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
+    # drop rates and CHECKPOINT); any other model that timm can build has timm's defaults.
     cfg.MODEL.CLASSIFIER = CfgNode()
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
