@@ -76,7 +76,7 @@ def _read_source(folder: Path) -> Content:
 
 
 def _samples(records: Sequence[dict]) -> list[_Sample]:
-    """The records with keys: their paths, without endings and, as WebDataset wants, without dots."""
+    """The records with keys: their paths without endings and, as WebDataset wants, dots."""
     used: set[str] = set()
     samples = []
     for record in records:
@@ -93,7 +93,7 @@ def _stamp(content: Content, samples_per_shard: int) -> dict:
     digest = hashlib.sha256()
     for record in content.records:
         digest.update(os.fsencode(f"{record['label']} {record['image_id']}\0"))
-    digest.update("\0".join(content.classes).encode())
+    digest.update(os.fsencode("\0".join(content.classes)))
     return {
         "images": len(content.records),
         "samples_per_shard": samples_per_shard,
@@ -157,9 +157,7 @@ def _make(plan: _Plan) -> tuple[Shard, bool]:
                 _add(tar, f"{sample.key}.cls", str(sample.label).encode())
     except OSError as error:
         what = error.filename or plan.path
-        raise UserError(
-            f"{what}: {error.strerror}; once mended, run this again to go on"
-        ) from error
+        raise UserError(f"{what}: {error.strerror}; mend it and run this again") from error
     return index_shard(plan.path), True
 
 
@@ -207,8 +205,8 @@ def make_shards(
     try:
         names = [os.path.basename(plan.path) for plan in plans]
         _claim(target, _stamp(content, samples_per_shard), names)
-        with atomic_write(target / CLASSES_FILE, "w") as file:
-            file.write("".join(f"{name}\n" for name in content.classes))
+        with atomic_write(target / CLASSES_FILE) as file:
+            file.write(os.fsencode("".join(f"{name}\n" for name in content.classes)))
         made = _make_all(plans, workers)
         write_index(target, [shard for shard, _ in made])
     except OSError as error:
