@@ -297,14 +297,13 @@ def read_classes(folder: str) -> list[str] | None:
     """
     path = Path(folder, CLASSES_FILE)
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}), it must hold one class a line"
-        ) from error
-    if not names or not all(names) or len(set(names)) < len(names):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    names = text.removesuffix("\n").split("\n")
+    if not all(names) or len(set(names)) < len(names):
         raise UserError(f"{path} must hold one class a line, each once, and no empty line")
     return names
 
