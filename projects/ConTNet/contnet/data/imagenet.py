@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from contnet.data.findings import ERROR, Findings, plural
+from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
 from contnet.data.imagenet_labels import LABEL_FILES, find_label_file, read_labels
 from contnet.data.shards import (
     CLASSES_FILE,
@@ -33,20 +34,20 @@ from contnet.data.shards import (
     read_classes,
     read_index,
     read_sample,
+    read_stamp,
     shard_records,
 )
 from contnet.errors import UserError
 
 __all__ = [
     "EVALUATOR_TYPE",
+    "FACT",
     "LABELS",
     "Content",
     "Source",
     "count_labels",
     "difference",
-    "name_of",
-    "open_image",
-    "orientation",
+    "inspect_image",
     "read_image",
     "read_set",
     "register_classification",
@@ -55,9 +56,11 @@ __all__ = [
 
 EVALUATOR_TYPE = "classification"
 LABELS = "labels of images"  # what these sets have, where others have objects or label maps
+FACT = "FACT"  # of an image, to be counted
 _DOCTOR = "python tools/doctor.py with this config"
 _THREADS = 16  # that list folders; on network file systems they mostly wait
 _SHOWN = 3
+_MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK"}
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -245,6 +248,12 @@ def _read_flat(source: Source, found: _Listing, findings: Findings) -> Content:
 
 def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content:
     records = shard_records(source.image_dir, read_index(source.image_dir, found.shards))
+    stamp = read_stamp(source.image_dir)
+    if stamp and stamp["images"] != len(records):
+        raise UserError(
+            f"the shards in {source.image_dir} hold {len(records)} images of {stamp['images']}: "
+            "run tools/make_shards.py again to finish them, or copy all of them"
+        )
     classes = read_classes(source.image_dir)
     expected = _train_classes(source)
     if classes is None:
@@ -260,7 +269,7 @@ def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content
         for record in records:
             if record["label"] >= len(classes):
                 what = f"labels beyond the {plural(len(classes), 'class')}"
-                findings.error(what, f"{name_of(record)} {record['label']}")
+                findings.error(what, f"{_name(record)} {record['label']}")
     return Content(records, classes)
 
 
@@ -373,25 +382,21 @@ def count_labels(name: str, source: Source) -> int:
 # ------------------------------------------------------------------------------
 
 
-def name_of(record: dict) -> str:
+def _name(record: dict) -> str:
     """How messages call an image: its path, or its shard and key."""
     if "offset" in record:
         return f"{record['file_name']} key {record['image_id']}"
     return record["file_name"]
 
 
-def open_image(record: dict) -> Image.Image:
-    """The image as it is stored, its pixels not yet decoded.
-
-    Raises:
-        OSError: if there is no such file; decoders raise other things too.
-    """
+def _open(record: dict) -> Image.Image:
+    """The image as it is stored, its pixels not yet decoded."""
     if "offset" in record:
         return Image.open(io.BytesIO(read_sample(record)))
     return Image.open(record["file_name"])
 
 
-def orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none, or where EXIF is damaged."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -415,6 +420,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _decode(record: dict) -> tuple[Image.Image, str, bool]:
+    """An image in RGB and upright; the mode in which it is stored; whether it was turned.
+
+    Raises:
+        UserError: naming the file, if it cannot be decoded whole.
+    """
+    try:
+        with _open(record) as image:
+            mode, turn = image.mode, _orientation(image)
+            image.load()
+            upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
+            return _to_rgb(upright), mode, turn in _TURNS
+    except Exception as error:  # decoders raise anything on a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the image {_name(record)} cannot be read ({reason}): {_DOCTOR} lists all such"
+        ) from error
+
+
 def read_image(record: dict) -> Image.Image:
     """Decodes an image.
 
@@ -427,17 +451,25 @@ def read_image(record: dict) -> Image.Image:
     Raises:
         UserError: naming the file, if it cannot be decoded whole.
     """
-    try:
-        with open_image(record) as image:
-            turn = orientation(image)
-            image.load()
-            upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
-            return _to_rgb(upright)
-    except Exception as error:  # decoders raise anything on a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"the image {name_of(record)} cannot be read ({reason}): {_DOCTOR} lists all such"
-        ) from error
+    return _decode(record)[0]
+
+
+def inspect_image(record: dict) -> list[Finding]:
+    """Decodes an image for the doctor: errors, Pillow's warnings, and facts to be counted."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            _, mode, turned = _decode(record)
+        except UserError as error:
+            reason = str(error.__cause__) or type(error.__cause__).__name__
+            return [Finding(ERROR, "images that cannot be read", f"{_name(record)} ({reason})")]
+    what = "images that Pillow warns about, and reads"
+    found = [Finding(NOTE, what, f"{_name(record)} ({each.message})") for each in said]
+    if mode != "RGB":
+        found.append(Finding(FACT, f"stored as {_MODES.get(mode, mode)}"))
+    if turned:
+        found.append(Finding(FACT, "turned as EXIF says"))
+    return found
 
 
 # ------------------------------------------------------------------------------
@@ -453,7 +485,8 @@ def _load(name: str, source: Source) -> list[dict]:
     if errors := findings.lines(ERROR):
         raise UserError(f"data set {name}: {errors[0]}; {_DOCTOR} tells all")
     metadata = MetadataCatalog.get(name)
-    learned = {"class_names": content.classes, "label_file": content.label_file}
+    # Detectron2's name for the classes of a set; it takes "class_names" for an old word for it.
+    learned = {"thing_classes": content.classes, "label_file": content.label_file}
     for key, value in learned.items():
         if hasattr(metadata, key):  # from files that may have changed since
             delattr(metadata, key)
@@ -466,7 +499,7 @@ def register_classification(name: str, source: Source) -> None:
     """Registers a set with Detectron2; nothing is read before it is used.
 
     Its metadata are ``evaluator_type``, ``image_dir``, ``source``, ``label_file`` where one is
-    used, and ``class_names`` once it is loaded, if they are known.
+    used, and once it is loaded ``thing_classes``, the names of its classes, if they are known.
     """
     DatasetCatalog.register(name, partial(_load, name, source))
     metadata = MetadataCatalog.get(name)

@@ -11,6 +11,7 @@ it is missing, and a shard is looked through again when its size or time is not 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
@@ -34,11 +35,13 @@ __all__ = [
     "CLASSES_FILE",
     "INDEX_FILE",
     "SHARD_ENDING",
+    "STAMP_FILE",
     "Shard",
     "index_shard",
     "read_classes",
     "read_index",
     "read_sample",
+    "read_stamp",
     "shard_records",
     "write_index",
 ]
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.txt"
 INDEX_FILE = "index.npz"
+STAMP_FILE = "shards.json"  # of shards that tools/make_shards.py makes
 SHARD_ENDING = ".tar"
 
 _FORMAT = 1  # of the index
@@ -293,16 +297,35 @@ def read_classes(folder: str) -> list[str] | None:
     """
     path = Path(folder, CLASSES_FILE)
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}), it must hold one class a line"
-        ) from error
-    if not names or not all(names) or len(set(names)) < len(names):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    names = text.removesuffix("\n").split("\n")
+    if not all(names) or len(set(names)) < len(names):
         raise UserError(f"{path} must hold one class a line, each once, and no empty line")
     return names
+
+
+def read_stamp(folder: str) -> dict | None:
+    """What ``shards.json`` says of a folder that tools/make_shards.py made, None without it.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = Path(folder, STAMP_FILE)
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stamp["images"], int):
+            raise TypeError("its images are no number")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): copy it again, or make the shards again"
+        ) from error
+    return stamp
 
 
 class _Handle:
