@@ -244,9 +244,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
-    # Test: shorter side after resizing, and side of the centre crop, in pixels; bilinear or bicubic.
+    # Test: shorter side after resizing, and side of the centre crop, in pixels.
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+    # bilinear or bicubic.
     cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
 
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
