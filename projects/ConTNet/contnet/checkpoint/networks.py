@@ -159,7 +159,10 @@ def _find_contnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Netwo
         theirs = native if form == "authors" else revert_state_dict(native)
         tensors, report = convert_state_dict(theirs)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        message = str(error)
+        for ours in native if form == "contnet" else ():
+            message = message.replace(authors_name(ours), ours)
+        raise UserError(message) from error
     options = {**report.options, "pre_norm": pre_norm}
     options["num_classes"] = _classes(head_of(tensors, "contnet"))
     name = FORMS["contnet"][form]

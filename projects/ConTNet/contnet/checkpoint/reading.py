@@ -40,7 +40,7 @@ _NUMBERS = [
     np.dtype,
     *dict.fromkeys(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
-_ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -69,12 +69,14 @@ def check_plain(path: str) -> Mapping:
 
 def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
     if not (asked := _ASKED_FOR.search(str(error))):
-        reason = (str(error).splitlines() or ["it cannot be unpickled"])[0]
+        # PyTorch's advice before that is to load it unsafely.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (reason.splitlines() or ["it cannot be unpickled"])[0]
         return UserError(f"{path} is not a checkpoint of tensors and plain numbers: {reason}")
     return UserError(
         f"{path} is not a checkpoint of tensors and plain numbers: it holds a Python object "
-        f"({asked[1]}), which is not loaded, since that could run code; get a file of the weights "
-        "alone, or make one where you trust the file: python -c 'import torch; "
+        f"({asked[1] or asked[2]}), which is not loaded, since that could run code; get a file of "
+        "the weights alone, or make one where you trust the file: python -c 'import torch; "
         'torch.save(torch.load("FILE", "cpu", weights_only=False)["model"], "WEIGHTS.pth")\''
     )
 

@@ -53,9 +53,9 @@ _EXPORTS = {
     "detectron2": convert_resnet_state_dict,
 }
 _EPILOG = """\
-SRC is a checkpoint of the ConTNet authors, of contnet.create_model, of train_net.py (a classifier's,
-or the backbone of a detector's), or a ResNet-18, 34, 50, 101 or 152 of torchvision, timm or
-Detectron2. What it is, its variant and its options are found in its names and shapes.
+SRC is a checkpoint of the ConTNet authors, of contnet.create_model, of train_net.py (a
+classifier's, or the backbone of a detector's), or a ResNet-18, 34, 50, 101 or 152 of torchvision,
+timm or Detectron2. What it is, its variant and its options are found in its names and shapes.
 
 The last line says the name of the file that was written: DST with the first eight digits of the
 file's SHA-256. The exit status is 1, and nothing is written, if SRC does not fit or --check fails.
@@ -110,15 +110,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--to",
         choices=list(_TARGETS),
         default="detectron2",
-        help="whose names the result has: Detectron2's, for MODEL.WEIGHTS (the default; a ConTNet's "
-        "are those of contnet.create_model), timm's and torchvision's, or the ConTNet authors'",
+        help="whose names the result has: Detectron2's, for MODEL.WEIGHTS (the default; for a "
+        "ConTNet those of contnet.create_model), timm's and torchvision's, or the ConTNet authors'",
     )
     parser.add_argument(
         "--head",
         type=_head,
         default="keep",
         metavar="keep|drop|N",
-        help="keep the classifier's head, cut it off, or put a random one of N classes in its place",
+        help="keep the classifier's head, cut it off, or put a random one of N classes there",
     )
     parser.add_argument(
         "--pre-norm",
@@ -243,7 +243,8 @@ def _head_names(result: Result) -> list[str]:
 def _encode(result: Result, metadata: dict, suffix: str) -> bytes:
     tensors = {name: value.contiguous().clone() for name, value in result.tensors.items()}
     if suffix == ".safetensors":
-        return safetensors.torch.save(tensors, {"format": "pt", METADATA: json.dumps(metadata)})
+        # A single entry: several would be written in any order, and change the hash.
+        return safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)})
     buffer = io.BytesIO()
     torch.save({"model": tensors, METADATA: metadata}, buffer)
     return buffer.getvalue()
