@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+import timm
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from contnet.data.augmentation import build_classification_transform
 from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
@@ -30,6 +32,7 @@ CHOICES = {
     "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),
+    "INPUT.CLASSIFIER.INTERPOLATION_TEST": ("bilinear", "bicubic"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -179,8 +182,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # Stochastic depth of timm's models, in [0, 1).
+    # For timm's models: stochastic depth, in [0, 1), and other arguments of timm.create_model, as
+    # [[dynamic_img_size, True]].
     cfg.MODEL.CLASSIFIER.DROP_PATH_RATE = 0.0
+    cfg.MODEL.CLASSIFIER.OPTIONS = []
     # Of the target that goes to all classes alike, in [0, 1).
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
     # Mix pairs of images and of their labels, by blending (mixup) or by pasting a box (CutMix):
@@ -230,8 +235,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.SIZE = 224
     cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
     cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
-    # Of the training crop's resize and of the test's: bilinear, bicubic; the training's may also
-    # be random (one of the two for each image).
+    # How training images are resized: bilinear, bicubic, or random (one of them for each image).
     cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
     # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
     cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
@@ -239,9 +243,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
-    # Test: shorter side after resizing, and side of the centre crop; in pixels.
+    # Test: shorter side after resizing, and side of the centre crop, in pixels; bilinear or bicubic.
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+    cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
 
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.
@@ -505,6 +510,48 @@ def _check_segmentation(cfg: CfgNode) -> None:
         )
 
 
+def _check_classifier(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return
+    node, images = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFIER
+    if not timm.is_model(node.NAME):
+        raise _user_error(
+            f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
+            f"{_nearest(node.NAME, timm.list_models())}"
+        )
+    if node.NAME in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
+        raise _user_error(
+            "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
+            f"{node.NAME} takes its options from MODEL.CONTNET"
+        )
+    for entry in node.OPTIONS:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise _user_error(
+                f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
+                "[['dynamic_img_size', True]]"
+            )
+    if cfg.INPUT.FORMAT != "RGB":
+        raise _user_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
+    if images.CROP_TEST > images.RESIZE_TEST:
+        raise _user_error(
+            f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
+            f"{images.RESIZE_TEST}: crops would have borders"
+        )
+    for key in ("SCALE", "RATIO"):
+        pair = images[key]
+        if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 < pair[0] <= pair[1]:
+            raise _user_error(
+                f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be the least and the greatest"
+            )
+    try:
+        build_classification_transform(cfg, is_train=True)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise _user_error(
+            f"INPUT.CLASSIFIER.AUTO_AUGMENT is {images.AUTO_AUGMENT!r}, which timm cannot read "
+            f"({error}): write rand-m9-mstd0.5-inc1, original, or another of its policies"
+        ) from error
+
+
 def _check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE < 0 or (
@@ -579,6 +626,7 @@ def validate(cfg: CfgNode) -> None:
     _check_pyramid(cfg)
     _check_fcos(cfg)
     _check_segmentation(cfg)
+    _check_classifier(cfg)
     _check_solver(cfg)
     _check_tta(cfg)
     _check_register(cfg)

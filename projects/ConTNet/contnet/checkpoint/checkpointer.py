@@ -21,6 +21,7 @@ from contnet.checkpoint.reading import check_plain, read_safetensors, read_torch
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
+from contnet.modeling.classifier import ImageClassifier
 
 __all__ = ["BEST", "Checkpointer"]
 
@@ -107,8 +108,8 @@ class Checkpointer(DetectionCheckpointer):
 
         Args:
             path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
-                torchvision or timm, any of these as .pth or .safetensors, or a Detectron2 model-zoo
-                backbone (.pkl).
+                torchvision or timm, or a Detectron2 model-zoo backbone (.pkl). A classifier also
+                gets its head from it, if that has as many classes.
 
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
@@ -150,9 +151,16 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        state = dict(state)
+        prefix = backbone_prefix(self.model)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        classifies = isinstance(self.model, ImageClassifier)
+        if not classifies:
+            state = {name.removeprefix("network."): value for name, value in state.items()}
         if any(name.endswith("layer0.conv.conv.weight") for name in state):
             return self._translated(filename, lambda: convert_state_dict(state)[0])
+        if classifies:
+            bare = not any(name.startswith(prefix) for name in state)
+            return self._under_backbone(state) if bare else state
         if is_resnet(state):
             return self._translated(filename, lambda: convert_resnet_state_dict(state))
         if "stem.weight" not in state and "stem.conv1.weight" not in state:
@@ -167,7 +175,12 @@ class Checkpointer(DetectionCheckpointer):
 
     def _under_backbone(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = backbone_prefix(self.model)
-        return {prefix + k: v for k, v in state.items() if not k.startswith(("head.", "linear."))}
+        keep_head = isinstance(self.model, ImageClassifier)
+        return {
+            prefix + name: value
+            for name, value in state.items()
+            if keep_head or not name.startswith(("head.", "linear."))
+        }
 
     def _load_model(self, checkpoint: dict):
         given = [name.removeprefix("module.") for name in checkpoint["model"]]
@@ -180,6 +193,12 @@ class Checkpointer(DetectionCheckpointer):
             for name in self.model.state_dict()
             if name.startswith(self._strict_prefix) and not name.endswith("num_batches_tracked")
         ]
+        unfit = {*incompatible.missing_keys, *(each[0] for each in incompatible.incorrect_shapes)}
+        if self._strict_prefix and isinstance(self.model, ImageClassifier):
+            head = self.model.head_names()
+            wanted = [name for name in wanted if name not in head]
+            if new := [name for name in head if name in unfit]:
+                self.logger.info(f"The classifier's head starts from random weights: {_some(new)}")
         misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
         absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
         absent = [name for name in wanted if name in absent and name not in misshapen]
