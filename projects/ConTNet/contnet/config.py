@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from contnet.data.augmentation import build_classification_transform
+from contnet.data.imagenet_labels import LABEL_ENDINGS
 from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
@@ -243,9 +244,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
-    # Test: shorter side after resizing, and side of the centre crop, in pixels; bilinear or bicubic.
+    # Test: shorter side after resizing, and side of the centre crop, in pixels.
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+    # bilinear or bicubic.
     cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
 
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
@@ -257,12 +259,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.TEST.SLIDING_WINDOW.ENABLED = False
     cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
     cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
-    # Data sets of your own in COCO's format: [name, annotation file, image folder] of each. The
-    # names are then as good as built-in ones in TRAIN and TEST. Relative paths start in the folder
-    # where the command is typed. On the command line:
-    # DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
+    # Data sets of your own. In COCO's format: [name, annotation file, image folder]. To classify
+    # images: [name, folder] for class folders or shards, and [name, label file, folder] for images
+    # in one folder, where the label file ends with .txt or .csv. The names are then as good as
+    # built-in ones in TRAIN and TEST. Relative paths start in the folder where the command is
+    # typed. On the command line: DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
     # If the first set of a run is one of these, the model's number of classes is that of its
-    # annotation file, unless the config file itself (not its _BASE_) or the command line sets it.
+    # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
@@ -589,10 +592,14 @@ def _check_register(cfg: CfgNode) -> None:
     names = []
     for entry in cfg.DATASETS.REGISTER:
         parts = list(entry) if isinstance(entry, (list, tuple)) else []
-        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
+        if not all(isinstance(part, str) and part for part in parts):
+            parts = []
+        is_folder = len(parts) == 2 and not parts[1].lower().endswith((".json", *LABEL_ENDINGS))
+        if len(parts) != 3 and not is_folder:
             raise _user_error(
                 f"DATASETS.REGISTER has {entry!r}, it must be a list of [name, annotation file, "
-                "image folder], as [['mine', 'mine.json', 'images']]"
+                "image folder], as [['mine', 'mine.json', 'images']], and for classification of "
+                "[name, folder] or [name, label file .txt or .csv, folder]"
             )
         names.append(parts[0])
     if double := [name for name in names if names.count(name) > 1]:
@@ -688,7 +695,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _assign(cfg, key, value, "overrides")
     validate(cfg)
     cfg.DATASETS.REGISTER = [
-        [name, _absolute(file), _absolute(folder)] for name, file, folder in cfg.DATASETS.REGISTER
+        [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
     ]
     _substitute_sync_bn(cfg)
     return cfg

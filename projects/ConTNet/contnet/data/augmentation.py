@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
-
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize

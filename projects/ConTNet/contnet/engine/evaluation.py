@@ -38,8 +38,14 @@ from contnet.errors import UserError
 __all__ = ["build_evaluator", "check_best_metric", "evaluate", "main_metric"]
 
 # The one number of a data set: the first of these that its evaluators give.
-MAIN_METRICS = ("cityscapes/AP", "segm/AP", "bbox/AP", "sem_seg/IoU", "sem_seg/mIoU",
-    "classification/top1")
+MAIN_METRICS = (
+    "cityscapes/AP",
+    "segm/AP",
+    "bbox/AP",
+    "sem_seg/IoU",
+    "sem_seg/mIoU",
+    "classification/top1",
+)
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
 import timm
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
+import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
 from contnet.errors import UserError
 from contnet.modeling.contnet import VARIANTS
 
@@ -127,7 +127,7 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
     """
     node, contnet = cfg.MODEL.CLASSIFIER, cfg.MODEL.CONTNET
     if node.NAME not in VARIANTS:
-        options = {name: value for name, value in node.OPTIONS}
+        options = dict(node.OPTIONS)
         if node.DROP_PATH_RATE:
             options["drop_path_rate"] = node.DROP_PATH_RATE
         try:
