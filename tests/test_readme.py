@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from contnet import demo
 from contnet.checkpoint import weights
 from contnet.config import load_config
-from contnet.data import cityscapes, doctor
+from contnet.data import cityscapes, doctor, shard_writer
 from contnet.errors import UserError
 from contnet.launch.arguments import parse_arguments
 from contnet.zoo import make_zoo
@@ -118,6 +118,11 @@ def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
     assert cityscapes.main(arguments) == 0
 
 
+def check_make_shards(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(shard_writer, "make_shards", lambda *given: (0, 0))
+    assert shard_writer.main(arguments) == 0
+
+
 def check_doctor(arguments: list[str]) -> None:
     args = doctor.build_parser().parse_intermixed_args(arguments)
     check_overrides(args.config_file, args.opts)
@@ -151,6 +156,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/make_shards.py":
+            check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
@@ -180,6 +187,7 @@ def test_commands_are_legal(words, monkeypatch):
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
         "python tools/prepare_cityscapes.py --folder here",
+        "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",

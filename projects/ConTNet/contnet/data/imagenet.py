@@ -149,14 +149,15 @@ def _list(folder: str) -> _Listing:
 
 def _list_class(folder: str) -> tuple[list[str], list[str]]:
     """Paths of the images of a class, in ImageFolder's order, and of its other files."""
-    images, others = [], []
     found = _list(folder)
-    images += [f"{folder}/{name}" for name in found.images]
-    others += [f"{folder}/{name}" for name in (*found.shards, *found.others)]
+    images = [f"{folder}/{name}" for name in found.images]
+    others = [f"{folder}/{name}" for name in (*found.shards, *found.others)]
     for name in found.folders:
         below = _list_class(f"{folder}/{name}")
         images += below[0]
         others += below[1]
+    if found.folders:
+        images.sort(key=os.path.split)
     return images, others
 
 
@@ -242,7 +243,7 @@ def _read_flat(source: Source, found: _Listing, findings: Findings) -> Content:
             path = f"{source.image_dir}/{image}"
             records.append({"file_name": path, "image_id": image, "label": numbers[name]})
     if unused:
-        findings.note(f"{unused} labels in {file} are of images that are not there")
+        findings.note(f"{plural(unused, 'label')} in {file} without an image in the folder")
     return Content(records, list(classes), file)
 
 
@@ -257,9 +258,10 @@ def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content
     classes = read_classes(source.image_dir)
     expected = _train_classes(source)
     if classes is None:
-        what = "its classes have no names"
-        findings.note(f"{what}: {CLASSES_FILE} in its folder would tell them, one a line")
-        classes = expected
+        findings.note(
+            "its classes have no names, so that their order cannot be compared: write them into "
+            f"{CLASSES_FILE} in its folder, one a line"
+        )
     elif expected and (differing := difference(classes, expected)):
         raise UserError(
             f"the classes in {source.image_dir}/{CLASSES_FILE} are not those of "
@@ -303,7 +305,7 @@ def _train_classes(source: Source) -> list[str] | None:
     return found.folders if layout == "folders" else read_classes(source.train_dir)
 
 
-def _check_use(content: Content, findings: Findings) -> None:
+def _check_use(source: Source, content: Content, findings: Findings) -> None:
     """Facts and doubts about the whole."""
     names = content.classes
     number = content.number_of_classes
@@ -313,11 +315,11 @@ def _check_use(content: Content, findings: Findings) -> None:
     findings.facts.append(
         f"{plural(len(content.records), 'image')}, {plural(number, 'class')}{shown}"
     )
-    if content.label_file:
+    if content.label_file and not source.label_file:
         findings.facts.append(f"label file {os.path.abspath(content.label_file)}")
     used = {record["label"] for record in content.records}
     for label in range(number):
-        if label not in used:
+        if label not in used and not findings.lines(ERROR):
             findings.note("classes without images", names[label] if names else str(label))
 
 
@@ -345,7 +347,7 @@ def read_set(source: Source, findings: Findings) -> Content:
         return Content()
     if not findings.lines(ERROR) and not content.records:
         findings.error(f"there are no images in {source.image_dir}")
-    _check_use(content, findings)
+    _check_use(source, content, findings)
     return content
 
 

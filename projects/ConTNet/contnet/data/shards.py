@@ -10,7 +10,6 @@ it is missing, and a shard is looked through again when its size or time is not 
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -217,6 +217,16 @@ def _is_fresh(shard: Shard | None, path: str) -> bool:
     return shard is not None and (shard.size, shard.mtime) == (status.st_size, status.st_mtime_ns)
 
 
+def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
+    """Looks through shards, in processes where that saves time, with a bar on a terminal."""
+    workers = min(workers or len(os.sched_getaffinity(0)), len(paths))
+    bar = partial(tqdm, total=len(paths), unit="shard", desc="index", disable=None)
+    if workers == 1:
+        return list(bar(map(index_shard, paths)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        return list(bar(pool.map(index_shard, paths)))
+
+
 def read_index(folder: str, names: Sequence[str], workers: int | None = None) -> list[Shard]:
     """The samples of a folder's shards; looks through those that ``index.npz`` does not know.
 
@@ -239,11 +249,7 @@ def read_index(folder: str, names: Sequence[str], workers: int | None = None) ->
         logger.info(
             f"Looking through {len(todo)} of {len(names)} shards of {folder}, for the index"
         )
-        workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            results = pool.map(index_shard, [paths[name] for name in todo])
-            bar = tqdm(results, total=len(todo), unit="shard", desc="index", disable=None)
-            known.update(zip(todo, bar, strict=True))
+        known.update(zip(todo, _look([paths[name] for name in todo], workers), strict=True))
     shards = [known[name] for name in names]
     if todo or set(stored) != set(names):
         try:
@@ -338,7 +344,7 @@ class _Handle:
         os.close(self.number)
 
 
-@functools.lru_cache(maxsize=_OPEN_FILES)
+@lru_cache(maxsize=_OPEN_FILES)
 def _open(path: str) -> _Handle:
     return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 

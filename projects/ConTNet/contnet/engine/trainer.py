@@ -11,6 +11,7 @@ import time
 import weakref
 from functools import partial
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
 from detectron2.modeling import build_model
@@ -180,6 +181,9 @@ class Trainer(SimpleTrainer):
         self.storage.put_scalar(
             "images_seen", self.stream.images_before(self._batches_done()), smoothing_hint=False
         )
+        if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+            self.storage.put_scalar("gpu_memory_mb", memory, smoothing_hint=False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
