@@ -20,6 +20,7 @@ from timm.scheduler import CosineLRScheduler
 from torchvision.transforms import v2
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.convert import detectron2_name
 from contnet.config import load_config
 from contnet.data.augmentation import build_classification_transform
 from contnet.engine.classification_evaluation import ClassificationEvaluator
@@ -138,6 +139,8 @@ def test_contnets_take_their_options_from_their_node():
         ("res18", "INPUT.CLASSIFIER.CROP_TEST 288", "CROP_TEST 288 exceeds RESIZE_TEST 256"),
         ("res18", "INPUT.CLASSIFIER.SCALE [0.5]", "SCALE is"),
         ("res18", "MODEL.CLASSIFIER.OPTIONS ['a']", "must be a list of [name, value]"),
+        ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS is 25023, with SOLVER.RESCALE_INTERVAL"),
+        ("res18", "SOLVER.WARMUP_ITERS 0", "WARMUP_ITERS is 0, with SOLVER.RESCALE_INTERVAL"),
         ("res18", "INPUT.FORMAT BGR", "ImageClassifier takes RGB"),
         ("res18", "MODEL.CLASSIFIER.MIXUP_ALPHA -1", "must be in [0, inf)"),
     ],
@@ -298,6 +301,17 @@ def test_a_trained_resnet_becomes_a_backbone(tmp_path):
     Checkpointer(detector).load_backbone(str(tmp_path / "model_final.pth"))
     stem = detector.backbone.bottom_up.stem.conv1.weight
     assert torch.equal(stem, model.network.conv1.weight)
+
+
+def test_a_resnet_in_detectron2s_names_becomes_a_classifier(tmp_path):
+    network = timm.create_model("resnet18", num_classes=CLASSES)
+    state = {detectron2_name(name): value for name, value in network.state_dict().items()}
+    assert "stem.conv1.weight" in state
+    torch.save(state, tmp_path / "a.pth")
+    model = build_model(config(leaf="res18"))
+    Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
+    own = network.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in model.network.state_dict().items())
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -20,7 +20,7 @@ NETWORKS = ["contnet_ti", "resnet18"]
 
 def command(folder: Path, *more: str) -> list[str]:
     base = str(REPOSITORY / "configs" / "imagenet" / "Base-plain.yaml")
-    options = ["--config-file", base, "--output", str(folder), "--networks", *NETWORKS]
+    options = ["--config-file", base, "--output", str(folder), "--networks", ",".join(NETWORKS)]
     return [*options, *more, *RECIPE.split()]
 
 
@@ -28,7 +28,7 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main(command(tmp_path, "--seeds", "1", "2", "--num-gpus", "1")) == 0
+    assert main(command(tmp_path, "--num-gpus", "1", "--seeds", "1,2")) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "compare.json").read_text())
     assert [(row["network"], row["seed"]) for row in rows] == [
@@ -57,7 +57,7 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
     assert not torch.equal(*(stem["network.stem.weight"] for stem in stems))
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model_final.pth")}
-    assert main(command(tmp_path, "--seeds", "1", "2")) == 0
+    assert main(command(tmp_path, "--seeds", "1,2")) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "compare.json").read_text()) == rows
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from contnet import demo
+from contnet import compare, demo
 from contnet.checkpoint import weights
 from contnet.config import load_config
 from contnet.data import cityscapes, doctor, shard_writer
@@ -128,6 +128,13 @@ def check_doctor(arguments: list[str]) -> None:
     check_overrides(args.config_file, args.opts)
 
 
+def check_compare(arguments: list[str], monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda args: seen.append(args) or [])
+    assert compare.main(arguments) == 0
+    check_overrides(seen[0].config_file, seen[0].opts)
+
+
 def check_make(arguments: list[str]) -> None:
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
@@ -156,6 +163,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/compare_classifiers.py":
+            check_compare(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/make_shards.py":
             check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":

@@ -28,7 +28,7 @@ __all__ = ["compare", "main", "table"]
 _EPILOG = """\
 example:
   compare_classifiers.py --config-file configs/imagenet/Base-plain.yaml \\
-      --networks contnet_s resnet18 --output output/compare MODEL.CLASSIFIER.NUM_CLASSES 10
+      --networks contnet_s,resnet18 --output output/compare MODEL.CLASSIFIER.NUM_CLASSES 10
 """
 _REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -146,13 +146,21 @@ def compare(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/compare_classifiers.py."""
     parser = config_parser(__doc__.splitlines()[0], _EPILOG)
     parser.add_argument(
-        "--networks", nargs="+", required=True, metavar="NAME", help="ConTNets, or names of timm"
+        "--networks",
+        type=lambda text: text.split(","),
+        required=True,
+        metavar="NAME,NAME",
+        help="ConTNets, or names of timm",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N")
+    parser.add_argument("--seeds", type=_seeds, default=[1], metavar="N,N", help="(default 1)")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="as of train_net.py")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="gets a folder for each run"

@@ -580,6 +580,11 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
             "end does nothing, leave it out"
         )
+    if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
+        raise _user_error(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
+            f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
+        )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise _user_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:

@@ -16,6 +16,7 @@ from contnet.checkpoint.convert import (
     convert_resnet_state_dict,
     convert_state_dict,
     is_resnet,
+    torchvision_name,
 )
 from contnet.checkpoint.reading import check_plain, read_safetensors, read_torch
 from contnet.errors import UserError
@@ -159,6 +160,8 @@ class Checkpointer(DetectionCheckpointer):
         if any(name.endswith("layer0.conv.conv.weight") for name in state):
             return self._translated(filename, lambda: convert_state_dict(state)[0])
         if classifies:
+            if "stem.conv1.weight" in state:
+                state = {torchvision_name(name): value for name, value in state.items()}
             bare = not any(name.startswith(prefix) for name in state)
             return self._under_backbone(state) if bare else state
         if is_resnet(state):
