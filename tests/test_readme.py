@@ -13,6 +13,7 @@ import torch
 from conftest import REPOSITORY
 
 from contnet import demo
+from contnet.checkpoint import weights
 from contnet.config import load_config
 from contnet.data import cityscapes, doctor, shard_writer
 from contnet.errors import UserError
@@ -159,6 +160,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
+        elif arguments[0] == "tools/convert_weights.py":
+            weights.build_parser().parse_args(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -186,6 +189,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/prepare_cityscapes.py --folder here",
         "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
+        "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",
         "make tests",
         "make setup VENW=here",

@@ -116,7 +116,8 @@ def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
             root = request.getfixturevalue(f"{name}_root")
             train_net = partial(train_net, DETECTRON2_DATASETS=str(root))
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    _finish(train_net(launch, *_options(uncut, more)))
+    output = _finish(train_net(launch, *_options(uncut, more)))
+    assert ("computed by naiveSyncBN" in output) == ("pspnet" in launch)
 
     # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
     first = train_net(launch, *_options(cut, more))

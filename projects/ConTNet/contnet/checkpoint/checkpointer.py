@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from contnet.checkpoint.convert import (
     convert_state_dict,
     is_resnet,
 )
+from contnet.checkpoint.reading import check_plain, read_safetensors, read_torch
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
@@ -28,44 +28,12 @@ __all__ = ["BEST", "Checkpointer"]
 # Name of the checkpoint with the best evaluation, which is none of the periodic ones.
 BEST = "model_best"
 
-# All that arrays and plain values are made of in a pickle.
-_PLAIN = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.numeric", "_frombuffer"),
-}
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _check_plain(filename: str) -> None:
-    """Reads a .pkl file, which Detectron2 loads without any check, as arrays and plain values."""
-    try:
-        with open(filename, "rb") as file:
-            content = _PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a file that is no pickle may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{filename} is not a pickle of plain arrays: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{filename} holds a {type(content).__name__}, not a checkpoint")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -166,23 +134,11 @@ class Checkpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=None if resume else [])
 
     def _torch_load(self, f: str) -> dict:
-        try:
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{f} is not a checkpoint of tensors and plain numbers: {reason}"
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "it is empty"
-            raise UserError(f"{f} cannot be read, it may be cut short: {reason}") from error
-        if not isinstance(loaded, Mapping):
-            raise UserError(f"{f} holds a {type(loaded).__name__}, not a checkpoint")
-        return dict(loaded)
+        return read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
-            _check_plain(filename)
+            check_plain(filename)
         loaded = super()._load_file(filename)
         state = loaded["model"]
         tensors = isinstance(state, Mapping) and state.values()
@@ -207,7 +163,7 @@ class Checkpointer(DetectionCheckpointer):
             return self._under_backbone(state) if bare else state
         if is_resnet(state):
             return self._translated(filename, lambda: convert_resnet_state_dict(state))
-        if "stem.weight" not in state:
+        if "stem.weight" not in state and "stem.conv1.weight" not in state:
             return state
         return self._under_backbone(state)
 
@@ -223,7 +179,7 @@ class Checkpointer(DetectionCheckpointer):
         return {
             prefix + name: value
             for name, value in state.items()
-            if keep_head or not name.startswith("head.")
+            if keep_head or not name.startswith(("head.", "linear."))
         }
 
     def _load_model(self, checkpoint: dict):
