@@ -285,7 +285,8 @@ def mentioned_files(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_mentioned_files_exist(page):
     made_by_runs = {"log.txt"}
-    elsewhere = {"convert-torchvision-to-d2.py"}
+    of_data_sets = {"classes.txt", "val_labels.txt", "ILSVRC2012_validation_ground_truth.txt"}
+    elsewhere = {"convert-torchvision-to-d2.py", *of_data_sets}
     names = mentioned_files(page.read_text()) - made_by_runs - elsewhere
     roots = (REPOSITORY, PACKAGE, page.parent, REPOSITORY / "configs")
     assert not [name for name in names if not any((root / name).is_file() for root in roots)]
