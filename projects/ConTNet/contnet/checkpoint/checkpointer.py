@@ -152,7 +152,6 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        prefix = backbone_prefix(self.model)
         state = {name.removeprefix("module."): value for name, value in state.items()}
         classifies = isinstance(self.model, ImageClassifier)
         if not classifies:
@@ -162,6 +161,7 @@ class Checkpointer(DetectionCheckpointer):
         if classifies:
             if "stem.conv1.weight" in state:
                 state = {torchvision_name(name): value for name, value in state.items()}
+            prefix = backbone_prefix(self.model)
             bare = not any(name.startswith(prefix) for name in state)
             return self._under_backbone(state) if bare else state
         if is_resnet(state):
