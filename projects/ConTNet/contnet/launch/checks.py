@@ -17,6 +17,7 @@ from contnet.data.stream import images_per_pass
 from contnet.engine.evaluation import check_best_metric
 from contnet.engine.results import read_results
 from contnet.errors import UserError
+from contnet.launch.environment import find_place
 from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = ["check_device", "check_inputs", "check_output", "check_run", "count_processes"]
@@ -27,7 +28,8 @@ _RECIPE_GPUS = 8
 
 def count_processes(args: argparse.Namespace) -> int:
     """Processes of the run on all machines."""
-    return int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    place = find_place()
+    return place.world_size if place else args.num_gpus * args.num_machines
 
 
 def check_device(cfg: CfgNode, num_gpus: int) -> None:
@@ -144,8 +146,9 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: b
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not args.eval_only:
         _check_batch(cfg, processes)
-    # Of the processes that torchrun starts on a machine, one reads the annotation files.
-    if data and os.environ.get("LOCAL_RANK", "0") == "0":
+    # Of the processes that others start on a machine, one reads the annotation files.
+    place = find_place()
+    if data and (place is None or place.local_rank == 0):
         check_datasets(cfg, list(dict.fromkeys(datasets)))
     if not args.eval_only:
         check_best_metric(cfg)
