@@ -261,8 +261,9 @@ def print_status(folder: str | Path) -> None:
     for name, job_id in record["runs"].items():
         run = Path(folder, name)
         state = _state_of_run(run, job_id, states)
-        iteration = last_metrics(run).get("iteration", "-")
-        print(f"{name:{width}}  job {job_id}  iteration {iteration}  {describe_run(run, state)}")
+        job = f"  job {job_id}" if job_id else ""
+        done = last_metrics(run).get("iteration", -1) + 1
+        print(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
 
 
 def _state_of_run(run: Path, job_id: str, states: dict[str, str]) -> str:

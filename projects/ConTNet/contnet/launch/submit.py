@@ -388,13 +388,14 @@ def _next_folder(base: Path) -> Path:
 def _describe(plan: Submission) -> None:
     args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
     where = "SLURM" if plan.cluster == "slurm" else "this machine"
-    device = "GPU" if plan.gpus else "CPU process"
+    device = "GPU" if plan.gpus else "process"
     nodes, tasks = args.num_machines, args.num_gpus
-    print(f"{where}: {nodes} node(s) x {tasks} {device}(s), one process for each")
+    print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
     if not runs[0].arguments.eval_only:
         images = images_per_pass(cfg, nodes * tasks)
+        first = "first run: " if plan.is_array else ""
         print(
-            f"batch {cfg.SOLVER.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
+            f"{first}batch {cfg.SOLVER.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
             f"images x {cfg.SOLVER.ACCUMULATE} passes; learning rate {cfg.SOLVER.BASE_LR:g}, "
             f"{cfg.SOLVER.MAX_ITER} iterations"
         )

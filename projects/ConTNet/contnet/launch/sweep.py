@@ -41,7 +41,10 @@ class RunArguments:
     @property
     def values(self) -> dict[str, str]:
         """By key, the last value that was given."""
-        given = dict(zip(self.opts[::2], self.opts[1::2], strict=True))
+        given: dict[str, str] = {}
+        for key, value in zip(self.opts[::2], self.opts[1::2], strict=True):
+            given.pop(key, None)  # in the order of what counts, the last ones
+            given[key] = value
         flags = {"resume": self.resume, "eval-only": self.eval_only}
         set_flags = {name: "True" for name, value in flags.items() if value}
         return {_CONFIG_FILE: self.config_file, **set_flags, **given}
@@ -134,7 +137,7 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
 
 def _safe(text: str) -> str:
     """The same with signs alone that are harmless in the name of a folder."""
-    return re.sub(r"[^\w.+=,-]+", "_", text).strip("_.") or "_"
+    return re.sub(r"[^\w.+=-]+", "_", text).strip("_.") or "_"
 
 
 def _name_runs(runs: Sequence[RunArguments]) -> None:
@@ -151,11 +154,11 @@ def _name_runs(runs: Sequence[RunArguments]) -> None:
     }
     for run, given in zip(runs, values, strict=True):
         parts = [
-            given[key] if key == _CONFIG_FILE else f"{short[key]}={given[key]}"
+            ("" if key == _CONFIG_FILE else f"{short[key]}=") + _safe(given[key])
             for key in differing
             if key in given
         ]
-        run.name = ",".join(map(_safe, parts)) or "default"
+        run.name = ",".join(parts) or "default"
         if len(run.name) > _LONGEST_NAME:
             digest = hashlib.sha256(run.name.encode()).hexdigest()[:8]
             run.name = f"{run.name[:_LONGEST_NAME]},{digest}"
