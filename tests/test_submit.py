@@ -30,13 +30,13 @@ ANNOTATIONS = "coco/annotations/instances_train2017.json"
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 OTHER = str(REPOSITORY / "configs" / "faster_rcnn_r50.yaml")
 
-# %P|%a|%G|%c|%m|%l|%n
+# %P|%a|%G|%c|%m|%l|%N|%n
 NODES = """\
-gpu*|up|gpu:a100:8(S:0-1)|64|512000|2-00:00:00|node1
-gpu*|up|gpu:a100:8(S:0-1)|64|512000|2-00:00:00|node2
-old|up|gpu:1080ti:4|16|64000|12:00:00|node3
-cpu|up|(null)|32|128000|infinite|node4
-closed|drain|gpu:8|32|128000|infinite|node5
+gpu*|up|gpu:a100:8(S:0-1)|64|512000|2-00:00:00|node1|node1
+gpu*|up|gpu:a100:8(S:0-1)|64|512000|2-00:00:00|node2|node2
+old|up|gpu:1080ti:4|16|64000|12:00:00|node3|node3
+cpu|up|(null)|32|128000|infinite|node4|node4
+closed|drain|gpu:8|32|128000|infinite|node5|node5
 """
 FAKES = {
     "sbatch": 'cp "$1" sent.sh && echo "Submitted batch job 4242"',
@@ -97,6 +97,7 @@ def no_slurm(here, tmp_path, monkeypatch):
     for name in ("bash", "git", "uname"):
         (programs / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return here
 
 
@@ -314,7 +315,7 @@ def test_folders_that_nodes_do_not_share(slurm, here, tmp_path, capsys):
     assert "--assume-shared" in line
     # A cluster that is this machine alone shares everything.
     host = os.uname().nodename
-    (slurm.folder / "nodes").write_text(f"one*|up|gpu:2|8|16000|infinite|{host}\n")
+    (slurm.folder / "nodes").write_text(f"one*|up|gpu:2|8|16000|infinite|one|{host}\n")
     assert main([*argv, "OUTPUT_DIR", str(tmp_path / "out")]) == 0
 
 
@@ -331,8 +332,10 @@ def test_checkpoints_of_another_run(slurm, here, capsys):
 def test_run_folder_in_use(slurm, here, capsys):
     assert submit(*GPU, "OUTPUT_DIR", "out") == 0
     slurm.show_jobs("4242|RUNNING|None\n")
+    (here / "out" / "last_checkpoint").write_text("model_0000001.pth")
     line = error_of(capsys, "--config-file", LEAF, *JOB, *GPU, "OUTPUT_DIR", "out")
     assert "in use by job 4242 (RUNNING)" in line
+    (here / "out" / "last_checkpoint").unlink()
     slurm.show_jobs("4242|COMPLETED|None\n")
     assert submit(*GPU, "OUTPUT_DIR", "out") == 0
     assert [each["job_id"] for each in read_submissions(here / "out")] == ["4242", "4242"]
@@ -410,7 +413,7 @@ def test_nodes_are_read(slurm):
     assert [node.limit_hours for node in nodes] == [48, 48, 12, float("inf"), float("inf")]
     assert [node.default for node in nodes] == [True, True, False, False, False]
     fit = check_request(nodes, Settings(timeout_hours=1), 2, 8, 8)
-    assert {node.host for node in fit} == {"node1", "node2"}
+    assert {node.name for node in fit} == {"node1", "node2"}
 
 
 # --- arrays --------------------------------------------------------------------------------------
@@ -608,7 +611,118 @@ def test_local_takes_one_machine(no_slurm, capsys):
     assert "--cluster local" in line
 
 
-def wait_for(condition, seconds: float = 120.0):
+QUICK = [*SMALL, "SOLVER.BASE_LR", "0.0001", "SOLVER.STEPS", "()", "LOG_PERIOD", "1"]
+
+
+def run_tool(tool: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """A tool in a process of its own, as on a machine without SLURM."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / tool), *argv],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Those whose command line names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command and int(path.name) != os.getpid():
+            found.append(command)
+    return found
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A copy of the package and the tools, to be edited."""
+    root = tmp_path / "project"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "projects" / "ConTNet", root, ignore=ignored)
+    return root
+
+
+@pytest.mark.slow
+def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project):
+    """Submitted, then the code is broken: the job does not notice, and says how it did."""
+    out = no_slurm / "out"
+    options = [
+        "--num-gpus",
+        "2",
+        "SOLVER.MAX_ITER",
+        "3",
+        "OUTPUT_DIR",
+        "out",
+        "--max-requeues",
+        "2",
+    ]
+    options += ["--setup", "export OF_THE_SETUP=1", "--setup", "echo from the setup"]
+    environment = {"PYTHONPATH": str(project), "DETECTRON2_DATASETS": str(coco_root)}
+    done = run_tool("submit.py", "--config-file", LEAF, *QUICK, *options, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "there is no sbatch here: running on this machine" in done.stdout
+    (project / "contnet" / "__init__.py").write_text("raise RuntimeError('edited')\n")
+    followed = run_tool("submit.py", "--status", "out", "--watch")
+    assert followed.returncode == 0, followed.stdout[-3000:] + followed.stderr
+    assert "iter: 2" in followed.stdout
+    assert followed.stdout.splitlines()[-1].endswith("finished")
+    (start,) = json.loads((out / "run.json").read_text())
+    assert start["processes"] == 2
+    (record,) = read_submissions(out)
+    assert "from the setup" in (out / "slurm" / "submission1" / "start.log").read_text()
+    assert record["code"].startswith(str(out))
+    status = run_tool("submit.py", "--status", "out")
+    assert "state    finished" in status.stdout
+    assert "iteration 3 of 3" in status.stdout
+    wait_for(lambda: not processes_of(out), 20)
+
+
+@pytest.mark.slow
+def test_without_snapshot_the_code_is_as_the_job_finds_it(no_slurm, coco_root, project):
+    environment = {"PYTHONPATH": str(project), "DETECTRON2_DATASETS": str(coco_root)}
+    broken = "--setup", f"echo 'raise RuntimeError(1)' > {project}/contnet/launch/job.py"
+    argv = ["--config-file", LEAF, *QUICK, "--no-snapshot", *broken, "OUTPUT_DIR", "out", "--watch"]
+    done = run_tool("submit.py", *argv, **environment)
+    assert done.returncode == 1
+    assert not (no_slurm / "out" / "slurm" / "submission1" / "code").exists()
+    assert "RuntimeError: 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
+    out = no_slurm / "out"
+    argv = ["--config-file", LEAF, *QUICK, "--num-gpus", "2", "SOLVER.MAX_ITER", "9999"]
+    argv += ["OUTPUT_DIR", "out"]
+    assert main(argv) == 0
+    wait_for(lambda: (out / "metrics.json").exists())
+    assert len(processes_of(out)) >= 3  # submitit's, and two tasks
+    assert "in use by job" in error_of(capsys, *argv)
+    assert main(["--cancel", "out"]) == 0
+    assert "cancelled job" in capsys.readouterr().out
+    assert processes_of(out) == []
+    assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
+
+
+@pytest.mark.slow
+def test_sweep_on_this_machine(no_slurm, capsys):
+    """One run fails; the others go on, and the table says why."""
+    bad = "SOLVER.BASE_LR=0.0001,1e30"
+    argv = ["--config-file", LEAF, *QUICK, "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "0"]
+    argv += ["--sweep", bad, "--max-parallel", "2", "OUTPUT_DIR", "out"]
+    assert main(argv) == 1
+    assert "BASE_LR=0.0001: finished" in capsys.readouterr().out
+    table = run_tool("results.py", "out").stdout.splitlines()
+    assert len(table) == 4
+    assert [line for line in table if "BASE_LR=0.0001 | finished" in line and "| 3 |" in line]
+    assert [line for line in table if "1e30 | failed: the loss is not finite" in line]
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until

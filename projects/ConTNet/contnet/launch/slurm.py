@@ -93,7 +93,8 @@ class Node:
         cpus: cores, or threads where SLURM counts those.
         memory_gb: memory.
         limit_hours: longest job, infinity if there is no limit.
-        host: its name.
+        name: its name in SLURM.
+        host: its name as a machine.
     """
 
     partition: str
@@ -103,6 +104,7 @@ class Node:
     cpus: int
     memory_gb: float
     limit_hours: float
+    name: str
     host: str
 
     def count_gpus(self, kind: str = "") -> int:
@@ -136,12 +138,12 @@ def read_nodes() -> list[Node]:
         UserError: if SLURM does not answer.
     """
     nodes = []
-    answer = ask_slurm("sinfo", "--noheader", "--Node", "--format=%P|%a|%G|%c|%m|%l|%n")
+    answer = ask_slurm("sinfo", "--noheader", "--Node", "--format=%P|%a|%G|%c|%m|%l|%N|%n")
     for line in answer.splitlines():
         parts = [part.strip() for part in line.split("|")]
-        if len(parts) != 7:
+        if len(parts) != 8:
             continue
-        partition, state, gres, cpus, memory, limit, host = parts
+        partition, state, gres, cpus, memory, limit, name, host = parts
         gpus: dict[str, int] = {}
         for kind, count in re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)(?!\w)", gres):
             gpus[kind] = gpus.get(kind, 0) + int(count)
@@ -154,6 +156,7 @@ def read_nodes() -> list[Node]:
                 cpus=int(_number(cpus)),
                 memory_gb=_number(memory) / 1024,
                 limit_hours=_hours(limit),
+                name=name,
                 host=host,
             )
         )
@@ -225,12 +228,12 @@ def check_request(
             f"most {max(n.memory_gb for n in fit):.0f} GB"
         )
     fit = [n for n in fit if n.cpus >= cpus and n.memory_gb >= settings.mem_gb]
-    hosts = {node.host for node in fit}
-    if len(hosts) < num_nodes:
+    names = {node.name for node in fit}
+    if len(names) < num_nodes:
         what = f"with {_gpus(num_gpus, kind)} " if num_gpus else ""
         raise UserError(
-            f"--num-nodes is {num_nodes}, but partition {chosen[0].partition} has {len(hosts)} "
-            f"node{'s' if len(hosts) != 1 else ''} {what}that fit"
+            f"--num-nodes is {num_nodes}, but partition {chosen[0].partition} has {len(names)} "
+            f"node{'s' if len(names) != 1 else ''} {what}that fit"
         )
     limit = max(node.limit_hours for node in fit)
     if not settings.timeout_hours:

@@ -22,6 +22,7 @@ __all__ = [
     "check_free",
     "describe_run",
     "follow",
+    "iterations_done",
     "last_metrics",
     "last_submission",
     "live_states",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 SUBMISSION_FILE = "submission.json"
+# What stands before messages that say all; others come with a traceback.
+_OUR_ERROR = f"{UserError.__name__}: "
 # Seconds that processes of this machine have to end.
 _PATIENCE = 15
 
@@ -190,6 +193,12 @@ def last_metrics(folder: str | Path) -> dict:
     return {}
 
 
+def iterations_done(folder: str | Path) -> int:
+    """How many iterations a run has done, as its job or else metrics.json says."""
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
+
+
 def describe_run(folder: str | Path, state: str = "") -> str:
     """The state of a run in a few words.
 
@@ -205,7 +214,8 @@ def describe_run(folder: str | Path, state: str = "") -> str:
     ):
         return "finished"
     if death := status.get("death"):
-        return f"failed: {death['reason']} (rank {death['rank']})"
+        reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
+        return f"failed: {reason} (rank {death['rank']})"
     if leave := status.get("leave"):
         return f"{'saved for a requeue' if leave['requeued'] else 'stopped'}: {leave['reason']}"
     if status:
@@ -240,8 +250,9 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
         print(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
     for each in status.get("requeues", ()):
         print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
-    if details := (status.get("death") or {}).get("details"):
-        print(details)
+    death = status.get("death")
+    if death and death.get("details") and not death["reason"].startswith(_OUR_ERROR):
+        print(death["details"])
     print(f"log      {record['log']}")
 
 
@@ -262,7 +273,7 @@ def print_status(folder: str | Path) -> None:
         run = Path(folder, name)
         state = _state_of_run(run, job_id, states)
         job = f"  job {job_id}" if job_id else ""
-        done = last_metrics(run).get("iteration", -1) + 1
+        done = iterations_done(run)
         print(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
 
 

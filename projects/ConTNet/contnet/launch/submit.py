@@ -180,6 +180,7 @@ def _prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                 for note in copy.notes:
                     print(note)
                 _check_content(cfg, arguments, processes, seen)
+                check_free(cfg.OUTPUT_DIR)
                 check_output(cfg, argparse.Namespace(**asdict(arguments)), make=False)
         except UserError as error:
             if not arguments.name:
@@ -393,11 +394,11 @@ def _describe(plan: Submission) -> None:
     print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
     if not runs[0].arguments.eval_only:
         images = images_per_pass(cfg, nodes * tasks)
-        first = "first run: " if plan.is_array else ""
+        solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
         print(
-            f"{first}batch {cfg.SOLVER.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
-            f"images x {cfg.SOLVER.ACCUMULATE} passes; learning rate {cfg.SOLVER.BASE_LR:g}, "
-            f"{cfg.SOLVER.MAX_ITER} iterations"
+            f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
+            f"images x {solver.ACCUMULATE} passes; learning rate {solver.BASE_LR:g}, "
+            f"{solver.MAX_ITER} iterations"
         )
     if plan.is_array:
         print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
@@ -511,8 +512,7 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
         _check_slurm(args, settings, runs, base)
     else:
         _check_local(args, runs)
-    for folder in dict.fromkeys([base, *(run.folder for run in runs)]):
-        check_free(folder)
+    check_free(base)
     plan = Submission(args, settings, cluster, base, runs, _next_folder(base), command)
     _describe(plan)
     if args.dry_run:

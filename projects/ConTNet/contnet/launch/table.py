@@ -13,12 +13,13 @@ from contnet.launch.processes import print_error
 from contnet.launch.submissions import (
     SUBMISSION_FILE,
     describe_run,
+    iterations_done,
     last_metrics,
     live_states,
     read_submissions,
 )
 
-__all__ = ["main", "results_table"]
+__all__ = ["build_parser", "main", "results_table"]
 
 
 def _is_run(folder: Path) -> bool:
@@ -92,14 +93,14 @@ def results_table(folders: Sequence[Path], metrics: Sequence[str] = ()) -> str:
             rows[name] = {
                 "state": describe_run(run, states[run]),
                 "loss": "" if loss is None else f"{loss:.4g}",
-                "iteration": str(last_metrics(run).get("iteration", -1) + 1),
+                "iteration": str(iterations_done(run)),
                 **_scores(run, metrics),
             }
     return markdown_table("run", rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/results.py; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of tools/results.py."""
     parser = argparse.ArgumentParser(description="Prints a table of the results of several runs.")
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or a sweep"
@@ -107,7 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help="a column, as bbox/AP"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/results.py; returns the exit status."""
+    args = build_parser().parse_args(argv)
     try:
         print(results_table(args.folders, args.metric))
     except UserError as error:
