@@ -13,8 +13,9 @@ import torch
 from conftest import REPOSITORY
 
 from contnet import demo
+from contnet.checkpoint import weights
 from contnet.config import load_config
-from contnet.data import cityscapes, doctor
+from contnet.data import cityscapes, doctor, shard_writer
 from contnet.errors import UserError
 from contnet.launch import sweep, table
 from contnet.launch.arguments import parse_arguments
@@ -130,6 +131,11 @@ def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
     assert cityscapes.main(arguments) == 0
 
 
+def check_make_shards(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(shard_writer, "make_shards", lambda *given: (0, 0))
+    assert shard_writer.main(arguments) == 0
+
+
 def check_doctor(arguments: list[str]) -> None:
     args = doctor.build_parser().parse_intermixed_args(arguments)
     check_overrides(args.config_file, args.opts)
@@ -163,12 +169,16 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/make_shards.py":
+            check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
         elif arguments[0] == "tools/submit.py":
             check_submit(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/convert_weights.py":
+            weights.build_parser().parse_args(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -194,11 +204,13 @@ def test_commands_are_legal(words, monkeypatch):
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
         "python tools/prepare_cityscapes.py --folder here",
+        "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --partitoin gpu",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
         "python tools/results.py",
+        "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",
         "make tests",
         "make setup VENW=here",

@@ -56,7 +56,8 @@ def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | fl
                 by_class.setdefault(name, {})[f"{task} {metric}"] = value
             else:
                 main.setdefault(task, {})[key] = value
-    tables = [markdown_table(corner, rows) for corner, rows in ((dataset, main), ("class", by_class))]
+    parts = ((dataset, main), ("class", by_class))
+    tables = [markdown_table(corner, rows) for corner, rows in parts]
     return "\n\n".join(tables if by_class else tables[:1])
 
 
