@@ -147,9 +147,7 @@ class Cluster:
         """Starts the daemons and waits until both nodes are idle."""
         self._write()
         self._guardian = subprocess.Popen(
-            [sys.executable, __file__, str(self.root)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+            [sys.executable, __file__, str(self.root), str(os.getpid())], start_new_session=True
         )
         self.ask(
             "munged",
@@ -254,7 +252,7 @@ class Cluster:
     def stop(self) -> None:
         """Ends jobs and daemons; safe to call again."""
         if self._guardian is not None:
-            self._guardian.stdin.close()
+            self._guardian.terminate()
             self._guardian.wait(timeout=60)
             self._guardian = None
 
@@ -286,13 +284,17 @@ def running_cluster(root: Path) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def _guard(root: Path) -> None:
-    """Waits until the process that has started the cluster closes its end, or ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def _guard(root: Path, parent: int) -> None:
+    """Waits until the process that has started the cluster says so, or ends."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.stdin.buffer.read()
+    while not asked and os.getppid() == parent:
+        time.sleep(0.2)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Cluster(root).shut_down()
 
 
 if __name__ == "__main__":
-    _guard(Path(sys.argv[1]))
+    _guard(Path(sys.argv[1]), int(sys.argv[2]))
