@@ -15,6 +15,7 @@ from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
 
 from contnet.checkpoint.checkpointer import BEST, Checkpointer
+from contnet.files import check_may_write
 
 __all__ = [
     "BestCheckpoint",
@@ -108,6 +109,7 @@ class WriteMetrics(HookBase):
     def after_step(self) -> None:
         trainer = self.trainer
         if any(is_due(trainer.iter, period, trainer.max_iter) for period in self.periods):
+            check_may_write()
             for writer in self.writers:
                 writer.write()
 

@@ -71,7 +71,7 @@ class Trainer(SimpleTrainer):
         optimizer = build_optimizer(cfg, self.bare_model)
         loader = build_train_loader(cfg, dicts, seed)
         # Without device_ids a module on the CPU can be distributed too.
-        devices = None if cfg.MODEL.DEVICE == "cpu" else [comm.get_local_rank()]
+        devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         model = create_ddp_model(self.bare_model, broadcast_buffers=False, device_ids=devices)
         super().__init__(model, loader, optimizer)
         self.cfg = cfg
@@ -81,6 +81,7 @@ class Trainer(SimpleTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.start_iter = 0
         self.average = None
+        self.unfinished = None
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
             self.average = ModelEmaV3(self.bare_model, decay=cfg.SOLVER.EMA.DECAY)
@@ -94,6 +95,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
+        self.last_hooks = []  # a launcher's, to come after all others
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
@@ -117,7 +119,8 @@ class Trainer(SimpleTrainer):
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
-            self.checkpointer.load_whole(self.checkpointer.get_checkpoint_file(), resume=True)
+            file = self.checkpointer.get_checkpoint_file()
+            self.unfinished = self.checkpointer.load_whole(file, resume=True).get("unfinished")
             self.start_iter = self.iter + 1
         elif weights:
             self.checkpointer.load_backbone(weights)
@@ -139,15 +142,16 @@ class Trainer(SimpleTrainer):
 
     def fit(self) -> dict:
         """Trains from ``start_iter`` to the end; returns the last evaluation's metrics."""
-        if self.start_iter >= self.max_iter:
+        if self.start_iter >= self.max_iter and self.unfinished is None:
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
             return {}
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
-            forget_metrics_after(self.cfg.OUTPUT_DIR, self.start_iter - 1)
-            forget_results_after(self.cfg.OUTPUT_DIR, self.start_iter - 1)
+            done = self.start_iter - 1 - (self.unfinished is not None)
+            forget_metrics_after(self.cfg.OUTPUT_DIR, done)
+            forget_results_after(self.cfg.OUTPUT_DIR, done)
             record_run(self.cfg, self.stream.seed, self.start_iter)
-        self.register_hooks(self._output_hooks())
+        self.register_hooks([*self._output_hooks(), *self.last_hooks])
         self.train(self.start_iter, self.max_iter)
         return self.evaluation.results
 
@@ -161,6 +165,21 @@ class Trainer(SimpleTrainer):
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
+
+    def save_unfinished(self, name: str) -> None:
+        """Saves between the step of an iteration and its evaluation, which a resume then begins."""
+        latest = self.storage.latest()
+        scalars = {key: float(value) for key, (value, i) in latest.items() if i == self.iter}
+        self.checkpointer.save(name, unfinished=scalars)
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.unfinished is None:
+            return
+        self.iter = self.storage.iter = self.start_iter - 1
+        self.storage.put_scalars(**self.unfinished, smoothing_hint=False)
+        for hook in self._hooks[self._hooks.index(self.evaluation) :]:
+            hook.after_step()
 
     def _batches_done(self) -> int:
         return self.stream.batches + (self.iter + 1 - self.start_iter) * self.accumulate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -65,8 +65,15 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     return evaluate(cfg, model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED)
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Trains or evaluates in one process of a run; returns the last evaluation's metrics."""
+def run(
+    args: argparse.Namespace, prepare: Callable[[Trainer], None] = lambda trainer: None
+) -> dict:
+    """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
+
+    Args:
+        args: of :func:`contnet.launch.arguments.parse_arguments`.
+        prepare: what a launcher adds to the trainer before it starts.
+    """
     cfg = _setup(args)
     if args.eval_only:
         return _evaluate_only(cfg, args.resume)
@@ -77,6 +84,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     trainer = Trainer(cfg, cfg.SEED)
     trainer.load(args.resume)
+    prepare(trainer)
     return trainer.fit()
 
 

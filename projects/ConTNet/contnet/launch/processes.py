@@ -1,4 +1,4 @@
-"""Starts the processes of a run: by Detectron2's launcher, or as torchrun has started them."""
+"""Starts the processes of a run by Detectron2's launcher, or joins those that something started."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from contnet.errors import UserError
+from contnet.launch.environment import Place, find_place, meet
 
 __all__ = ["launch_run", "print_error"]
-
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def print_error(error: UserError) -> None:
@@ -44,37 +45,54 @@ def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
         sys.exit(1)
 
 
-def _run_under_torchrun(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
-    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+def _choose_gpu(place: Place) -> None:
+    present = torch.cuda.device_count()
+    if present == 1:  # also where each task is given its own
+        torch.cuda.set_device(0)
+    elif place.local_size > present:
         raise UserError(
-            f"RANK is set as by torchrun, but {', '.join(missing)} is not: unset RANK, or set all "
-            f"of {', '.join(_TORCHRUN)}"
+            f"{place.launcher} started {place.local_size} processes here, but this machine has "
+            f"{present} GPUs"
         )
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        torch.cuda.set_device(place.local_rank)
+
+
+def _run_in_place(
+    place: Place, function: Callable, args: argparse.Namespace, on_cpu: bool, timeout: float
+) -> None:
+    if args.num_gpus not in (1, place.local_size):
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, but {place.launcher} started {place.local_size} "
+            "processes per machine: it must start one for each GPU"
+        )
     if not on_cpu:
-        if local_size > torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started {local_size} processes here, but this machine has "
-                f"{torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("gloo" if on_cpu else "nccl")
+        _choose_gpu(place)
+    options = {"timeout": timedelta(seconds=timeout)}
+    if place.launcher != "torchrun":
+        store = distributed.PrefixStore("run", meet(place, timeout=timeout))
+        options |= {"store": store, "rank": place.rank, "world_size": place.world_size}
+    distributed.init_process_group("gloo" if on_cpu else "nccl", **options)
     try:
-        comm.create_local_process_group(local_size)
+        comm.create_local_process_group(place.local_size)
         if on_cpu:
-            _share_cores(local_size)
+            _share_cores(place.local_size)
         function(args)
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
-def launch_run(function: Callable, args: argparse.Namespace, device: str) -> None:
+def launch_run(
+    function: Callable, args: argparse.Namespace, device: str, timeout: float = 1800.0
+) -> None:
     """Runs ``function(args)`` in every process of a run.
 
     Args:
         function: importable, called once the processes can talk to each other.
         args: of :func:`contnet.launch.arguments.parse_arguments`.
         device: MODEL.DEVICE. Processes on the CPU talk through gloo, also where there are GPUs.
+        timeout: seconds after which processes that torchrun or SLURM started stop to wait for
+            each other.
 
     Raises:
         UserError: from ``function``, where this is the only process of the machine.
@@ -84,8 +102,8 @@ def launch_run(function: Callable, args: argparse.Namespace, device: str) -> Non
     if on_cpu:
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if "RANK" in os.environ:
-        _run_under_torchrun(function, args, on_cpu)
+    if place := find_place():
+        _run_in_place(place, function, args, on_cpu, timeout)
         return
     if args.num_gpus * args.num_machines == 1:
         function(args)

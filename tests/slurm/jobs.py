@@ -1,0 +1,236 @@
+"""Jobs on the private cluster: submitted as the tool does, followed, and compared."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import submitit
+import torch
+from cluster import Cluster, running_cluster, why_no_slurm
+from conftest import REPOSITORY, SMALL
+from toy import FAULTS, ToyJob
+
+from contnet.launch.job import python_command
+from contnet.launch.main import main
+from contnet.launch.status import read_status
+
+__all__ = ["ITERATIONS", "Lab", "metrics_of", "run_here", "same_training", "starts_of"]
+
+ITERATIONS = 30
+# No job of these tests takes longer, also on a machine that does other things; in seconds.
+PATIENCE = 240
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+
+
+def arguments(folder: Path, *options: str) -> list[str]:
+    """The command line of a small training of the toy."""
+    config = REPOSITORY / "configs" / "faster_rcnn_contti.yaml"
+    toy = "MODEL.META_ARCHITECTURE Toy MODEL.BACKBONE.NAME ToyBackbone SOLVER.IMS_PER_BATCH 4"
+    run = f"LOG_PERIOD 1 DATALOADER.NUM_WORKERS 1 SOLVER.MAX_ITER {ITERATIONS}"
+    given = ["--config-file", str(config), *SMALL, *toy.split(), *run.split()]
+    return [*given, "OUTPUT_DIR", str(folder), *options]
+
+
+class Lab:
+    """Runs toy jobs on a cluster.
+
+    Args:
+        cluster: a running one.
+        folder: for the runs.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path):
+        self.cluster = cluster
+        self.folder = folder
+
+    def job(self, name: str, *options: str, **settings) -> ToyJob:
+        """A job of the run ``name``; further settings are a :class:`ToyJob`'s."""
+        run = self.folder / name
+        values = {"setup": {"beat": 0.5, "signal_delay": 30}, "hang_timeout": 120.0, **settings}
+        return ToyJob(arguments(run, *options), str(run), **values)
+
+    def submit(self, *jobs: ToyJob, nodes: int, tasks: int, minutes: int = 10, **parameters):
+        """Submits a job, or an array of them; returns submitit's jobs."""
+        executor = submitit.SlurmExecutor(self.folder / "submitit", python=python_command())
+        executor.update_parameters(
+            nodes=nodes,
+            ntasks_per_node=tasks,
+            time=minutes,
+            signal_delay_s=30,
+            stderr_to_stdout=True,
+            srun_args=["--kill-on-bad-exit=1"],
+            additional_parameters={"requeue": True, **parameters},
+        )
+        with executor.batch():
+            submitted = [executor.submit(job) for job in jobs]
+        return submitted if len(jobs) > 1 else submitted[0]
+
+    def until(self, what: str, done, patience: float = PATIENCE):
+        """Waits for a condition; its value."""
+        end = time.monotonic() + patience
+        while not (answer := done()):
+            assert time.monotonic() < end, f"waited {patience} s for: {what}\n{self.report()}"
+            time.sleep(0.25)
+        return answer
+
+    def until_state(self, name: str, *states: str, patience: float = PATIENCE) -> dict:
+        """Waits until a run's status is one of ``states``; the status."""
+
+        def done():
+            status = read_status(self.folder / name)
+            return status if status.get("state") in states else None
+
+        return self.until(f"{name} to be {' or '.join(states)}", done, patience)
+
+    def until_iteration(self, name: str, iteration: int, restart: int = 0) -> dict:
+        """Waits until a start of a run has done an iteration; the status."""
+
+        def done():
+            status = read_status(self.folder / name)
+            ready = status and status["restart"] == restart and status["iteration"] >= iteration
+            assert not status or not status["death"], status["death"]
+            return status if ready else None
+
+        return self.until(f"{name} to do iteration {iteration} of start {restart}", done)
+
+    def slurm_state(self, job) -> str:
+        return self.cluster.ask("squeue", "-h", "-tall", f"-j{job.job_id}", "-o%T")
+
+    def until_over(self, job) -> str:
+        """Waits until SLURM has done with a job and none of its processes is left; its state."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        state = self.until(
+            f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in over and s
+        )
+        raw = job.job_id.split("_")[0]
+        self.until("its processes to end", lambda: not self.cluster.processes(job=raw), 30)
+        return state
+
+    def report(self) -> str:
+        """What there is to know when a test fails."""
+        lines = [self.cluster.ask("squeue", "-tall", check=False)]
+        for file in sorted((self.folder / "submitit").glob("*.out")):
+            lines += [f"--- {file.name}", file.read_text(errors="replace")[-3000:]]
+        for run in self.folder.iterdir():
+            lines += [f"--- {run.name}", json.dumps(read_status(run), indent=1)]
+        return "\n".join(lines)
+
+
+def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Path:
+    """The same training without SLURM, in processes forked from this one: nothing to import."""
+    # Where Detectron2, which is imported already, looks for data.
+    where = folder.parent / "here"
+    where.mkdir(exist_ok=True)
+    if not (where / "datasets").exists():
+        (where / "datasets").symlink_to(coco_root)
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            _run_rank(rank, processes, where, arguments(folder, *options))
+        children.append(child)
+    try:
+        for _ in range(processes):
+            status = os.waitstatus_to_exitcode(os.wait()[1])
+            log = (where / "log.txt").read_text()
+            assert status == 0, f"{folder} ended with {status}: {log[-3000:]}"
+    finally:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    return folder
+
+
+def _run_rank(rank: int, processes: int, where: Path, argv: list[str]) -> None:
+    """A forked process, which never returns."""
+    status = 1
+    try:
+        log = os.open(where / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        FAULTS.clear()
+        os.chdir(where)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(30000 + os.getppid() % 2000),
+        )
+        status = main(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """Lines of metrics.json without times."""
+    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def _equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
+
+
+def same_training(run: Path, reference: Path) -> None:
+    """Checks that two runs ended with the same weights, optimizer and metrics, to the bit."""
+    ours, theirs = (torch.load(folder / "model_final.pth") for folder in (run, reference))
+    assert _equal(ours["model"], theirs["model"]), "the weights differ"
+    assert _equal(ours["trainer"]["optimizer"], theirs["trainer"]["optimizer"])
+    assert [line["iteration"] for line in metrics_of(run)] == list(range(ITERATIONS))
+    # As text, where not-a-number equals itself.
+    assert list(map(repr, metrics_of(run))) == list(map(repr, metrics_of(reference)))
+
+
+def starts_of(run: Path) -> list[int]:
+    """The first iteration of each start."""
+    return [start["start_iter"] for start in json.loads((run / "run.json").read_text())]
+
+
+@pytest.fixture(scope="session")
+def lab(coco_root, tmp_path_factory):
+    """A cluster, and a folder for its runs."""
+    if reason := why_no_slurm():
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slurm") as root:
+        package = REPOSITORY / "projects" / "ConTNet"
+        patch.setenv("PYTHONPATH", f"{package}:{Path(__file__).parent}")
+        patch.setenv("DETECTRON2_DATASETS", str(coco_root))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with running_cluster(Path(root)) as cluster:
+            patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+            patch.setenv("PATH", cluster.environment["PATH"])
+            yield Lab(cluster, tmp_path_factory.mktemp("runs"))
+        assert not cluster.processes()
+
+
+@pytest.fixture(scope="session")
+def reference(coco_root, tmp_path_factory):
+    """Runs that were never stopped, by their number of processes."""
+    made = {}
+
+    def get(processes: int) -> Path:
+        if processes not in made:
+            folder = tmp_path_factory.mktemp("reference") / "run"
+            made[processes] = run_here(folder, coco_root, processes=processes)
+        return made[processes]
+
+    return get

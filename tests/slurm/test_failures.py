@@ -1,0 +1,133 @@
+"""Jobs that fail, or whose machines do."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from cluster import NODES
+from jobs import ITERATIONS, run_here, same_training, starts_of
+
+from contnet.launch.environment import ports
+from contnet.launch.folder import read_json
+from contnet.launch.status import read_status
+
+pytest_plugins = ["jobs"]
+pytestmark = pytest.mark.slurm
+
+SAVES = ("SOLVER.CHECKPOINT_PERIOD", "10")
+
+
+def test_rank_killed_in_training(lab, reference, coco_root):
+    job = lab.submit(lab.job("killed", *SAVES, faults={"kill": (1, 15)}), nodes=2, tasks=1)
+    status = lab.until_state("killed", "failed")
+    assert lab.until_over(job) == "FAILED"
+    assert "rank 1" in status["death"]["reason"], status["death"]
+    run = run_here(lab.folder / "killed", coco_root, *SAVES, "--resume", processes=2)
+    assert starts_of(run) == [0, 10]
+    same_training(run, reference(2))
+
+
+def test_rank_killed_in_a_save(lab, reference):
+    job = lab.submit(
+        lab.job("half", *SAVES, faults={"pace": 0.1, "save": 3.0}), nodes=1, tasks=2
+    )
+    saving = lab.folder / "half" / "saving"
+    lab.until("the first save", saving.exists)
+    saving.unlink()
+    lab.until("the second save", saving.exists)
+    run = lab.folder / "half"
+    assert len(list(run.glob("model_0000019.pth.*.tmp"))) == 1
+    os.kill(lab.cluster.tasks(job.job_id)[0], signal.SIGKILL)
+    assert lab.until_over(job) == "FAILED"
+    assert (run / "last_checkpoint").read_text() == "model_0000009.pth"
+    again = lab.submit(lab.job("half", *SAVES, "--resume"), nodes=1, tasks=2)
+    assert lab.until_over(again) == "COMPLETED"
+    assert starts_of(run) == [0, 10] and not list(run.glob("*.tmp"))
+    same_training(run, reference(2))
+
+
+def test_crash_on_one_rank(lab):
+    job = lab.submit(lab.job("crash", faults={"crash": (1, 5)}), nodes=2, tasks=1)
+    status = lab.until_state("crash", "failed")
+    assert lab.until_over(job) == "FAILED"
+    death = status["death"]
+    assert (death["rank"], death["iteration"]) == (1, 4)
+    assert death["reason"] == "ValueError: a fault of this rank's own"
+    assert "_misbehave" in death["details"]
+    assert status["restart"] == 0 and not status["requeues"]
+    assert "a fault of this rank's own" in str(job.task(1).exception())
+
+
+def test_hung_rank_is_reported_with_stacks(lab):
+    job = lab.job("hung", faults={"sleep": (1, 5)}, hang_timeout=8.0)
+    job = lab.submit(job, nodes=1, tasks=2)
+    status = lab.until_state("hung", "failed")
+    assert lab.until_over(job) == "FAILED"
+    assert "no progress for" in status["death"]["reason"] and status["death"]["iteration"] == 4
+    stacks = [Path(status["folder"], f"rank-0000{rank}.stack").read_text() for rank in (0, 1)]
+    assert "backward" in stacks[0] and "_misbehave" in stacks[1]
+
+
+def test_node_fails(lab, reference):
+    job = lab.submit(lab.job("node", *SAVES, faults={"pace": 0.3}), nodes=2, tasks=1)
+    lab.until_iteration("node", 12)
+    lab.cluster.fail_node(NODES[1])
+    lab.until("the requeue", lambda: lab.slurm_state(job) == "PENDING", 120)
+    lab.cluster.start_node(NODES[1])
+    lab.until_state("node", "finished")
+    assert lab.until_over(job) == "COMPLETED"
+    assert starts_of(lab.folder / "node") == [0, 10]
+    same_training(lab.folder / "node", reference(2))
+
+
+def test_survivors_of_a_lost_node_do_not_write(lab, reference):
+    job = lab.job("survivor", *SAVES, faults={"pace": 1.0})
+    job = lab.submit(job, nodes=1, tasks=1, nodelist=NODES[0])
+    lab.until_iteration("survivor", 12)
+    old = lab.cluster.tasks(job.job_id)[0]
+    # Stopped, so that it would write after the other has begun; and does, when it goes on.
+    lab.cluster.kill_daemon(NODES[0])
+    lab.until("the requeue", lambda: lab.slurm_state(job) == "PENDING", 120)
+    assert Path(f"/proc/{old}").exists()
+    os.kill(old, signal.SIGSTOP)
+    # Only the other node is there.
+    lab.cluster.ask("scontrol", "update", f"JobId={job.job_id}", "ReqNodeList=", check=False)
+    lab.cluster.ask("scontrol", "update", f"JobId={job.job_id}", f"ReqNodeList={NODES[1]}")
+    lab.until_iteration("survivor", 13, restart=1)
+    run = lab.folder / "survivor"
+    before = (run / "last_checkpoint").read_text()
+    os.kill(old, signal.SIGCONT)
+    lab.until("the survivor's end", lambda: not Path(f"/proc/{old}").exists(), 20)
+    assert (run / "last_checkpoint").read_text() == before
+    lab.until_state("survivor", "finished")
+    lab.cluster.start_node(NODES[0])
+    assert lab.until_over(job) == "COMPLETED"
+    same_training(run, reference(1))
+
+
+def test_array_of_jobs_on_the_same_nodes(lab, reference):
+    sweep = [lab.job(name, faults={"pace": 0.2}) for name in ("array0", "array1")]
+    first, second = lab.submit(*sweep, nodes=2, tasks=1)
+    # The port that the first one would take is taken.
+    ids = lab.cluster.ask("squeue", "-h", "-r", "-o%A").split()
+    taken = [socket.create_server(("", ports(f"{number}.0.0")[0])) for number in ids]
+    lab.until_iteration("array1", 5)
+    lab.cluster.ask("scancel", "--signal=USR2", second.job_id)
+    for job in (first, second):
+        assert lab.until_over(job) == "COMPLETED"
+    for server in taken:
+        server.close()
+    assert starts_of(lab.folder / "array0") == [0]
+    assert len(starts_of(lab.folder / "array1")) == 2
+    for name in ("array0", "array1"):
+        same_training(lab.folder / name, reference(2))
+
+
+def test_asking_for_too_much(lab):
+    with pytest.raises(Exception, match="sbatch|Node count|configuration"):
+        lab.submit(lab.job("much"), nodes=3, tasks=1)
+    assert not read_status(lab.folder / "much")
+    assert read_json(lab.folder / "much" / "slurm" / "lease.json") is None
+    assert ITERATIONS
