@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from cluster import Cluster, running_cluster, why_no_slurm
+from cluster import Cluster, free_ports, running_cluster, why_no_slurm
 from conftest import REPOSITORY, SMALL
 from toy import FAULTS, ToyJob
 
@@ -130,11 +130,12 @@ def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Pa
     where.mkdir(exist_ok=True)
     if not (where / "datasets").exists():
         (where / "datasets").symlink_to(coco_root)
+    (port,) = free_ports(1)
     children = []
     for rank in range(processes):
         child = os.fork()
         if not child:
-            _run_rank(rank, processes, where, arguments(folder, *options))
+            _run_rank(rank, processes, port, where, arguments(folder, *options))
         children.append(child)
     try:
         for _ in range(processes):
@@ -148,7 +149,7 @@ def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Pa
     return folder
 
 
-def _run_rank(rank: int, processes: int, where: Path, argv: list[str]) -> None:
+def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]) -> None:
     """A forked process, which never returns."""
     status = 1
     try:
@@ -164,7 +165,7 @@ def _run_rank(rank: int, processes: int, where: Path, argv: list[str]) -> None:
             WORLD_SIZE=str(processes),
             LOCAL_WORLD_SIZE=str(processes),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(30000 + os.getppid() % 2000),
+            MASTER_PORT=str(port),
         )
         status = main(argv)
     except BaseException:
