@@ -5,7 +5,7 @@ SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 NUMPY1 = $(abspath $(VENV))/numpy1
 TORCH26 = $(VENV)-torch2.6
 
-.PHONY: setup demo test lint format test-numpy1 test-existing-torch check-pythons lock
+.PHONY: setup demo demo-imagenet test lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -14,6 +14,10 @@ setup:
 # Trains a small detector on drawn shapes, evaluates it and leaves a page of pictures.
 demo: setup
 	$(BIN)/python tools/demo.py
+
+# Trains a small classifier on drawn shapes and tells its accuracy.
+demo-imagenet: setup
+	$(BIN)/python tools/demo_imagenet.py
 
 test: setup
 	$(BIN)/pytest tests

@@ -55,6 +55,14 @@ def cityscapes_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def imagenet_root(tmp_path_factory) -> Path:
+    """A DETECTRON2_DATASETS with a tiny ImageNet of 7 classes; 35 images to validate on."""
+    from imagenet import make_imagenet
+
+    return make_imagenet(tmp_path_factory.mktemp("datasets"), classes=7, train=8, val=5)
+
+
+@pytest.fixture(scope="session")
 def train_net(coco_root) -> Callable[..., subprocess.Popen]:
     """Starts ``train_net.py`` in a process of its own; arguments are a string and a list."""
 

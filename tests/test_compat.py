@@ -4,7 +4,9 @@ given back to a library that needs it.
 
 import importlib
 import inspect
+import io
 import logging
+import pickle
 import re
 import subprocess
 import sys
@@ -62,11 +64,18 @@ def skip_first_step(monkeypatch):
     scheduler.step()
 
 
+def load_a_pickle(monkeypatch):
+    """A pickle that torch.save did not write."""
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(io.BytesIO(pickle.dumps({"a": 1}, protocol=4)), weights_only=True)
+
+
 SOURCES = {
     "torch.jit.script": script_losses,
     "torch.meshgrid": make_anchors,
     "broadcast_buffers": distribute,
     "lr_scheduler": skip_first_step,
+    "pickle protocol": load_a_pickle,
 }
 
 

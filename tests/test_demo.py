@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from contnet import demo_imagenet
+from contnet.data.shapes import CLASS_NAMES
 from contnet.demo import REQUIRED_AP, main
+
+ONLY = ["SOLVER.RESCALE_INTERVAL", "False"]  # a warm-up longer than the run
 
 
 @pytest.mark.slow
@@ -20,3 +24,15 @@ def test_an_untrained_detector_fails_the_demonstration(tmp_path, capsys):
     assert "box AP is below 60" in printed.err
     (record,) = json.loads((tmp_path / "run" / "results.json").read_text())
     assert record["iteration"] == 0 and record["metrics"]["bbox"]["AP"] < 1
+
+
+@pytest.mark.slow
+def test_an_untrained_classifier_fails_its_demonstration(tmp_path, capsys):
+    status = demo_imagenet.main(["--output", str(tmp_path), "SOLVER.MAX_ITER", "1", *ONLY])
+    printed = capsys.readouterr()
+    *_, line = printed.out.strip().splitlines()
+    assert float(line.removeprefix("top-1 ")) < 60 < demo_imagenet.REQUIRED_TOP1
+    assert status == 1
+    assert "top-1 is below 90" in printed.err
+    folders = sorted(path.name for path in (tmp_path / "pictures" / "val").iterdir())
+    assert folders == sorted(CLASS_NAMES)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from contnet import demo
+from contnet import compare, demo
+from contnet.checkpoint import weights
 from contnet.config import load_config
-from contnet.data import cityscapes, doctor
+from contnet.data import cityscapes, doctor, shard_writer
 from contnet.errors import UserError
 from contnet.launch.arguments import parse_arguments
 from contnet.zoo import make_zoo
@@ -117,9 +118,21 @@ def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
     assert cityscapes.main(arguments) == 0
 
 
+def check_make_shards(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(shard_writer, "make_shards", lambda *given: (0, 0))
+    assert shard_writer.main(arguments) == 0
+
+
 def check_doctor(arguments: list[str]) -> None:
     args = doctor.build_parser().parse_intermixed_args(arguments)
     check_overrides(args.config_file, args.opts)
+
+
+def check_compare(arguments: list[str], monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda args: seen.append(args) or [])
+    assert compare.main(arguments) == 0
+    check_overrides(seen[0].config_file, seen[0].opts)
 
 
 def check_make(arguments: list[str]) -> None:
@@ -150,8 +163,14 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/compare_classifiers.py":
+            check_compare(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/make_shards.py":
+            check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
+        elif arguments[0] == "tools/convert_weights.py":
+            weights.build_parser().parse_args(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")
@@ -177,7 +196,9 @@ def test_commands_are_legal(words, monkeypatch):
         "torchrun --nproc-per-node 2 train_net.py --config-file configs/none.yaml",
         "python tools/demo.py MODEL.CONTNET.TAPS all",
         "python tools/prepare_cityscapes.py --folder here",
+        "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
+        "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",
         "make tests",
         "make setup VENW=here",
@@ -264,7 +285,8 @@ def mentioned_files(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_mentioned_files_exist(page):
     made_by_runs = {"log.txt"}
-    elsewhere = {"convert-torchvision-to-d2.py"}
+    of_data_sets = {"classes.txt", "val_labels.txt", "ILSVRC2012_validation_ground_truth.txt"}
+    elsewhere = {"convert-torchvision-to-d2.py", *of_data_sets}
     names = mentioned_files(page.read_text()) - made_by_runs - elsewhere
     roots = (REPOSITORY, PACKAGE, page.parent, REPOSITORY / "configs")
     assert not [name for name in names if not any((root / name).is_file() for root in roots)]

@@ -25,6 +25,12 @@ SMALL_CROPS = """
 INPUT.MIN_SIZE_TRAIN (64,96) INPUT.CROP.SIZE (48,64) MODEL.SEM_SEG_HEAD.CONVS_DIM 16
 MODEL.PSP_HEAD.AUX_CONVS_DIM 16
 """
+IMAGES = """
+MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.RESIZE_TEST 64
+INPUT.CLASSIFIER.CROP_TEST 56 INPUT.CLASSIFIER.RANDOM_ERASING 0.5 SOLVER.EMA.ENABLED True
+SOLVER.EMA.DECAY 0.9 SOLVER.IMS_PER_BATCH 8 SOLVER.ACCUMULATE 2 DATALOADER.NUM_WORKERS 1
+TEST.IMS_PER_PROCESS 4
+"""
 SETTINGS = {
     "one process": (f"{LEAF} --num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
     "two processes": (
@@ -43,6 +49,10 @@ SETTINGS = {
     "cityscapes classes, norms over two processes": (
         "--config-file configs/cityscapes/pspnet_contti.yaml --num-gpus 2",
         SMALL_CROPS.split(),
+    ),
+    "mixed images": (
+        "--config-file configs/imagenet/contti_strong.yaml --num-gpus 2",
+        IMAGES.split(),
     ),
 }
 
@@ -99,12 +109,15 @@ def _same(a, b) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_killed_and_resumed_equals_uncut(train_net, cityscapes_root, tmp_path, setting):
+def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
     launch, more = SETTINGS[setting]
-    if "cityscapes" in launch:
-        train_net = partial(train_net, DETECTRON2_DATASETS=str(cityscapes_root))
+    for name in ("cityscapes", "imagenet"):
+        if name in launch:
+            root = request.getfixturevalue(f"{name}_root")
+            train_net = partial(train_net, DETECTRON2_DATASETS=str(root))
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    _finish(train_net(launch, *_options(uncut, more)))
+    output = _finish(train_net(launch, *_options(uncut, more)))
+    assert ("computed by naiveSyncBN" in output) == ("pspnet" in launch)
 
     # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
     first = train_net(launch, *_options(cut, more))
@@ -116,7 +129,8 @@ def test_killed_and_resumed_equals_uncut(train_net, cityscapes_root, tmp_path, s
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
     # As text, where not-a-number equals itself.
     assert list(map(repr, found)) == list(map(repr, expected))
-    main = "sem_seg/IoU" if "pspnet" in launch else "bbox/AP"
+    mains = {"pspnet": "sem_seg/IoU", "imagenet": "classification/top1"}
+    main = next((metric for name, metric in mains.items() if name in launch), "bbox/AP")
     assert any(main in line for line in expected)
     for name in ("model_final.pth", "model_best.pth"):
         assert _same(*(torch.load(folder / name) for folder in (uncut, cut)))

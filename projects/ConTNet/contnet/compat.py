@@ -37,6 +37,11 @@ KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
         r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",
         "PyTorch, when the float16 loss scaler skips the first step to lower its scale, rightly",
     ),
+    (
+        UserWarning,
+        r"Detected pickle protocol \d+ in the checkpoint, which was not the default",
+        "torch.load of a plain pickle, which it then reads as safely, or refuses",
+    ),
 )
 
 

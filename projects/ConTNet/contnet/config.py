@@ -7,10 +7,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+import timm
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+from contnet.data.augmentation import build_classification_transform
+from contnet.data.imagenet_labels import LABEL_ENDINGS
 from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
@@ -30,6 +33,7 @@ CHOICES = {
     "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),
+    "INPUT.CLASSIFIER.INTERPOLATION_TEST": ("bilinear", "bicubic"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -173,14 +177,16 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
-    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the drop
-    # rates and CHECKPOINT); any other model that timm can build has timm's defaults.
+    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
+    # drop rates and CHECKPOINT); any other model that timm can build has timm's defaults.
     cfg.MODEL.CLASSIFIER = CfgNode()
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # Stochastic depth of timm's models, in [0, 1).
+    # For timm's models: stochastic depth, in [0, 1), and other arguments of timm.create_model, as
+    # [[dynamic_img_size, True]].
     cfg.MODEL.CLASSIFIER.DROP_PATH_RATE = 0.0
+    cfg.MODEL.CLASSIFIER.OPTIONS = []
     # Of the target that goes to all classes alike, in [0, 1).
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
     # Mix pairs of images and of their labels, by blending (mixup) or by pasting a box (CutMix):
@@ -230,8 +236,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.SIZE = 224
     cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
     cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
-    # Of the training crop's resize and of the test's: bilinear, bicubic; the training's may also
-    # be random (one of the two for each image).
+    # How training images are resized: bilinear, bicubic, or random (one of them for each image).
     cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
     # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
     cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
@@ -239,9 +244,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
-    # Test: shorter side after resizing, and side of the centre crop; in pixels.
+    # Test: shorter side after resizing, and side of the centre crop, in pixels.
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+    # bilinear or bicubic.
+    cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
 
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.
@@ -252,12 +259,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.TEST.SLIDING_WINDOW.ENABLED = False
     cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
     cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
-    # Data sets of your own in COCO's format: [name, annotation file, image folder] of each. The
-    # names are then as good as built-in ones in TRAIN and TEST. Relative paths start in the folder
-    # where the command is typed. On the command line:
-    # DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
+    # Data sets of your own. In COCO's format: [name, annotation file, image folder]. To classify
+    # images: [name, folder] for class folders or shards, and [name, label file, folder] for images
+    # in one folder, where the label file ends with .txt or .csv. The names are then as good as
+    # built-in ones in TRAIN and TEST. Relative paths start in the folder where the command is
+    # typed. On the command line: DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
     # If the first set of a run is one of these, the model's number of classes is that of its
-    # annotation file, unless the config file itself (not its _BASE_) or the command line sets it.
+    # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
@@ -505,6 +513,48 @@ def _check_segmentation(cfg: CfgNode) -> None:
         )
 
 
+def _check_classifier(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return
+    node, images = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFIER
+    if not timm.is_model(node.NAME):
+        raise _user_error(
+            f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
+            f"{_nearest(node.NAME, timm.list_models())}"
+        )
+    if node.NAME in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
+        raise _user_error(
+            "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
+            f"{node.NAME} takes its options from MODEL.CONTNET"
+        )
+    for entry in node.OPTIONS:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise _user_error(
+                f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
+                "[['dynamic_img_size', True]]"
+            )
+    if cfg.INPUT.FORMAT != "RGB":
+        raise _user_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
+    if images.CROP_TEST > images.RESIZE_TEST:
+        raise _user_error(
+            f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
+            f"{images.RESIZE_TEST}: crops would have borders"
+        )
+    for key in ("SCALE", "RATIO"):
+        pair = images[key]
+        if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 < pair[0] <= pair[1]:
+            raise _user_error(
+                f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be the least and the greatest"
+            )
+    try:
+        build_classification_transform(cfg, is_train=True)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise _user_error(
+            f"INPUT.CLASSIFIER.AUTO_AUGMENT is {images.AUTO_AUGMENT!r}, which timm cannot read "
+            f"({error}): write rand-m9-mstd0.5-inc1, original, or another of its policies"
+        ) from error
+
+
 def _check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE < 0 or (
@@ -530,6 +580,11 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
             "end does nothing, leave it out"
         )
+    if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
+        raise _user_error(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
+            f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
+        )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise _user_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:
@@ -542,10 +597,14 @@ def _check_register(cfg: CfgNode) -> None:
     names = []
     for entry in cfg.DATASETS.REGISTER:
         parts = list(entry) if isinstance(entry, (list, tuple)) else []
-        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
+        if not all(isinstance(part, str) and part for part in parts):
+            parts = []
+        is_folder = len(parts) == 2 and not parts[1].lower().endswith((".json", *LABEL_ENDINGS))
+        if len(parts) != 3 and not is_folder:
             raise _user_error(
                 f"DATASETS.REGISTER has {entry!r}, it must be a list of [name, annotation file, "
-                "image folder], as [['mine', 'mine.json', 'images']]"
+                "image folder], as [['mine', 'mine.json', 'images']], and for classification of "
+                "[name, folder] or [name, label file .txt or .csv, folder]"
             )
         names.append(parts[0])
     if double := [name for name in names if names.count(name) > 1]:
@@ -579,6 +638,7 @@ def validate(cfg: CfgNode) -> None:
     _check_pyramid(cfg)
     _check_fcos(cfg)
     _check_segmentation(cfg)
+    _check_classifier(cfg)
     _check_solver(cfg)
     _check_tta(cfg)
     _check_register(cfg)
@@ -640,7 +700,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _assign(cfg, key, value, "overrides")
     validate(cfg)
     cfg.DATASETS.REGISTER = [
-        [name, _absolute(file), _absolute(folder)] for name, file, folder in cfg.DATASETS.REGISTER
+        [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
     ]
     _substitute_sync_bn(cfg)
     return cfg

@@ -17,8 +17,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
 
+from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import Attention, ConTBlock
 from contnet.modeling.pspnet import PSPHead
 
@@ -55,7 +57,7 @@ def _operations(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str
         yield "relu", out.numel()
     elif isinstance(module, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)):
         yield "pooling", x.numel()
-    elif isinstance(module, Attention):
+    elif isinstance(module, (Attention, TimmAttention)):
         batch, tokens, channels = x.shape
         yield "attention", 2 * batch * tokens**2 * channels
     elif isinstance(module, ConTBlock):
@@ -116,7 +118,10 @@ def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> C
     try:
         with torch.no_grad():
             image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
-            _run_heads(cfg, model, model.backbone(image))
+            if isinstance(model, ImageClassifier):
+                model.network(image)
+            else:
+                _run_heads(cfg, model, model.backbone(image))
     finally:
         for handle in handles:
             handle.remove()

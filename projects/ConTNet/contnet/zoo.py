@@ -29,26 +29,39 @@ No weights are shipped. The paper's AP starts from backbones that were trained o
 ([docs/weights.md](docs/weights.md)); what we ran on small sets of real images is in
 [docs/real_images.md](docs/real_images.md). The rule of counting, and where it differs from the
 paper's figures, is in [docs/configs.md](docs/configs.md). Each row is reproduced by the command
-under its table, with the row's config and its backbone's weights.
+under its table, with the row's config and, but for ImageNet, its backbone's weights.
 """
-_ORDER = ("r50", "contti", "conts", "contm", "contb")
 _NAMES = {
     "r50": "ResNet-50",
+    "res18": "ResNet-18",
+    "res50": "ResNet-50",
+    "res101": "ResNet-101",
     "contti": "ConT-Ti",
     "conts": "ConT-S",
     "contm": "ConT-M",
     "contb": "ConT-B",
+    "deit_ti": "DeiT-Ti",
+    "deit_s": "DeiT-S",
+    "deit_b": "DeiT-B",
 }
+_ORDER = tuple(_NAMES)
+
+
+def _backbone(name: str) -> str:
+    """Which of ``_NAMES`` a config's name has."""
+    words = f"_{name.replace('/', '_')}_"
+    return next(each for each in _ORDER if f"_{each}_" in words)
 
 
 def _leaves(configs: Path, system: str) -> list[str]:
     """Names of a system's configs, plain recipes first, by backbone."""
-    found = [str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")]
-    found = [name for name in found if name.startswith(f"{system}_")]
+    paths = [path for path in configs.rglob("*.yaml") if not path.name.startswith("Base")]
+    found = [str(path.relative_to(configs).with_suffix("")) for path in paths]
+    found = [name for name in found if name.startswith(system)]
 
     def place(name: str) -> tuple:
-        backbone = next(part for part in name.split("_") if part in _ORDER)
-        form = name.removeprefix(f"{system}_").partition(backbone)
+        backbone = _backbone(name)
+        form = name.removeprefix(system).partition(backbone)
         return form[2] != "", form[0], form[2], _ORDER.index(backbone)
 
     return sorted(found, key=place)
@@ -71,13 +84,13 @@ def _row(table: dict, name: str, configs: Path) -> str:
     model = build_meta_model(cfg)
     operations = count_operations(cfg, model, tuple(table["size"]))
     attention = operations.pop("attention", 0.0)
+    total = sum(operations[kind] for kind in table.get("kinds", operations))
     paper, here = table["paper"].get(name, {}), table["here"].get(name, {})
-    backbone = next(part for part in name.split("_") if part in _NAMES)
     link = f"[{name.rpartition('/')[2]}](configs/{name}.yaml)"
-    counted = f"{operations.total():.2f} / {operations.total() + attention:.2f}"
+    counted = f"{total:.2f} / {total + attention:.2f}"
     cells = [
         link,
-        _NAMES[backbone],
+        _NAMES[_backbone(name)],
         f"{paper.get('params', '-')}",
         f"{count_parameters(model):.2f}",
         f"{paper.get('operations', '-')}",
@@ -90,26 +103,29 @@ def _row(table: dict, name: str, configs: Path) -> str:
 
 def _section(table: dict, configs: Path) -> str:
     leaves = _leaves(configs, table["system"])
-    plain = [name for name in leaves if name.rpartition("_")[2] in _ORDER]
+    suffix = table.get("suffix", "")
+    plain = [name for name in leaves if name.endswith(_backbone(name) + suffix)]
     rows = [_row(table, name, configs) for name in plain]
     height, width = table["size"]
     metric = _grouped(list(table["metrics"].values()))
     head = [
         f"## {table['title']}",
         "",
-        f"| config | backbone | params M, paper | counted | G at {height}x{width}, paper "
+        f"| config | network | params M, paper | counted | G at {height}x{width}, paper "
         f"| counted, without / with attention | {metric}, paper | here |",
         "|---|---|---|---|---|---|---|---|",
     ]
     more = [f"[{n.rpartition('/')[2]}](configs/{n}.yaml)" for n in leaves if n not in plain]
-    shown = next(name for name in plain if name.endswith("contm"))
+    shown = next(name for name in plain if _backbone(name) == "contm")
     command = f"python train_net.py --config-file configs/{shown}.yaml --num-gpus 8"
+    if not shown.startswith("imagenet/"):
+        command += " MODEL.WEIGHTS contm.pth"
     tail = ["", table["note"]]
     for name, run in table["here"].items():
         tail += ["", f"{name}: {run['run']}"]
     if more:
-        tail += ["", f"Other schedules of the same models: {', '.join(more)}."]
-    tail += ["", "```bash", f"{command} MODEL.WEIGHTS contm.pth", "```"]
+        tail += ["", f"Other recipes of the same models: {', '.join(more)}."]
+    tail += ["", "```bash", command, "```"]
     return "\n".join([*head, *rows, *tail]) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,54 +16,25 @@ from contnet.checkpoint.convert import (
     convert_resnet_state_dict,
     convert_state_dict,
     is_resnet,
+    torchvision_name,
 )
+from contnet.checkpoint.reading import check_plain, read_safetensors, read_torch
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
+from contnet.modeling.classifier import ImageClassifier
 
 __all__ = ["BEST", "Checkpointer"]
 
 # Name of the checkpoint with the best evaluation, which is none of the periodic ones.
 BEST = "model_best"
 
-# All that arrays and plain values are made of in a pickle.
-_PLAIN = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.numeric", "_frombuffer"),
-}
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _check_plain(filename: str) -> None:
-    """Reads a .pkl file, which Detectron2 loads without any check, as arrays and plain values."""
-    try:
-        with open(filename, "rb") as file:
-            content = _PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a file that is no pickle may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{filename} is not a pickle of plain arrays: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{filename} holds a {type(content).__name__}, not a checkpoint")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -139,7 +109,8 @@ class Checkpointer(DetectionCheckpointer):
 
         Args:
             path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
-                torchvision or timm, or a Detectron2 model-zoo backbone (.pkl).
+                torchvision or timm, or a Detectron2 model-zoo backbone (.pkl). A classifier also
+                gets its head from it, if that has as many classes.
 
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
@@ -164,23 +135,11 @@ class Checkpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=None if resume else [])
 
     def _torch_load(self, f: str) -> dict:
-        try:
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{f} is not a checkpoint of tensors and plain numbers: {reason}"
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "it is empty"
-            raise UserError(f"{f} cannot be read, it may be cut short: {reason}") from error
-        if not isinstance(loaded, Mapping):
-            raise UserError(f"{f} holds a {type(loaded).__name__}, not a checkpoint")
-        return dict(loaded)
+        return read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
-            _check_plain(filename)
+            check_plain(filename)
         loaded = super()._load_file(filename)
         state = loaded["model"]
         tensors = isinstance(state, Mapping) and state.values()
@@ -193,12 +152,21 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        state = dict(state)
+        prefix = backbone_prefix(self.model)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        classifies = isinstance(self.model, ImageClassifier)
+        if not classifies:
+            state = {name.removeprefix("network."): value for name, value in state.items()}
         if any(name.endswith("layer0.conv.conv.weight") for name in state):
             return self._translated(filename, lambda: convert_state_dict(state)[0])
+        if classifies:
+            if "stem.conv1.weight" in state:
+                state = {torchvision_name(name): value for name, value in state.items()}
+            bare = not any(name.startswith(prefix) for name in state)
+            return self._under_backbone(state) if bare else state
         if is_resnet(state):
             return self._translated(filename, lambda: convert_resnet_state_dict(state))
-        if "stem.weight" not in state:
+        if "stem.weight" not in state and "stem.conv1.weight" not in state:
             return state
         return self._under_backbone(state)
 
@@ -210,7 +178,12 @@ class Checkpointer(DetectionCheckpointer):
 
     def _under_backbone(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = backbone_prefix(self.model)
-        return {prefix + k: v for k, v in state.items() if not k.startswith("head.")}
+        keep_head = isinstance(self.model, ImageClassifier)
+        return {
+            prefix + name: value
+            for name, value in state.items()
+            if keep_head or not name.startswith(("head.", "linear."))
+        }
 
     def _load_model(self, checkpoint: dict):
         given = [name.removeprefix("module.") for name in checkpoint["model"]]
@@ -223,6 +196,12 @@ class Checkpointer(DetectionCheckpointer):
             for name in self.model.state_dict()
             if name.startswith(self._strict_prefix) and not name.endswith("num_batches_tracked")
         ]
+        unfit = {*incompatible.missing_keys, *(each[0] for each in incompatible.incorrect_shapes)}
+        if self._strict_prefix and isinstance(self.model, ImageClassifier):
+            head = self.model.head_names()
+            wanted = [name for name in wanted if name not in head]
+            if new := [name for name in head if name in unfit]:
+                self.logger.info(f"The classifier's head starts from random weights: {_some(new)}")
         misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
         absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
         absent = [name for name in wanted if name in absent and name not in misshapen]

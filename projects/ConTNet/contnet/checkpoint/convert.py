@@ -20,10 +20,13 @@ from contnet.modeling.contnet import VARIANTS, create_model, relative_index
 
 __all__ = [
     "ConversionReport",
+    "authors_name",
     "convert_resnet_state_dict",
     "convert_state_dict",
+    "detectron2_name",
     "is_resnet",
     "revert_state_dict",
+    "torchvision_name",
 ]
 
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
@@ -44,6 +47,15 @@ _RESNET = (
     (re.compile(r"\.bn(\d)\."), r".conv\1.norm."),
     (re.compile(r"\.downsample\.0\."), ".shortcut."),
     (re.compile(r"\.downsample\.1\."), ".shortcut.norm."),
+    (re.compile(r"^fc\."), "linear."),
+)
+_RESNET_BACK = (
+    (re.compile(r"\.conv(\d)\.norm\."), r".bn\1."),
+    (re.compile(r"^stem\."), ""),
+    (re.compile(r"^res(\d)\."), lambda match: f"layer{int(match[1]) - 1}."),
+    (re.compile(r"\.shortcut\.norm\."), ".downsample.1."),
+    (re.compile(r"\.shortcut\."), ".downsample.0."),
+    (re.compile(r"^linear\."), "fc."),
 )
 _LEAVES = {"row_table": "pe.0", "col_table": "pe.1", "bias_table": "relative_position_bias_table"}
 
@@ -69,7 +81,8 @@ class ConversionReport:
     options: dict = field(default_factory=dict)
 
 
-def _their_name(ours: str) -> str:
+def authors_name(ours: str) -> str:
+    """The authors' name of a tensor of :func:`contnet.create_model`."""
     if not (match := _BLOCK.fullmatch(ours)):
         return re.sub(r"^stem\.", "layer0.conv.conv.", re.sub(r"^head\.", "fc.", ours))
     stage, block, rest = match.groups()
@@ -140,7 +153,7 @@ def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], Conversi
         whole = create_model(report.variant, **{**report.options, "num_classes": 1})
     converted = {}
     for ours, expected in whole.state_dict().items():
-        theirs = _their_name(ours)
+        theirs = authors_name(ours)
         if theirs not in state:
             report.missing.append(theirs)
             continue
@@ -167,10 +180,10 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("not a state dict of contnet.create_model: it has no stem.weight")
     theirs = {}
     for name, value in ours.items():
-        theirs[_their_name(name)] = value
+        theirs[authors_name(name)] = value
         if name.endswith(".bias_table"):
             patch_size = (int(value.shape[0] ** 0.5) + 1) // 2
-            encoder = _their_name(name).removesuffix(".attn.relative_position_bias_table")
+            encoder = authors_name(name).removesuffix(".attn.relative_position_bias_table")
             theirs[encoder + _INDEX] = relative_index(patch_size).to(value.device)
     return theirs
 
@@ -180,12 +193,30 @@ def is_resnet(state: Mapping[str, Tensor]) -> bool:
     return any(name.endswith("layer1.0.conv1.weight") for name in state)
 
 
+def detectron2_name(name: str) -> str:
+    """Detectron2's name of a ResNet's tensor, from torchvision's."""
+    for pattern, replacement in _RESNET:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def torchvision_name(name: str) -> str:
+    """torchvision's name of a ResNet's tensor, from Detectron2's."""
+    for pattern, replacement in _RESNET_BACK:
+        name = pattern.sub(replacement, name)
+    return name
+
+
 def convert_resnet_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Translates a ResNet of torchvision or timm to the names of Detectron2's, without its head.
+    """Translates a ResNet of torchvision or timm to the names of Detectron2's.
 
     Args:
         checkpoint: a state dict, or a dict that has one under ``model``; names may start with
             ``module.``. It is left as it is.
+
+    Returns:
+        The tensors without ``num_batches_tracked``, which Detectron2's frozen norms do not have;
+        the head is ``linear``.
 
     Raises:
         ValueError: if it is no such ResNet, or one with another stem.
@@ -194,11 +225,5 @@ def convert_resnet_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
     stem = state.get("conv1.weight")
     if not is_resnet(state) or stem is None or stem.shape[-2:] != (7, 7):
         raise ValueError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
-    converted = {}
-    for name, value in state.items():
-        if name.startswith("fc.") or name.endswith(".num_batches_tracked"):
-            continue
-        for pattern, replacement in _RESNET:
-            name = pattern.sub(replacement, name)
-        converted[name] = value
-    return converted
+    counts = ".num_batches_tracked"
+    return {detectron2_name(k): v for k, v in state.items() if not k.endswith(counts)}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_train
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
+from contnet.data.imagenet import read_image
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["build_train_mapper"]
+__all__ = [
+    "ClassificationMapper",
+    "build_classification_transform",
+    "build_train_mapper",
+]
 
 
 def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
@@ -29,8 +40,58 @@ def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
     return augmentations
 
 
-def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
-    """Detectron2's mapper from a data set dict to a model input, with the model's augmentation."""
+class ClassificationMapper:
+    """Makes an input of ImageClassifier from a record of a classification data set.
+
+    Args:
+        cfg: INPUT is read.
+        is_train: with augmentation.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool):
+        self.transform = build_classification_transform(cfg, is_train)
+
+    def __call__(self, record: dict) -> dict:
+        """The record, with ``image``: uint8 (3, H, W), RGB."""
+        return {**record, "image": torch.as_tensor(self.transform(read_image(record)))}
+
+
+def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], object]:
+    """timm's augmentation for training, or a resize and a centre crop for testing.
+
+    Args:
+        cfg: INPUT.CLASSIFIER, INPUT.RANDOM_FLIP and the pixel statistics are read.
+        is_train: which of the two.
+
+    Returns:
+        A function from an RGB image to uint8 (3, H, W).
+    """
+    node = cfg.INPUT.CLASSIFIER
+    if not is_train:
+        interpolation = InterpolationMode(node.INTERPOLATION_TEST)
+        return Compose(
+            [Resize(node.RESIZE_TEST, interpolation), CenterCrop(node.CROP_TEST), PILToTensor()]
+        )
+    return transforms_imagenet_train(
+        node.SIZE,
+        scale=node.SCALE,
+        ratio=node.RATIO,
+        hflip=0.5 * (cfg.INPUT.RANDOM_FLIP == "horizontal"),
+        vflip=0.5 * (cfg.INPUT.RANDOM_FLIP == "vertical"),
+        color_jitter=node.COLOR_JITTER or None,
+        auto_augment=node.AUTO_AUGMENT or None,
+        interpolation=node.INTERPOLATION,
+        # What some of the policies fill borders with.
+        mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
+        # Leaves normalisation, and erasing after it, to the model.
+        use_prefetcher=True,
+    )
+
+
+def build_train_mapper(cfg: CfgNode) -> DatasetMapper | ClassificationMapper:
+    """The mapper from a data set dict to a model input, with the model's augmentation."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return ClassificationMapper(cfg, is_train=True)
     if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
         return DatasetMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
     return DatasetMapper(cfg, is_train=True)

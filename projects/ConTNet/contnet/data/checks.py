@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from contnet.data.cityscapes_checks import FILES, check_layout
 from contnet.data.coco_checks import Use, check_instances, read_instances
 from contnet.data.findings import ERROR, Findings, plural
+from contnet.data.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
 from contnet.data.register import CLASS_KEYS, is_registered
 from contnet.errors import UserError
 
@@ -26,11 +27,14 @@ __all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
 _DOCTOR = "python tools/doctor.py"
 # Images and objects.
 _OFFICIAL_COCO = {"coco_2017_train": (118287, 860001), "coco_2017_val": (5000, 36781)}
+# Images and classes.
+_OFFICIAL_IMAGENET = {"imagenet_train": (1281167, 1000), "imagenet_val": (50000, 1000)}
 _FOLDERS = {
     "json_file": "annotation file",
     "image_root": "image folder",
     "image_dir": "image folder",
     "gt_dir": "label folder",
+    "label_file": "label file",
 }
 
 
@@ -127,11 +131,37 @@ def _check_cityscapes(name: str, findings: Findings) -> None:
     check_layout(metadata.image_dir, metadata.gt_dir, kind, findings)
 
 
+def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
+    content = read_set(MetadataCatalog.get(name).source, findings)
+    if not content.records:
+        return
+    number = content.number_of_classes
+    findings.classes[LABELS] = content.classes or [f"class {i}" for i in range(number)]
+    findings.named = content.classes is not None
+    count = len(content.records), number
+    official = _OFFICIAL_IMAGENET.get(name)
+    if official == count:
+        findings.facts.append("as many as ImageNet itself has")
+    elif official:
+        findings.note(
+            f"{count[0]} images and {plural(count[1], 'class')}, ImageNet itself has {official[0]} "
+            f"and {official[1]}"
+        )
+    if name not in cfg.DATASETS.TRAIN or cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return
+    wanted = {"ASPECT_RATIO_GROUPING": False, "SAMPLER_TRAIN": "TrainingSampler"}
+    for key, value in wanted.items():
+        if cfg.DATALOADER[key] != value:
+            findings.error(
+                f"DATALOADER.{key} is {cfg.DATALOADER[key]}, labels of images need {value}"
+            )
+
+
 def check_dataset(cfg: CfgNode, name: str) -> Findings:
     """What can be told of a data set without opening its images.
 
     Args:
-        cfg: DATASETS, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        cfg: DATASETS, DATALOADER, MODEL and INPUT.MASK_FORMAT are read.
         name: of the data set, registered or not.
     """
     findings = Findings()
@@ -142,6 +172,8 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
         _check_coco(cfg, name, findings)
     elif kind in FILES:
         _check_cityscapes(name, findings)
+    elif kind == EVALUATOR_TYPE:
+        _check_classification(cfg, name, findings)
     else:
         findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
     return findings
@@ -158,16 +190,20 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
     first: dict[str, tuple[str, list[str]]] = {}
     for name, findings in found.items():
         for kind, classes in findings.classes.items():
-            if len(keys) == 1 and kind not in keys:
-                findings.error(
-                    f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {next(iter(keys))}"
-                )
+            # Of a model that needs objects and label maps, each set has one of the two.
+            if keys and kind not in keys and (len(keys) == 1 or kind == LABELS):
+                needs = " and ".join(keys)
+                findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
+                continue
+            if not findings.named:
+                _check_unnamed(cfg, keys.get(kind), len(classes), findings)
                 continue
             earlier, expected = first.setdefault(kind, (name, classes))
             if classes != expected:
                 findings.error(
                     f"its classes ({_shown(classes)}) are not those of {earlier} "
-                    f"({_shown(expected)}): names and their order must agree"
+                    f"({_shown(expected)}): names and their order must agree, "
+                    f"{difference(classes, expected)}"
                 )
             elif kind in keys:
                 _check_number(cfg, keys[kind], len(classes), findings)
@@ -177,10 +213,26 @@ def _shown(classes: Sequence[str]) -> str:
     return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
 
 
-def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
+def _value(cfg: CfgNode, key: str) -> object:
     node = cfg
     for part in key.split("."):
         node = node.get(part, {})
+    return node
+
+
+def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
+    """Of a set that has labels without names, whose last classes may have no image."""
+    if key is None or _value(cfg, key) == number:
+        return
+    said = f"its labels go up to {number - 1}, but {key} is {_value(cfg, key)}"
+    if _value(cfg, key) < number:
+        findings.error(f"{said}: set it to {number}")
+    else:
+        findings.note(said)
+
+
+def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
+    node = _value(cfg, key)
     if node != number:
         findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
 

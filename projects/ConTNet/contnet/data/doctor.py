@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ from contnet.data.checks import check_classes, check_dataset
 from contnet.data.cityscapes_checks import FILES, find_scenes, inspect_images
 from contnet.data.coco_checks import read_instances
 from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.imagenet import EVALUATOR_TYPE, FACT, inspect_image, read_set
 from contnet.errors import UserError
 from contnet.launch.arguments import config_parser, configure
 from contnet.launch.processes import print_error
@@ -88,7 +90,8 @@ def _in_parallel(
 ) -> Iterable[list[Finding]]:
     """Results in the order of the items, with a progress bar where there is a terminal."""
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        results = pool.map(function, items, chunksize=8)
+        chunk = max(1, min(128, len(items) // (4 * workers)))
+        results = pool.map(function, items, chunksize=chunk)
         yield from tqdm(results, desc=name, total=len(items), unit="image", disable=None)
 
 
@@ -101,12 +104,23 @@ def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -
     elif kind in FILES:
         function = inspect_images
         items = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
+    elif kind == EVALUATOR_TYPE:
+        function = inspect_image
+        items = read_set(metadata.source, Findings()).records
     else:
         return
+    facts = Counter()
     for found in _in_parallel(function, items, name, workers):
         for finding in found:
-            findings.add(*finding)
+            if finding.severity == FACT:
+                facts[finding.kind] += 1
+            else:
+                findings.add(*finding)
     findings.facts.append(f"{plural(len(items), 'image')} opened")
+    if facts:
+        findings.facts.append(
+            "of these " + ", ".join(f"{count} {what}" for what, count in sorted(facts.items()))
+        )
 
 
 def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:

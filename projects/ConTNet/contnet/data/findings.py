@@ -46,12 +46,15 @@ class Findings:
 
     Attributes:
         facts: lines about what is there.
-        classes: names of its classes, in the model's order, by "objects" or "label maps".
+        classes: names of its classes, in the model's order, by "objects", "label maps" or "labels
+            of images".
+        named: whether these names mean anything.
     """
 
     def __init__(self) -> None:
         self.facts: list[str] = []
         self.classes: dict[str, list[str]] = {}
+        self.named = True
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def add(self, severity: str, kind: str, example: str = "") -> None:

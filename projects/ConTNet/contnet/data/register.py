@@ -7,16 +7,26 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from contnet.data.coco_checks import class_names, read_instances
+from contnet.data.imagenet import (
+    EVALUATOR_TYPE,
+    LABELS,
+    Source,
+    count_labels,
+    register_classification,
+    register_imagenet,
+)
+from contnet.data.imagenet_labels import is_label_file
 from contnet.errors import UserError
 from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = ["CLASS_KEYS", "class_key", "count_classes", "is_registered", "register_datasets"]
 
-# By meta-architecture: the keys of the numbers of classes of objects and of label maps.
+# By meta-architecture: the keys of the numbers of classes, by what a data set has.
 CLASS_KEYS: dict[str, dict[str, str]] = {
     "GeneralizedRCNN": {"objects": "MODEL.ROI_HEADS.NUM_CLASSES"},
     "RetinaNet": {"objects": "MODEL.RETINANET.NUM_CLASSES"},
     "FCOS": {"objects": "MODEL.FCOS.NUM_CLASSES"},
+    "ImageClassifier": {LABELS: "MODEL.CLASSIFIER.NUM_CLASSES"},
     **{name: {"label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"} for name in SEGMENTORS},
     "PanopticFPN": {
         "objects": "MODEL.ROI_HEADS.NUM_CLASSES",
@@ -26,23 +36,40 @@ CLASS_KEYS: dict[str, dict[str, str]] = {
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Registers the sets of DATASETS.REGISTER; again with the same paths is fine.
+    """Registers ImageNet and the sets of DATASETS.REGISTER; again with the same paths is fine.
 
-    Nothing is read: a set's file is looked at when it is used.
+    Nothing is read: a set's files are looked at when it is used.
 
     Raises:
         UserError: for a name that stands for another data set.
     """
-    for name, file, folder in cfg.DATASETS.REGISTER:
+    register_imagenet()
+    for name, *paths in cfg.DATASETS.REGISTER:
         if name not in DatasetCatalog.list():
-            register_coco_instances(name, {}, file, folder)
-            continue
-        metadata = MetadataCatalog.get(name)
-        if (metadata.get("json_file"), metadata.get("image_root")) != (file, folder):
+            _register(name, paths)
+        elif (taken := _paths(name)) != paths:
             raise UserError(
                 f"DATASETS.REGISTER: the name {name} is taken already, by "
-                f"{metadata.get('json_file', 'a built-in data set')}: choose another"
+                f"{taken[0] if taken else 'a built-in data set'}: choose another"
             )
+
+
+def _register(name: str, paths: list[str]) -> None:
+    """Registers an entry of DATASETS.REGISTER, whose paths tell its kind."""
+    *file, folder = paths
+    if not file or is_label_file(file[0]):
+        register_classification(name, Source(folder, *file))
+    else:
+        register_coco_instances(name, {}, file[0], folder)
+
+
+def _paths(name: str) -> list[str]:
+    """The paths that a name stands for, as DATASETS.REGISTER gives them; none of built-in sets."""
+    metadata = MetadataCatalog.get(name)
+    if source := metadata.get("source"):
+        return [path for path in (source.label_file, source.image_dir) if path]
+    paths = [metadata.get("json_file"), metadata.get("image_root")]
+    return [path for path in paths if path]
 
 
 def is_registered(cfg: CfgNode, name: str) -> bool:
@@ -54,19 +81,26 @@ def class_key(cfg: CfgNode, name: str) -> str | None:
     """The key of the number of classes that a data set of DATASETS.REGISTER decides.
 
     Returns:
-        None for other data sets, and for models that detect no objects.
+        None for other data sets, and for models that have no use for such a set.
     """
     if not is_registered(cfg, name):
         return None
-    return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get("objects")
+    kind = LABELS if _is_classification(name) else "objects"
+    return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get(kind)
+
+
+def _is_classification(name: str) -> bool:
+    return MetadataCatalog.get(name).get("evaluator_type") == EVALUATOR_TYPE
 
 
 def count_classes(name: str) -> int:
-    """The number of classes in the annotation file of a data set of DATASETS.REGISTER.
+    """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if that cannot be read.
     """
+    if _is_classification(name):
+        return count_labels(name, MetadataCatalog.get(name).source)
     try:
         return len(class_names(read_instances(MetadataCatalog.get(name).json_file)))
     except UserError as error:

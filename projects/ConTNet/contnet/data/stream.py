@@ -59,7 +59,8 @@ class TrainingStream(Sampler):
     """Batches of (position, index) for this rank, without end.
 
     Args:
-        shapes: (width, height) of every image, in pixels.
+        shapes: (width, height) of every image, in pixels; without ``group`` only their number
+            counts.
         batch_size: images per batch, of this rank.
         seed: of order and augmentation, the same on all ranks.
         make_sampler: makes the sampler of indices from ``seed=``; spawned workers pickle it.
@@ -174,9 +175,9 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
         UserError: if the batch does not divide over the processes, or for an unknown sampler.
     """
     batch_size = images_per_pass(cfg, comm.get_world_size())
-    shapes = [(d["width"], d["height"]) for d in dicts]
-    make_sampler = _sampler_maker(cfg, dicts)
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    shapes = [(d["width"], d["height"]) if group else (0, 0) for d in dicts]
+    make_sampler = _sampler_maker(cfg, dicts)
     stream = TrainingStream(shapes, batch_size, seed, make_sampler, group)
     return DataLoader(
         SeededDataset(dicts, build_train_mapper(cfg), stream),

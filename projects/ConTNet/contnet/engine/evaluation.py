@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,13 +18,17 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
+from contnet.data.augmentation import ClassificationMapper
+from contnet.data.checks import load_dicts
 from contnet.engine.cityscapes_evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     NumberedImages,
     as_coco,
 )
+from contnet.engine.classification_evaluation import ClassificationEvaluator
 from contnet.engine.coco_evaluation import COCO_METRICS, build_coco_evaluator, coco_tasks
 from contnet.engine.precision import autocast
 from contnet.engine.results import markdown_tables, record_results
@@ -34,7 +38,14 @@ from contnet.errors import UserError
 __all__ = ["build_evaluator", "check_best_metric", "evaluate", "main_metric"]
 
 # The one number of a data set: the first of these that its evaluators give.
-MAIN_METRICS = ("cityscapes/AP", "segm/AP", "bbox/AP", "sem_seg/IoU", "sem_seg/mIoU")
+MAIN_METRICS = (
+    "cityscapes/AP",
+    "segm/AP",
+    "bbox/AP",
+    "sem_seg/IoU",
+    "sem_seg/mIoU",
+    "classification/top1",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +67,8 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
         return DatasetEvaluators([CityscapesInstanceEvaluator(name), coco])
     if kind == "cityscapes_sem_seg":
         return CityscapesSemSegEvaluator(name)
+    if kind == "classification":
+        return ClassificationEvaluator()
     raise UserError(f"data set {name} has no evaluator here, its type is {kind!r}")
 
 
@@ -72,6 +85,8 @@ def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
     elif kind == "cityscapes_sem_seg":
         known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
         known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
+    elif kind == "classification":
+        known = {"classification/top1", "classification/top5"}
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
     return sorted(prefix + metric for metric in known)
 
@@ -122,8 +137,19 @@ def _share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
+def _build_test_loader(cfg: CfgNode, name: str, mapper: Callable | None) -> DataLoader:
+    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return build_detection_test_loader(cfg, name, mapper=mapper)
+    return build_detection_test_loader(
+        load_dicts(cfg, [name], train=False),
+        mapper=ClassificationMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        batch_size=cfg.TEST.IMS_PER_PROCESS,
+    )
+
+
 def _inference(cfg: CfgNode, model: nn.Module, name: str, mapper=None) -> dict:
-    loader = build_detection_test_loader(cfg, name, mapper=mapper)
+    loader = _build_test_loader(cfg, name, mapper)
     with autocast(cfg):
         return inference_on_dataset(model, loader, build_evaluator(cfg, name)) or {}
 

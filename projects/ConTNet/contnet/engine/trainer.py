@@ -36,6 +36,7 @@ from contnet.engine.precision import autocast, grad_scaler
 from contnet.engine.results import forget_results_after
 from contnet.engine.writers import build_writers, forget_metrics_after, record_run
 from contnet.errors import UserError
+from contnet.modeling.classifier import ImageClassifier
 from contnet.randomness import seed_everything
 
 __all__ = ["Trainer"]
@@ -129,6 +130,9 @@ class Trainer(SimpleTrainer):
             self._warn_of_random_weights()
 
     def _warn_of_random_weights(self) -> None:
+        if isinstance(self.bare_model, ImageClassifier):
+            logger.info("MODEL.WEIGHTS is empty: the classifier starts from random weights")
+            return
         frozen = any(not p.requires_grad for p in self.bare_model.backbone.parameters())
         advice = "; its frozen layers will stay random: set FREEZE_AT to 0" if frozen else ""
         logger.warning(
@@ -196,6 +200,9 @@ class Trainer(SimpleTrainer):
         self.storage.put_scalar(
             "images_seen", self.stream.images_before(self._batches_done()), smoothing_hint=False
         )
+        if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+            self.storage.put_scalar("gpu_memory_mb", memory, smoothing_hint=False)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

@@ -73,6 +73,15 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _check_batch(cfg: CfgNode, processes: int) -> None:
     images = images_per_pass(cfg, processes)
+    node = cfg.MODEL.CLASSIFIER
+    mixes = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier" and (
+        node.MIXUP_ALPHA or node.CUTMIX_ALPHA
+    )
+    if mixes and images % 2:
+        raise UserError(
+            f"mixup and CutMix need an even number of images per process and pass, not {images}: "
+            "change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+        )
     head = cfg.MODEL.SEM_SEG_HEAD
     if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
         return

@@ -38,6 +38,8 @@ def _setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
     for note in args.notes:
         logger.info(note)
+    if "naiveSyncBN" in cfg.dump():
+        logger.info("Norms over all processes are computed by naiveSyncBN: SyncBN needs GPUs")
     return cfg
 
 

@@ -22,7 +22,9 @@ __all__ = ["launch_run", "print_error"]
 
 def print_error(error: UserError) -> None:
     """Says what is wrong, in one line on the error stream."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    # PyTorch puts a loader worker's traceback before the message.
+    line = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+    print(f"error: {line.strip()}", file=sys.stderr, flush=True)
 
 
 def _share_cores(processes: int) -> None:

@@ -15,6 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet, build_
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet
 
 __all__ = [
@@ -111,11 +112,13 @@ class DivisibleFPN(FPN):
 def backbone_prefix(model: nn.Module) -> str:
     """Prefix of the bottom-up network's keys in a model's state dict, as "backbone.bottom_up.".
 
-    That network is the first backbone that holds no other one, whatever it is.
+    That network is a classifier's own, or the first backbone that holds no other one.
 
     Raises:
         ValueError: where the model has no backbone.
     """
+    if isinstance(model, ImageClassifier):
+        return "network."
     for name, module in model.named_modules():
         if isinstance(module, (Backbone, ConTNet)) and not any(
             isinstance(child, Backbone) for child in module.children()

@@ -1,0 +1,176 @@
+"""Trains several classifiers under one recipe and puts what came out into one table.
+
+Every network gets the same config, data, seeds and processes; its name and its folder alone differ.
+Each training is a process of its own that runs train_net.py, so that its memory can be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from contnet.counting import build_meta_model, count_operations, count_parameters
+from contnet.engine.results import read_results
+from contnet.engine.writers import METRICS_FILE
+from contnet.errors import UserError
+from contnet.files import atomic_write
+from contnet.launch.arguments import config_parser, configure
+from contnet.launch.processes import print_error
+
+__all__ = ["compare", "main", "table"]
+
+_EPILOG = """\
+example:
+  compare_classifiers.py --config-file configs/imagenet/Base-plain.yaml \\
+      --networks contnet_s,resnet18 --output output/compare MODEL.CLASSIFIER.NUM_CLASSES 10
+"""
+_REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def _train(options: Sequence[str], folder: Path, num_gpus: int) -> float | None:
+    """Trains, or goes on with, one network; the largest process's memory in MB.
+
+    Returns:
+        None where the training had been finished before.
+    """
+    if (folder / "model_final.pth").exists():
+        return None
+    command = [sys.executable, str(_REPOSITORY / "train_net.py"), *options]
+    if (folder / "last_checkpoint").exists():
+        command.append("--resume")
+    process = subprocess.Popen([*command, "--num-gpus", str(num_gpus)])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"the training in {folder} failed, see the lines above")
+    return usage.ru_maxrss / 1024
+
+
+def _figures(folder: Path, batch: int) -> dict:
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    times = [line["time"] for line in lines if line.get("time")]
+    memory = [line["gpu_memory_mb"] for line in lines if "gpu_memory_mb" in line]
+    metrics = read_results(str(folder))[-1]["metrics"]["classification"]
+    return {
+        "top1": metrics["top1"],
+        "images_per_second": batch / statistics.median(times) if times else None,
+        "memory_mb": max(memory) if memory else None,
+    }
+
+
+def _run(args: argparse.Namespace, network: str, seed: int) -> dict:
+    """One row: a network trained with one seed."""
+    folder = (args.output / f"{network}_seed{seed}").resolve()
+    own = ["MODEL.CLASSIFIER.NAME", network, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    options = ["--config-file", args.config_file, *args.opts, *own]
+    cfg = configure(argparse.Namespace(**{**vars(args), "opts": [*args.opts, *own]}))
+    memory = _train(options, folder, args.num_gpus)
+    row = {"network": network, "seed": seed, **_figures(folder, cfg.SOLVER.IMS_PER_BATCH)}
+    if row["memory_mb"] is None:
+        row["memory_mb"] = memory
+    model = build_meta_model(cfg)
+    size = cfg.INPUT.CLASSIFIER.CROP_TEST
+    operations = count_operations(cfg, model, (size, size))
+    attention = operations.pop("attention", 0.0)
+    kept = operations["convolution"] + operations["linear"]
+    return {
+        **row,
+        "parameters_m": count_parameters(model),
+        "operations_g": kept,
+        "operations_with_attention_g": kept + attention,
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not measured" if value is None else f"{value:.{digits}f}"
+
+
+def table(rows: Sequence[dict]) -> str:
+    """A Markdown table of networks, their seeds together.
+
+    Args:
+        rows: of :func:`compare`.
+    """
+    lines = [
+        "| network | top-1, mean | of each seed | parameters M | G multiply-adds, "
+        "without / with attention | images/s in training | memory MB |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        speeds = [row["images_per_second"] for row in own if row["images_per_second"]]
+        memories = [row["memory_mb"] for row in own if row["memory_mb"]]
+        cells = [
+            network,
+            _number(statistics.mean(row["top1"] for row in own), 2),
+            ", ".join(f"{row['top1']:.2f} ({row['seed']})" for row in own),
+            _number(own[0]["parameters_m"], 2),
+            f"{own[0]['operations_g']:.2f} / {own[0]['operations_with_attention_g']:.2f}",
+            _number(statistics.median(speeds) if speeds else None, 1),
+            _number(max(memories) if memories else None, 0),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """Trains every network with every seed; finished trainings are kept.
+
+    Args:
+        args: ``config_file``, ``opts``, ``networks``, ``seeds``, ``num_gpus`` and ``output``.
+
+    Returns:
+        A row for each network and seed, which is also in ``<output>/compare.json``.
+
+    Raises:
+        UserError: if a training fails.
+    """
+    file = args.output / "compare.json"
+    old = json.loads(file.read_text()) if file.exists() else []
+    rows = []
+    for network in args.networks:
+        for seed in args.seeds:
+            row = _run(args, network, seed)
+            if row["memory_mb"] is None:  # finished before: what was measured then
+                known = [r for r in old if (r["network"], r["seed"]) == (network, seed)]
+                row["memory_mb"] = known[0]["memory_mb"] if known else None
+            rows.append(row)
+            with atomic_write(file, "w") as out:
+                json.dump(rows, out, indent=1)
+    return rows
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/compare_classifiers.py."""
+    parser = config_parser(__doc__.splitlines()[0], _EPILOG)
+    parser.add_argument(
+        "--networks",
+        type=lambda text: text.split(","),
+        required=True,
+        metavar="NAME,NAME",
+        help="ConTNets, or names of timm",
+    )
+    parser.add_argument("--seeds", type=_seeds, default=[1], metavar="N,N", help="(default 1)")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="as of train_net.py")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="gets a folder for each run"
+    )
+    try:
+        args = parser.parse_intermixed_args(argv)
+        args.output.mkdir(parents=True, exist_ok=True)
+        rows = compare(args)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(table(rows))
+    return 0

@@ -1,0 +1,153 @@
+"""Image classification as a Detectron2 meta-architecture, with any network that timm can build."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
+from contnet.errors import UserError
+from contnet.modeling.contnet import VARIANTS
+
+__all__ = ["ImageClassifier", "build_classification_network"]
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(nn.Module):
+    """A network that gives logits, with normalisation, mixing and loss around it.
+
+    Args:
+        network: takes normalised images (N, 3, H, W), gives logits (N, classes).
+        pixel_mean: of the channels, in units of 0 to 255.
+        pixel_std: of the channels, in units of 0 to 255.
+        label_smoothing: share of the target that goes to all classes alike.
+        mix: mixes images and labels of a batch, and smooths the labels; or None.
+        erase: erases parts of normalised images; or None.
+        channels_last: memory order of images and weights.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        label_smoothing: float = 0.0,
+        mix: Mixup | None = None,
+        erase: RandomErasing | None = None,
+        channels_last: bool = False,
+    ):
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
+        self.label_smoothing = label_smoothing
+        self.mix = mix
+        self.erase = erase
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.CLASSIFIER
+        mix, erase = None, None
+        if node.MIXUP_ALPHA or node.CUTMIX_ALPHA:
+            mix = Mixup(
+                mixup_alpha=node.MIXUP_ALPHA,
+                cutmix_alpha=node.CUTMIX_ALPHA,
+                prob=node.MIX_PROB,
+                switch_prob=node.CUTMIX_PROB,
+                label_smoothing=node.LABEL_SMOOTHING,
+                num_classes=node.NUM_CLASSES,
+            )
+        if cfg.INPUT.CLASSIFIER.RANDOM_ERASING:
+            erase = RandomErasing(
+                cfg.INPUT.CLASSIFIER.RANDOM_ERASING, mode="pixel", device=cfg.MODEL.DEVICE
+            )
+        return {
+            "network": build_classification_network(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "label_smoothing": node.LABEL_SMOOTHING,
+            "mix": mix,
+            "erase": erase,
+            "channels_last": node.CHANNELS_LAST,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its images go."""
+        return self.pixel_mean.device
+
+    def head_names(self) -> list[str]:
+        """Full names of the tensors that depend on the number of classes."""
+        heads = self.network.get_classifier()
+        # DeiT with distillation has two.
+        heads = heads if isinstance(heads, (tuple, list)) else [heads]
+        own = {id(tensor) for head in heads for tensor in head.parameters()}
+        return [name for name, tensor in self.named_parameters() if id(tensor) in own]
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training, logits otherwise.
+
+        Args:
+            batch: each with ``image`` (3, H, W) of values from 0 to 255, all of one size, and in
+                training ``label``, a number.
+
+        Returns:
+            ``{"loss_cls": ...}``, or for each image ``{"logits": (classes,)}``.
+        """
+        images = torch.stack([each["image"] for each in batch]).to(self.device)
+        images = (images - self.pixel_mean) / self.pixel_std
+        if not self.training:
+            logits = self.network(images.contiguous(memory_format=self.memory_format))
+            return [{"logits": each} for each in logits.float()]
+        labels = torch.tensor([each["label"] for each in batch], device=self.device)
+        if self.erase is not None:
+            images = self.erase(images)
+        smoothing = self.label_smoothing
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+            smoothing = 0.0  # the mixed labels are smooth already
+        logits = self.network(images.contiguous(memory_format=self.memory_format))
+        return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
+
+
+def build_classification_network(cfg: CfgNode) -> nn.Module:
+    """Builds the network that MODEL.CLASSIFIER names, without weights.
+
+    Raises:
+        UserError: if timm does not build it with these options.
+    """
+    node, contnet = cfg.MODEL.CLASSIFIER, cfg.MODEL.CONTNET
+    if node.NAME not in VARIANTS:
+        options = dict(node.OPTIONS)
+        if node.DROP_PATH_RATE:
+            options["drop_path_rate"] = node.DROP_PATH_RATE
+        try:
+            return timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
+        except TypeError as error:
+            raise UserError(
+                f"MODEL.CLASSIFIER.NAME {node.NAME}: timm does not take its options "
+                f"{', '.join(options)} ({error}): see MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE"
+            ) from error
+    options = {
+        "relative": contnet.RELATIVE,
+        "pre_norm": contnet.PRE_NORM,
+        "use_avgdown": contnet.USE_AVGDOWN,
+        "qkv_bias": contnet.QKV_BIAS,
+        "drop_path_rate": contnet.DROP_PATH_RATE,
+    }
+    if contnet.DROP_RATE >= 0:
+        options["drop_rate"] = contnet.DROP_RATE
+    if contnet.LAST_DROP_RATE >= 0:
+        options["last_drop_rate"] = contnet.LAST_DROP_RATE
+    network = timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
+    network.set_grad_checkpointing(contnet.CHECKPOINT)
+    return network

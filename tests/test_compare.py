@@ -1,0 +1,84 @@
+"""The comparison of classifiers: one recipe, one table, finished trainings kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import REPOSITORY
+
+from contnet.compare import main, table
+
+RECIPE = """
+MODEL.DEVICE cpu MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 56 SOLVER.IMS_PER_BATCH 4
+INPUT.CLASSIFIER.RESIZE_TEST 64 INPUT.CLASSIFIER.CROP_TEST 56 SOLVER.MAX_ITER 4 LOG_PERIOD 1
+SOLVER.WARMUP_ITERS 1 DATALOADER.NUM_WORKERS 0
+"""
+NETWORKS = ["contnet_ti", "resnet18"]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    base = str(REPOSITORY / "configs" / "imagenet" / "Base-plain.yaml")
+    options = ["--config-file", base, "--output", str(folder), "--networks", ",".join(NETWORKS)]
+    return [*options, *more, *RECIPE.split()]
+
+
+@pytest.mark.slow
+def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(command(tmp_path, "--num-gpus", "1", "--seeds", "1,2")) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "compare.json").read_text())
+    assert [(row["network"], row["seed"]) for row in rows] == [
+        (network, seed) for network in NETWORKS for seed in (1, 2)
+    ]
+    assert table(rows) in printed
+    configs = []
+    for row in rows:
+        run = tmp_path / f"{row['network']}_seed{row['seed']}"
+        (result,) = json.loads((run / "results.json").read_text())
+        assert row["top1"] == result["metrics"]["classification"]["top1"]
+        network = timm.create_model(row["network"], num_classes=7)
+        assert row["parameters_m"] == pytest.approx(
+            sum(p.numel() for p in network.parameters()) / 1e6
+        )
+        assert 100 < row["memory_mb"] < 20000 and row["images_per_second"] > 0
+        lines = (run / "config.yaml").read_text().splitlines()
+        own = ("    NAME:", "SEED:", "OUTPUT_DIR:")
+        configs.append([line for line in lines if not line.startswith(own)])
+    assert all(config == configs[0] for config in configs)
+    # Two seeds start from different weights.
+    stems = [
+        torch.load(tmp_path / f"contnet_ti_seed{seed}" / "model_final.pth")["model"]
+        for seed in (1, 2)
+    ]
+    assert not torch.equal(*(stem["network.stem.weight"] for stem in stems))
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model_final.pth")}
+    assert main(command(tmp_path, "--seeds", "1,2")) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert json.loads((tmp_path / "compare.json").read_text()) == rows
+
+
+def test_a_network_that_timm_lacks_is_one_line(tmp_path, capsys):
+    assert main([*command(tmp_path), "--networks", "resnet5"]) == 1
+    assert "nearest is" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/model*.pth"))
+
+
+def test_table_says_what_was_not_measured():
+    row = {
+        "network": "contnet_s",
+        "seed": 1,
+        "top1": 50.0,
+        "images_per_second": None,
+        "memory_mb": None,
+        "parameters_m": 10.1,
+        "operations_g": 1.49,
+        "operations_with_attention_g": 1.67,
+    }
+    last = table([row, {**row, "seed": 2, "top1": 60.0}]).splitlines()[-1]
+    assert "| 55.00 | 50.00 (1), 60.00 (2) | 10.10 | 1.49 / 1.67 |" in last
+    assert last.count("not measured") == 2

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Converts weights of ConTNets and ResNets to MODEL.WEIGHTS and back; ``--help`` says how."""
+
+import sys
+
+from contnet.compat import quiet_known_noise
+
+quiet_known_noise()  # before Detectron2 is imported
+
+from contnet.checkpoint.weights import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
