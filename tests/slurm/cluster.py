@@ -225,9 +225,9 @@ class Cluster:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 values = dict(v.split(b"=", 1) for v in environment if b"=" in v)
                 parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
-                if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
-                    if b"SLURM_STEP_ID" in values:
-                        found[int(values[b"SLURM_PROCID"])] = pid
+                of_slurm = "slurmstepd" in Path(f"/proc/{parent}/comm").read_text()
+                if of_slurm and b"SLURM_STEP_ID" in values:
+                    found[int(values[b"SLURM_PROCID"])] = pid
         return found
 
     def kill_daemon(self, node: str) -> None:

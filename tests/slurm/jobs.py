@@ -156,7 +156,7 @@ def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]
         log = os.open(where / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        sys.stdout = sys.stderr = os.fdopen(1, "w")
         FAULTS.clear()
         os.chdir(where)
         os.environ.update(

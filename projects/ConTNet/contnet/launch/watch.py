@@ -55,7 +55,8 @@ def lost_contact(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
     text = str(error)
     return type(error).__name__.startswith("Dist") or any(
-        sign in text for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
+        sign in text
+        for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
     )
 
 
@@ -113,7 +114,8 @@ class Watcher(threading.Thread):
     def start(self) -> None:
         """From the main thread: takes over the signals, those that wait already too."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        self._stacks = open(self.folder.rank_file(self.job.rank, ".stack"), "w")
+        # Open to the end: it is written when nothing else can be done.
+        self._stacks = self.folder.rank_file(self.job.rank, ".stack").open("w")
         signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, _ignore)
