@@ -65,17 +65,19 @@ def test_preempted_by_a_partition(lab, reference):
 
 def test_time_limit_and_the_bound_of_requeues(lab, reference):
     # Of three jobs with one task each: they run side by side.
-    limited = lab.submit(lab.job("limit", faults={"pace": 1.5}), nodes=1, tasks=1, minutes=1)
+    limited = lab.submit(lab.job("limit", faults={"pace": 4.0}), nodes=1, tasks=1, minutes=2)
     bounded = lab.job("bound", max_requeues=1, faults={"pace": 0.5})
     bounded = lab.submit(bounded, nodes=1, tasks=1)
     evaluated = lab.submit(lab.job("evaluation", faults={"evaluation": 2.0}), nodes=1, tasks=1)
 
     lab.until_iteration("bound", 3)
     lab.cluster.ask("scancel", "--signal=USR2", bounded.job_id)
-    lab.until(
-        "the evaluation",
-        lambda: read_status(lab.folder / "evaluation")["ranks"][0]["phase"] == "evaluation",
-    )
+
+    def evaluates():
+        ranks = read_status(lab.folder / "evaluation").get("ranks", {})
+        return ranks and ranks[0]["phase"] == "evaluation"
+
+    lab.until("the evaluation", evaluates)
     lab.cluster.ask("scancel", "--signal=USR2", evaluated.job_id)
     lab.until_state("evaluation", "requeued", patience=10)
 
