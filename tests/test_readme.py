@@ -17,7 +17,9 @@ from contnet.checkpoint import weights
 from contnet.config import load_config
 from contnet.data import cityscapes, doctor, shard_writer
 from contnet.errors import UserError
+from contnet.launch import sweep, table
 from contnet.launch.arguments import parse_arguments
+from contnet.launch.submit import parse_submission
 from contnet.zoo import make_zoo
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
@@ -105,6 +107,17 @@ def check_train_net(arguments: list[str]) -> None:
     check_overrides(args.config_file, args.opts)
 
 
+def check_submit(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "_read_array", lambda path: [(1, ["SEED", "1"]), (2, ["SEED", "2"])])
+    args = parse_submission(arguments)
+    if args.status or args.cancel:
+        return
+    for run in sweep.expand_runs(args):
+        check_overrides(run.config_file, run.opts)
+    if args.cluster_file:
+        assert (REPOSITORY / "clusters" / f"{args.cluster_file}.yaml").is_file()
+
+
 def check_demo(arguments: list[str], monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(demo, "run_demo", lambda *given: seen.append(given) or (100.0, Path("x")))
@@ -169,6 +182,10 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
+        elif arguments[0] == "tools/submit.py":
+            check_submit(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/results.py":
+            table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
             weights.build_parser().parse_args(arguments[1:])
         else:
@@ -198,6 +215,10 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/prepare_cityscapes.py --folder here",
         "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
+        "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --partitoin gpu",
+        "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
+        "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
+        "python tools/results.py",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",
         "make tests",

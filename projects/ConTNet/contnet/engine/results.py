@@ -14,6 +14,7 @@ from contnet.files import atomic_write
 __all__ = [
     "RESULTS_FILE",
     "forget_results_after",
+    "markdown_table",
     "markdown_tables",
     "read_results",
     "record_results",
@@ -32,7 +33,7 @@ def _cell(value: object) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
 
 
-def _table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str:
+def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str:
     """A GitHub table of rows by name; a column for each key that any of them has."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [[corner, *columns], ["---", *["---:"] * len(columns)]]
@@ -55,7 +56,8 @@ def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | fl
                 by_class.setdefault(name, {})[f"{task} {metric}"] = value
             else:
                 main.setdefault(task, {})[key] = value
-    tables = [_table(corner, rows) for corner, rows in ((dataset, main), ("class", by_class))]
+    parts = ((dataset, main), ("class", by_class))
+    tables = [markdown_table(corner, rows) for corner, rows in parts]
     return "\n\n".join(tables if by_class else tables[:1])
 
 

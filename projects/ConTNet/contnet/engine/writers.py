@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,8 +19,18 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 import contnet
 from contnet.files import atomic_write
 
-__all__ = ["METRICS_FILE", "RUN_FILE", "build_writers", "forget_metrics_after", "record_run"]
+__all__ = [
+    "COMMIT_VARIABLE",
+    "METRICS_FILE",
+    "RUN_FILE",
+    "build_writers",
+    "forget_metrics_after",
+    "git_commit",
+    "record_run",
+]
 
+# Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
+COMMIT_VARIABLE = "CONTNET_GIT_COMMIT"
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
 
@@ -57,8 +68,10 @@ def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[Event
     ]
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE]
     git = ["git", "-C", str(Path(contnet.__file__).parent)]
     try:
         answer = subprocess.run(
@@ -102,7 +115,7 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
             "command": [sys.executable, *sys.argv],
             "folder": str(Path.cwd()),
             "host": platform.node(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "versions": _versions(),
             "device": cfg.MODEL.DEVICE,
             "processes": comm.get_world_size(),

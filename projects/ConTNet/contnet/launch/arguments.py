@@ -1,4 +1,4 @@
-"""Command lines: that of train_net.py, and what others that read a config share with it."""
+"""Command lines: that of train_net.py, and what others share with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from contnet.config import is_set, load_config
 from contnet.data.register import class_key, count_classes, register_datasets
 from contnet.errors import UserError
 
-__all__ = ["build_parser", "config_parser", "configure", "parse_arguments"]
+__all__ = [
+    "add_run_options",
+    "build_parser",
+    "check_counts",
+    "config_parser",
+    "configure",
+    "parse_arguments",
+]
 
 _EPILOG = """\
 examples:
@@ -20,6 +27,7 @@ examples:
   two CPU processes train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu
   go on             train_net.py --config-file ... --resume
   evaluate          train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+  on SLURM          tools/submit.py in the place of train_net.py, see docs/slurm.md
   several machines  the same command on each, with --num-machines 2 --machine-rank 0 (or 1)
                     --dist-url tcp://FIRST_MACHINE:PORT; or torchrun train_net.py --config-file ...
 """
@@ -30,15 +38,23 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def config_parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser of ``--config-file FILE`` and KEY VALUE overrides, for :func:`configure`."""
+def config_parser(description: str, epilog: str, required: bool = True) -> argparse.ArgumentParser:
+    """A parser of ``--config-file FILE`` and KEY VALUE overrides, for :func:`configure`.
+
+    Args:
+        description: what ``--help`` begins with.
+        epilog: what it ends with.
+        required: whether there must be a config file.
+    """
     parser = _Parser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a yaml of configs/")
+    parser.add_argument(
+        "--config-file", required=required, metavar="FILE", help="a yaml of configs/"
+    )
     parser.add_argument(
         "opts", nargs="*", metavar="KEY VALUE", help="config keys and their values, in pairs"
     )
@@ -73,9 +89,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's usual options; they and the overrides may come in any order."""
-    parser = config_parser("Trains and evaluates a model that a config file describes.", _EPILOG)
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds Detectron2's usual options, which whatever trains understands."""
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
     )
@@ -91,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs, and so processes, per machine; with MODEL.DEVICE cpu, processes (default 1)",
     )
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="(default 1)")
+    parser.add_argument(
+        "--num-machines", "--num-nodes", type=int, default=1, metavar="N", help="(default 1)"
+    )
     parser.add_argument(
         "--machine-rank", type=int, default=0, metavar="R", help="of this machine, from 0"
     )
@@ -101,7 +118,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="tcp://HOST:PORT of the first machine; auto for one machine (default)",
     )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of train_net.py; options and overrides may come in any order."""
+    parser = config_parser("Trains and evaluates a model that a config file describes.", _EPILOG)
+    add_run_options(parser)
     return parser
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Raises UserError unless there is at least one GPU and one machine."""
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise UserError("--num-gpus and --num-machines must be at least 1")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -111,8 +140,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: for arguments that do not fit together.
     """
     args = build_parser().parse_intermixed_args(argv)
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise UserError("--num-gpus and --num-machines must be at least 1")
+    check_counts(args)
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
             f"--machine-rank {args.machine_rank} is not one of the {args.num_machines} machines "

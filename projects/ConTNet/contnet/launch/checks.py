@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from contnet.data.checks import check_datasets
 from contnet.data.stream import images_per_pass
@@ -18,7 +20,10 @@ from contnet.errors import UserError
 from contnet.launch.environment import find_place
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["check_run", "count_processes"]
+__all__ = ["check_device", "check_inputs", "check_output", "check_run", "count_processes"]
+
+# What the shipped recipes are made for.
+_RECIPE_GPUS = 8
 
 
 def count_processes(args: argparse.Namespace) -> int:
@@ -27,7 +32,8 @@ def count_processes(args: argparse.Namespace) -> int:
     return place.world_size if place else args.num_gpus * args.num_machines
 
 
-def _check_device(cfg: CfgNode, num_gpus: int) -> None:
+def check_device(cfg: CfgNode, num_gpus: int) -> None:
+    """Raises UserError unless this machine has the device, and as many as asked for."""
     device = cfg.MODEL.DEVICE
     if device == "cpu":
         return
@@ -40,12 +46,34 @@ def _check_device(cfg: CfgNode, num_gpus: int) -> None:
         raise UserError(f"--num-gpus is {num_gpus}, but this machine has {present}")
 
 
-def _check_output(cfg: CfgNode, args: argparse.Namespace) -> None:
-    folder = Path(cfg.OUTPUT_DIR)
-    try:
+def _writable(folder: Path, make: bool) -> None:
+    """Makes sure that files can be written in a folder, or could, if it were made."""
+    if make:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        return
+    parent = next(each for each in (folder, *folder.parents) if each.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_output(cfg: CfgNode, args: argparse.Namespace, make: bool = True) -> None:
+    """Checks the output folder.
+
+    Args:
+        cfg: OUTPUT_DIR is read.
+        args: ``resume`` and ``eval_only`` are read.
+        make: make the folder; otherwise nothing is written.
+
+    Raises:
+        UserError: if it cannot be written, or holds another run.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    try:
+        _writable(folder.absolute(), make)
     except OSError as error:
         raise UserError(
             f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): choose another"
@@ -71,8 +99,24 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
 
 
+def _scaled(cfg: CfgNode, processes: int) -> str:
+    """How the recipe would look on so many processes; "" if it cannot be scaled."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (_RECIPE_GPUS * solver.ACCUMULATE):
+        return ""
+    cfg = cfg.clone()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = _RECIPE_GPUS
+    solver = DefaultTrainer.auto_scale_workers(cfg, processes).SOLVER
+    keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
+    settings = ", ".join(f"SOLVER.{key} {solver[key]}" for key in keys)
+    return f", or add SOLVER.REFERENCE_WORLD_SIZE {_RECIPE_GPUS}, which makes it {settings}"
+
+
 def _check_batch(cfg: CfgNode, processes: int) -> None:
-    images = images_per_pass(cfg, processes)
+    try:
+        images = images_per_pass(cfg, processes)
+    except UserError as error:
+        raise UserError(f"{error}{_scaled(cfg, processes)}") from error
     node = cfg.MODEL.CLASSIFIER
     mixes = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier" and (
         node.MIXUP_ALPHA or node.CUTMIX_ALPHA
@@ -94,24 +138,39 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
         )
 
 
+def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: bool = True) -> None:
+    """Checks what does not depend on the machine: batch, data sets, metric, weights.
+
+    Args:
+        cfg: the config, scaled to the number of processes.
+        args: ``resume`` and ``eval_only`` are read.
+        processes: of the run, on all machines.
+        data: look into the data sets; not needed if that was done for the same ones before.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    datasets = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    if not datasets:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+    if not args.eval_only:
+        _check_batch(cfg, processes)
+    # Of the processes that others start on a machine, one reads the annotation files.
+    place = find_place()
+    if data and (place is None or place.local_rank == 0):
+        check_datasets(cfg, list(dict.fromkeys(datasets)))
+    if not args.eval_only:
+        check_best_metric(cfg)
+    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
+    _check_weights(cfg, args)
+
+
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
-    _check_device(cfg, args.num_gpus)
-    datasets = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    if not datasets:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
-    if not args.eval_only:
-        _check_batch(cfg, count_processes(args))
-    # Of the processes that others start on a machine, one reads the annotation files.
-    place = find_place()
-    if place is None or place.local_rank == 0:
-        check_datasets(cfg, list(dict.fromkeys(datasets)))
-    if not args.eval_only:
-        check_best_metric(cfg)
-    _check_output(cfg, args)
-    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
-    _check_weights(cfg, args)
+    check_device(cfg, args.num_gpus)
+    check_inputs(cfg, args, count_processes(args))
+    check_output(cfg, args)

@@ -1,0 +1,346 @@
+"""What has been submitted from a run folder: records, and how the jobs do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+from contnet.engine.writers import METRICS_FILE
+from contnet.errors import UserError
+from contnet.files import atomic_write
+from contnet.launch.slurm import ask_slurm, read_states
+from contnet.launch.status import read_status
+
+__all__ = [
+    "add_submission",
+    "cancel",
+    "check_free",
+    "describe_run",
+    "follow",
+    "iterations_done",
+    "last_metrics",
+    "last_submission",
+    "live_states",
+    "print_status",
+    "process_start",
+    "read_submissions",
+    "slurm_folder",
+]
+
+SUBMISSION_FILE = "submission.json"
+# What stands before messages that say all; others come with a traceback.
+_OUR_ERROR = f"{UserError.__name__}: "
+# Seconds that processes of this machine have to end.
+_PATIENCE = 15
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def slurm_folder(folder: str | Path) -> Path:
+    """Where a run folder keeps everything about its jobs."""
+    return Path(folder, "slurm")
+
+
+def read_submissions(folder: str | Path) -> list[dict]:
+    """The records of submission.json, oldest first; none if there is no such file.
+
+    Raises:
+        UserError: if it does not hold records.
+    """
+    path = slurm_folder(folder) / SUBMISSION_FILE
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text())
+        if all(isinstance(each["job_id"], str) and each["cluster"] for each in records):
+            return records
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} does not hold records of submissions: move it away")
+
+
+def last_submission(folder: str | Path) -> dict:
+    """The newest record.
+
+    Raises:
+        UserError: if there is none.
+    """
+    records = read_submissions(folder)
+    if not records:
+        raise UserError(
+            f"{folder} has no slurm/{SUBMISSION_FILE}: nothing was submitted from this folder"
+        )
+    return records[-1]
+
+
+def add_submission(folder: str | Path, record: dict) -> None:
+    """Appends a record to submission.json."""
+    records = [*read_submissions(folder), record]
+    slurm_folder(folder).mkdir(parents=True, exist_ok=True)
+    with atomic_write(slurm_folder(folder) / SUBMISSION_FILE, "w") as file:
+        json.dump(records, file, indent=1)
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+
+def process_start(number: int) -> str:
+    """When a process of this machine started, in ticks since the machine did; "" if it is gone."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _is_alive(record: dict) -> bool:
+    """Whether the process of a local submission is there, and not another of its number."""
+    start = process_start(int(record["job_id"]))
+    return bool(start) and start == record["process_start"]
+
+
+def live_states(record: dict) -> dict[str, str]:
+    """The jobs of a submission that have not ended, with SLURM's name of their state.
+
+    Raises:
+        UserError: if SLURM does not answer, or the job runs on another machine without SLURM.
+    """
+    job_id = record["job_id"]
+    if record["cluster"] == "slurm":
+        states = read_states([job_id])
+        return {
+            name: state
+            for name, state in states.items()
+            if name == job_id or name.startswith(f"{job_id}_")
+        }
+    if record["host"] != socket.gethostname():
+        status = read_status(record["run_folder"])
+        if status.get("state") in ("starting", "running") and status["age"] < 120:
+            return {job_id: f"RUNNING on {record['host']}"}
+        return {}
+    return {job_id: "RUNNING"} if _is_alive(record) else {}
+
+
+def check_free(folder: str | Path) -> None:
+    """Raises UserError if a job that has not ended uses a run folder."""
+    records = read_submissions(folder)
+    states = live_states(records[-1]) if records else {}
+    if states:
+        name, state = next(iter(states.items()))
+        raise UserError(
+            f"run folder {folder} is in use by job {name} ({state}): wait, or end it by "
+            f"--cancel {folder}, or choose another OUTPUT_DIR"
+        )
+
+
+def _end_local(record: dict) -> None:
+    """Ends a job of this machine, or the process that starts a sweep's and then its jobs."""
+    number = int(record["job_id"])
+    if _is_alive(record):
+        os.kill(number, signal.SIGINT)  # submitit's controller then ends its tasks
+        until = time.monotonic() + _PATIENCE
+        while _is_alive(record) and time.monotonic() < until:
+            time.sleep(0.1)
+    for name in record["runs"]:
+        for each in read_submissions(Path(record["run_folder"], name))[-1:]:
+            _end_local(each)
+    if not record["runs"]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(number, signal.SIGKILL)  # what is left of it; it leads a group of its own
+
+
+def cancel(folder: str | Path) -> None:
+    """Ends the jobs of a run folder, or of the folder of a sweep, and says which.
+
+    Raises:
+        UserError: if there is none to end.
+    """
+    record = last_submission(folder)
+    states = live_states(record)
+    if not states:
+        raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
+    if record["cluster"] == "slurm":
+        ask_slurm("scancel", record["job_id"])
+    elif record["host"] != socket.gethostname():
+        raise UserError(f"job {record['job_id']} runs on {record['host']}: cancel it there")
+    else:
+        _end_local(record)
+    for name, state in states.items():
+        print(f"cancelled job {name} (it was {state})")
+
+
+# --- what can be told ----------------------------------------------------------------------------
+
+
+def last_metrics(folder: str | Path) -> dict:
+    """The newest line of metrics.json, {} if there is none."""
+    path = Path(folder, METRICS_FILE)
+    if not path.exists():
+        return {}
+    for line in reversed(path.read_text().splitlines()):
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # half written
+            continue
+        if "total_loss" in metrics:
+            return metrics
+    return {}
+
+
+def iterations_done(folder: str | Path) -> int:
+    """How many iterations a run has done, as its job or else metrics.json says."""
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
+
+
+def describe_run(folder: str | Path, state: str = "") -> str:
+    """The state of a run in a few words.
+
+    Args:
+        folder: of the run.
+        state: SLURM's, if its job has not ended.
+    """
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    if state:
+        return state.lower()
+    if status.get("state", "finished") == "finished" and (
+        status or Path(folder, "model_final.pth").exists()
+    ):
+        return "finished"
+    if death := status.get("death"):
+        reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
+        return f"failed: {reason} (rank {death['rank']})"
+    if leave := status.get("leave"):
+        return f"{'saved for a requeue' if leave['requeued'] else 'stopped'}: {leave['reason']}"
+    if status:
+        return f"ended without a word, last sign of life {_ago(status['age'])}"
+    if Path(folder, METRICS_FILE).exists():
+        return "not finished"
+    return "never started"
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _print_run(folder: Path, record: dict, state: str) -> None:
+    status = read_status(folder)
+    print(f"run      {folder}")
+    print(
+        f"job      {record['job_id']} on {record['cluster']}, submitted {record['time']} from "
+        f"{record['host']}, {record['nodes']} x {record['tasks']} processes"
+    )
+    print(f"state    {describe_run(folder, state)}")
+    if status:
+        print(
+            f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, start number "
+            f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
+        )
+    metrics = last_metrics(folder)
+    if metrics:
+        print(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
+    for each in status.get("requeues", ()):
+        print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
+    death = status.get("death")
+    if death and death.get("details") and not death["reason"].startswith(_OUR_ERROR):
+        print(death["details"])
+    print(f"log      {record['log']}")
+
+
+def print_status(folder: str | Path) -> None:
+    """Prints how the job of a run folder does, or those of a sweep's folder.
+
+    Raises:
+        UserError: if nothing was submitted from the folder, or SLURM does not answer.
+    """
+    record = last_submission(folder)
+    states = live_states(record)
+    if not record["runs"]:
+        _print_run(Path(folder), record, states.get(record["job_id"], ""))
+        return
+    print(f"sweep    {folder}, job {record['job_id']} on {record['cluster']}, {record['time']}")
+    width = max(map(len, record["runs"]))
+    for name, job_id in record["runs"].items():
+        run = Path(folder, name)
+        state = _state_of_run(run, job_id, states)
+        job = f"  job {job_id}" if job_id else ""
+        done = iterations_done(run)
+        print(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
+
+
+def _state_of_run(run: Path, job_id: str, states: dict[str, str]) -> str:
+    if job_id in states:
+        return states[job_id]
+    records = read_submissions(run)
+    return next(iter(live_states(records[-1]).values()), "") if records else ""
+
+
+def follow(folder: str | Path, poll: float = 5.0) -> bool:
+    """Prints the log of a run's job as it grows, until the job has ended or the user leaves.
+
+    For the folder of a sweep, prints each change of a run's state instead.
+
+    Args:
+        folder: of the run or sweep.
+        poll: seconds between two looks at the job's state.
+
+    Returns:
+        Whether all that was run has finished.
+    """
+    try:
+        return _follow(folder, poll)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the job goes on, end it by --cancel {folder}")
+        return True
+
+
+class _Tail:
+    """Prints what is added to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.place = 0
+
+    def show(self) -> None:
+        if self.path.exists():
+            with open(self.path, errors="replace") as file:
+                file.seek(self.place)
+                print(file.read(), end="", flush=True)
+                self.place = file.tell()
+
+
+def _follow(folder: str | Path, poll: float) -> bool:
+    record = last_submission(folder)
+    runs = {name: Path(folder, name) for name in record["runs"]} or {"": Path(folder)}
+    seen: dict[str, str] = {}
+    tail = None if record["runs"] else _Tail(Path(record["log"]))
+    while True:
+        states = live_states(record)
+        described = {
+            name: describe_run(run, states.get(record["runs"].get(name, record["job_id"]), ""))
+            for name, run in runs.items()
+        }
+        until = time.monotonic() + (poll if states else 0)
+        while True:
+            if tail:
+                tail.show()
+            if time.monotonic() >= until:
+                break
+            time.sleep(min(0.5, poll))
+        for name, text in described.items():
+            if seen.get(name) != text:
+                print(
+                    f"[{time.strftime('%H:%M:%S')}] {name or record['job_id']}: {text}", flush=True
+                )
+        seen = described
+        if not states:
+            return all(text == "finished" for text in described.values())
