@@ -50,7 +50,7 @@ def test_usr2_then_requeued_by_hand(lab, reference):
     assert first == 0 and second == saved + 1
     assert third >= 11  # SIGTERM leaves time to save
     same_training(lab.folder / "hand", reference(2))
-    assert job.result()["bbox"]["AP"] >= 0
+    assert job.results()[0]["bbox"]["AP"] >= 0
 
 
 def test_preempted_by_a_partition(lab, reference):

@@ -67,6 +67,8 @@ class Toy(nn.Module):
 
     def _misbehave(self):
         time.sleep(FAULTS.get("pace", 0))
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            time.sleep(FAULTS.get("slow", 0))
         if _at("crash"):
             raise ValueError("a fault of this rank's own")
         if _at("memory"):
@@ -92,7 +94,7 @@ class ToyJob(TrainingJob):
     Attributes:
         faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) at which a rank does
             so, in the first start; "pace", "evaluation": seconds that an iteration or the
-            evaluation of a batch takes; "save": seconds that a checkpoint takes while it is being
+            evaluation of a batch takes; "slow": the first, in the first start alone; "save": seconds that a checkpoint takes while it is being
             written.
     """
 
