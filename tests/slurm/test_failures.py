@@ -112,7 +112,12 @@ def test_array_of_jobs_on_the_same_nodes(lab, reference):
     sweep = [lab.job(name, faults={"pace": 0.2}) for name in ("array0", "array1")]
     first, second = lab.submit(*sweep, nodes=2, tasks=1)
     # The port that the first one would take is taken.
-    ids = lab.cluster.ask("squeue", "-h", "-r", "-o%A").split()
+
+    def numbers():
+        found = set(lab.cluster.ask("squeue", "-h", "-r", "-trunning", "-o%A").split())
+        return len(found) == 2 and found
+
+    ids = lab.until("both to start", numbers)
     taken = [socket.create_server(("", ports(f"{number}.0.0")[0])) for number in ids]
     lab.until_iteration("array1", 5)
     lab.cluster.ask("scancel", "--signal=USR2", second.job_id)

@@ -93,9 +93,9 @@ class ToyJob(TrainingJob):
 
     Attributes:
         faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) at which a rank does
-            so, in the first start; "pace", "evaluation": seconds that an iteration or the
-            evaluation of a batch takes; "slow": the first, in the first start alone; "save": seconds that a checkpoint takes while it is being
-            written.
+            so, in the first start; "pace": seconds that an iteration takes, "slow" only in the
+            first start, "evaluation" the evaluation of a batch; "save": seconds that a checkpoint
+            takes while it is being written.
     """
 
     faults: dict = field(default_factory=dict)
