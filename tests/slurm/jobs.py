@@ -109,7 +109,8 @@ class Lab:
         state = self.until(
             f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in over and s
         )
-        raw = job.job_id.split("_")[0]
+        # Each task of an array has a number of its own.
+        raw = self.cluster.ask("squeue", "-h", "-r", "-tall", f"-j{job.job_id}", "-o%A")
         self.until("its processes to end", lambda: not self.cluster.processes(job=raw), 30)
         return state
 
