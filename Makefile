@@ -5,7 +5,7 @@ SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 NUMPY1 = $(abspath $(VENV))/numpy1
 TORCH26 = $(VENV)-torch2.6
 
-.PHONY: setup demo demo-imagenet test lint format test-numpy1 test-existing-torch check-pythons lock
+.PHONY: setup demo demo-imagenet test test-slurm lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -21,6 +21,10 @@ demo-imagenet: setup
 
 test: setup
 	$(BIN)/pytest tests
+
+# The jobs on a private SLURM cluster; root gets SLURM installed, others are told how.
+test-slurm: setup
+	@sh tools/test_slurm.sh $(BIN)/pytest
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -54,7 +58,7 @@ test-existing-torch: setup
 	$(TORCH26)/bin/python -c 'import torch, torchvision; \
 	  print("torch", torch.__version__, "torchvision", torchvision.__version__); \
 	  assert torch.__version__[:5] == "2.6.0" and torchvision.__version__[:6] == "0.21.0"'
-	$(TORCH26)/bin/pytest tests -m "not slow and not gpu"
+	$(TORCH26)/bin/pytest tests -m "not slow and not gpu and not slurm"
 
 # That every pin has a file for the other Pythons; nothing is installed.
 check-pythons: setup

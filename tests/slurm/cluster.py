@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["NODES", "Cluster", "why_no_slurm"]
+__all__ = ["NODES", "Cluster", "free_ports", "running_cluster", "why_no_slurm"]
 
 # Loopback addresses, so that names resolve without /etc/hosts.
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -98,7 +98,8 @@ def why_no_slurm() -> str:
     )
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(number)]
         return [server.getsockname()[1] for server in servers]
@@ -174,7 +175,7 @@ class Cluster:
         self.conf.write_text(
             _CONF.format(
                 host=socket.gethostname().split(".")[0],
-                ports=_free_ports(3),
+                ports=free_ports(3),
                 first_job=1000 + int(time.time()) % 1000000,
                 user=user,
                 root=self.root,
@@ -224,9 +225,9 @@ class Cluster:
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 values = dict(v.split(b"=", 1) for v in environment if b"=" in v)
                 parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
-                if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
-                    if b"SLURM_STEP_ID" in values:
-                        found[int(values[b"SLURM_PROCID"])] = pid
+                of_slurm = "slurmstepd" in Path(f"/proc/{parent}/comm").read_text()
+                if of_slurm and b"SLURM_STEP_ID" in values:
+                    found[int(values[b"SLURM_PROCID"])] = pid
         return found
 
     def kill_daemon(self, node: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from cluster import Cluster, running_cluster, why_no_slurm
+from cluster import Cluster, free_ports, running_cluster, why_no_slurm
 from conftest import REPOSITORY, SMALL
 from toy import FAULTS, ToyJob
 
@@ -109,7 +109,8 @@ class Lab:
         state = self.until(
             f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in over and s
         )
-        raw = job.job_id.split("_")[0]
+        # Each task of an array has a number of its own.
+        raw = self.cluster.ask("squeue", "-h", "-r", "-tall", f"-j{job.job_id}", "-o%A")
         self.until("its processes to end", lambda: not self.cluster.processes(job=raw), 30)
         return state
 
@@ -130,11 +131,12 @@ def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Pa
     where.mkdir(exist_ok=True)
     if not (where / "datasets").exists():
         (where / "datasets").symlink_to(coco_root)
+    (port,) = free_ports(1)
     children = []
     for rank in range(processes):
         child = os.fork()
         if not child:
-            _run_rank(rank, processes, where, arguments(folder, *options))
+            _run_rank(rank, processes, port, where, arguments(folder, *options))
         children.append(child)
     try:
         for _ in range(processes):
@@ -148,14 +150,14 @@ def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Pa
     return folder
 
 
-def _run_rank(rank: int, processes: int, where: Path, argv: list[str]) -> None:
+def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]) -> None:
     """A forked process, which never returns."""
     status = 1
     try:
         log = os.open(where / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        sys.stdout = sys.stderr = os.fdopen(1, "w")
         FAULTS.clear()
         os.chdir(where)
         os.environ.update(
@@ -164,7 +166,7 @@ def _run_rank(rank: int, processes: int, where: Path, argv: list[str]) -> None:
             WORLD_SIZE=str(processes),
             LOCAL_WORLD_SIZE=str(processes),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(30000 + os.getppid() % 2000),
+            MASTER_PORT=str(port),
         )
         status = main(argv)
     except BaseException:

@@ -67,6 +67,8 @@ class Toy(nn.Module):
 
     def _misbehave(self):
         time.sleep(FAULTS.get("pace", 0))
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            time.sleep(FAULTS.get("slow", 0))
         if _at("crash"):
             raise ValueError("a fault of this rank's own")
         if _at("memory"):
@@ -91,9 +93,9 @@ class ToyJob(TrainingJob):
 
     Attributes:
         faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) at which a rank does
-            so, in the first start; "pace", "evaluation": seconds that an iteration or the
-            evaluation of a batch takes; "save": seconds that a checkpoint takes while it is being
-            written.
+            so, in the first start; "pace": seconds that an iteration takes, "slow" only in the
+            first start, "evaluation" the evaluation of a batch; "save": seconds that a checkpoint
+            takes while it is being written.
     """
 
     faults: dict = field(default_factory=dict)

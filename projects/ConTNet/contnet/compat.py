@@ -10,10 +10,18 @@ import warnings
 from types import ModuleType
 
 import numpy as np
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from contnet.errors import UserError
 
-__all__ = ["KNOWN_WARNINGS", "give_in1d", "quiet_known_noise", "use_plain_focal_loss"]
+__all__ = [
+    "KNOWN_WARNINGS",
+    "fix_gradient_order",
+    "give_in1d",
+    "quiet_known_noise",
+    "use_plain_focal_loss",
+]
 
 # (category, start of the message as a regular expression, where it comes from)
 KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
@@ -70,6 +78,18 @@ def give_in1d(module: ModuleType) -> None:
     stand_in = ModuleType("numpy")
     stand_in.__dict__.update(vars(np), in1d=np.isin)
     module.np = stand_in
+
+
+def fix_gradient_order(model: nn.Module) -> None:
+    """Has DistributedDataParallel lay its gradients out now, as it would after its first step.
+
+    More than two processes add the parts of an element in an order that depends on its place, so
+    that a resumed run, whose first step is another one, would differ in the last bits. Gradients
+    are then exchanged late: for processes on the CPU alone, which cannot compute meanwhile anyway.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
 
 
 def use_plain_focal_loss() -> None:

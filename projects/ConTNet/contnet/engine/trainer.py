@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.compat import use_plain_focal_loss
+from contnet.compat import fix_gradient_order, use_plain_focal_loss
 from contnet.data.checks import load_dicts
 from contnet.data.stream import build_train_loader
 from contnet.engine.evaluation import evaluate, main_metric
@@ -73,6 +73,8 @@ class Trainer(SimpleTrainer):
         # Without device_ids a module on the CPU can be distributed too.
         devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
         model = create_ddp_model(self.bare_model, broadcast_buffers=False, device_ids=devices)
+        if cfg.MODEL.DEVICE == "cpu":
+            fix_gradient_order(model)
         super().__init__(model, loader, optimizer)
         self.cfg = cfg
         self.stream = loader.batch_sampler

@@ -7,9 +7,11 @@ processes themselves and say in environment variables who is who. Nothing else i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ _SLURM = (
 _LOCAL = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_GLOBALID")
 # Ports that Linux gives out by itself start above these.
 _FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
-_MEETING = "contnet/start"
+_GREETING = "contnet"
 
 
 @dataclass(frozen=True)
@@ -144,41 +146,42 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
+def _serve(server: socket.socket, answer: bytes) -> None:
+    """Tells all who ask, as long as this process lives."""
+    while True:
+        connection, _ = server.accept()
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(answer)
+
+
 def _open_store(place: Place) -> TCPStore:
-    """Rank 0: listens on the first port that nobody else has."""
+    """Rank 0: answers on the first port that nobody else has where the store is."""
     for port in ports(place.start):
         try:
             server = _listen(port)
         except OSError:
             continue
-        store = TCPStore(
-            "127.0.0.1",
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=server.detach(),
-        )
-        store.set(_MEETING, place.start)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        answer = f"{_GREETING} {place.start} {store.port}\n".encode()
+        threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
         return store
     raise UserError(f"all of the ports {ports(place.start)} of {socket.gethostname()} are taken")
 
 
-def _join_store(place: Place, port: int) -> TCPStore:
-    """The other ranks: a store that is not of this very start is some other job's."""
-    socket.create_connection((place.host, port), timeout=3).close()
-    short = timedelta(seconds=5)
-    store = TCPStore(place.host, port, is_master=False, wait_for_workers=False, timeout=short)
-    found = store.get(_MEETING).decode()
-    if found != place.start:
-        raise ConnectionError(f"port {port} is that of start {found}")
-    return store
+def _find_store(place: Place, port: int) -> TCPStore:
+    """The other ranks: what does not answer by the name of this very start is something else."""
+    with socket.create_connection((place.host, port), timeout=3) as connection:
+        words = connection.makefile().readline(200).split()
+    if words[:2] != [_GREETING, place.start]:
+        raise ConnectionError(f"port {port} is something else's")
+    return TCPStore(place.host, int(words[2]), is_master=False, wait_for_workers=False)
 
 
 def meet(place: Place, patience: float = 600.0, timeout: float = 1800.0) -> TCPStore:
     """A store that all processes of this start share, on a port that they agree on.
 
-    Rank 0 takes the first port of a list that follows from the job's number; the others look
-    through the list until they find the store that names their start.
+    Rank 0 answers on the first free port of a list that follows from the job's number; the others
+    go through the list until they are answered by the name of their start.
 
     Args:
         place: under SLURM or the local executor.
@@ -197,9 +200,9 @@ def meet(place: Place, patience: float = 600.0, timeout: float = 1800.0) -> TCPS
     while time.monotonic() < deadline:
         for port in ports(place.start):
             try:
-                store = _join_store(place, port)
-            except (OSError, DistError) as error:
-                reason = str(error).splitlines()[0]
+                store = _find_store(place, port)
+            except (OSError, ValueError, DistError) as error:
+                reason = str(error).partition("\n")[0]
                 continue
             store.set_timeout(timedelta(seconds=timeout))
             return store

@@ -28,12 +28,14 @@ from contnet.launch.job import TrainingJob
 from contnet.launch.main import run
 from contnet.launch.preemption import Leave, prepare_trainer
 from contnet.launch.processes import launch_run
-from contnet.launch.watch import Watcher
+from contnet.launch.watch import Watcher, lost_contact
 
 __all__ = ["Start"]
 
 # Exit status of a process that SIGTERM ended.
 _TERMINATED = 143
+# Seconds in which SLURM tells of a task that was killed, on a node that lives.
+_NODE_SILENCE = 40
 
 
 def _find_job(run_folder: str) -> Job:
@@ -77,15 +79,29 @@ class Start:
         except Leave:
             self._leave()
         except BaseException as error:
-            if "SIGTERM" in self.watcher.signals and self.job.state() != "RUNNING":
-                self.watcher.finish("left")  # the other ranks may be gone already
-                sys.exit(_TERMINATED)
+            if lost_contact(error) and self._node_is_gone():
+                sys.exit(self._end("a node does not answer any more"))
             self.watcher.fail(error)
             raise
         self.watcher.finish("finished")
         if self.job.rank == 0:
             self.lease.release()
         return self.metrics
+
+    def _node_is_gone(self) -> bool:
+        """On rank 0, whether others are gone in a way that SLURM has not noticed.
+
+        It takes minutes to notice a dead node, and would call the job failed if this process ended
+        before. A rank that failed has said so; of one that was killed SLURM knows.
+        """
+        if self.job.cluster != "slurm" or os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+            return False
+        end = time.monotonic() + _NODE_SILENCE + (10 if self.job.rank else 0)
+        while time.monotonic() < end:
+            if self.watcher.signals or self.folder.read("death"):
+                return False
+            time.sleep(0.2)
+        return self.job.rank == 0
 
     def _begin(self) -> None:
         if self.job.restart > self.settings.max_requeues:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contnet.launch.cluster import Job
 from contnet.launch.folder import Lease, StartFolder
 
-__all__ = ["SIGNALS", "Watcher"]
+__all__ = ["SIGNALS", "Watcher", "lost_contact"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,12 @@ def _where_main_is() -> str:
     return f"{last.name}, {last.filename}:{last.lineno}"
 
 
-def _lost_contact(error: BaseException) -> bool:
+def lost_contact(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone."""
     text = str(error)
     return type(error).__name__.startswith("Dist") or any(
-        sign in text for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
+        sign in text
+        for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
     )
 
 
@@ -112,7 +114,8 @@ class Watcher(threading.Thread):
     def start(self) -> None:
         """From the main thread: takes over the signals, those that wait already too."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        self._stacks = open(self.folder.rank_file(self.job.rank, ".stack"), "w")
+        # Open to the end: it is written when nothing else can be done.
+        self._stacks = self.folder.rank_file(self.job.rank, ".stack").open("w")
         signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, _ignore)
@@ -148,6 +151,10 @@ class Watcher(threading.Thread):
         """The last word of this rank: "finished", "left" or "failed"."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        # Loader workers, which do not heed the signal that the interpreter would send them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
         self.ended = how
         self.enter("ended")
         self.folder.beat(self._record())
@@ -156,7 +163,7 @@ class Watcher(threading.Thread):
 
     def fail(self, error: BaseException) -> None:
         """Notes what ended this rank, and the job unless another rank has failed before."""
-        lost = _lost_contact(error)
+        lost = lost_contact(error)
         text = str(error).strip().splitlines()
         self._note_death(
             f"{type(error).__name__}: {text[0] if text else '(no message)'}",
@@ -165,9 +172,11 @@ class Watcher(threading.Thread):
         )
         self.finish("failed")
 
-    def _note_death(self, reason: str, details: str, lost: bool = False) -> None:
+    def _note_death(
+        self, reason: str, details: str, lost: bool = False, rank: int | None = None
+    ) -> None:
         record = {
-            "rank": self.job.rank,
+            "rank": self.job.rank if rank is None else rank,
             "iteration": self.iteration,
             "phase": self.phase,
             "reason": reason,
@@ -175,7 +184,7 @@ class Watcher(threading.Thread):
             "lost": lost,
         }
         if self.folder.note("death", record):
-            logger.error(f"Rank {self.job.rank} ends the job: {reason}")
+            logger.error(f"The job ends: {reason}")
 
     # What the thread does.
 
@@ -234,6 +243,8 @@ class Watcher(threading.Thread):
         self._look_at_progress()
         if not self.signals and (note := self.folder.read("signalled")):
             self._take(note["signal"])
+        if "SIGTERM" in self.signals and self.phase != "leaving":
+            self._look_for_killed()
         if self.signals:
             self._answer_signal()
 
@@ -259,6 +270,21 @@ class Watcher(threading.Thread):
             self.dump_stacks()
         elif time.monotonic() - self._death_seen > _LINGER:
             os._exit(1)
+
+    def _look_for_killed(self) -> None:
+        """SIGTERM is also what SLURM sends when another rank was killed, which cannot say so."""
+        for rank, record in self.folder.ranks().items():
+            if record["host"] != socket.gethostname() or record["ended"]:
+                continue
+            try:
+                os.kill(record["pid"], 0)
+            except ProcessLookupError:
+                self._note_death(
+                    f"rank {rank} (process {record['pid']} on {record['host']}) ended without a "
+                    "word: killed, perhaps for want of memory?",
+                    details="",
+                    rank=rank,
+                )
 
     def _look_at_progress(self) -> None:
         still = time.monotonic() - self._moved

@@ -1,0 +1,311 @@
+"""What a job's processes are told by their environment, and how they find each other."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from torch.distributed import TCPStore
+
+from contnet.errors import UserError
+from contnet.files import atomic_write
+from contnet.launch.cluster import Job, find_job
+from contnet.launch.environment import Place, find_place, first_host, meet, ports
+from contnet.launch.folder import Lease, StartFolder, last_saved, record_requeue
+from contnet.launch.job import TrainingJob, python_command
+from contnet.launch.start import Start
+from contnet.launch.status import read_status
+
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+LOCAL = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_JOB_ID": "99",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "here",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("a,b", "a"),
+        ("rack[2,4]node[1-3]x,b[1-2]", "rack2node1x"),
+        ("127.0.0.[1-2]", "127.0.0.1"),
+    ],
+)
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, None),
+        (STEP, Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.0")),
+        (
+            {**STEP, "SLURM_RESTART_COUNT": "2"},
+            Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.2"),
+        ),
+        # An interactive shell: of salloc, of srun --pty, and a batch script.
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, None),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
+        (LOCAL, Place("local", 1, 2, 1, 2, "127.0.0.1", "99.0.0")),
+        ({**LOCAL, "SUBMITIT_LOCAL_NTASKS": "1"}, None),
+        (TORCHRUN, Place("torchrun", 1, 2, 0, 1)),
+        ({**STEP, **TORCHRUN}, Place("torchrun", 1, 2, 0, 1)),
+    ],
+)
+def test_place(environ, place):
+    assert find_place(environ) == place
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({k: v for k, v in STEP.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is not"),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, "MASTER_PORT is not"),
+        ({k: v for k, v in LOCAL.items() if "GLOBAL" not in k}, "SUBMITIT_LOCAL_GLOBALID is not"),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, "--ntasks-per-node"),
+        ({**STEP, "SLURM_PROCID": "2"}, "--distribution=block"),
+    ],
+)
+def test_partial_settings(environ, message):
+    with pytest.raises(UserError, match=message) as error:
+        find_place(environ)
+    assert "\n" not in str(error.value)
+
+
+def test_jobs_by_the_names_that_commands_take():
+    step = {**STEP, "SLURM_RESTART_COUNT": "3"}
+    assert find_job(step) == Job("slurm", "77", 3, 3, 4)
+    array = {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}
+    assert find_job({**STEP, **array}).job_id == "75_2"
+    assert find_job({**STEP, **LOCAL}) == Job("local", "99", 0, 1, 2)
+    assert find_job({}).cluster == ""
+
+
+def _meet_all(start, size=3):
+    """Ranks of a start as threads; their stores by rank."""
+    stores = {}
+
+    def join(rank):
+        place = Place("slurm", rank, size, rank, size, "127.0.0.1", start)
+        stores[rank] = meet(place, patience=60)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
+    for thread in reversed(threads):  # rank 0 last
+        thread.start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    return stores
+
+
+def test_ranks_meet_though_ports_are_taken():
+    number = str(os.getpid())
+    # The first port answers, but is no store; the second is another job's; both jobs want them.
+    silent = socket.create_server(("", ports(f"{number}.0.0")[0]))
+    foreign = TCPStore("127.0.0.1", ports(f"{number}.0.0")[1], None, True, wait_for_workers=False)
+    old = _meet_all(f"{number}.0.0")
+    new = _meet_all(f"{number}.0.1")  # after a requeue, while the old one lives on
+    for stores, value in ((old, "old"), (new, "new")):
+        stores[0].set("who", value)
+    assert [old[rank].get("who") for rank in (1, 2)] == [b"old"] * 2
+    assert [new[rank].get("who") for rank in (1, 2)] == [b"new"] * 2
+    silent.close()
+    del foreign
+
+
+def test_nobody_to_meet():
+    place = Place("slurm", 1, 2, 0, 1, "127.0.0.1", "12345.6.0")
+    with pytest.raises(UserError, match=r"found no rank 0 on 127\.0\.0\.1"):
+        meet(place, patience=0.5)
+
+
+def test_ports_differ_between_jobs_and_steps():
+    first = [ports(f"{job}.{step}.0")[0] for job in range(500, 600) for step in range(3)]
+    assert len(set(first)) == len(first)
+    assert ports("500.0.0") == ports("500.0.4")
+    assert all(1024 < port < 32768 for port in ports("4000000000.0.0"))
+
+
+def test_signals_wait_until_the_job_can_take_them(tmp_path):
+    job = TrainingJob(["--help"], str(tmp_path), setup={"beat": 1})
+    assert pickle.loads(pickle.dumps(job)) == job
+    code = (
+        "import signal, sys; print('up', flush=True); sys.stdin.read(); "
+        "print(sorted(signal.sigpending()), sys.argv)"
+    )
+    process = subprocess.Popen(
+        f"exec {python_command()} -c \"{code}\" 'a b'",
+        shell=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "up\n"
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert "SIGUSR2" in out and "SIGTERM" in out and "['-c', 'a b']" in out
+
+
+def _lease(folder, job_id, restart, cluster=""):
+    (folder / "slurm").mkdir(exist_ok=True)
+    return Lease(folder, Job(cluster, job_id, restart))
+
+
+def test_lease_passes_to_a_later_start_alone(tmp_path):
+    old, new = _lease(tmp_path, "5", 0), _lease(tmp_path, "5", 1)
+    assert not old.lost()
+    old.take(patience=0)
+    assert not old.lost() and not new.lost()
+    new.take(patience=0)
+    assert old.lost() and not new.lost()
+    # Also for a rank of the old start that never saw its own lease.
+    assert _lease(tmp_path, "5", 0).lost()
+    old.release()
+    assert not new.lost() and not json.loads(new.path.read_text())["released"]
+
+
+def test_lease_of_another_job(tmp_path):
+    first, second = _lease(tmp_path, "5", 3), _lease(tmp_path, "6", 0)
+    first.take(patience=0)
+    folder = StartFolder(tmp_path, "5", 3)
+    folder.path.mkdir(parents=True)
+    alive = folder.rank_file(0, ".json")
+    alive.write_text(json.dumps({"rank": 0, "time": time.time() + 1000}))
+    with pytest.raises(UserError, match="belongs to job 5"):
+        second.take(patience=1.5)
+    first.release()
+    second.take(patience=60)
+    assert first.lost()
+
+
+def test_guarded_writes(tmp_path, monkeypatch):
+    guards = {}
+    monkeypatch.setattr("contnet.files._guards", guards)
+    asked = []
+    guards["5-000"] = lambda: asked.append(sorted(p.name for p in tmp_path.iterdir()))
+    with atomic_write(tmp_path / "x", "w") as file:
+        file.write("1")
+    # Before the file is begun, and before it takes its name; under a name of this writer's own.
+    assert asked == [[], ["x.5-000.tmp"]]
+
+
+def test_last_saved(tmp_path):
+    assert last_saved(tmp_path) == -1
+    (tmp_path / "last_checkpoint").write_text("model_0000012.pth")
+    assert last_saved(tmp_path) == 12
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    assert last_saved(tmp_path) > 10**9
+
+
+def test_no_requeue_without_progress(tmp_path, monkeypatch):
+    for name, value in LOCAL.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "last_checkpoint").write_text("model_0000012.pth")
+    record_requeue(tmp_path, {"job_id": "99", "restart": 0, "iteration": 12, "reason": ""})
+    start = Start(TrainingJob([], str(tmp_path)))
+    assert start.job.restart == 1
+    assert "nothing was saved since the last requeue, after iteration 12" in start._reason_to_stop()
+    (tmp_path / "last_checkpoint").write_text("model_0000013.pth")
+    assert not start._reason_to_stop()
+    start = Start(TrainingJob([], str(tmp_path), max_requeues=1))
+    assert "the last one allowed" in start._reason_to_stop()
+
+
+def _beat(folder, rank, **more):
+    folder.beat(
+        {"rank": rank, "host": "h", "pid": rank + 7, "iteration": 4, "max_iter": 9}
+        | {"phase": "training", "beat": 1, "ended": None, **more}
+    )
+
+
+def test_status(tmp_path):
+    assert read_status(tmp_path) == {}
+    _lease(tmp_path, "5", 0).take(patience=0)
+    folder = StartFolder(tmp_path, "5", 0)
+    folder.path.mkdir(parents=True)
+    assert read_status(tmp_path)["state"] == "starting"
+    _beat(folder, 1)
+    time.sleep(0.02)
+    _beat(folder, 0)
+    status = read_status(tmp_path)
+    assert (status["state"], status["iteration"], status["max_iter"]) == ("running", 4, 9)
+    assert status["ranks"][1]["pid"] == 8 and 0 <= status["age"] < 5
+
+    note = {"rank": 0, "reason": "gloo: closed by peer", "lost": True}
+    assert folder.note("death", note) and not folder.note("death", {**note, "rank": 1})
+    _beat(folder, 0, ended="failed")
+    status = read_status(tmp_path)
+    assert status["state"] == "failed" and status["death"]["rank"] == 1
+    assert "rank 1 (process 8 on h) ended without a word" in status["death"]["reason"]
+
+
+def test_stale_notes_are_not_this_starts(tmp_path):
+    folder = StartFolder(tmp_path, "5", 0)
+    folder.path.mkdir(parents=True)
+    file = folder.path / "death.json"
+    file.write_text(json.dumps({"rank": 0, "reason": "long ago", "time": time.time() - 9999}))
+    assert folder.read("death") is None
+    assert folder.note("death", {"rank": 1, "reason": "now"})
+    assert folder.read("death")["reason"] == "now"
+
+
+def test_job_in_one_process(coco_root, tmp_path):
+    """Without any cluster; USR2 cannot requeue there, and says so."""
+    from conftest import REPOSITORY, SMALL
+
+    config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
+    more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(tmp_path)]
+    job = TrainingJob(["--config-file", config, *SMALL, *more], str(tmp_path), setup={"beat": 0.2})
+    code = f"from contnet.launch.job import TrainingJob; {job!r}()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUBMITIT"))},
+            "DETECTRON2_DATASETS": str(coco_root),
+            "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None:
+        if read_status(tmp_path).get("state") == "running":
+            process.send_signal(signal.SIGUSR2)
+            break
+        time.sleep(0.1)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, out[-3000:]
+    status = read_status(tmp_path)
+    assert status["state"] == "stopped", out[-3000:]
+    assert "nothing here can start the training again" in status["leave"]["reason"]
+    assert last_saved(tmp_path) == status["leave"]["iteration"] >= 0

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Runs tests/slurm on private clusters, both of its files at a time; $1 is pytest.
+# As root it installs SLURM where it is missing (Debian's packages), and fails if it cannot.
+set -u
+export PATH="$PATH:/usr/sbin:/sbin"
+packages="slurmctld slurmd slurm-client munge"
+
+installed() {
+    for program in slurmctld slurmd srun munged; do
+        command -v "$program" >/dev/null || return 1
+    done
+}
+
+install() {
+    command -v apt-get >/dev/null || { echo "no apt-get: install SLURM and munge" >&2; return 1; }
+    export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $packages >/dev/null 2>&1 && return
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages >/dev/null
+}
+
+if ! installed && [ "$(id -u)" = 0 ]; then
+    install && installed || { echo "error: SLURM cannot be installed ($packages)" >&2; exit 1; }
+fi
+installed || echo "SLURM is missing: as root, apt-get install --no-install-recommends $packages"
+
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+status=0
+"$1" -m slurm --no-header tests/slurm/test_signals.py >"$logs/signals" 2>&1 &
+other=$!
+"$1" -m slurm --no-header tests/slurm/test_failures.py >"$logs/failures" 2>&1 || status=$?
+wait "$other" || status=$?
+cat "$logs/signals" "$logs/failures"
+for part in signals failures; do
+    echo "SLURM tests, $part: $(tail -n 1 "$logs/$part" | tr -d =)"
+    grep -h "^SKIPPED" "$logs/$part"
+done
+exit "$status"
