@@ -184,6 +184,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(root):
     labels = {r["image_id"]: r["label"] for r in load(config(), "imagenet_val")}
     names = sorted(set(classes.values()))
     assert labels == {image: names.index(name) for image, name in classes.items()}
+    assert MetadataCatalog.get("imagenet_val").thing_classes == names
 
 
 def test_shards_without_names_beside_named_classes_are_refused(root):
