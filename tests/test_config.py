@@ -35,6 +35,7 @@ SYSTEMS = {
     "cityscapes/mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, (8, 24000, (18000,), 0.01)),
     "cityscapes/pspnet": ({"loss_sem_seg", "loss_sem_seg_aux"}, (8, 80000, (30000,), 0.01)),
     "demo": (RCNN_LOSSES, None),
+    "demo_imagenet": ({"loss_cls"}, None),
     "imagenet": ({"loss_cls"}, None),
 }
 TINY = [
@@ -48,6 +49,8 @@ TINY = [
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
     *("SOLVER.IMS_PER_BATCH", "2"),
+    # Recipes of ImageNet start at a rate of 0.
+    *("SOLVER.WARMUP_FACTOR", "0.001"),
 ]
 
 
@@ -106,8 +109,9 @@ def test_shipped_leaves_train_a_step(name):
     optimizer.step()
     scheduler.step()
     changed = [name for name in before if not torch.equal(before[name], trained[name])]
-    # The rest has gradients too small for a step of the warm-up to show.
-    assert len(changed) > len(trained) / 2
+    # The rest has gradients too small for a step of the warm-up to show; timm's ResNets start with
+    # residuals of zero, behind which there are no gradients.
+    assert len(changed) > len(trained) / (4 if name.startswith("imagenet/res") else 2)
 
 
 @pytest.mark.parametrize("system", [system for system, (_, said) in SYSTEMS.items() if said])
