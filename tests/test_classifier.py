@@ -142,6 +142,7 @@ def test_contnets_take_their_options_from_their_node():
         ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS is 25023, with SOLVER.RESCALE_INTERVAL"),
         ("res18", "SOLVER.WARMUP_ITERS 0", "WARMUP_ITERS is 0, with SOLVER.RESCALE_INTERVAL"),
         ("res18", "INPUT.FORMAT BGR", "ImageClassifier takes RGB"),
+        ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, ImageClassifier freezes nothing"),
         ("res18", "MODEL.CLASSIFIER.MIXUP_ALPHA -1", "must be in [0, inf)"),
     ],
 )
@@ -151,10 +152,34 @@ def test_mistakes_are_one_line(leaf, opts, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_options_that_timm_refuses_are_one_line():
-    cfg = config("MODEL.CLASSIFIER.OPTIONS", "[['no_such', 1]]", leaf="res18")
-    with pytest.raises(UserError, match="timm does not take its options no_such"):
+@pytest.mark.parametrize(
+    ("leaf", "option"), [("res18", ["no_such", 1]), ("deit_ti_strong", ["global_pool", "no_such"])]
+)
+def test_options_that_timm_refuses_are_one_line(leaf, option):
+    cfg = config("MODEL.CLASSIFIER.OPTIONS", str([option]), leaf=leaf)
+    with pytest.raises(UserError, match=f"timm does not take its options {option[0]}"):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "size"),
+    [
+        ("[['dynamic_img_size', True]]", "CROP_TEST", 230),
+        ("[['dynamic_img_size', True]]", "SIZE", 100),
+        ("[]", "CROP_TEST", 160),
+    ],
+)
+def test_a_size_that_the_network_does_not_take_is_told_before_training(options, key, size):
+    opts = ["MODEL.CLASSIFIER.OPTIONS", options, f"INPUT.CLASSIFIER.{key}", str(size)]
+    with pytest.raises(UserError, match=f"{key} is {size}, which deit_tiny_patch16_224 does not"):
+        build_model(config(*opts, leaf="deit_ti_strong"))
+
+
+def test_a_deit_takes_other_whole_numbers_of_patches():
+    sizes = ["INPUT.CLASSIFIER.SIZE", "96", "INPUT.CLASSIFIER.CROP_TEST", "160"]
+    model = build_model(config(*sizes, leaf="deit_ti_strong")).eval()
+    with torch.no_grad():
+        assert len(model(batch(size=160))) == 4
 
 
 # ------------------------------------------------------------------------------
@@ -347,6 +372,14 @@ def test_another_number_of_classes_keeps_all_but_the_head(tmp_path, said):
     assert torch.equal(model.network.head.weight, before)
     assert torch.equal(model.network.stem.weight, network.stem.weight)
     assert "head starts from random weights" in said()
+
+
+def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):
+    state = {**make_oracle("contnet_ti", num_classes=CLASSES).state_dict(), "odd": torch.zeros(1)}
+    torch.save({"model": state, "model_ema": state}, tmp_path / "a.pth")
+    Checkpointer(build_model(config())).load_backbone(str(tmp_path / "a.pth"))
+    assert "1 tensors are no part of a ConTNet and are left out (odd)" in said()
+    assert "also has averaged weights ('model_ema')" in said()
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import REPOSITORY
 
 from contnet.compare import main, table
+from contnet.config import load_config
 
 RECIPE = """
 MODEL.DEVICE cpu MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 56 SOLVER.IMS_PER_BATCH 4
@@ -60,6 +61,19 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
     assert main(command(tmp_path, "--seeds", "1,2")) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "compare.json").read_text()) == rows
+
+
+def test_a_training_with_other_settings_is_not_kept(tmp_path, capsys):
+    folder = tmp_path / "contnet_ti_seed1"
+    folder.mkdir()
+    own = ["MODEL.CLASSIFIER.NAME", "contnet_ti", "SEED", "1", "OUTPUT_DIR", str(folder)]
+    base = str(REPOSITORY / "configs" / "imagenet" / "Base-plain.yaml")
+    cfg = load_config(base, [*RECIPE.split(), *own, "SOLVER.BASE_LR", "0.3"])
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "model_final.pth").touch()
+    assert main(command(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "a training with other settings (SOLVER.BASE_LR)" in said and said.count("\n") == 1
 
 
 def test_a_network_that_timm_lacks_is_one_line(tmp_path, capsys):

@@ -382,6 +382,15 @@ def test_a_safetensors_file_of_another_variant_is_refused_by_training(convert):
         Checkpointer(make_detector(CONTNET)).load_backbone(str(path))
 
 
+@pytest.mark.parametrize("leaf", [CONTNET, "imagenet/contti.yaml"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_pre_norm_that_the_file_tells_must_be_the_configs(convert, leaf, suffix):
+    path = convert(ours(pre_norm=True), "--pre-norm", target=f"a.{suffix}")[0]
+    with pytest.raises(UserError, match="has pre_norm True: set"):
+        Checkpointer(make_detector(leaf)).load_backbone(str(path))
+    Checkpointer(make_detector(leaf, "MODEL.CONTNET.PRE_NORM", "True")).load_backbone(str(path))
+
+
 @pytest.mark.parametrize("content", [b"", b"These are no weights.\n" * 9, b"\x10" + bytes(40)])
 def test_training_refuses_a_file_that_is_no_safetensors(tmp_path, content):
     path = tmp_path / "w.safetensors"

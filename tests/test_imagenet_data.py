@@ -175,6 +175,30 @@ def test_flat_folders(root, kind, train_is_there):
     assert os.path.isfile(metadata.label_file)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(root):
+    classes = flatten(root)
+    kaggle(root, classes)
+    file = root / "imagenet" / "LOC_val_solution.csv"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    shutil.rmtree(root / "imagenet" / "train")
+    labels = {r["image_id"]: r["label"] for r in load(config(), "imagenet_val")}
+    names = sorted(set(classes.values()))
+    assert labels == {image: names.index(name) for image, name in classes.items()}
+    assert MetadataCatalog.get("imagenet_val").thing_classes == names
+
+
+def test_shards_without_names_beside_named_classes_are_refused(root):
+    home = root / "imagenet"
+    make_shards(home / "train", home / "new", samples_per_shard=8, workers=1)
+    (home / "new" / "classes.txt").unlink()
+    shutil.rmtree(home / "train")
+    (home / "new").rename(home / "train")
+    cfg = config("MODEL.CLASSIFIER.NUM_CLASSES", "3")
+    check_datasets(cfg, ["imagenet_train"])
+    with pytest.raises(UserError, match="imagenet_train: its classes have no names, but those of"):
+        check_datasets(cfg, ["imagenet_train", "imagenet_val"])
+
+
 def test_official_numbers_go_by_the_number_of_the_image(root):
     """A part of the images keeps its labels."""
     classes = flatten(root)

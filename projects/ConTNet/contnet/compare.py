@@ -12,8 +12,12 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from contnet.counting import build_meta_model, count_operations, count_parameters
 from contnet.engine.results import read_results
@@ -52,6 +56,28 @@ def _train(options: Sequence[str], folder: Path, num_gpus: int) -> float | None:
     return usage.ru_maxrss / 1024
 
 
+def _flat(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _check_settings(cfg: CfgNode, folder: Path) -> None:
+    """Refuses to keep a training, or to go on with one, that had other settings."""
+    file = folder / "config.yaml"
+    if not file.exists() or not any(folder.glob("model_*.pth")):
+        return
+    was = dict(_flat(yaml.safe_load(file.read_text())))
+    now = dict(_flat(yaml.safe_load(cfg.dump())))
+    if changed := [key for key in {**now, **was} if now.get(key) != was.get(key)]:
+        raise UserError(
+            f"{folder} has a training with other settings ({', '.join(changed[:3])}): choose "
+            "another --output, or remove it"
+        )
+
+
 def _figures(folder: Path, batch: int) -> dict:
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     times = [line["time"] for line in lines if line.get("time")]
@@ -70,6 +96,8 @@ def _run(args: argparse.Namespace, network: str, seed: int) -> dict:
     own = ["MODEL.CLASSIFIER.NAME", network, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
     options = ["--config-file", args.config_file, *args.opts, *own]
     cfg = configure(argparse.Namespace(**{**vars(args), "opts": [*args.opts, *own]}))
+    cfg = DefaultTrainer.auto_scale_workers(cfg, args.num_gpus)
+    _check_settings(cfg, folder)
     memory = _train(options, folder, args.num_gpus)
     row = {"network": network, "seed": seed, **_figures(folder, cfg.SOLVER.IMS_PER_BATCH)}
     if row["memory_mb"] is None:
@@ -129,7 +157,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
         A row for each network and seed, which is also in ``<output>/compare.json``.
 
     Raises:
-        UserError: if a training fails.
+        UserError: if a training fails, or one that was begun before had other settings.
     """
     file = args.output / "compare.json"
     old = json.loads(file.read_text()) if file.exists() else []

@@ -527,6 +527,11 @@ def _check_classifier(cfg: CfgNode) -> None:
             "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
             f"{node.NAME} takes its options from MODEL.CONTNET"
         )
+    if cfg.MODEL.CONTNET.FREEZE_AT:
+        raise _user_error(
+            f"MODEL.CONTNET.FREEZE_AT is {cfg.MODEL.CONTNET.FREEZE_AT}, ImageClassifier freezes "
+            "nothing: set it to 0"
+        )
     for entry in node.OPTIONS:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
             raise _user_error(

@@ -18,11 +18,18 @@ from contnet.checkpoint.convert import (
     is_resnet,
     torchvision_name,
 )
-from contnet.checkpoint.reading import check_plain, read_safetensors, read_torch
+from contnet.checkpoint.reading import (
+    AVERAGED,
+    METADATA,
+    check_plain,
+    read_safetensors,
+    read_torch,
+)
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
+from contnet.modeling.contnet import Encoder
 
 __all__ = ["BEST", "Checkpointer"]
 
@@ -116,7 +123,12 @@ class Checkpointer(DetectionCheckpointer):
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
         """
         self._strict_prefix = backbone_prefix(self.model)
-        self.load(path, checkpointables=[])
+        rest = self.load(path, checkpointables=[])
+        if averaged := [key for key in AVERAGED if key in rest]:
+            self.logger.warning(
+                f"{path} also has averaged weights ({averaged[0]!r}), which are not used: for them "
+                "give the file that tools/convert_weights.py makes of it"
+            )
 
     def load_whole(self, path: str, resume: bool = False) -> dict:
         """Loads a checkpoint that must give every tensor of the model.
@@ -145,8 +157,10 @@ class Checkpointer(DetectionCheckpointer):
         tensors = isinstance(state, Mapping) and state.values()
         if not tensors or not all(isinstance(value, (Tensor, np.ndarray)) for value in tensors):
             raise UserError(
-                f"{filename} holds no weights: it must be tensors by name, or have them as 'model'"
+                f"{filename} holds no weights: it must be tensors by name, or have them as 'model' "
+                "(tools/convert_weights.py takes other forms)"
             )
+        self._check_pre_norm(loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
             loaded["model"] = self._detector_names(loaded["model"], filename)
         return loaded
@@ -157,7 +171,7 @@ class Checkpointer(DetectionCheckpointer):
         if not classifies:
             state = {name.removeprefix("network."): value for name, value in state.items()}
         if any(name.endswith("layer0.conv.conv.weight") for name in state):
-            return self._translated(filename, lambda: convert_state_dict(state)[0])
+            return self._translated(filename, lambda: self._of_authors(state, filename))
         if classifies:
             if "stem.conv1.weight" in state:
                 state = {torchvision_name(name): value for name, value in state.items()}
@@ -169,6 +183,27 @@ class Checkpointer(DetectionCheckpointer):
         if "stem.weight" not in state and "stem.conv1.weight" not in state:
             return state
         return self._under_backbone(state)
+
+    def _of_authors(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
+        converted, report = convert_state_dict(state)
+        if left := report.unexpected:
+            self.logger.warning(
+                f"{filename}: {len(left)} tensors are no part of a ConTNet and are left out "
+                f"({_some(left)})"
+            )
+        return converted
+
+    def _check_pre_norm(self, said: object, filename: str) -> None:
+        """Compares what a file of tools/convert_weights.py says, since tensors do not show it."""
+        options = said.get("options") if isinstance(said, Mapping) else None
+        theirs = options.get("pre_norm") if isinstance(options, Mapping) else None
+        ours = {each.pre_norm for each in self.model.modules() if isinstance(each, Encoder)}
+        if theirs is not None and ours - {theirs}:
+            raise UserError(
+                f"{filename} says that its ConTNet has pre_norm {theirs}: set "
+                f"MODEL.CONTNET.PRE_NORM {theirs}, or convert the weights again with or without "
+                "--pre-norm"
+            )
 
     def _translated(self, filename: str, convert: Callable[[], dict]) -> dict[str, Tensor]:
         try:

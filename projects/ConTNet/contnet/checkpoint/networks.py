@@ -17,6 +17,7 @@ from contnet.checkpoint.convert import (
     revert_state_dict,
     torchvision_name,
 )
+from contnet.checkpoint.reading import AVERAGED
 from contnet.errors import UserError
 from contnet.modeling.contnet import create_model
 
@@ -42,8 +43,6 @@ _RESNETS = {
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
-# Averaged weights by the names of our trainer, torchvision's scripts and timm's.
-_AVERAGED = ("ema", "model_ema", "state_dict_ema")
 _LAST = ("model", "state_dict")
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 _COUNT = ".num_batches_tracked"
@@ -92,7 +91,7 @@ def pick_weights(content: Mapping, last: bool) -> tuple[Mapping, str, list[str]]
         The state dict, its key in the checkpoint ("" where it is the checkpoint itself), and the
         other keys.
     """
-    keys = _LAST if last else (*_AVERAGED, *_LAST)
+    keys = _LAST if last else (*AVERAGED, *_LAST)
     for key in keys:
         if isinstance(content.get(key), Mapping) and content[key]:
             return content[key], key, [str(other) for other in content if other != key]

@@ -14,10 +14,19 @@ from safetensors import SafetensorError, safe_open
 
 from contnet.errors import UserError
 
-__all__ = ["METADATA", "check_plain", "read_checkpoint", "read_safetensors", "read_torch"]
+__all__ = [
+    "AVERAGED",
+    "METADATA",
+    "check_plain",
+    "read_checkpoint",
+    "read_safetensors",
+    "read_torch",
+]
 
 # Under this name a file of tools/convert_weights.py says what it holds.
 METADATA = "contnet"
+# Averaged weights by the names of our trainer, torchvision's scripts and timm's.
+AVERAGED = ("ema", "model_ema", "state_dict_ema")
 
 # All that arrays and plain values are made of in a pickle.
 _PLAIN = {

@@ -20,6 +20,7 @@ from contnet.data.coco_checks import Use, check_instances, read_instances
 from contnet.data.findings import ERROR, Findings, plural
 from contnet.data.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
 from contnet.data.register import CLASS_KEYS, is_registered
+from contnet.data.shards import CLASSES_FILE
 from contnet.errors import UserError
 
 __all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
@@ -207,6 +208,13 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
                 )
             elif kind in keys:
                 _check_number(cfg, keys[kind], len(classes), findings)
+    for findings in found.values():
+        if not findings.named and LABELS in first:
+            findings.error(
+                f"its classes have no names, but those of {first[LABELS][0]} have, so that their "
+                f"order cannot be compared: write {CLASSES_FILE} into its folder, one class a line "
+                "in the order of the labels"
+            )
 
 
 def _shown(classes: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def find_label_file(home: str) -> str | None:
 
 def _read_lines(file: str) -> list[str]:
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"the label file {file} cannot be read ({error})") from error
     lines = [line for line in lines if line.strip()]

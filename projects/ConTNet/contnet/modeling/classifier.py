@@ -119,11 +119,28 @@ class ImageClassifier(nn.Module):
         return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
 
 
+def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
+    """Whether a network of patches takes images of the config's sizes: some take one size alone."""
+    embed = getattr(network, "patch_embed", None)
+    for key in ("SIZE", "CROP_TEST") if embed is not None else ():
+        size = cfg.INPUT.CLASSIFIER[key]
+        try:
+            with torch.no_grad():
+                embed(torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), size, size))
+        except AssertionError as error:
+            raise UserError(
+                f"INPUT.CLASSIFIER.{key} is {size}, which {cfg.MODEL.CLASSIFIER.NAME} does not "
+                f"take ({error}): change it, or where timm's model has the option add "
+                "[dynamic_img_size, True] to MODEL.CLASSIFIER.OPTIONS"
+            ) from error
+
+
 def build_classification_network(cfg: CfgNode) -> nn.Module:
     """Builds the network that MODEL.CLASSIFIER names, without weights.
 
     Raises:
-        UserError: if timm does not build it with these options.
+        UserError: if timm does not build it with these options, or it does not take the sizes of
+            INPUT.CLASSIFIER.
     """
     node, contnet = cfg.MODEL.CLASSIFIER, cfg.MODEL.CONTNET
     if node.NAME not in VARIANTS:
@@ -131,12 +148,14 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
         if node.DROP_PATH_RATE:
             options["drop_path_rate"] = node.DROP_PATH_RATE
         try:
-            return timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
-        except TypeError as error:
+            network = timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
+        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"MODEL.CLASSIFIER.NAME {node.NAME}: timm does not take its options "
                 f"{', '.join(options)} ({error}): see MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE"
             ) from error
+        _check_sizes(cfg, network)
+        return network
     options = {
         "relative": contnet.RELATIVE,
         "pre_norm": contnet.PRE_NORM,
