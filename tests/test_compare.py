@@ -61,6 +61,10 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
     assert main(command(tmp_path, "--seeds", "1,2")) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "compare.json").read_text()) == rows
+    # A call for some of them keeps the rows of the others.
+    assert main(command(tmp_path, "--seeds", "2", "--networks", "resnet18")) == 0
+    kept = json.loads((tmp_path / "compare.json").read_text())
+    assert sorted(kept, key=str) == sorted(rows, key=str)
 
 
 def test_a_training_with_other_settings_is_not_kept(tmp_path, capsys):

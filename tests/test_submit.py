@@ -611,6 +611,12 @@ def test_local_takes_one_machine(no_slurm, capsys):
     assert "--cluster local" in line
 
 
+IMAGES_OPTIONS = """
+MODEL.DEVICE cpu MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 56 DATALOADER.NUM_WORKERS 0
+INPUT.CLASSIFIER.RESIZE_TEST 64 INPUT.CLASSIFIER.CROP_TEST 56 SOLVER.IMS_PER_BATCH 4
+SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 LOG_PERIOD 1
+"""
+IMAGES = IMAGES_OPTIONS.split()
 QUICK = [*SMALL, "SOLVER.BASE_LR", "0.0001", "SOLVER.STEPS", "()", "LOG_PERIOD", "1"]
 
 
@@ -720,6 +726,17 @@ def test_sweep_on_this_machine(no_slurm, capsys):
     assert len(table) == 4
     assert [line for line in table if "BASE_LR=0.0001 | finished" in line and "| 3 |" in line]
     assert [line for line in table if "1e30 | failed: the loss is not finite" in line]
+
+
+@pytest.mark.slow
+def test_a_classifier_trains_here_too(no_slurm, imagenet_root):
+    leaf = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
+    environment = {"DETECTRON2_DATASETS": str(imagenet_root)}
+    argv = ["--config-file", leaf, *IMAGES, "OUTPUT_DIR", "out", "--watch"]
+    done = run_tool("submit.py", *argv, **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    (record,) = json.loads((no_slurm / "out" / "results.json").read_text())
+    assert record["metrics"]["classification"].keys() == {"top1", "top5"}
 
 
 def wait_for(condition, seconds: float = 120.0) -> None:

@@ -154,13 +154,16 @@ def compare(args: argparse.Namespace) -> list[dict]:
         args: ``config_file``, ``opts``, ``networks``, ``seeds``, ``num_gpus`` and ``output``.
 
     Returns:
-        A row for each network and seed, which is also in ``<output>/compare.json``.
+        A row for each network and seed, which is also in ``<output>/compare.json`` with the rows
+        of earlier calls.
 
     Raises:
         UserError: if a training fails, or one that was begun before had other settings.
     """
     file = args.output / "compare.json"
     old = json.loads(file.read_text()) if file.exists() else []
+    asked = [(network, seed) for network in args.networks for seed in args.seeds]
+    others = [row for row in old if (row["network"], row["seed"]) not in asked]
     rows = []
     for network in args.networks:
         for seed in args.seeds:
@@ -170,7 +173,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
                 row["memory_mb"] = known[0]["memory_mb"] if known else None
             rows.append(row)
             with atomic_write(file, "w") as out:
-                json.dump(rows, out, indent=1)
+                json.dump([*others, *rows], out, indent=1)
     return rows
 
 

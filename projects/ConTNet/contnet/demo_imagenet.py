@@ -19,6 +19,7 @@ from contnet.launch.processes import print_error
 __all__ = ["REQUIRED_TOP1", "main", "run_demo"]
 
 REQUIRED_TOP1 = 90.0
+_SIDE = 384  # in pixels
 
 
 def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float:
@@ -36,7 +37,9 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float
         UserError: if training failed.
     """
     run, pictures = output / "run", (output / "pictures").resolve()
-    crop_shapes(make_shapes(output / "data"), pictures)
+    # On so large images few objects are hidden in part.
+    data = make_shapes(output / "data", num_train=300, min_side=_SIDE, max_side=_SIDE)
+    crop_shapes(data, pictures)
     shutil.rmtree(run, ignore_errors=True)
     sets = [[f"pictures_{split}", str(pictures / split)] for split in ("train", "val")]
     opts = ["DATASETS.REGISTER", str(sets), *opts, "OUTPUT_DIR", str(run)]

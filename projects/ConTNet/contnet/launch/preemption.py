@@ -98,6 +98,8 @@ def prepare_trainer(trainer: Trainer, watcher: Watcher) -> None:
     models = [trainer.bare_model]
     if trainer.average is not None:
         models.append(trainer.average.module)
-    for model in models:  # by the backbone, which test-time augmentation calls, too
-        model.backbone.register_forward_pre_hook(lambda *_: watcher.progress())
+    for model in models:
+        # By the backbone, where there is one: test-time augmentation calls it, too.
+        seen = getattr(model, "backbone", model)
+        seen.register_forward_pre_hook(lambda *_: watcher.progress())
     trainer.last_hooks.append(_Preemption(watcher))
