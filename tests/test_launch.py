@@ -70,6 +70,10 @@ def test_first_host(nodes, host):
             {**STEP, "SLURM_RESTART_COUNT": "2"},
             Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.2"),
         ),
+        (
+            {**STEP, "SLURM_STEP_LAUNCHER_PORT": "4000"},
+            Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.0.4000"),
+        ),
         # An interactive shell: of salloc, of srun --pty, and a batch script.
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, None),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),

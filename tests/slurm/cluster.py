@@ -176,7 +176,8 @@ class Cluster:
             _CONF.format(
                 host=socket.gethostname().split(".")[0],
                 ports=free_ports(3),
-                first_job=1000 + int(time.time()) % 1000000,
+                # Folders of an earlier cluster's jobs may still be there.
+                first_job=1000 + (int(time.time()) + 977 * os.getpid()) % 1000000,
                 user=user,
                 root=self.root,
                 nodes=NODES,

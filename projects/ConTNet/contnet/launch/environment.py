@@ -101,6 +101,9 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
             "SLURM dealt the tasks out to the nodes in turn: start them with --distribution=block"
         )
     start = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+    # Two clusters may count the same jobs on the same machines; srun's port is one of their steps.
+    if srun := environ.get("SLURM_STEP_LAUNCHER_PORT"):
+        start += f".{srun}"
     return Place("slurm", rank, world_size, local_rank, local_size, first_host(nodes), start)
 
 
@@ -135,7 +138,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
 
 def ports(start: str) -> list[int]:
     """Where rank 0 of a start may listen, first choice first; a function of job and step alone."""
-    job, step, _ = start.split(".")
+    job, step = start.split(".")[:2]
     first = int(job) * 37 + int(step) * 7919
     return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
 
