@@ -1,5 +1,6 @@
 """Settings shared by all tests: one thread, fixed seeds, a tiny COCO."""
 
+import logging
 import os
 import random
 import subprocess
@@ -34,6 +35,19 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_loggers():
+    """Takes away the log handlers that a run in this process adds."""
+    from detectron2.utils.logger import setup_logger
+
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "contnet")]
+    before = [(list(each.handlers), each.propagate) for each in loggers]
+    yield
+    setup_logger.cache_clear()
+    for each, (handlers, propagate) in zip(loggers, before, strict=True):
+        each.handlers, each.propagate = handlers, propagate
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Real training runs: what they leave behind, how they go on, and what one step computes."""
 
 import json
-import logging
 import math
 import pickle
 import re
@@ -16,7 +15,6 @@ from conftest import REPOSITORY, SMALL
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.utils.logger import setup_logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
@@ -70,17 +68,6 @@ def data_here(coco_root, tmp_path, monkeypatch):
     (tmp_path / root / "coco").symlink_to(coco_root / "coco")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def own_loggers():
-    """Takes away the log handlers that a run in this process adds."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "contnet")]
-    before = [(list(each.handlers), each.propagate) for each in loggers]
-    yield
-    setup_logger.cache_clear()
-    for each, (handlers, propagate) in zip(loggers, before, strict=True):
-        each.handlers, each.propagate = handlers, propagate
 
 
 def arguments(folder, *options):
