@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet, build_
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
-from contnet.modeling.classifier import ImageClassifier
+from contnet.modeling.classifier import ImageClassifier, contnet_options
 from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet
 
 __all__ = [
@@ -136,22 +136,14 @@ def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackb
     options = {
         **VARIANTS[node.VARIANT],
         "in_chans": input_shape.channels,
-        "relative": node.RELATIVE,
-        "pre_norm": node.PRE_NORM,
-        "use_avgdown": node.USE_AVGDOWN,
-        "qkv_bias": node.QKV_BIAS,
+        **contnet_options(cfg),
         "taps": node.TAPS,
-        "drop_path_rate": node.DROP_PATH_RATE,
         "output_stride": node.OUTPUT_STRIDE,
         "dilated_patches": node.DILATED_PATCHES,
         "norm": node.NORM,
         "out_features": node.OUT_FEATURES,
         "freeze_at": node.FREEZE_AT,
     }
-    if node.DROP_RATE >= 0:
-        options["drop_rate"] = node.DROP_RATE
-    if node.LAST_DROP_RATE >= 0:
-        options["last_drop_rate"] = node.LAST_DROP_RATE
     backbone = ConTNetBackbone(**options)
     backbone.set_grad_checkpointing(node.CHECKPOINT)
     return backbone

@@ -15,7 +15,7 @@ import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
 from contnet.errors import UserError
 from contnet.modeling.contnet import VARIANTS
 
-__all__ = ["ImageClassifier", "build_classification_network"]
+__all__ = ["ImageClassifier", "build_classification_network", "contnet_options"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -119,6 +119,23 @@ class ImageClassifier(nn.Module):
         return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
 
 
+def contnet_options(cfg: CfgNode) -> dict:
+    """Arguments of a ConTNet, as classifier or backbone, from ``cfg.MODEL.CONTNET``."""
+    node = cfg.MODEL.CONTNET
+    options = {
+        "relative": node.RELATIVE,
+        "pre_norm": node.PRE_NORM,
+        "use_avgdown": node.USE_AVGDOWN,
+        "qkv_bias": node.QKV_BIAS,
+        "drop_path_rate": node.DROP_PATH_RATE,
+    }
+    if node.DROP_RATE >= 0:
+        options["drop_rate"] = node.DROP_RATE
+    if node.LAST_DROP_RATE >= 0:
+        options["last_drop_rate"] = node.LAST_DROP_RATE
+    return options
+
+
 def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
     """Whether a network of patches takes images of the config's sizes: some take one size alone."""
     embed = getattr(network, "patch_embed", None)
@@ -142,7 +159,7 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
         UserError: if timm does not build it with these options, or it does not take the sizes of
             INPUT.CLASSIFIER.
     """
-    node, contnet = cfg.MODEL.CLASSIFIER, cfg.MODEL.CONTNET
+    node = cfg.MODEL.CLASSIFIER
     if node.NAME not in VARIANTS:
         options = dict(node.OPTIONS)
         if node.DROP_PATH_RATE:
@@ -156,17 +173,7 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
             ) from error
         _check_sizes(cfg, network)
         return network
-    options = {
-        "relative": contnet.RELATIVE,
-        "pre_norm": contnet.PRE_NORM,
-        "use_avgdown": contnet.USE_AVGDOWN,
-        "qkv_bias": contnet.QKV_BIAS,
-        "drop_path_rate": contnet.DROP_PATH_RATE,
-    }
-    if contnet.DROP_RATE >= 0:
-        options["drop_rate"] = contnet.DROP_RATE
-    if contnet.LAST_DROP_RATE >= 0:
-        options["last_drop_rate"] = contnet.LAST_DROP_RATE
+    options = contnet_options(cfg)
     network = timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
-    network.set_grad_checkpointing(contnet.CHECKPOINT)
+    network.set_grad_checkpointing(cfg.MODEL.CONTNET.CHECKPOINT)
     return network
