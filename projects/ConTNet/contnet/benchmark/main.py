@@ -1,0 +1,34 @@
+"""The command line of tools/benchmark.py: one subject for each thing that is measured."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from contnet.benchmark import network
+from contnet.benchmark.timing import describe_machine
+from contnet.errors import UserError
+from contnet.launch.processes import print_error
+
+__all__ = ["main"]
+
+# Each module's docstring opens with what it measures; add_arguments(parser), run(args).
+SUBJECTS = {"network": network}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/benchmark.py; its exit status."""
+    parser = argparse.ArgumentParser(description="Measures side by side, as ratios.")
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for name, module in SUBJECTS.items():
+        first = module.__doc__.splitlines()[0]
+        subject = subjects.add_parser(name, help=first, description=first)
+        module.add_arguments(subject)
+    args = parser.parse_args(argv)
+    print(describe_machine(), flush=True)
+    try:
+        SUBJECTS[args.subject].run(args)
+    except UserError as error:
+        print_error(error)
+        return 1
+    return 0

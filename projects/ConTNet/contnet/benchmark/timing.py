@@ -1,0 +1,87 @@
+"""Times ways of doing one thing side by side, so that what slows the machine slows all of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+__all__ = ["alternate", "describe_machine", "print_ratios"]
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Times each way in turn, round after round.
+
+    Args:
+        ways: what to time, by name; each is called without arguments.
+        rounds: timed calls of each.
+        warmup: calls of each before, which are not timed.
+
+    Returns:
+        The seconds of each call, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(-warmup, rounds):
+        for name, way in ways.items():
+            _finish()
+            start = time.perf_counter()
+            way()
+            _finish()
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
+    """Prints the median of each way, its spread, and how often it fits into the baseline's.
+
+    Args:
+        seconds: what :func:`alternate` returns.
+        baseline: the way that the others are compared with.
+
+    Returns:
+        The ratio of each way: the median over rounds of the baseline's seconds by its own.
+    """
+    width = max(len(name) for name in seconds)
+    ratios = {}
+    for name, times in seconds.items():
+        ratios[name] = median(
+            b / own for b, own in zip(seconds[baseline], times, strict=True)
+        )
+        print(
+            f"{name:{width}}  median {median(times) * 1e3:9.1f} ms  "
+            f"({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})  {ratios[name]:6.2f} x {baseline}",
+            flush=True,
+        )
+    return ratios
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def describe_machine() -> str:
+    """One line: date, processor, cores, threads, GPU if there is one, versions."""
+    device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        device += f", {torch.cuda.get_device_name()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy"))
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"{today}: {device}; Python {platform.python_version()}, {versions}"

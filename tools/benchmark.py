@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Measures speed side by side; ``--help`` lists the subjects."""
+
+import sys
+
+from contnet.compat import quiet_known_noise
+
+quiet_known_noise()  # before Detectron2 is imported
+
+from contnet.benchmark.main import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
