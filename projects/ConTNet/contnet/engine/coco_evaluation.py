@@ -37,7 +37,7 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
         instances.scores.numpy().astype(float),
         BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).astype(float),
         masks,
-        np.array(rle.area(masks) if masks else [], dtype=float),
+        np.array([rle.area(mask) for mask in masks or ()], dtype=float),
     )
 
 
