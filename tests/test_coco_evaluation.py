@@ -276,7 +276,7 @@ def random_results(rng, truth, task, noise=12):
             x, y, u, v = found.pred_boxes.tensor[i].tolist()
             shape = {"bbox": [x, y, u - x, v - y]}
             if task == "segm":
-                (mask,) = encode_masks(found.pred_masks[i : i + 1].numpy())
+                (mask,) = encode_masks(found.pred_masks[i : i + 1])
                 shape = {"segmentation": mask}
             category = truth["categories"][int(found.pred_classes[i])]["id"]
             score = found.scores[i].item()
@@ -339,10 +339,10 @@ def test_run_lengths_are_pycocotools():
     ):
         masks[2 + i] = False
         masks[2 + i][part] = True
-    for mask, ours in zip(masks, encode_masks(masks), strict=True):
+    for mask, ours in zip(masks, encode_masks(torch.from_numpy(masks)), strict=True):
         theirs = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
         assert ours == {"size": [23, 31], "counts": theirs["counts"].decode()}
-    assert encode_masks(masks[:0]) == []
+    assert encode_masks(torch.from_numpy(masks[:0])) == []
 
 
 @pytest.mark.parametrize("masks", [False, True])

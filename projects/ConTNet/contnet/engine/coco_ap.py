@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from torch import Tensor
 
 __all__ = ["ArrayEvaluation", "Detections", "Matches", "encode_masks"]
 
@@ -76,12 +78,12 @@ class _Truth:
     annotations: list[dict]
 
 
-def encode_masks(masks: np.ndarray) -> list[dict]:
+def encode_masks(masks: Tensor) -> list[dict]:
     """Compressed run lengths of boolean masks (N, H, W), with the counts as text, for JSON."""
     number, height, width = masks.shape
-    columns = masks.any(axis=1)
+    columns = masks.view(torch.uint8).amax(dim=1).numpy()
     plain = []
-    for mask, used in zip(masks, columns, strict=True):
+    for mask, used in zip(masks.numpy(), columns, strict=True):
         # Only columns between the first and the last that hold a pixel are looked into.
         first = int(used.argmax())
         last = width - int(used[::-1].argmax()) if used[first] else first
@@ -89,7 +91,7 @@ def encode_masks(masks: np.ndarray) -> list[dict]:
         inside[1:-1] = mask[:, first:last].T.ravel()
         changes = np.flatnonzero(inside[1:] != inside[:-1]) + first * height
         counts = np.diff(changes, prepend=0, append=height * width)
-        plain.append({"size": [height, width], "counts": counts})
+        plain.append({"size": [height, width], "counts": np.trim_zeros(counts, "b")})
     encoded = rle.frPyObjects(plain, height, width) if number else []
     return [{**each, "counts": each["counts"].decode()} for each in encoded]
 

@@ -30,7 +30,7 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
     boxes = instances.pred_boxes.tensor.numpy()
     masks = None
     if instances.has("pred_masks"):
-        masks = encode_masks(instances.pred_masks.numpy().astype(bool, copy=False))
+        masks = encode_masks(instances.pred_masks.bool())
     return Detections(
         np.repeat(np.array([image_id]), len(instances)),
         instances.pred_classes.numpy(),
@@ -117,10 +117,16 @@ class ArrayCOCOEvaluator(COCOEvaluator):
     def _write(self, parts: Sequence[Detections]) -> None:
         """Writes the detections in COCO's form."""
         PathManager.mkdirs(self._output_dir)
-        results = [result for found in parts for result in _as_results(found)]
+        results = (result for found in parts for result in _as_results(found))
         path = Path(self._output_dir, "coco_instances_results.json")
         with PathManager.open(str(path), "w") as file:
-            file.write(json.dumps(results))
+            file.write("[")
+            separator = ""
+            # Not all at once, for the memory's sake.
+            while some := list(itertools.islice(results, 1000)):
+                file.write(separator + json.dumps(some)[1:-1])
+                separator = ", "
+            file.write("]")
 
 
 def _as_results(found: Detections) -> Iterator[dict]:
