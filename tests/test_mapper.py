@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from contnet.config import add_contnet_config
+from contnet.data.augmentation import build_train_mapper
 from contnet.data.mapper import FastMapper
 from contnet.randomness import seed_everything
 
@@ -258,3 +259,8 @@ def test_an_image_of_another_size(record):
     record["height"] += 1
     with pytest.raises(SizeMismatchError):
         FastMapper(settings())(record)
+
+
+@pytest.mark.parametrize("model", ["GeneralizedRCNN", "RetinaNet", "FCOS", "SemanticSegmentor"])
+def test_training_uses_it(model):
+    assert type(build_train_mapper(settings("MODEL.META_ARCHITECTURE", model))) is FastMapper

@@ -7,7 +7,7 @@ ranges of area at once. tests/test_coco_evaluation.py compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,10 +88,11 @@ def encode_masks(masks: Tensor) -> list[dict]:
         first = int(used.argmax())
         last = width - int(used[::-1].argmax()) if used[first] else first
         inside = np.zeros((last - first) * height + 2, dtype=bool)
-        inside[1:-1] = mask[:, first:last].T.ravel()
+        inside[1:-1].reshape(-1, height)[:] = mask[:, first:last].T
         changes = np.flatnonzero(inside[1:] != inside[:-1]) + first * height
-        counts = np.diff(changes, prepend=0, append=height * width)
-        plain.append({"size": [height, width], "counts": np.trim_zeros(counts, "b")})
+        counts = np.diff(np.concatenate([[0], changes, [height * width]]))
+        # There is no last run of zeros where a mask holds the last pixel.
+        plain.append({"size": [height, width], "counts": counts[: np.flatnonzero(counts)[-1] + 1]})
     encoded = rle.frPyObjects(plain, height, width) if number else []
     return [{**each, "counts": each["counts"].decode()} for each in encoded]
 
@@ -121,7 +122,9 @@ class _Pairs:
         self.found = np.repeat(np.arange(len(groups)), self.count)
         self.truth = np.arange(len(self.found)) + np.repeat(start - self.first, self.count)
 
-    def mask_overlaps(self, groups: np.ndarray, masks: Sequence[dict], truth: _Truth, images: dict):
+    def mask_overlaps(
+        self, groups: np.ndarray, masks: Sequence[dict], truth: _Truth, images: Mapping
+    ) -> np.ndarray:
         """IoU (P,) of the masks; groups are pycocotools' unit of work."""
         blocks = [np.zeros(0)]
         busy = np.flatnonzero(self.count)
@@ -134,7 +137,7 @@ class _Pairs:
         return np.concatenate(blocks)
 
 
-def _run_lengths(annotation: dict, images: dict[object, dict]) -> dict:
+def _run_lengths(annotation: dict, images: Mapping[object, dict]) -> dict:
     shape, size = annotation["segmentation"], images[annotation["image_id"]]
     if isinstance(shape, list):
         return rle.merge(rle.frPyObjects(shape, size["height"], size["width"]))
