@@ -306,6 +306,29 @@ def test_all_curves_equal_pycocotools(task, images, classes, crowded):
     assert ours.stats == pytest.approx(theirs.stats, abs=1e-12, rel=0)
 
 
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize(("second", "right"), [(0, True), (8, False)])
+def test_of_equal_overlaps_the_later_object_is_taken(task, second, right):
+    """A box between two objects; whether the next one finds its own still free tells which."""
+
+    def shape(x):
+        outline = [[x, 0, x + 40, 0, x + 40, 40, x, 40]]
+        return {"bbox": [x, 0, 40, 40], "segmentation": outline}
+
+    def found(x, score):
+        mask = rle.frPyObjects(shape(x)["segmentation"], HEIGHT, WIDTH)[0]
+        mask = {**mask, "counts": mask["counts"].decode()}
+        here = {"bbox": shape(x)["bbox"]} if task == "bbox" else {"segmentation": mask}
+        return {"image_id": 0, "category_id": 2, "score": score, **here}
+
+    truth = random_truth(np.random.default_rng(6), 1, 1, per_image=2)
+    for each, x in zip(truth["annotations"], (0, 8), strict=True):
+        each.update(shape(x), area=1600, iscrowd=0)
+    ours, theirs = both(truth, [found(4, 0.9), found(second, 0.8)], task)
+    assert_same_curves(ours, theirs)
+    assert (ours.matches.outcomes[5, 0].tolist() == [1, 1]) is right
+
+
 def test_some_images_alone_and_ids_of_any_kind():
     """Also an object with the number 0, which pycocotools takes for none."""
     rng = np.random.default_rng(7)
