@@ -25,12 +25,19 @@ fi
 installed || echo "SLURM is missing: as root, apt-get install --no-install-recommends $packages"
 
 logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+pids=
+# Whatever ends this script ends the tests; each cluster's guardian then stops the cluster.
+trap 'kill $pids 2>/dev/null; rm -rf "$logs"' EXIT
+trap 'exit 130' HUP INT TERM
 status=0
-"$1" -m slurm --no-header tests/slurm/test_signals.py >"$logs/signals" 2>&1 &
-other=$!
-"$1" -m slurm --no-header tests/slurm/test_failures.py >"$logs/failures" 2>&1 || status=$?
-wait "$other" || status=$?
+for part in signals failures; do
+    "$1" -m slurm --no-header "tests/slurm/test_$part.py" >"$logs/$part" 2>&1 &
+    pids="$pids $!"
+done
+for pid in $pids; do
+    wait "$pid" || status=$?
+done
+pids=
 cat "$logs/signals" "$logs/failures"
 for part in signals failures; do
     echo "SLURM tests, $part: $(tail -n 1 "$logs/$part" | tr -d =)"

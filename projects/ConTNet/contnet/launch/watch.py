@@ -237,7 +237,8 @@ class Watcher(threading.Thread):
         if self.ended is not None:
             return
         # If this thread cannot run, for a call that keeps the interpreter, this still does.
-        faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=self._stacks)
+        patience = self.hang_timeout + 2 * self.beat
+        faulthandler.dump_traceback_later(patience, exit=True, file=self._stacks)
         self.folder.beat(self._record())
         self._look_at_others()
         self._look_at_progress()
