@@ -255,10 +255,15 @@ def test_dry_run_shows_all_and_writes_nothing(slurm, here, capsys):
 def test_dry_run_without_slurm(no_slurm, capsys):
     argv = ["--config-file", LEAF, "--cluster", "slurm", "--timeout-hours", "1", "--num-gpus", "2"]
     argv += ["--assume-shared", "--dry-run", *GPU]
-    assert main(argv) == 0
+    assert main([*argv, "--interface", "ib0", "DATALOADER.NUM_WORKERS", "4"]) == 0
     shown = capsys.readouterr().out
     assert "#SBATCH --gpus-per-node=2" in shown
     assert "are not checked" in shown
+    assert "no --cpus-per-gpu: each process and its loader workers" in shown
+    assert "requeued at most 20 times, given up after 1800 s" in shown
+    assert "on network ib0" in shown
+    assert main([*argv, "--cpus-per-gpu", "5", "DATALOADER.NUM_WORKERS", "4"]) == 0
+    assert "no --cpus-per-gpu" not in capsys.readouterr().out
 
 
 # --- mistakes ------------------------------------------------------------------------------------

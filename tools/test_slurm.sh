@@ -1,7 +1,8 @@
 #!/bin/sh
-# Runs tests/slurm on private clusters, both of its files at a time; $1 is pytest.
+# Runs tests/slurm on two private clusters at a time; $1 is pytest.
 # As root it installs SLURM where it is missing (Debian's packages), and fails if it cannot.
 set -u
+pytest=$1
 export PATH="$PATH:/usr/sbin:/sbin"
 packages="slurmctld slurmd slurm-client munge"
 
@@ -30,10 +31,16 @@ pids=
 trap 'kill $pids 2>/dev/null; rm -rf "$logs"' EXIT
 trap 'exit 130' HUP INT TERM
 status=0
-for part in signals failures; do
-    "$1" -m slurm --no-header "tests/slurm/test_$part.py" >"$logs/$part" 2>&1 &
+
+half() {
+    log=$logs/$1
+    shift
+    "$pytest" -m slurm --no-header "$@" >"$log" 2>&1 &
     pids="$pids $!"
-done
+}
+
+half signals tests/slurm/test_signals.py tests/slurm/test_command.py
+half failures tests/slurm/test_failures.py
 for pid in $pids; do
     wait "$pid" || status=$?
 done

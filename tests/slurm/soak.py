@@ -151,11 +151,11 @@ def main() -> None:
         sys.exit(reason)
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         root = make_coco(Path(folder, "datasets"))
-        runs = Path(folder, "runs")
-        runs.mkdir()
+        runs, alone = Path(folder, "runs"), Path(folder, "alone")
+        for each in (runs, alone):
+            each.mkdir()
         references = {
-            size: run_here(Path(folder, "reference") / str(size), root, *OPTIONS, processes=size)
-            for size in (1, 2)
+            size: run_here(alone / str(size), root, *OPTIONS, processes=size) for size in (1, 2)
         }
         with running_lab(root, runs) as lab:
             soak = Soak(lab, args.seed)
