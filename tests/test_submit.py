@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from contnet.launch.folder import last_saved
 from contnet.launch.settings import Settings
 from contnet.launch.slurm import check_request, read_nodes
 from contnet.launch.status import read_status
-from contnet.launch.submissions import process_start, read_submissions
+from contnet.launch.submissions import describe_run, process_start, read_submissions
 from contnet.launch.submit import main, parse_submission
 from contnet.launch.sweep import expand_runs
 from contnet.launch.table import results_table
@@ -754,6 +755,18 @@ def test_a_failing_setup_is_in_the_status(no_slurm, capsys):
     shown = capsys.readouterr().out
     assert "state    never started" in shown
     assert "this set-up command failed: no-such-module" in shown
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(no_slurm):
+    """Also before they have found each other."""
+    out = no_slurm / "out"
+    argv = ["--config-file", LEAF, *QUICK, "--num-gpus", "2", "OUTPUT_DIR", "out"]
+    assert main([*argv, "--no-snapshot"]) == 0
+    wait_for(lambda: 1 in read_status(out).get("ranks", {}))
+    os.kill(read_status(out)["ranks"][1]["pid"], signal.SIGKILL)
+    wait_for(lambda: not processes_of(out), 60)
+    assert describe_run(out).startswith("failed: rank 1 (process")
 
 
 @pytest.mark.slow

@@ -32,8 +32,6 @@ SHAPES = ((1, 1), (2, 1), (1, 2))  # nodes, tasks on each
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 # Disturbances of one run; after them it may end.
 MOST = 6
-# No run takes longer after the last disturbance; in seconds.
-PATIENCE = 300
 
 
 def _signal(name: str):
@@ -100,42 +98,41 @@ class Soak:
         self.events = collections.Counter()
         self.runs = self.starts = self.submissions = 0
 
-    def _where(self, name: str) -> str:
+    def _say(self, name: str, what: str) -> None:
         status = read_status(self.lab.folder / name)
-        main = status.get("ranks", {}).get(0, {})
-        return f"{status.get('state')}, {main.get('phase')}, iteration {status.get('iteration')}"
+        phase = status.get("ranks", {}).get(0, {}).get("phase")
+        where = f"{status.get('state')}, {phase}, iteration {status.get('iteration')}"
+        print(f"{time.strftime('%H:%M:%S')} {name}: {what} ({where})", flush=True)
 
-    def _disturb(self, name: str, job) -> str:
-        event = self.rng.choice(list(EVENTS))
-        print(f"{time.strftime('%H:%M:%S')} {name}: {event} ({self._where(name)})", flush=True)
-        EVENTS[event](self.lab, job, self.rng)
-        self.events[event] += 1
-        return event
+    def _disturb(self, name: str, job, most: int, until: float) -> int:
+        """Disturbs a job at random moments as long as it has not ended; how often."""
+        for number in range(most):
+            end = min(until, time.monotonic() + self.rng.uniform(0, 15))
+            while time.monotonic() < end:
+                if self.lab.slurm_state(job) in OVER:
+                    return number
+                time.sleep(0.2)
+            event = self.rng.choice(list(EVENTS))
+            self._say(name, event)
+            EVENTS[event](self.lab, job, self.rng)
+            self.events[event] += 1
+        return most
 
     def run(self, until: float) -> tuple[str, int]:
         """One run, disturbed until ``until`` (of time.monotonic) at most; its name and size."""
         nodes, tasks = self.rng.choice(SHAPES)
         name = f"run{self.runs}"
-        resume: tuple[str, ...] = ()
         left = self.rng.randrange(1, MOST + 1)
-        while True:
+        state, resume = "", ()
+        while state != "COMPLETED":
             job = self.lab.job(name, *OPTIONS, *resume, faults=FAULTS, max_requeues=1000)
             job = self.lab.submit(job, nodes=nodes, tasks=tasks)
             self.submissions += 1
-            state = None
-            while state not in OVER and left and time.monotonic() < until:
-                end = min(until, time.monotonic() + self.rng.uniform(0, 15))
-                while state not in OVER and time.monotonic() < end:
-                    time.sleep(0.2)
-                    state = self.lab.slurm_state(job)
-                if state not in OVER:
-                    self._disturb(name, job)
-                    left -= 1
+            left -= self._disturb(name, job, left, until)
             state = self.lab.until_over(job)
-            print(f"{time.strftime('%H:%M:%S')} {name}: {state} ({self._where(name)})", flush=True)
-            if state == "COMPLETED":
-                break
-            print(f"  {(read_status(self.lab.folder / name).get('death') or {}).get('reason')}")
+            status = read_status(self.lab.folder / name)
+            reason = (status.get("death") or status.get("leave") or {}).get("reason", "")
+            self._say(name, f"{state} {reason}")
             resume = ("--resume",)
         self.starts += len(starts_of(self.lab.folder / name))
         self.runs += 1

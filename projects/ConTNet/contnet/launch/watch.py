@@ -244,7 +244,8 @@ class Watcher(threading.Thread):
         self._look_at_progress()
         if not self.signals and (note := self.folder.read("signalled")):
             self._take(note["signal"])
-        if "SIGTERM" in self.signals and self.phase != "leaving":
+        # Where there is no SLURM that would end the other ranks, at any time.
+        if ("SIGTERM" in self.signals or self.job.cluster == "local") and self.phase != "leaving":
             self._look_for_killed()
         if self.signals:
             self._answer_signal()
