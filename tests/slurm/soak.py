@@ -107,11 +107,13 @@ class Soak:
     def _disturb(self, name: str, job, most: int, until: float) -> int:
         """Disturbs a job at random moments as long as it has not ended; how often."""
         for number in range(most):
-            end = min(until, time.monotonic() + self.rng.uniform(0, 15))
+            end = min(until, time.monotonic() + self.rng.uniform(0, 30))
             while time.monotonic() < end:
                 if self.lab.slurm_state(job) in OVER:
                     return number
                 time.sleep(0.2)
+            if end == until:
+                return number
             event = self.rng.choice(list(EVENTS))
             self._say(name, event)
             EVENTS[event](self.lab, job, self.rng)

@@ -264,8 +264,10 @@ def describe_run(folder: str | Path, state: str = "") -> str:
     if death := status.get("death"):
         reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
         return f"failed: {reason} (rank {death['rank']})"
+    if leave and leave["requeued"]:
+        return f"ended without a word when it was to start again; before that: {leave['reason']}"
     if leave:
-        return f"{'saved for a requeue' if leave['requeued'] else 'stopped'}: {leave['reason']}"
+        return f"stopped: {leave['reason']}"
     if status:
         return f"ended without a word, last sign of life {_ago(status['age'])}"
     if Path(folder, METRICS_FILE).exists():
