@@ -308,11 +308,10 @@ def _fake_slurm(folder, state):
     [
         (None, signal.SIGUSR2, 1, "nothing here can start the training again"),
         ("RUNNING", signal.SIGTERM, 0, "; requeued"),  # clusters that send nothing else
-        ("COMPLETING", signal.SIGTERM, 143, "not requeued by us, for the job is COMPLETING"),
     ],
 )
 def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, status, said):
-    """Without a cluster nothing can be requeued; a cancelled job is not."""
+    """Without a cluster nothing can be requeued, and that is said."""
     from conftest import REPOSITORY, SMALL
 
     run = tmp_path / "run"

@@ -161,6 +161,9 @@ def end_local(records: Sequence[dict]) -> None:
     for record in alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads a group of its own
+    until = time.monotonic() + 5
+    while any(map(_is_alive, alive)) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _end_sweep(record: dict) -> None:
