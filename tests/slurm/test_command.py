@@ -9,59 +9,41 @@ from conftest import REPOSITORY, SMALL
 from jobs import PATIENCE, starts_of
 
 from contnet.launch.submissions import last_submission
+from contnet.launch.submit import main
+from contnet.launch.table import results_table
 
 pytest_plugins = ["jobs"]
 pytestmark = pytest.mark.slurm
 
-QUICK = [*SMALL, "SOLVER.BASE_LR", "0.0001", "SOLVER.STEPS", "()", "LOG_PERIOD", "1"]
+CONFIG = REPOSITORY / "configs" / "faster_rcnn_contti.yaml"
+OPTIONS = """
+--num-nodes 2 --timeout-hours 1 --signal-delay 30 --sweep SEED=1,2 --watch SOLVER.MAX_ITER 60
+SOLVER.BASE_LR 0.0001 SOLVER.STEPS () LOG_PERIOD 1 OUTPUT_DIR
+"""
 
 
-def tool(name: str, *argv: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / name), *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def submit(folder, *options: str) -> subprocess.Popen:
-    config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
-    given = ["--timeout-hours", "1", "--signal-delay", "30", *QUICK, "OUTPUT_DIR", str(folder)]
-    return tool("submit.py", "--config-file", config, *given, *options)
-
-
-def output_of(process: subprocess.Popen) -> str:
-    shown, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, shown
-    return shown
-
-
-def test_an_array_followed_and_a_job_cancelled(lab):
-    # The folder's name is one that shells and SLURM could stumble over.
+def test_an_array_of_which_one_run_is_cancelled(lab, capsys):
+    # A name that shells and SLURM could stumble over.
     base = lab.folder / "it's an array"
-    sweep = ["--sweep", "SEED=1,2", "SOLVER.MAX_ITER", "60", "--watch"]
-    watching = submit(base, *sweep)
-    other = lab.folder / "other"
-    started = submit(other, "--num-nodes", "2", "SOLVER.MAX_ITER", "9999")
-    assert re.search(r"submitted job \d+", output_of(started))
+    command = [sys.executable, str(REPOSITORY / "tools" / "submit.py"), "--config-file"]
+    command += [str(CONFIG), *SMALL, *OPTIONS.split(), str(base)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipe) as watching:
+        lab.until_iteration(f"{base.name}/SEED=1", 3)
+        lab.cluster.ask("scancel", "--signal=USR2", last_submission(base)["runs"]["SEED=1"])
+        lab.until_iteration(f"{base.name}/SEED=2", 3)
+        assert main(["--cancel", str(base / "SEED=2")]) == 0
+        shown, _ = watching.communicate(timeout=PATIENCE)
+    assert watching.returncode == 1, shown  # one has not finished
+    assert re.search(r"SEED=1: pending", shown) and re.search(r"SEED=1: finished", shown)
+    cancelled = r"cancelled: saved after iteration \d+; not requeued by us, .* COMPLETING"
+    assert re.search(rf"SEED=2: {cancelled}", shown)
 
-    second = f"{base.name}/SEED=2"
-    lab.until_iteration(second, 3)
-    lab.cluster.ask("scancel", "--signal=USR2", last_submission(base)["runs"]["SEED=2"])
-
-    lab.until_iteration("other", 3)
-    assert "cancelled job" in output_of(tool("submit.py", "--cancel", str(other)))
-    lab.until_state("other", "stopped")
-    lab.until("its end", lambda: not lab.cluster.processes(job=last_submission(other)["job_id"]))
-    shown = output_of(tool("submit.py", "--status", str(other)))
-    assert "state    cancelled: saved after iteration" in shown
-
-    shown = output_of(watching)
-    for name in ("SEED=1", "SEED=2"):
-        assert re.search(rf"{name}: running", shown) and re.search(rf"{name}: finished", shown)
-    assert starts_of(base / "SEED=1") == [0]
-    starts = starts_of(base / "SEED=2")
+    starts = starts_of(base / "SEED=1")
     assert len(starts) == 2 and starts[1] >= 4
-    rows = output_of(tool("results.py", str(base))).splitlines()
-    assert [bool(re.search(r"\| finished \|.*\| 60 \|", row)) for row in rows[2:]] == [True, True]
+    capsys.readouterr()
+    assert main(["--status", str(base)]) == 0
+    assert re.search(rf"SEED=2 .*{cancelled}", capsys.readouterr().out)
+    rows = results_table([base]).splitlines()[2:]
+    assert "| finished |" in rows[0] and "| 60 |" in rows[0]
+    assert re.search(cancelled, rows[1])
