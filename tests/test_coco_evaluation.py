@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from contnet.config import load_config
+from contnet.engine import coco_ap
 from contnet.engine.coco_ap import ArrayEvaluation, Detections, encode_masks
 from contnet.engine.coco_evaluation import ArrayCOCOEvaluator, build_coco_evaluator
 from contnet.engine.evaluation import build_evaluator
@@ -343,6 +344,18 @@ def test_some_images_alone_and_ids_of_any_kind():
     ours, theirs = both(truth, results, "bbox", images=["image 30", "image 0"])
     assert_same_curves(ours, theirs)
     assert np.abs(ours.eval["precision"] - every.eval["precision"]).max() > 0.01
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_in_parts_to_save_memory(task, monkeypatch):
+    rng = np.random.default_rng(14)
+    truth = random_truth(rng, 9, 3, per_image=12)
+    results = random_results(rng, truth, task)
+    assert_same_curves(*both(truth, results, task))
+    monkeypatch.setattr(coco_ap, "_PAIRS_AT_ONCE", 20)
+    ours, theirs = both(truth, results, task)
+    assert len(ours._parts(ours.matches.images * 3 + ours.matches.categories)) > 5
+    assert_same_curves(ours, theirs)
 
 
 def test_more_masks_than_a_byte_counts():

@@ -7,6 +7,7 @@ ranges of area at once. tests/test_coco_evaluation.py compares the two.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 __all__ = ["ArrayEvaluation", "Detections", "Matches", "encode_masks"]
+
+# Some 100 bytes each.
+_PAIRS_AT_ONCE = 4_000_000
 
 
 @dataclass
@@ -200,7 +204,7 @@ class ArrayEvaluation(COCOevalMaxDets):
     def evaluate(self) -> None:
         """Matches the detections with the objects; sets ``matches``."""
         self._prepare()
-        found, truth = self.detections, self._truth
+        found = self.detections
         groups = self._groups(found.images.tolist(), found.categories.tolist())
         order = np.lexsort((-found.scores, groups))
         order = order[groups[order] >= 0]
@@ -208,6 +212,24 @@ class ArrayEvaluation(COCOevalMaxDets):
         ranks = np.arange(len(order)) - np.searchsorted(groups, groups)
         counts = ranks < self.params.maxDets[-1]
         order, groups, ranks = order[counts], groups[counts], ranks[counts]
+        outcomes = [np.zeros((len(self.params.iouThrs), len(self.params.areaRng), 0), np.int8)]
+        for part in self._parts(groups):
+            outcomes.append(self._match_part(groups[part], ranks[part], order[part]))
+        images, categories = np.divmod(groups, len(self._categories))
+        scores = found.scores[order]
+        self.matches = Matches(np.concatenate(outcomes, axis=2), images, categories, ranks, scores)
+
+    def _parts(self, groups: np.ndarray) -> list[slice]:
+        """Cuts sorted detections between groups, so that the pairs of a part fit into memory."""
+        objects = self._truth.groups
+        pairs = np.searchsorted(objects, groups, "right") - np.searchsorted(objects, groups)
+        part = (np.cumsum(pairs) // _PAIRS_AT_ONCE)[np.searchsorted(groups, groups)]
+        edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(groups)]
+        return [slice(*each) for each in itertools.pairwise(edges)]
+
+    def _match_part(self, groups: np.ndarray, ranks: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Outcomes of some groups; ``order`` are the rows of their detections."""
+        found, truth = self.detections, self._truth
         pairs = _Pairs(groups, truth)
         if self.params.iouType == "bbox":
             areas = found.boxes[order, 2] * found.boxes[order, 3]
@@ -218,9 +240,7 @@ class ArrayEvaluation(COCOevalMaxDets):
             areas = found.mask_areas[order]
             masks = [found.masks[i] for i in order]
             overlaps = pairs.mask_overlaps(groups, masks, truth, self.cocoGt.imgs)
-        outcomes = self._match(pairs, overlaps, ranks, areas)
-        images, categories = np.divmod(groups, len(self._categories))
-        self.matches = Matches(outcomes, images, categories, ranks, found.scores[order])
+        return self._match(pairs, overlaps, ranks, areas)
 
     def _match(
         self, pairs: _Pairs, overlaps: np.ndarray, ranks: np.ndarray, areas: np.ndarray
