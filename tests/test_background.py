@@ -34,6 +34,13 @@ def as_file(data):
     return file.getvalue()
 
 
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """What the thread copies, it copies late."""
+    finish = Snapshot.finish
+    monkeypatch.setattr(Snapshot, "finish", lambda self: (time.sleep(0.1), finish(self)))
+
+
 @contextmanager
 def held_writes(monkeypatch):
     """No checkpoint gets into its file before the block ends."""
@@ -90,14 +97,15 @@ class Training:
     def checkpointer(self, folder, background):
         folder.mkdir(exist_ok=True)
         extras = {"trainer": self, "scheduler": self.scheduler, "ema": self.average}
-        return Checkpointer(self.model, str(folder), background=background, **extras)
+        options = {"background": background, "changed_by": self.optimizer}
+        return Checkpointer(self.model, str(folder), **options, **extras)
 
 
 # --- what is written -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_files_equal_those_written_at_once(tmp_path, monkeypatch, optimizer):
+def test_files_equal_those_written_at_once(tmp_path, monkeypatch, slow_copies, optimizer):
     """Though all has changed before the first byte is written; buffers are used again and grow."""
     training = Training(optimizer)
     plain = training.checkpointer(tmp_path / "plain", background=False)
@@ -105,12 +113,11 @@ def test_files_equal_those_written_at_once(tmp_path, monkeypatch, optimizer):
     for i in range(3):
         name = f"model_{i:07d}"
         plain.save(name, unfinished={"loss": float(i)})
-        with held_writes(monkeypatch):
+        with monkeypatch.context() as patch, held_writes(patch):
             background.save(name, unfinished={"loss": float(i)})
             training.step()
             assert not (tmp_path / "background" / f"{name}.pth").exists()
         background.wait()
-        monkeypatch.undo()
         files = [tmp_path / folder / f"{name}.pth" for folder in ("plain", "background")]
         assert files[0].read_bytes() == files[1].read_bytes()
         assert (tmp_path / "background" / "last_checkpoint").read_text() == f"{name}.pth"

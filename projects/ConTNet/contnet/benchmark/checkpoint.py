@@ -55,7 +55,11 @@ class _Training:
             own = Path(folder, "background" if background else "synchronous")
             own.mkdir()
             self.checkpointers[background] = Checkpointer(
-                self.model, str(own), background=background, optimizer=self.optimizer
+                self.model,
+                str(own),
+                background=background,
+                changed_by=self.optimizer,
+                optimizer=self.optimizer,
             )
         height, width = args.size
         objects = Instances((height, width))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -21,6 +21,10 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether storage, place in it, shape and strides are all that there is to a tensor."""
     odd = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return type(tensor) is Tensor and tensor.layout is torch.strided and not odd
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class _Pickler(pickle.Pickler):
@@ -48,7 +52,7 @@ class Snapshot:
 
     Storages are copied whole, so tensors that share one, or lie in it in another order, still do.
     Those of a GPU go to page-locked memory in the order of its stream: neither does this process
-    wait for the copy, nor can a later step overtake it.
+    wait for the copy, nor can a later step overtake it. Those of the host can be left to a thread.
     """
 
     def __init__(self):
@@ -60,15 +64,19 @@ class Snapshot:
         self._tensors: list[Tensor] = []
         self._numbers: dict[int, tuple[int, Tensor]] = {}  # of a tensor's identity; the tensor
         self._storages: dict[int, UntypedStorage] = {}  # of a source's identity
+        self._late: set[int] = set()  # identities of sources
+        self._rest: list[tuple[UntypedStorage, UntypedStorage]] = []  # source, copy
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, data: object) -> None:
+    def take(self, data: object, late: Iterable[Tensor] = ()) -> None:
         """Copies ``data``, over what was copied before; buffers of the same size are used again.
 
         Args:
             data: what pickle takes. Tensors that are no plain dense ones are copied by it.
+            late: of its tensors, those that stay as they are until :meth:`finish` has copied them.
         """
         self._forget()
+        self._late = {t.untyped_storage()._cdata for t in late if t.device.type == "cpu"}
         file = io.BytesIO()
         _Pickler(file, self._keep).dump(data)
         self._pickled = file.getvalue()
@@ -77,7 +85,13 @@ class Snapshot:
             self._copied = torch.cuda.Event()
             self._copied.record()
         # Identities mean nothing once the state may change.
-        self._numbers, self._storages = {}, {}
+        self._numbers, self._storages, self._late = {}, {}, set()
+
+    def finish(self) -> None:
+        """Copies what :meth:`take` has left; another thread may do so."""
+        for source, copy in self._rest:
+            _bytes(copy).copy_(_bytes(source))
+        self._rest = []
 
     def read(self) -> object:
         """The copied data, made anew but for its tensors; waits until a GPU has delivered them."""
@@ -97,9 +111,12 @@ class Snapshot:
         # torch.save tells storages apart by this number too.
         if source._cdata not in self._storages:
             device = source.device.type
-            buffer = self._buffer(len(self._storages), device, source.nbytes())
-            buffer.copy_(source, non_blocking=device == "cuda")
-            self._storages[source._cdata] = buffer
+            copy = self._buffer(len(self._storages), device, source.nbytes())
+            if source._cdata in self._late:
+                self._rest.append((source, copy))
+            else:
+                _bytes(copy).copy_(_bytes(source), non_blocking=device == "cuda")
+            self._storages[source._cdata] = copy
         return self._storages[source._cdata]
 
     def _buffer(self, number: int, device: str, size: int) -> UntypedStorage:
@@ -120,10 +137,11 @@ class BackgroundWriter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="contnet-checkpoint")
         self._tasks: list[Future] = []
 
-    def submit(self, function: Callable, *args: object) -> None:
+    def submit(self, function: Callable, *args: object) -> Future:
         """Has ``function(*args)`` called after all that was submitted before."""
         before = self._tasks[-1] if self._tasks else None
         self._tasks.append(self._executor.submit(self._run, before, function, *args))
+        return self._tasks[-1]
 
     @staticmethod
     def _run(before: Future | None, function: Callable, *args: object) -> None:

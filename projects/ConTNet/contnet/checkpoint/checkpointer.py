@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from contnet.checkpoint.background import BackgroundWriter, Snapshot
 from contnet.checkpoint.convert import (
@@ -60,6 +62,8 @@ class Checkpointer(DetectionCheckpointer):
         background: return from :meth:`save` once the state is copied, and write it in a thread.
             Takes host memory of the size of a checkpoint (for a GPU up to twice, for page-locked
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
+        changed_by: in the background, the optimiser in whose step alone its parameters and its
+            state change: the thread copies these, too, and the next step waits until it has.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
@@ -71,6 +75,7 @@ class Checkpointer(DetectionCheckpointer):
         allow_missing: bool = False,
         keep: int = 3,
         background: bool = False,
+        changed_by: Optimizer | None = None,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -80,6 +85,10 @@ class Checkpointer(DetectionCheckpointer):
         self._writer = BackgroundWriter()
         self._snapshot = Snapshot()
         self._moment = None  # of the snapshot
+        self._copying: Future | None = None
+        self._optimizer = changed_by
+        if background and changed_by is not None:
+            changed_by.register_step_pre_hook(self._await_copy)
         self._strict_prefix = ""
 
     def save(self, name: str, *, moment: int | None = None, **kwargs) -> None:
@@ -108,10 +117,24 @@ class Checkpointer(DetectionCheckpointer):
         if kwargs or moment is None or moment != self._moment:
             self.wait()
             self._moment = None
-            self._snapshot.take(self._state(**kwargs))
+            self._snapshot.take(self._state(**kwargs), self._late_tensors())
+            self._copying = self._writer.submit(self._snapshot.finish)
             self._moment = None if kwargs else moment
         self.check()
         self._writer.submit(self._write, path, self._snapshot.read)
+
+    def _late_tensors(self) -> Iterator[Tensor]:
+        """What may be copied until the optimiser's next step."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                yield from group["params"]
+            for state in self._optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _await_copy(self, *_) -> None:
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
 
     def check(self) -> None:
         """Raises UserError if a file could not be written in the background; does not wait."""

@@ -104,6 +104,7 @@ class Trainer(SimpleTrainer):
             allow_missing=cfg.MODEL.ALLOW_MISSING_WEIGHTS,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             background=cfg.SOLVER.CHECKPOINT_BACKGROUND,
+            changed_by=optimizer,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),
             **extras,
