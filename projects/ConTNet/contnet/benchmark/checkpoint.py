@@ -24,16 +24,16 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="configs/faster_rcnn_contm.yaml", metavar="FILE")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="windows of each kind")
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="windows of each kind")
     parser.add_argument(
         "--steps",
         type=int,
-        default=4,
+        default=3,
         metavar="N",
         help="in a window: so many that a file is written in their time (the rest counts as lost)",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"), help="in pixels"
+        "--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="in pixels"
     )
     parser.add_argument(
         "--folder", default=".", metavar="FOLDER", help="on the disk that is written to"
