@@ -20,11 +20,18 @@ from contnet.engine.optimizer import build_optimizer
 
 __all__ = ["add_arguments", "run"]
 
+# Cheap steps, so that there can be many: the state is as large with few proposals as with many.
+_FEW = {
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": "100",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": "50",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "16",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="configs/faster_rcnn_contm.yaml", metavar="FILE")
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="windows of each kind")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="windows of each kind")
     parser.add_argument(
         "--steps",
         type=int,
@@ -44,8 +51,8 @@ class _Training:
     """Steps of a detector on one image, and checkpoints of it."""
 
     def __init__(self, args: argparse.Namespace, folder: str):
-        options = ["MODEL.DEVICE", args.device, "SOLVER.BASE_LR", "1e-9"]
-        cfg = load_config(args.config_file, options)
+        options = {"MODEL.DEVICE": args.device, "SOLVER.BASE_LR": "1e-9", **_FEW}
+        cfg = load_config(args.config_file, [word for pair in options.items() for word in pair])
         self.model = build_model(cfg).train()
         self.optimizer = build_optimizer(cfg, self.model)
         self.steps = args.steps
