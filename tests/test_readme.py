@@ -13,6 +13,7 @@ import torch
 from conftest import REPOSITORY
 
 from contnet import compare, demo
+from contnet.benchmark import main as benchmark
 from contnet.checkpoint import weights
 from contnet.config import load_config
 from contnet.data import cityscapes, doctor, shard_writer
@@ -188,6 +189,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
             weights.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/benchmark.py":
+            benchmark.build_parser().parse_args(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")

@@ -229,6 +229,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Most recent checkpoints that stay on disk, besides model_final.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
+    # True: the training waits only until a checkpoint is copied in memory, and goes on while it is
+    # written; the main process needs host memory of the file's size (with a GPU up to twice that).
+    # False: the training waits until it is on the disk.
+    cfg.SOLVER.CHECKPOINT_BACKGROUND = True
 
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
     cfg.SOLVER.POLY_POWER = 0.9
