@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ _SCENES = "cityscapes_fine_instance_seg_train"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=118_000, metavar="N", help="of COCO's form")
     parser.add_argument("--objects", type=int, default=860_000, metavar="N", help="in these images")
-    parser.add_argument("--processes", type=int, default=8, metavar="N", help="ranks of one node")
+    parser.add_argument(
+        "--processes", type=int, nargs="*", default=(1, 8), metavar="N", help="ranks of one node"
+    )
     parser.add_argument(
         "--detectron2",
         type=int,
@@ -151,11 +154,9 @@ def _pss() -> int:
 
 def _load(cfg: CfgNode, ours: bool) -> Records | DatasetFromList:
     """The data set call of a run's rank."""
-    if not ours:
-        return DatasetFromList(get_detection_dataset_dicts(cfg.DATASETS.TRAIN), copy=False)
-    if comm.get_local_rank() == 0:
-        examine_coco(cfg, _NAME)
-    return load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+    if ours:
+        return load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+    return DatasetFromList(get_detection_dataset_dicts(cfg.DATASETS.TRAIN), copy=False)
 
 
 def _rank(rank: int, processes: int, cfg: CfgNode, ours: bool, folder: str) -> None:
@@ -171,27 +172,40 @@ def _rank(rank: int, processes: int, cfg: CfgNode, ours: bool, folder: str) -> N
     before = _pss()
     comm.synchronize()
     start = time.perf_counter()
+    if ours and rank == 0:
+        examine_coco(cfg, _NAME)
+    comm.synchronize()
+    checked = time.perf_counter()
     dicts = _load(cfg, ours)
-    seconds = time.perf_counter() - start
-    loaded = _pss()
+    loaded = time.perf_counter()
     for index in range(len(dicts)):
         dicts[index]
     comm.synchronize()
-    result = {"seconds": seconds, "parses": parses[0], "loaded": loaded, "before": before}
-    result["after"] = _pss()
+    result = {
+        "checks": checked - start,
+        "call": loaded - checked,
+        "parses": parses[0],
+        "added": _pss() - before,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     comm.synchronize()
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
 
 
-def _start(cfg: CfgNode, processes: int, ours: bool, title: str) -> float:
-    """Starts so many ranks of a machine, prints what they took; the memory they added, in bytes."""
+def _start(cfg: CfgNode, processes: int, ours: bool, title: str) -> int:
+    """Starts so many ranks of a machine, prints what they took; the memory they added, in bytes.
+
+    What they added is measured when all have gone through all records.
+    """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (processes, cfg, ours, folder), nprocs=processes)
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    added = sum(each["after"] - each["before"] for each in found)
+    most = {key: max(each[key] for each in found) for key in ("checks", "call", "peak")}
+    parses, added = (sum(each[key] for each in found) for key in ("parses", "added"))
     print(
-        f"{title:24} {processes} processes  {max(each['seconds'] for each in found):7.2f} s  "
-        f"{sum(each['parses'] for each in found)} parses  {added / 2**20:8.1f} MiB added",
+        f"{title:23} {processes} processes  checks {most['checks']:6.2f} s  data set call "
+        f"{most['call']:6.2f} s  {parses} parses  {added / 2**20:7.1f} MiB added  largest process "
+        f"{most['peak'] / 2**20:7.1f} MiB",
         flush=True,
     )
     return added
@@ -219,12 +233,12 @@ def _measure_coco(args: argparse.Namespace, folder: Path) -> None:
     draw_coco(file, args.images, args.objects)
     print(f"{args.images} images, {args.objects} objects, {file.stat().st_size / 2**20:.0f} MiB")
     cfg = _config(folder, _NAME)
-    _start(cfg, 1, True, "first start")
-    one = _start(cfg, 1, True, "second start")
-    _forget(cfg)
-    _start(cfg, args.processes, True, "first start")
-    many = _start(cfg, args.processes, True, "second start")
-    print(f"memory added by {args.processes} processes: {many / one:.2f} x one's")
+    added = []
+    for processes in args.processes:
+        _forget(cfg)
+        _start(cfg, processes, True, "first start")
+        added.append(_start(cfg, processes, True, "second start"))
+        print(f"memory added by {processes} processes: {added[-1] / added[0]:.2f} x the first's")
     for processes in args.detectron2:
         _start(cfg, processes, False, "Detectron2, every start")
 
