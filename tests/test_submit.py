@@ -710,7 +710,7 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     assert "in use by job" in error_of(capsys, *argv)
     assert main(["--cancel", "out"]) == 0
     assert "cancelled job" in capsys.readouterr().out
-    assert processes_of(out) == []
+    wait_for(lambda: processes_of(out) == [])  # a killed process takes a moment to go
     assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
 
 

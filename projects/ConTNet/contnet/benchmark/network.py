@@ -1,26 +1,121 @@
-"""Forward and backward of ConTNet against a plain port of it and against other backbones."""
+"""A backbone's forward, or forward and backward, beside the plain ConTNet and other networks."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable
+from statistics import median
 
+import timm
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from torch import Tensor, nn
 
 import contnet
+from contnet.benchmark.limits import count_parts, least_seconds, measure_ceilings
 from contnet.benchmark.timing import alternate, print_ratios
+from contnet.modeling.contnet import VARIANTS
+from contnet.modeling.plain import IMAGE_UNIT, run_plain
 
 __all__ = ["add_arguments", "run"]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each")
+    parser.add_argument("--variant", choices=VARIANTS, default="contnet_m")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
     )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="fp32", help="of ConTNet's fast path, by autocast"
+    )
+    parser.add_argument(
+        "--plain-precision", choices=DTYPES, default="fp32", help="of the plain one and of others"
+    )
+    parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--others", action="store_true", help="ResNet-50, Swin-T, DeiT-S as well")
+    parser.add_argument("--limit", action="store_true", help="share of the machine's limit")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each")
+
+
+def _other_networks(size: tuple[int, int]) -> dict[str, nn.Module]:
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    whole = tuple(-(-side // IMAGE_UNIT) * IMAGE_UNIT for side in size)
+    return {
+        "Detectron2 R-50 FPN": build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)),
+        "timm ResNet-50": timm.create_model("resnet50"),
+        "timm Swin-T": timm.create_model("swin_tiny_patch4_window7_224", img_size=whole),
+        "timm DeiT-S": timm.create_model("deit_small_patch16_224", img_size=whole),
+    }
+
+
+def _way(
+    function: Callable[[Tensor], Tensor | dict], image: Tensor, args: argparse.Namespace, dtype: str
+) -> Callable[[], None]:
+    half = torch.autocast(image.device.type, DTYPES[dtype], enabled=dtype != "fp32")
+
+    def forward() -> None:
+        with half:
+            out = function(image)
+            out = sum(o.float().mean() for o in (out.values() if isinstance(out, dict) else [out]))
+        if args.backward:
+            out.backward()
+
+    return forward
+
+
+def _print_memory(ways: dict[str, Callable[[], None]]) -> None:
+    for name, way in ways.items():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        peak = torch.cuda.max_memory_allocated() - before
+        print(f"{name}: peak of {peak / 2**20:.0f} MiB over what was there before")
+
+
+def _print_limit(args: argparse.Namespace, seconds: float) -> None:
+    dtype = DTYPES[args.precision]
+    ceilings = measure_ceilings(args.device, dtype)
+    parts = count_parts(contnet.create_model(args.variant), (args.batch, 3, *args.size))
+    least = least_seconds(parts, ceilings, dtype)
+    print(f"ceilings: {ceilings[0] / 1e9:.0f} G multiply-adds/s, {ceilings[1] / 1e9:.1f} GB/s")
+    for name, (done, moved) in parts.items():
+        millions = moved * dtype.itemsize / 1e6
+        print(f"{name:22} {done / 1e9:7.2f} G {millions:8.1f} MB {least[name] * 1e3:8.1f} ms")
+    total = sum(least.values())
+    print(f"limit {total * 1e3:.0f} ms, measured {seconds * 1e3:.0f} ms: {total / seconds:.0%} of it")
 
 
 def run(args: argparse.Namespace) -> None:
-    model = contnet.create_model("contnet_m").eval()
-    image = torch.randn(1, 3, *args.size)
-    with torch.inference_mode():
-        print_ratios(alternate({"ours": lambda: model(image)}, args.rounds), "ours")
+    """Prints the ratios of what was asked for."""
+    torch.manual_seed(0)
+    model = contnet.create_model(args.variant).train(args.backward).to(args.device)
+    image = torch.randn(args.batch, 3, *args.size, device=args.device)
+    ways = {
+        "plain": _way(lambda x: run_plain(model, x), image, args, args.plain_precision),
+        "contnet": _way(model, image, args, args.precision),
+    }
+    if args.others:
+        whole = torch.nn.functional.interpolate(
+            image, [-(-side // IMAGE_UNIT) * IMAGE_UNIT for side in args.size]
+        )
+        for name, other in _other_networks(args.size).items():
+            other = other.train(args.backward).to(args.device)
+            fits = whole if "Swin" in name or "DeiT" in name else image
+            ways[name] = _way(other, fits, args, args.plain_precision)
+    with contextlib.nullcontext() if args.backward else torch.inference_mode():
+        seconds = alternate(ways, args.rounds)
+        print_ratios(seconds, "plain")
+        if image.is_cuda:
+            _print_memory(ways)
+    if args.limit and not args.backward:
+        _print_limit(args, median(seconds["contnet"]))

@@ -184,7 +184,7 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".bias_table"):
             patch_size = (int(value.shape[0] ** 0.5) + 1) // 2
             encoder = authors_name(name).removesuffix(".attn.relative_position_bias_table")
-            theirs[encoder + _INDEX] = relative_index(patch_size).to(value.device)
+            theirs[encoder + _INDEX] = relative_index(patch_size, patch_size).to(value.device)
     return theirs
 
 

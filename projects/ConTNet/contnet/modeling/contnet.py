@@ -32,6 +32,9 @@ FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
 OUTPUT_STRIDES = (32, 16, 8)
 
+# Numbers of the tokens that a CPU encodes at once: what is computed from them stays in its cache.
+_CACHED = 200_000
+
 VARIANTS: dict[str, dict] = {
     "contnet_ti": {"depths": (1, 1, 1, 1), "dim": 48, "mlp_dims": (196, 392, 768, 768)},
     "contnet_s": {"depths": (1, 1, 1, 1), "dim": 64, "mlp_dims": (256, 512, 1024, 1024)},
@@ -46,10 +49,11 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def relative_index(patch_size: int) -> Tensor:
+def relative_index(patch_size: int, cell_size: int) -> Tensor:
     """Row of the relative bias table for every pair of tokens of a patch, int64 (P*P, P*P)."""
     axis = torch.arange(patch_size)
-    token = torch.cartesian_prod(axis, axis)
+    token = torch.cartesian_prod(axis, axis).view(1, patch_size, patch_size, 2)
+    token = _partition(token, patch_size, cell_size)[0]
     offset = token[:, None] - token[None] + patch_size - 1
     return offset[..., 0] * (2 * patch_size - 1) + offset[..., 1]
 
@@ -61,18 +65,20 @@ def _is_multiple(size: int, of: int) -> bool:
     return bool(fits) if isinstance(fits, Tensor) else statically_known_true(fits)
 
 
-def _partition(x: Tensor, patch_size: int) -> Tensor:
-    """Cuts a map (N, H, W, C) into patches (N * H/P * W/P, P*P, C)."""
+def _partition(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
+    """Cuts a map (N, H, W, C) into patches (N * H/P * W/P, P*P, C), cell after cell of each."""
     n, h, w, c = x.shape
-    x = x.reshape(n, h // patch_size, patch_size, w // patch_size, patch_size, c)
-    return x.transpose(2, 3).reshape(-1, patch_size * patch_size, c)
+    cells = patch_size // cell_size
+    x = x.reshape(n, h // patch_size, cells, cell_size, w // patch_size, cells, cell_size, c)
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, patch_size * patch_size, c)
 
 
-def _merge(x: Tensor, patch_size: int, like: Tensor) -> Tensor:
+def _merge(x: Tensor, patch_size: int, cell_size: int, like: Tensor) -> Tensor:
     """Puts patches back into a map of the shape of ``like`` (N, H, W, C)."""
     n, h, w, c = like.shape
-    x = x.reshape(n, h // patch_size, w // patch_size, patch_size, patch_size, c)
-    return x.transpose(2, 3).reshape(n, h, w, c)
+    cells = patch_size // cell_size
+    x = x.reshape(n, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, h, w, c)
 
 
 def _split_phases(x: Tensor, dilation: int) -> Tensor:
@@ -107,7 +113,14 @@ class Attention(nn.Module):
     """Multi-head self-attention within each patch, with an optional relative position bias."""
 
     def __init__(
-        self, dim: int, num_heads: int, patch_size: int, relative: bool, qkv_bias: bool, drop: float
+        self,
+        dim: int,
+        num_heads: int,
+        patch_size: int,
+        cell_size: int,
+        relative: bool,
+        qkv_bias: bool,
+        drop: float,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -118,7 +131,7 @@ class Attention(nn.Module):
         self.bias_table = None
         if relative:
             self.bias_table = nn.Parameter(torch.zeros((2 * patch_size - 1) ** 2, num_heads))
-            self.register_buffer("index", relative_index(patch_size), persistent=False)
+            self.register_buffer("index", relative_index(patch_size, cell_size), persistent=False)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Attends within patches.
@@ -161,6 +174,7 @@ class Encoder(nn.Module):
         num_heads: int,
         mlp_dim: int,
         patch_size: int,
+        cell_size: int,
         relative: bool,
         pre_norm: bool,
         qkv_bias: bool,
@@ -168,35 +182,36 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.patch_size = patch_size
+        self.cell_size = cell_size
         self.pre_norm = pre_norm
         self.row_table = self.col_table = None
         if not relative:
             self.row_table = nn.Parameter(torch.zeros(1, patch_size, 1, dim // 2))
             self.col_table = nn.Parameter(torch.zeros(1, 1, patch_size, dim // 2))
-        self.attn = Attention(dim, num_heads, patch_size, relative, qkv_bias, drop)
+        self.attn = Attention(
+            dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop
+        )
         self.mlp = Mlp(dim, mlp_dim, drop)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
     def _position(self) -> Tensor:
         shape = (1, self.patch_size, self.patch_size, -1)
-        tables = (self.row_table.expand(shape), self.col_table.expand(shape))
-        return torch.cat(tables, dim=3).flatten(1, 2)
+        tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
+        return _partition(tables, self.patch_size, self.cell_size)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Encodes each patch on its own.
 
         Args:
-            x: map (N, H, W, C), H and W multiples of the patch size.
-            real: bool (M, H, W, 1), False on padding, for maps that repeat each M; None where
-                there is none.
+            x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
+            real: bool (B, T), False on padding; None where there is none.
         """
-        tokens = _partition(x, self.patch_size)
+        tokens = x.reshape(-1, self.patch_size**2, x.shape[2])
         if real is not None:
-            real = _partition(real, self.patch_size).squeeze(2)
+            real = real.reshape(-1, self.patch_size**2)
             # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
             real = real | ~real.any(dim=1, keepdim=True)
-            real = real.repeat(tokens.shape[0] // real.shape[0], 1)
         if self.row_table is not None:
             tokens = tokens + self._position()
         if self.pre_norm:
@@ -205,7 +220,7 @@ class Encoder(nn.Module):
         else:
             tokens = self.norm1(tokens + self.attn(tokens, real))
             tokens = self.norm2(tokens + self.mlp(tokens))
-        return _merge(tokens, self.patch_size, x)
+        return tokens.reshape(x.shape)
 
 
 class Shortcut(nn.Conv2d):
@@ -241,7 +256,7 @@ class ConTBlock(nn.Module):
             activated input, otherwise it is the raw input.
         stride: 1 or 2, of the convolution and the shortcut.
         kernel_size: of the convolution.
-        patch_sizes: of the two encoders, in pixels of the map.
+        patch_sizes: of the two encoders, in pixels of the map, one a multiple of the other.
         dilation: of the convolution and of a pooled shortcut.
         patch_dilation: a patch takes every so many-th pixel; the map is cut into patches for each
             of the ``patch_dilation**2`` grids of such pixels.
@@ -268,10 +283,11 @@ class ConTBlock(nn.Module):
         super().__init__()
         self.stride = stride
         self.patch_dilation = patch_dilation
-        self.margin_unit = math.lcm(*patch_sizes) * patch_dilation
+        self.patch_size, self.cell_size = max(patch_sizes), min(patch_sizes)
         self.norm = norm_layer(dim)
         self.encoders = nn.ModuleList(
-            Encoder(dim, patch_size=size, **encoder) for size in patch_sizes
+            Encoder(dim, patch_size=size, cell_size=self.cell_size, **encoder)
+            for size in patch_sizes
         )
         padding = kernel_size // 2 * dilation
         self.conv = nn.Conv2d(
@@ -283,9 +299,23 @@ class ConTBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
         self.out_drop = nn.Dropout(out_drop)
 
+    def _encode_patches(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        """Both encoders on patches (B, T, C); on a CPU as many at a time as its cache holds."""
+        if tokens.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return self._run_encoders(tokens, real)
+        count = max(1, _CACHED // (tokens.shape[1] * tokens.shape[2]))
+        parts = tokens.split(count)
+        masks = [None] * len(parts) if real is None else real.split(count)
+        return torch.cat([self._run_encoders(*each) for each in zip(parts, masks, strict=True)])
+
+    def _run_encoders(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        for encoder in self.encoders:
+            tokens = encoder(tokens, real)
+        return tokens
+
     def _encode(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        unit = self.margin_unit
+        unit = self.patch_size * self.patch_dilation
         x = x.permute(0, 2, 3, 1)
         real = None
         if not (_is_multiple(h, unit) and _is_multiple(w, unit)):
@@ -298,8 +328,11 @@ class ConTBlock(nn.Module):
         if self.patch_dilation > 1:
             x = _split_phases(x, self.patch_dilation)
             real = None if real is None else _split_phases(real, self.patch_dilation)
-        for encoder in self.encoders:
-            x = encoder(x, real)
+        tokens = _partition(x, self.patch_size, self.cell_size)
+        if real is not None:
+            real = _partition(real, self.patch_size, self.cell_size).squeeze(2)
+            real = real.repeat(tokens.shape[0] // real.shape[0], 1)
+        x = _merge(self._encode_patches(tokens, real), self.patch_size, self.cell_size, x)
         if self.patch_dilation > 1:
             x = _join_phases(x, self.patch_dilation, whole)
         return x[:, :h, :w].permute(0, 3, 1, 2)
@@ -517,7 +550,8 @@ class ConTNet(nn.Module):
             raise ValueError(f"no feature {unknown[0]!r}, there are {', '.join(FEATURES)}")
         depth = max((FEATURES.index(name) + 1 for name in wanted), default=len(FEATURES))
         features = {}
-        x = self.pool(self.stem(x))
+        # The blocks work on channels last, as partitions into patches are cheapest there.
+        x = self.pool(self.stem(x.contiguous(memory_format=torch.channels_last)))
         for name, stage in zip(FEATURES[:depth], self.stages, strict=False):
             if name in wanted:
                 x, features[name] = self._tapped_stage(name, stage, x)

@@ -1,0 +1,101 @@
+"""The network against the plain computation of the same weights, forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import VARIANTS
+
+import contnet
+from contnet.modeling import contnet as network
+from contnet.modeling.plain import run_plain
+
+FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
+COMBINATIONS = [
+    dict(chosen)
+    for n in range(len(FLAGS) + 1)
+    for chosen in itertools.combinations(FLAGS.items(), n)
+]
+SIZES = [(224, 224), (224, 448)]
+
+
+def randomised(name, dtype=torch.float32, **options):
+    """A network whose tables and norms are no longer what they start as."""
+    torch.manual_seed(0)
+    model = contnet.create_model(name, num_classes=10, drop_rate=0, last_drop_rate=0, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def images(size, batch=2, dtype=torch.float32):
+    """A fixed random batch."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *size, generator=generator).to(dtype)
+
+
+def difference(a, b):
+    """The largest difference, by the largest number."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+def test_options_forward(options, size):
+    model = randomised("contnet_ti", **options).eval()
+    x = images(size)
+    assert difference(model(x), run_plain(model, x)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_forward(name):
+    model = randomised(name).eval()
+    x = images((224, 224), batch=1)
+    assert difference(model(x), run_plain(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, FLAGS], ids=["default", "all options"])
+def test_gradients(options):
+    model = randomised("contnet_ti", torch.float64, **options).train()
+    x = images((224, 224), dtype=torch.float64).requires_grad_()
+    weights = torch.linspace(-1, 1, 20, dtype=torch.float64).view(2, 10)
+    taken = {}
+    for name, run in {"plain": lambda x: run_plain(model, x), "fast": model}.items():
+        wanted = [x, *model.parameters()]
+        taken[name] = torch.autograd.grad((run(x) * weights).sum(), wanted)
+    for ours, theirs in zip(taken["fast"], taken["plain"], strict=True):
+        # The convolutions of a constant shift have no gradient but rounding.
+        scale = theirs.abs().max().clamp(min=1e-6)
+        assert ((ours - theirs).abs().max() / scale).item() < 1e-10
+
+
+@pytest.mark.parametrize("size", [(224, 448), (330, 500)], ids=str)
+def test_a_cpu_encodes_in_parts(monkeypatch, size):
+    model = randomised("contnet_ti", torch.float64).train()
+    x = images(size, dtype=torch.float64)
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    monkeypatch.setattr(network, "_CACHED", 10**12)
+    at_once = gradients()
+    calls = []
+    encoder = model.stages[0][0].encoders[0]
+    encoder.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
+    monkeypatch.setattr(network, "_CACHED", 10_000)
+    for ours, whole in zip(gradients(), at_once, strict=True):
+        assert difference(ours, whole) < 1e-10
+    assert len(calls) > 10 and set(calls[:-1]) == {1}
+
+
+def test_plain_pads_an_image_as_a_whole():
+    model = randomised("contnet_ti").eval()
+    x = images((200, 230))
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(x, (0, 218, 0, 24))
+        assert difference(run_plain(model, x), run_plain(model, padded)) < 1e-6
