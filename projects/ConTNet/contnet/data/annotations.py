@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import detectron2.data.datasets.cityscapes
 import shapely
+from cityscapesscripts.helpers import labels
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -54,8 +55,8 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def _code(*modules: ModuleType) -> str:
-    """A digest of the code of modules, so that other code does not find what they made."""
-    digest = hashlib.sha256()
+    """A digest of this code and of modules, so that other code does not find what they made."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for module in modules:
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
@@ -121,8 +122,8 @@ class _Cityscapes:
     image_dir: str
     gt_dir: str
     kind: str
-    makers = (record_file, detectron2.data.datasets.cityscapes)
-    checkers = (cityscapes_checks, coco_checks, findings)
+    makers = (record_file, labels, detectron2.data.datasets.cityscapes)
+    checkers = (cityscapes_checks, labels, coco_checks, findings)
 
     @property
     def label(self) -> str:
