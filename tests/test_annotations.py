@@ -421,6 +421,17 @@ def test_what_is_wrong_is_told_each_time(drawn):
     assert not drawn.kept()
 
 
+def test_what_the_checks_do_not_know_is_an_error_too(usable):
+    content = usable_content()
+    content["annotations"][0]["keypoints"] = ["left", "right", 2]
+    usable.write(content)
+    with pytest.raises(UserError, match="drawn: the annotations drawn cannot be loaded"):
+        check_datasets(usable.cfg, ["drawn"])
+    with pytest.raises(UserError, match="the annotations drawn cannot be loaded"):
+        usable.load()
+    assert not usable.kept() and not usable.kept("tmp")
+
+
 def test_notes_and_facts_are_told_each_time(usable):
     first, second = (check_dataset(usable.cfg, "drawn") for _ in range(2))
     assert len(usable.kept("checks")) == 1

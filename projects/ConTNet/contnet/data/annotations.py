@@ -157,6 +157,8 @@ _Source = _Coco | _Cityscapes
 
 def _find_source(name: str) -> _Source | None:
     """What a name stands for; None unless a loader of Detectron2's that we know is behind it."""
+    if name not in DatasetCatalog:
+        return None
     loader, metadata = DatasetCatalog[name], MetadataCatalog.get(name)
     maker = (loader.__module__, getattr(loader, "__qualname__", "").partition(".")[0])
     if maker == ("detectron2.data.datasets.coco", "register_coco_instances"):
@@ -243,7 +245,8 @@ class _Cache:
         """Writes the file of records; False, after a word in the log, where that is impossible.
 
         Raises:
-            UserError: if the annotations are no longer those that the digest is of.
+            UserError: if the annotations are no longer those that the digest is of, or Detectron2
+                could not load them.
         """
         if self.source.digest() != self.digest:
             raise UserError(
@@ -254,6 +257,11 @@ class _Cache:
         except OSError as error:
             self._tell_of(error)
             return False
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the annotations {self.source.label} cannot be loaded ({type(error).__name__}: "
+                f"{error})"
+            ) from error
         logger.info(f"The annotations {self.source.label} are kept in {self.path}")
         return True
 
