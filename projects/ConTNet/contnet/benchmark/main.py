@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from contnet.benchmark import network, start_up, step
+from contnet.benchmark import network, pixels, start_up, step
 from contnet.benchmark.timing import describe_machine
 from contnet.errors import UserError
 from contnet.launch.processes import print_error
@@ -13,7 +13,7 @@ from contnet.launch.processes import print_error
 __all__ = ["main"]
 
 # Each module's docstring opens with what it measures; add_arguments(parser), run(args).
-SUBJECTS = {"network": network, "start-up": start_up, "step": step}
+SUBJECTS = {"network": network, "pixels": pixels, "start-up": start_up, "step": step}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,7 +92,9 @@ def _print_limit(args: argparse.Namespace, seconds: float) -> None:
         millions = moved * dtype.itemsize / 1e6
         print(f"{name:22} {done / 1e9:7.2f} G {millions:8.1f} MB {least[name] * 1e3:8.1f} ms")
     total = sum(least.values())
-    print(f"limit {total * 1e3:.0f} ms, measured {seconds * 1e3:.0f} ms: {total / seconds:.0%} of it")
+    print(
+        f"limit {total * 1e3:.0f} ms, measured {seconds * 1e3:.0f} ms: {total / seconds:.0%} of it"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

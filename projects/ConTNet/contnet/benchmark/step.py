@@ -9,11 +9,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from contnet.benchmark.timing import alternate, print_ratios
+from contnet.config import load_config
 from contnet.engine.optimizer import build_optimizer
 from contnet.engine.precision import autocast
-from contnet.config import load_config
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,7 +60,7 @@ def _step(cfg: CfgNode, batch: list[dict]) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast(cfg):
+        with EventStorage(), autocast(cfg):  # where the model puts its metrics
             loss = sum(model(batch).values())
         loss.backward()
         optimizer.step()

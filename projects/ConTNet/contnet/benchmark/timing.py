@@ -59,9 +59,7 @@ def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str,
     width = max(len(name) for name in seconds)
     ratios = {}
     for name, times in seconds.items():
-        ratios[name] = median(
-            b / own for b, own in zip(seconds[baseline], times, strict=True)
-        )
+        ratios[name] = median(b / own for b, own in zip(seconds[baseline], times, strict=True))
         print(
             f"{name:{width}}  median {median(times) * 1e3:9.1f} ms  "
             f"({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})  {ratios[name]:6.2f} x {baseline}",

@@ -188,9 +188,7 @@ class Encoder(nn.Module):
         if not relative:
             self.row_table = nn.Parameter(torch.zeros(1, patch_size, 1, dim // 2))
             self.col_table = nn.Parameter(torch.zeros(1, 1, patch_size, dim // 2))
-        self.attn = Attention(
-            dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop
-        )
+        self.attn = Attention(dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop)
         self.mlp = Mlp(dim, mlp_dim, drop)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)

@@ -20,8 +20,9 @@ IMAGE_UNIT = 224  # 32 pixels to one of the last map, 7 of those to a patch
 
 def _relative_bias(attention: Attention, size: int) -> Tensor:
     """Bias of each head and pair of tokens (heads, P*P, P*P), tokens row by row."""
-    row, column = (axis.flatten() for axis in torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij"))
-    down, right = (axis[:, None] - axis + size - 1 for axis in (row, column))
+    axis = torch.arange(size)
+    row, column = axis.repeat_interleave(size), axis.repeat(size)
+    down, right = (part[:, None] - part + size - 1 for part in (row, column))
     return attention.bias_table[down * (2 * size - 1) + right].permute(2, 0, 1)
 
 

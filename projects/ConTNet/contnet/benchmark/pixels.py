@@ -1,0 +1,68 @@
+"""How the time and the memory of a forward pass grow with the number of pixels."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import time
+from multiprocessing import get_context
+from statistics import median
+
+import numpy as np
+import torch
+
+import contnet
+from contnet.modeling.contnet import VARIANTS
+
+__all__ = ["add_arguments", "run"]
+
+_SIZES = ((256, 400), (512, 800), (800, 1333), (1600, 2000), (2304, 3472))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", choices=VARIANTS, default="contnet_m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls of each")
+
+
+def _peak(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()
+
+
+def _measure(variant: str, size: tuple[int, int], device: str, rounds: int) -> tuple[float, int]:
+    """Median seconds of a forward pass, and the bytes that its peak adds to what was there."""
+    model = contnet.create_model(variant).eval().to(device)
+    image = torch.randn(1, 3, *size, device=device)
+    seconds = []
+    with torch.inference_mode():
+        model(image[..., :224, :224])
+        gc.collect()
+        before = _peak(device)
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            model(image).sum().item()
+            seconds.append(time.perf_counter() - start)
+    return median(seconds[1:]), _peak(device) - before
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints seconds and bytes of each size, and the exponents that fit them best."""
+    pixels, seconds, memory = [], [], []
+    for size in _SIZES:
+        # A process of its own, as a process never forgets its peak.
+        with get_context("spawn").Pool(1) as pool:
+            took, peak = pool.apply(_measure, (args.variant, size, args.device, args.rounds))
+        pixels.append(size[0] * size[1])
+        seconds.append(took)
+        memory.append(peak)
+        print(
+            f"{size[0]} x {size[1]}: {pixels[-1] / 1e6:.2f} megapixels, {took * 1e3:.1f} ms, "
+            f"{peak / 2**20:.0f} MiB",
+            flush=True,
+        )
+    for what, values in {"time": seconds, "memory": memory}.items():
+        exponent = np.polyfit(np.log(pixels), np.log(values), 1)[0]
+        print(f"{what} grows with the power {exponent:.3f} of the pixels")

@@ -1,0 +1,78 @@
+"""The benchmarks: that each runs and prints what it promises; never how long anything took."""
+
+import re
+
+import pytest
+import torch
+
+from contnet.benchmark import pixels
+from contnet.benchmark.limits import count_parts, least_seconds
+from contnet.benchmark.main import main
+from contnet.benchmark.timing import alternate, print_ratios
+from contnet.modeling.contnet import create_model
+
+
+def test_ways_take_turns():
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = alternate(ways, rounds=3, warmup=2)
+    assert "".join(calls) == "ab" * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_of_the_same_round(capsys):
+    ratios = print_ratios({"slow": [2.0, 40.0, 6.0], "fast": [1.0, 10.0, 2.0]}, "slow")
+    assert ratios == {"slow": 1.0, "fast": 3.0}
+    assert re.search(
+        r"fast +median +2000\.0 ms +\(1000\.0 to 10000\.0\) +3\.00 x slow", capsys.readouterr().out
+    )
+
+
+def test_network_beside_plain(capsys):
+    argv = ["network", "--variant", "contnet_ti", "--size", "64", "96", "--rounds", "1"]
+    assert main([*argv, "--precision", "bf16", "--device", "cpu"]) == 0
+    assert main([*argv, "--backward", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^contnet +median .* x plain$", out, re.M)) == 2
+
+
+@pytest.mark.slow
+def test_network_beside_others(capsys):
+    argv = ["--variant", "contnet_ti", "--size", "64", "96", "--rounds", "1", "--device", "cpu"]
+    assert main(["network", *argv, "--others"]) == 0
+    out = capsys.readouterr().out
+    for name in ("Detectron2 R-50 FPN", "timm ResNet-50", "timm Swin-T", "timm DeiT-S"):
+        assert re.search(rf"^{name} +median .* x plain$", out, re.M)
+
+
+def test_parts_add_up_to_the_published_count():
+    parts = count_parts(create_model("contnet_m"), (1, 3, 224, 224))
+    attention = sum(done for name, (done, _) in parts.items() if name.endswith("attention"))
+    assert attention / 1e9 == pytest.approx(0.354, abs=5e-4)
+    assert sum(done for done, _ in parts.values()) / 1e9 == pytest.approx(3.086 + 0.354, rel=1e-3)
+    # The stem reads an image and writes 64 maps of half the side.
+    assert parts["stem convolution"][1] == 3 * 224**2 + 64 * 112**2 + 64 * 3 * 49
+
+
+def test_a_part_computes_or_moves():
+    parts = {"computes": (1000, 1), "moves": (1, 1000)}
+    least = least_seconds(parts, (100.0, 400.0), torch.float32)
+    assert least == {"computes": 10.0, "moves": 10.0}
+
+
+@pytest.mark.slow
+def test_growth_with_pixels(capsys, monkeypatch):
+    monkeypatch.setattr(pixels, "_SIZES", ((64, 64), (448, 448)))
+    argv = ["pixels", "--variant", "contnet_ti", "--rounds", "1", "--device", "cpu"]
+    assert main(argv) == 0
+    assert re.search(
+        r"^time grows with the power \d\.\d{3} of the pixels$", capsys.readouterr().out, re.M
+    )
+
+
+@pytest.mark.slow
+def test_steps_of_two_configs(capsys):
+    argv = ["step", "--size", "64", "96", "--rounds", "1", "--unfrozen"]
+    argv += ["--configs", "configs/faster_rcnn_r50.yaml", "configs/faster_rcnn_contti.yaml"]
+    assert main([*argv, "--", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"]) == 0
+    assert re.search(r"contti.yaml +median", capsys.readouterr().out)
