@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
+from contnet.benchmark.main import main as benchmark
 from contnet.config import load_config
 from contnet.data import annotations
 from contnet.data.checks import check_dataset, check_datasets, load_dicts
@@ -545,3 +547,25 @@ def test_a_change_while_it_is_read_is_an_error(usable, monkeypatch):
     with pytest.raises(UserError, match="drawn changed while they were read: start again"):
         usable.load()
     assert not usable.kept()
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_benchmark_counts_parses(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    options = "--images 120 --objects 900 --processes 1 --detectron2 --scenes 0"
+    assert benchmark(["start-up", *options.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    parses = [int(line.split(" parses")[0].split()[-1]) for line in lines if " parses" in line]
+    assert parses == [1, 0]
+
+
+def test_benchmark_draws_scenes(capsys, cityscapes_root):
+    try:
+        assert benchmark(["start-up", "--images", "0", "--scenes", "4"]) == 0
+    finally:
+        use_cityscapes(cityscapes_root)
+    first, second = re.findall("4 scenes, (first|second) start", capsys.readouterr().out)
+    assert (first, second) == ("first", "second")
