@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from contnet.benchmark import checkpoint, network, pixels, scaling, step
+from contnet.benchmark import checkpoint, network, pixels, scaling, start_up, step
 from contnet.benchmark.timing import describe_machine
 from contnet.errors import UserError
 from contnet.launch.processes import print_error
@@ -16,6 +16,7 @@ __all__ = ["build_parser", "main"]
 SUBJECTS = {
     "network": network,
     "pixels": pixels,
+    "start-up": start_up,
     "step": step,
     "checkpoint": checkpoint,
     "scaling": scaling,
