@@ -149,6 +149,12 @@ def check_compare(arguments: list[str], monkeypatch) -> None:
     check_overrides(seen[0].config_file, seen[0].opts)
 
 
+def check_benchmark(arguments: list[str], monkeypatch) -> None:
+    for subject in benchmark.SUBJECTS.values():
+        monkeypatch.setattr(subject, "run", lambda args: None)
+    assert benchmark.main(arguments) == 0
+
+
 def check_make(arguments: list[str]) -> None:
     text = (REPOSITORY / "Makefile").read_text()
     targets = set(re.findall(r"^([\w.-]+):", text, re.MULTILINE))
@@ -181,6 +187,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_compare(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/make_shards.py":
             check_make_shards(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/benchmark.py":
+            check_benchmark(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
         elif arguments[0] == "tools/submit.py":
@@ -222,6 +230,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
         "python tools/results.py",
+        "python tools/benchmark.py evaluation --boxes",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python train.py",
         "make tests",

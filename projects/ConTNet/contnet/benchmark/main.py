@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from contnet.benchmark import checkpoint, network, pixels, scaling, start_up, step
+from contnet.benchmark import (
+    checkpoint,
+    evaluation,
+    loading,
+    network,
+    pixels,
+    scaling,
+    start_up,
+    step,
+)
 from contnet.benchmark.timing import describe_machine
 from contnet.errors import UserError
 from contnet.launch.processes import print_error
@@ -14,12 +23,14 @@ __all__ = ["build_parser", "main"]
 
 # Each module's docstring opens with what it measures; add_arguments(parser), run(args).
 SUBJECTS = {
+    "checkpoint": checkpoint,
+    "evaluation": evaluation,
+    "loading": loading,
     "network": network,
     "pixels": pixels,
+    "scaling": scaling,
     "start-up": start_up,
     "step": step,
-    "checkpoint": checkpoint,
-    "scaling": scaling,
 }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from contnet.data.imagenet import read_image
+from contnet.data.mapper import FastMapper
 from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = [
@@ -88,10 +89,10 @@ def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Im
     )
 
 
-def build_train_mapper(cfg: CfgNode) -> DatasetMapper | ClassificationMapper:
+def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
     """The mapper from a data set dict to a model input, with the model's augmentation."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=True)
     if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
-        return DatasetMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
-    return DatasetMapper(cfg, is_train=True)
+        return FastMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
+    return FastMapper(cfg, is_train=True)

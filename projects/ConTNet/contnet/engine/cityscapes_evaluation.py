@@ -385,7 +385,7 @@ def as_coco(name: str, folder: str) -> str:
 class NumberedImages(DatasetEvaluator):
     """Passes images to an evaluator under the numbers of :func:`as_coco`.
 
-    Cityscapes' image ids are texts, and fast COCO evaluations take only numbers.
+    Cityscapes' image ids are texts, and COCO's tools expect numbers.
 
     Args:
         evaluator: made for what :func:`as_coco` returned.

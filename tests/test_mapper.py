@@ -1,0 +1,266 @@
+"""Our mapper against Detectron2's: the same dict and draws; pixels within one level."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BoxMode
+from PIL import Image
+from pycocotools import mask as rle
+
+from contnet.config import add_contnet_config
+from contnet.data.augmentation import build_train_mapper
+from contnet.data.mapper import FastMapper
+from contnet.randomness import seed_everything
+
+HEIGHT, WIDTH = 90, 121
+LARGE = ["INPUT.MIN_SIZE_TRAIN", "(150, 170)"]
+SMALL = ["INPUT.MIN_SIZE_TRAIN", "(40,)"]
+MASKS = ["MODEL.MASK_ON", "True"]
+BITMASKS = [*MASKS, "INPUT.MASK_FORMAT", "bitmask"]
+CROP = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.SIZE", "[0.5, 0.6]"]
+KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "DATASETS.TRAIN", "('keypoints_coco_2017_train',)"]
+
+
+def draw(path, mode="RGB", **options):
+    """Smooth colours with some grain."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 11, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.BICUBIC)).astype(int)
+    pixels = (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return str(path)
+
+
+def draw_objects(number=5, whole=False, keypoints=False):
+    rng = np.random.default_rng(1)
+    objects = []
+    for i in range(number):
+        around = rng.uniform(-20, 20, (2, 9, 2)) + rng.uniform((10, 10), (WIDTH - 10, HEIGHT - 10))
+        parts = around.clip(0, (WIDTH - 1, HEIGHT - 1)).round(0 if whole else 2)
+        low, high = parts.min(axis=(0, 1)), parts.max(axis=(0, 1))
+        kind = int if whole else float
+        each = {
+            "bbox": np.concatenate([low, high - low]).astype(kind).tolist(),
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": i,
+            "iscrowd": int(i == 1),
+            "segmentation": parts[: 1 + i % 2].reshape(1 + i % 2, -1).astype(kind).tolist(),
+        }
+        if keypoints:
+            each["keypoints"] = rng.uniform(0, 90, (17, 3)).astype(int).ravel().tolist()
+        objects.append(each)
+    return objects
+
+
+@pytest.fixture
+def record(tmp_path):
+    path = draw(tmp_path / "image.jpg", quality=90)
+    return {
+        "file_name": path,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "image_id": 7,
+        "annotations": draw_objects(),
+    }
+
+
+def settings(*options):
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    cfg.merge_from_list(["INPUT.MAX_SIZE_TRAIN", 300, *options])
+    return cfg
+
+
+def assert_same_values(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and ours.is_contiguous() and torch.equal(ours, theirs)
+    elif isinstance(ours, np.ndarray):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_values(one, other)
+    else:
+        assert ours == theirs
+
+
+def assert_same_instances(ours, theirs):
+    assert ours.image_size == theirs.image_size
+    assert ours.get_fields().keys() == theirs.get_fields().keys()
+    for name, theirs_field in theirs.get_fields().items():
+        ours_field = ours.get(name)
+        for part in ("tensor", "polygons"):
+            if hasattr(theirs_field, part):
+                assert_same_values(getattr(ours_field, part), getattr(theirs_field, part))
+                break
+        else:
+            assert_same_values(ours_field, theirs_field)
+
+
+def compare(ours, theirs, record, seeds=8, exact=False):
+    """Maps a record by both, with the same seeds; returns the last results."""
+    before = copy.deepcopy(record)
+    for seed in range(seeds):
+        seed_everything(seed)
+        one = ours(record)
+        state = np.random.get_state()[1:3]
+        assert_equal_records(record, before)
+        seed_everything(seed)
+        other = theirs(record)
+        assert_same_values(list(state), list(np.random.get_state()[1:3]))
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"image", "instances", "proposals"}:
+            assert_same_values(one[key], other[key])
+        for key in one.keys() & {"instances", "proposals"}:
+            assert_same_instances(one[key], other[key])
+        assert one["image"].dtype == other["image"].dtype and one["image"].is_contiguous()
+        assert one["image"].shape == other["image"].shape
+        difference = (one["image"].double() - other["image"].double()).abs()
+        assert difference.max() <= (0 if exact else 1)
+        assert (difference > 0).double().mean() < 0.1
+    return one, other
+
+
+def assert_equal_records(one, other):
+    assert one.keys() == other.keys()
+    for key in one.keys() - {"annotations"}:
+        assert_same_values(one[key], other[key])
+    for ours, theirs in zip(one.get("annotations", []), other.get("annotations", []), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same_values(ours[key], theirs[key])
+
+
+def both(*options, **arguments):
+    cfg = settings(*options)
+    return FastMapper(cfg, **arguments), DatasetMapper(cfg, **arguments)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LARGE,
+        SMALL,
+        [*LARGE, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.FORMAT", "RGB"],
+        [*SMALL, "INPUT.RANDOM_FLIP", "vertical"],
+        [*LARGE, *MASKS],
+        [*SMALL, *MASKS, *CROP],
+        [*LARGE, *BITMASKS],
+        [*LARGE, *BITMASKS, *CROP],
+        [*LARGE, "INPUT.FORMAT", "L"],
+        [*LARGE, "INPUT.FORMAT", "YUV-BT.601"],
+        ["INPUT.MIN_SIZE_TRAIN", "(0,)", *MASKS],
+    ],
+    ids=lambda options: " ".join(options[1::2]),
+)
+def test_equals_detectron2(record, options):
+    compare(*both(*options), record)
+
+
+@pytest.mark.parametrize(
+    ("options", "annotations"),
+    [
+        (MASKS, draw_objects(whole=True)),
+        (MASKS, [*draw_objects(), *draw_objects(3, whole=True)]),
+        (MASKS, [{**a, "iscrowd": 1} for a in draw_objects()]),
+        (MASKS, []),
+        ([], [{k: v for k, v in a.items() if k != "segmentation"} for a in draw_objects()]),
+        (MASKS, [{k: v for k, v in a.items() if k != "segmentation"} for a in draw_objects()]),
+        ([], [{**a, "bbox_mode": BoxMode.XYXY_ABS} for a in draw_objects()]),
+        (KEYPOINTS, draw_objects(keypoints=True)),
+        ([*MASKS, *KEYPOINTS], draw_objects(keypoints=True)),
+    ],
+    ids=[
+        "whole numbers",
+        "some whole numbers",
+        "crowds alone",
+        "nothing",
+        "boxes alone",
+        "boxes where masks are on",
+        "corners",
+        "keypoints",
+        "keypoints and masks",
+    ],
+)
+def test_equals_detectron2_on_other_annotations(record, options, annotations):
+    compare(*both(*LARGE, *options), {**record, "annotations": annotations})
+
+
+def test_arrays_in_a_record_stay_as_they_are(record):
+    for each in record["annotations"]:
+        each["segmentation"] = [np.array(polygon) for polygon in each["segmentation"]]
+    compare(*both(*LARGE, *MASKS), record)
+    compare(*both(*LARGE, *MASKS, *CROP), record)
+
+
+def test_run_lengths(record):
+    for each in record["annotations"]:
+        each["segmentation"] = rle.merge(rle.frPyObjects(each["segmentation"], HEIGHT, WIDTH))
+    compare(*both(*LARGE, *BITMASKS), record)
+
+
+def test_large_scale_jitter(record):
+    augmentations = [
+        T.ResizeScale(0.1, 2.0, 128, 128),
+        T.FixedSizeCrop((128, 128), pad_value=0),
+        T.RandomFlip(),
+    ]
+    compare(*both(*MASKS, augmentations=augmentations), record)
+
+
+def test_label_maps(record, tmp_path):
+    labels = np.random.default_rng(2).integers(0, 19, (HEIGHT, WIDTH), dtype=np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    ours, _ = compare(*both(*LARGE, *MASKS), record)
+    assert ours["sem_seg"].shape == ours["image"].shape[1:]
+
+
+def test_proposals(record):
+    record["proposal_boxes"] = np.array([[1.0, 2, 30, 40], [5, 5, 5, 5], [10, 20, 110, 80]])
+    record["proposal_objectness_logits"] = np.array([3.0, 2, 1])
+    record["proposal_bbox_mode"] = BoxMode.XYXY_ABS
+    ours, _ = compare(*both(*LARGE, "MODEL.LOAD_PROPOSALS", "True"), record)
+    assert len(ours["proposals"]) == 2
+
+
+def test_for_testing(record):
+    ours, _ = compare(*both(is_train=False), record)
+    assert "annotations" not in ours and "instances" not in ours
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_images(record, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    record["file_name"] = draw(tmp_path / "turned.jpg", exif=exif)
+    if orientation > 4:
+        record["height"], record["width"] = WIDTH, HEIGHT
+    compare(*both(*LARGE), record, seeds=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "P"), ("a.png", "RGBA")]
+)
+def test_other_kinds_of_images_to_the_bit_where_nothing_is_resized(record, tmp_path, name, mode):
+    record["file_name"] = draw(tmp_path / name, mode)
+    mappers = both(augmentations=[T.RandomFlip(), T.RandomCrop("absolute", (50, 60))])
+    compare(*mappers, record, exact=True)
+
+
+def test_an_image_of_another_size(record):
+    record["height"] += 1
+    with pytest.raises(SizeMismatchError):
+        FastMapper(settings())(record)
+
+
+@pytest.mark.parametrize("model", ["GeneralizedRCNN", "RetinaNet", "FCOS", "SemanticSegmentor"])
+def test_training_uses_it(model):
+    assert type(build_train_mapper(settings("MODEL.META_ARCHITECTURE", model))) is FastMapper
