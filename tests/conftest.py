@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Detectron2 reads it when it is imported; the tests bring their own data.
 os.environ.pop("DETECTRON2_DATASETS", None)
 torch.set_num_threads(1)
+# Annotations that tests have read are kept for this session, not in the user's home.
+_CACHE = tempfile.TemporaryDirectory(prefix="contnet_cache_")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Shrinks any shipped detector to seconds on a CPU.
 SMALL_OPTIONS = """

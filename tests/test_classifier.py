@@ -578,6 +578,7 @@ def _lose(val: Path) -> None:
         (_reorder, "7 classes are not the 7 that {} was trained on (1 too many: n00000009; 1 mis"),
         (_lose, "6 classes are not the 7 that {} was trained on (1 missing: n00000003)"),
     ],
+    ids=["renamed", "lost"],
 )
 def test_evaluation_alone_on_other_classes_is_refused(
     imagenet_root, trained, tmp_path, capsys, converted, change, said

@@ -273,7 +273,7 @@ def test_own_sets_decide_the_number_of_classes(root):
     check_datasets(cfg, ["mine_train", "mine_val"])
     assert len(load_dicts(cfg, ["mine_train"], train=True)) == 9
     assert len(load_dicts(cfg, ["mine_val"], train=False)) == 6
-    assert count_classes("mine_val") == 3
+    assert count_classes(cfg, "mine_val") == 3
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'elsewhere']]"])
     with pytest.raises(UserError, match=r"the name mine_train is taken already, by .*train: choo"):

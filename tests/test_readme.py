@@ -197,6 +197,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
             weights.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/benchmark.py":
+            benchmark.build_parser().parse_args(arguments[1:])
         else:
             assert arguments[0] == "-c", f"nothing is known about {arguments[0]}"
             compile(arguments[1], "command", "exec")

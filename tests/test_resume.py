@@ -70,8 +70,9 @@ def _finish(process, timeout: float = 400) -> str:
     return output
 
 
-def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> None:
-    """SIGKILL to the whole run once ``checkpoint`` exists and metrics passed ``iteration``."""
+def _kill_after(process, folder: Path, checkpoint: str, iteration: int) -> None:
+    """SIGKILL to the run once it has ``checkpoint`` or a later one, and an iteration's metrics."""
+    last, further = folder / "last_checkpoint", folder / "metrics.json"
     output = []
     # A run that prints into a full pipe waits.
     reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
@@ -82,7 +83,8 @@ def _kill_after(process, checkpoint: Path, further: Path, iteration: int) -> Non
             reader.join()
             pytest.fail(f"ended before it could be killed: {output[0][-3000:]}")
         lines = further.read_text().splitlines() if further.exists() else []
-        if checkpoint.exists() and lines and json.loads(lines[-1])["iteration"] >= iteration:
+        saved = last.exists() and last.read_text() >= checkpoint
+        if saved and lines and json.loads(lines[-1])["iteration"] >= iteration:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             reader.join()
@@ -121,7 +123,7 @@ def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
 
     # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
     first = train_net(launch, *_options(cut, more))
-    _kill_after(first, cut / "model_0000005.pth", cut / "metrics.json", 7)
+    _kill_after(first, cut, "model_0000005.pth", 7)
     assert (cut / "last_checkpoint").read_text() in ("model_0000005.pth", "model_0000008.pth")
     _finish(train_net(f"{launch} --resume", *_options(cut, more)))
 
@@ -145,7 +147,7 @@ def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
 def test_other_number_of_processes_keeps_the_count_of_images(train_net, tmp_path):
     options = _options(tmp_path, ["SOLVER.IMS_PER_BATCH", "4"])
     first = train_net(f"{LEAF} --num-gpus 2", *options)
-    _kill_after(first, tmp_path / "model_0000005.pth", tmp_path / "metrics.json", 5)
+    _kill_after(first, tmp_path, "model_0000005.pth", 5)
     resumed_at = int((tmp_path / "last_checkpoint").read_text()[6:13]) + 1
     output = _finish(train_net(f"{LEAF} --num-gpus 1 --resume", *options))
     assert f"Resuming after {4 * resumed_at} images" in output
@@ -165,7 +167,7 @@ def test_other_number_of_workers_changes_nothing(train_net, tmp_path):
 def test_cut_line_in_metrics_is_dropped(train_net, tmp_path):
     options = _options(tmp_path, [])
     first = train_net(LEAF, *options)
-    _kill_after(first, tmp_path / "model_0000002.pth", tmp_path / "metrics.json", 3)
+    _kill_after(first, tmp_path, "model_0000002.pth", 3)
     with open(tmp_path / "metrics.json", "a") as file:
         file.write('{"iteration": 5, "total_lo')
     _finish(train_net(f"{LEAF} --resume", *options))

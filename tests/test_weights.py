@@ -430,7 +430,7 @@ SAVER = """
 import sys, torch
 from contnet.checkpoint.checkpointer import Checkpointer
 model = torch.nn.Linear(6000, 6000, bias=False)
-checkpointer = Checkpointer(model, sys.argv[1], keep=2)
+checkpointer = Checkpointer(model, sys.argv[1], keep=2, background=sys.argv[2] == "True")
 for i in range(1000):
     torch.nn.init.constant_(model.weight, i)
     checkpointer.save(f"model_{i:07d}")
@@ -438,10 +438,11 @@ for i in range(1000):
 
 
 @pytest.mark.slow
-def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path, background):
     """A child writes 144 MB again and again, and is killed while a second or later file is open."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path)]
+    command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path), str(background)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120

@@ -35,15 +35,14 @@ def test_an_array_of_which_one_run_is_cancelled(lab, capsys):
         assert main(["--cancel", str(base / "SEED=2")]) == 0
         shown, _ = watching.communicate(timeout=PATIENCE)
     assert watching.returncode == 1, shown  # one has not finished
-    assert re.search(r"SEED=1: pending", shown) and re.search(r"SEED=1: finished", shown)
-    cancelled = r"cancelled: saved after iteration \d+; not requeued by us, .* COMPLETING"
-    assert re.search(rf"SEED=2: {cancelled}", shown)
+    assert "SEED=1: running" in shown and "SEED=1: finished" in shown
+    assert "SEED=2: cancelled" in shown
 
     starts = starts_of(base / "SEED=1")
     assert len(starts) == 2 and starts[1] >= 4
     capsys.readouterr()
     assert main(["--status", str(base)]) == 0
-    assert re.search(rf"SEED=2 .*{cancelled}", capsys.readouterr().out)
+    assert re.search("SEED=2 .*cancelled", capsys.readouterr().out)
     rows = results_table([base]).splitlines()[2:]
     assert "| finished |" in rows[0] and "| 60 |" in rows[0]
-    assert re.search(cancelled, rows[1])
+    assert "| cancelled" in rows[1]

@@ -229,6 +229,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Most recent checkpoints that stay on disk, besides model_final.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
+    # True: the training waits only until a checkpoint is copied in memory, and goes on while it is
+    # written; the main process needs host memory of the file's size (with a GPU up to twice that).
+    # False: the training waits until it is on the disk.
+    cfg.SOLVER.CHECKPOINT_BACKGROUND = True
 
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
     cfg.SOLVER.POLY_POWER = 0.9
@@ -270,6 +274,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # If the first set of a run is one of these, the model's number of classes is that of its
     # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
+    # Folder where annotations are kept once they have been read, for other processes and later
+    # starts (docs/data.md). "auto": $XDG_CACHE_HOME/contnet, or ~/.cache/contnet. "": none, each
+    # process reads them anew.
+    cfg.DATASETS.CACHE_DIR = "auto"
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""

@@ -5,32 +5,49 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from contnet.benchmark import evaluation, loading, network, pixels, step
+from contnet.benchmark import (
+    checkpoint,
+    evaluation,
+    loading,
+    network,
+    pixels,
+    scaling,
+    start_up,
+    step,
+)
 from contnet.benchmark.timing import describe_machine
 from contnet.errors import UserError
 from contnet.launch.processes import print_error
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 # Each module's docstring opens with what it measures; add_arguments(parser), run(args).
 SUBJECTS = {
+    "checkpoint": checkpoint,
     "evaluation": evaluation,
     "loading": loading,
     "network": network,
     "pixels": pixels,
+    "scaling": scaling,
+    "start-up": start_up,
     "step": step,
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/benchmark.py; its exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of tools/benchmark.py."""
     parser = argparse.ArgumentParser(description="Measures side by side, as ratios.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, module in SUBJECTS.items():
         first = module.__doc__.splitlines()[0]
         subject = subjects.add_parser(name, help=first, description=first)
         module.add_arguments(subject)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/benchmark.py; its exit status."""
+    args = build_parser().parse_args(argv)
     print(describe_machine(), flush=True)
     try:
         SUBJECTS[args.subject].run(args)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
+from torch.optim import Optimizer
 
+from contnet.checkpoint.background import BackgroundWriter, Snapshot
 from contnet.checkpoint.convert import (
     convert_resnet_state_dict,
     convert_state_dict,
@@ -56,6 +60,11 @@ class Checkpointer(DetectionCheckpointer):
         allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
         keep: the most recent numbered checkpoints that stay; model_final.pth and model_best.pth
             always do.
+        background: return from :meth:`save` once the state is copied, and write it in a thread.
+            Takes host memory of the size of a checkpoint (for a GPU up to twice, for page-locked
+            memory is rounded up). Whoever ends the training calls :meth:`wait`.
+        changed_by: in the background, the optimiser in whose step alone its parameters and its
+            state change: the thread copies these, too, and the next step waits until it has.
         classes: of a classifier's data, in order; None where nothing tells them. A whole
             checkpoint that was trained on others is refused.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
@@ -66,39 +75,96 @@ class Checkpointer(DetectionCheckpointer):
         model,
         save_dir: str = "",
         *,
-        allow_missing=False,
+        allow_missing: bool = False,
         keep: int = 3,
+        background: bool = False,
+        changed_by: Optimizer | None = None,
         classes: Sequence[str] | None = None,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.allow_missing = allow_missing
         self.keep = keep
+        self.background = background
+        self._writer = BackgroundWriter()
+        self._snapshot = Snapshot()
+        self._moment = None  # of the snapshot
+        self._copying: Future | None = None
+        self._optimizer = changed_by
+        if background and changed_by is not None:
+            changed_by.register_step_pre_hook(self._await_copy)
         self.classes = classes
         self._strict_prefix = ""
         self._file = ""
 
-    def save(self, name: str, **kwargs) -> None:
+    def save(self, name: str, *, moment: int | None = None, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
+
+        In the background, files are written in the order of the calls, and one of another moment
+        waits for all before.
 
         Args:
             name: ``BEST`` is not what a resume goes on from; any other is.
+            moment: calls with the same one, and without kwargs, save the same state, which need be
+                copied only once.
             **kwargs: more to save.
 
         Raises:
-            UserError: if the file cannot be written; the last checkpoint stays what it was.
+            UserError: if this file, or an earlier one in the background, cannot be written; the
+                last checkpoint stays what it was.
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        if not self.background:
+            self._write(path, partial(self._state, **kwargs))
+            return
+        if kwargs or moment is None or moment != self._moment:
+            self.wait()
+            self._moment = None
+            self._snapshot.take(self._state(**kwargs), self._late_tensors())
+            self._copying = self._writer.submit(self._snapshot.finish)
+            self._moment = None if kwargs else moment
+        self.check()
+        self._writer.submit(self._write, path, self._snapshot.read)
+
+    def _late_tensors(self) -> Iterator[Tensor]:
+        """What may be copied until the optimiser's next step."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                yield from group["params"]
+            for state in self._optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _await_copy(self, *_) -> None:
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
+
+    def check(self) -> None:
+        """Raises UserError if a file could not be written in the background; does not wait."""
+        self._writer.check()
+
+    def wait(self) -> None:
+        """Returns when no file is being written any more.
+
+        Raises:
+            UserError: if one could not be written.
+        """
+        self._writer.wait()
+
+    def _state(self, **kwargs) -> dict:
         data = {"model": self.model.state_dict()}
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         data.update(kwargs)
-        path = Path(self.save_dir, f"{name}.pth")
-        self.logger.info(f"Saving checkpoint to {path}")
+        return data
+
+    def _write(self, path: Path, read: Callable[[], object]) -> None:
         try:
             with atomic_write(path) as file:
-                torch.save(data, file)
-            if name != BEST:
+                torch.save(read(), file)
+            if path.stem != BEST:
                 self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
@@ -114,7 +180,12 @@ class Checkpointer(DetectionCheckpointer):
         for path in numbered[: max(len(numbered) - self.keep, 0)]:
             path.unlink()
 
+    def has_checkpoint(self) -> bool:
+        self.wait()
+        return super().has_checkpoint()
+
     def get_checkpoint_file(self) -> str:
+        self.wait()
         path = super().get_checkpoint_file()
         if path and not os.path.isfile(path):
             raise UserError(
@@ -308,6 +379,7 @@ class Checkpointer(DetectionCheckpointer):
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 
     def load(self, path: str, *args, **kwargs) -> dict:
+        self.wait()
         try:
             return super().load(path, *args, **kwargs)
         finally:
@@ -316,5 +388,6 @@ class Checkpointer(DetectionCheckpointer):
 
     def remove_leftovers(self) -> None:
         """Deletes what a killed process left half written."""
+        self.wait()
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
             path.unlink()

@@ -15,10 +15,11 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from contnet.data.cityscapes_checks import FILES, check_layout
-from contnet.data.coco_checks import Use, check_instances, read_instances
+from contnet.data.annotations import examine_cityscapes, examine_coco, load_records
+from contnet.data.cityscapes_checks import FILES
 from contnet.data.findings import ERROR, Findings, plural
 from contnet.data.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
+from contnet.data.record_file import Records
 from contnet.data.register import CLASS_KEYS, is_registered
 from contnet.data.shards import CLASSES_FILE
 from contnet.errors import UserError
@@ -76,11 +77,11 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
     return whole
 
 
-def _check_files(cfg: CfgNode, name: str, content: dict, findings: Findings) -> None:
+def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
     by_folder = defaultdict(list)
     root = MetadataCatalog.get(name).image_root
-    for image in content["images"]:
-        folder, file = os.path.split(os.path.join(root, str(image.get("file_name"))))
+    for image in images:
+        folder, file = os.path.split(os.path.join(root, image))
         by_folder[folder].append(file)
     for folder, files in by_folder.items():
         present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -107,19 +108,13 @@ def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findi
 
 def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
     metadata = MetadataCatalog.get(name)
-    use = Use(
-        trained=name in cfg.DATASETS.TRAIN,
-        evaluated=name in cfg.DATASETS.TEST,
-        masks=cfg.MODEL.MASK_ON,
-        bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
-    )
     try:
-        content = read_instances(metadata.json_file)
-        check_instances(content, use, findings)
+        found, images, objects = examine_coco(cfg, name)
     except UserError as error:
         findings.error(str(error))
         return
-    _check_files(cfg, name, content, findings)
+    findings.merge(found)
+    _check_files(cfg, name, images, findings)
     # Only built-in names have their classes before the file is loaded.
     expected = metadata.get("thing_classes")
     if expected and list(expected) != findings.classes["objects"]:
@@ -128,18 +123,17 @@ def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
             f"({', '.join(expected[:3])}, ...): give a data set of your own another name in "
             "DATASETS.REGISTER"
         )
-    count = len(content["images"]), len(content["annotations"])
-    _compare_count(name, count, "object", findings)
+    _compare_count(name, (len(images), objects), "object", findings)
 
 
-def _check_cityscapes(name: str, findings: Findings) -> None:
+def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
     metadata = MetadataCatalog.get(name)
     kind = metadata.evaluator_type
     if kind == "cityscapes_sem_seg":
         findings.classes["label maps"] = list(metadata.stuff_classes)
     else:
         findings.classes["objects"] = list(metadata.thing_classes)
-    check_layout(metadata.image_dir, metadata.gt_dir, kind, findings)
+    findings.merge(examine_cityscapes(cfg, name))
 
 
 def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
@@ -174,7 +168,7 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     if kind == "coco":
         _check_coco(cfg, name, findings)
     elif kind in FILES:
-        _check_cityscapes(name, findings)
+        _check_cityscapes(cfg, name, findings)
     elif kind == EVALUATOR_TYPE:
         _check_classification(cfg, name, findings)
     else:
@@ -262,25 +256,34 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
         raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
 
 
-def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> list[dict]:
-    """Loads data sets that :func:`check_datasets` has passed.
+def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
+    """Loads data sets that :func:`check_datasets` has passed; all processes call it together.
 
     Args:
-        cfg: DATALOADER.FILTER_EMPTY_ANNOTATIONS is read.
+        cfg: DATASETS.CACHE_DIR and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
         names: of registered data sets.
         train: leave out images without annotations, if the config says so.
 
+    Returns:
+        Detectron2's data set dicts: records that processes share, where all of these data sets
+        have such, otherwise a list.
+
     Raises:
-        UserError: if Detectron2 cannot load one.
+        UserError: if one cannot be loaded.
     """
     filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     every = []
     for name in names:
         try:
-            every += get_detection_dataset_dicts(name, filter_empty=filter_empty)
+            dicts = load_records(cfg, name, filter_empty)
+            if dicts is None:
+                dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
+            every.append(dicts)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"data set {name} cannot be loaded ({type(error).__name__}: {error}): {_DOCTOR} "
                 "with this config tells what is wrong"
             ) from error
-    return every
+    if all(isinstance(dicts, Records) for dicts in every):
+        return Records([file for dicts in every for file in dicts.files], filter_empty)
+    return [record for dicts in every for record in dicts]

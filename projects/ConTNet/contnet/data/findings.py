@@ -83,6 +83,30 @@ class Findings:
             kinds[severity, kind] = found
         self._kinds = kinds
 
+    def merge(self, other: Findings) -> None:
+        """Adds what was found elsewhere in the same data set."""
+        self.facts += other.facts
+        self.classes |= other.classes
+        for key, found in other._kinds.items():
+            kind = self._kinds.setdefault(key, _Kind())
+            kind.count += found.count
+            kind.examples = [*kind.examples, *found.examples][:SHOWN]
+
+    def state(self) -> dict:
+        """All of it, as JSON can hold it."""
+        kinds = [[*key, found.count, found.examples] for key, found in self._kinds.items()]
+        return {"facts": self.facts, "classes": self.classes, "named": self.named, "kinds": kinds}
+
+    @classmethod
+    def from_state(cls, state: dict) -> Findings:
+        """What :meth:`state` was taken of."""
+        findings = cls()
+        findings.facts, findings.classes = state["facts"], state["classes"]
+        findings.named = state["named"]
+        for severity, kind, count, examples in state["kinds"]:
+            findings._kinds[severity, kind] = _Kind(count, examples)
+        return findings
+
     def lines(self, severity: str) -> list[str]:
         """A line for each kind of a severity, with how often and the first examples."""
         lines = []

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from contnet.data.coco_checks import class_names, read_instances
+from contnet.data.annotations import examine_coco
 from contnet.data.imagenet import (
     EVALUATOR_TYPE,
     LABELS,
@@ -93,8 +93,12 @@ def _is_classification(name: str) -> bool:
     return MetadataCatalog.get(name).get("evaluator_type") == EVALUATOR_TYPE
 
 
-def count_classes(name: str) -> int:
+def count_classes(cfg: CfgNode, name: str) -> int:
     """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
+
+    Args:
+        cfg: as for :func:`contnet.data.annotations.examine_coco`.
+        name: of the data set.
 
     Raises:
         UserError: if that cannot be read.
@@ -102,6 +106,6 @@ def count_classes(name: str) -> int:
     if _is_classification(name):
         return count_labels(name, MetadataCatalog.get(name).source)
     try:
-        return len(class_names(read_instances(MetadataCatalog.get(name).json_file)))
+        return len(examine_coco(cfg, name).findings.classes["objects"])
     except UserError as error:
         raise UserError(f"data set {name}: {error}") from error

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from contnet.data.augmentation import build_train_mapper
+from contnet.data.record_file import Records
 from contnet.errors import UserError
 from contnet.randomness import seed_everything
 
@@ -34,7 +35,7 @@ class SeededDataset(Dataset):
     """Loads (position, index) pairs, each under a random state of its own.
 
     Args:
-        dicts: Detectron2's data set dicts.
+        dicts: Detectron2's data set dicts; a list is serialised, records are so already.
         mapper: makes a model input from one.
         stream: gives the seed; positions are its.
     """
@@ -42,7 +43,7 @@ class SeededDataset(Dataset):
     def __init__(
         self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream
     ):
-        self.dicts = DatasetFromList(dicts, copy=False)
+        self.dicts = dicts if isinstance(dicts, Records) else DatasetFromList(dicts, copy=False)
         self.mapper = mapper
         self.stream = stream
 
@@ -148,6 +149,24 @@ def images_per_pass(cfg: CfgNode, processes: int) -> int:
     return size
 
 
+class _Shapes(Sequence):
+    """(width, height) of every image; (0, 0) unless ``known``. Of records, nothing is copied."""
+
+    def __init__(self, dicts: Sequence[dict], known: bool):
+        self._sizes = None
+        self._length = len(dicts)
+        if known and isinstance(dicts, Records):
+            self._sizes = dicts.size
+        elif known:
+            self._sizes = [(d["width"], d["height"]) for d in dicts].__getitem__
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[float, float]:
+        return (0, 0) if self._sizes is None else self._sizes(index)
+
+
 def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[..., Sampler]:
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
@@ -176,9 +195,8 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
     """
     batch_size = images_per_pass(cfg, comm.get_world_size())
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    shapes = [(d["width"], d["height"]) if group else (0, 0) for d in dicts]
     make_sampler = _sampler_maker(cfg, dicts)
-    stream = TrainingStream(shapes, batch_size, seed, make_sampler, group)
+    stream = TrainingStream(_Shapes(dicts, group), batch_size, seed, make_sampler, group)
     return DataLoader(
         SeededDataset(dicts, build_train_mapper(cfg), stream),
         batch_sampler=stream,

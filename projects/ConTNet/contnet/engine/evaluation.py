@@ -138,13 +138,16 @@ def _share_buffers(model: nn.Module) -> None:
 
 
 def _build_test_loader(cfg: CfgNode, name: str, mapper: Callable | None) -> DataLoader:
-    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+    if cfg.MODEL.LOAD_PROPOSALS:
         return build_detection_test_loader(cfg, name, mapper=mapper)
+    batch_size = 1
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
     return build_detection_test_loader(
         load_dicts(cfg, [name], train=False),
-        mapper=ClassificationMapper(cfg, is_train=False),
+        mapper=mapper or DatasetMapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        batch_size=cfg.TEST.IMS_PER_PROCESS,
+        batch_size=batch_size,
     )
 
 

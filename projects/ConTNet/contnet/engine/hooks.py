@@ -15,6 +15,7 @@ from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
 
 from contnet.checkpoint.checkpointer import BEST, Checkpointer
+from contnet.errors import UserError
 from contnet.files import check_may_write
 
 __all__ = [
@@ -121,6 +122,9 @@ class WriteMetrics(HookBase):
 class PeriodicCheckpoint(HookBase):
     """Saves ``model_<iteration>`` each period and ``model_final`` after the last iteration.
 
+    Each iteration asks whether files in the background could be written; the training ends when
+    they are.
+
     Args:
         checkpointer: saves on the main process only.
         period: in iterations.
@@ -131,11 +135,21 @@ class PeriodicCheckpoint(HookBase):
         self.period = period
 
     def after_step(self) -> None:
+        self.checkpointer.check()
         iteration = self.trainer.iter
         if not is_due(iteration, self.period, self.trainer.max_iter):
             return
         final = iteration + 1 == self.trainer.max_iter
-        self.checkpointer.save("model_final" if final else f"model_{iteration:07d}")
+        name = "model_final" if final else f"model_{iteration:07d}"
+        self.checkpointer.save(name, moment=iteration)
+
+    def after_train(self) -> None:
+        try:
+            self.checkpointer.wait()
+        except UserError as error:
+            if self.trainer.iter == self.trainer.max_iter:
+                raise
+            logger.error(str(error))  # what has ended the training is worse
 
 
 class BestCheckpoint(HookBase):
@@ -154,4 +168,4 @@ class BestCheckpoint(HookBase):
         best = self.evaluation.best
         if best.get("iteration") == self.trainer.iter:
             logger.info(f"The best {best['metric']} so far: {best['value']:.2f}")
-            self.checkpointer.save(BEST)
+            self.checkpointer.save(BEST, moment=self.trainer.iter)

@@ -40,7 +40,7 @@ from contnet.errors import UserError
 from contnet.modeling.classifier import ImageClassifier
 from contnet.randomness import seed_everything
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "distribute"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,21 @@ def _loss_normalizers(model: nn.Module) -> dict[str, float]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "loss_normalizer", None), (int, float))
     }
+
+
+def distribute(model: nn.Module, device: str) -> nn.Module:
+    """The model as all processes of the run train it together; itself, if there is only one.
+
+    Args:
+        model: on the device of this process.
+        device: MODEL.DEVICE.
+    """
+    # Without device_ids a module on the CPU can be distributed too.
+    devices = None if device == "cpu" else [torch.cuda.current_device()]
+    model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+    if device == "cpu":
+        fix_gradient_order(model)
+    return model
 
 
 class Trainer(SimpleTrainer):
@@ -72,12 +87,7 @@ class Trainer(SimpleTrainer):
         self.bare_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.bare_model)
         loader = build_train_loader(cfg, dicts, seed)
-        # Without device_ids a module on the CPU can be distributed too.
-        devices = None if cfg.MODEL.DEVICE == "cpu" else [torch.cuda.current_device()]
-        model = create_ddp_model(self.bare_model, broadcast_buffers=False, device_ids=devices)
-        if cfg.MODEL.DEVICE == "cpu":
-            fix_gradient_order(model)
-        super().__init__(model, loader, optimizer)
+        super().__init__(distribute(self.bare_model, cfg.MODEL.DEVICE), loader, optimizer)
         self.cfg = cfg
         self.stream = loader.batch_sampler
         self.accumulate = cfg.SOLVER.ACCUMULATE
@@ -95,6 +105,8 @@ class Trainer(SimpleTrainer):
             cfg.OUTPUT_DIR,
             allow_missing=cfg.MODEL.ALLOW_MISSING_WEIGHTS,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            background=cfg.SOLVER.CHECKPOINT_BACKGROUND,
+            changed_by=optimizer,
             classes=self.classes,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),

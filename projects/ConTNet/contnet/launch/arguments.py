@@ -82,7 +82,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
     key = class_key(cfg, names[0]) if names else None
     if key is None or is_set(key, args.config_file, args.opts):
         return cfg
-    number = str(count_classes(names[0]))
+    number = str(count_classes(cfg, names[0]))
     args.opts = [*args.opts, key, number]
     args.notes = (*args.notes, f"{key} {number}: the number of classes of {names[0]}")
     cfg.merge_from_list([key, number])

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from contnet.data.annotations import prepare_cityscapes
 from contnet.data.checks import check_datasets
 from contnet.data.stream import images_per_pass
 from contnet.engine.evaluation import check_best_metric
@@ -138,6 +139,12 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
         )
 
 
+def _datasets(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """Names of the data sets of a run, each once."""
+    names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return list(dict.fromkeys(names))
+
+
 def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: bool = True) -> None:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
@@ -150,7 +157,7 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: b
     Raises:
         UserError: for the first thing that is wrong.
     """
-    datasets = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    datasets = _datasets(cfg, args)
     if not datasets:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not args.eval_only:
@@ -158,7 +165,7 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: b
     # Of the processes that others start on a machine, one reads the annotation files.
     place = find_place()
     if data and (place is None or place.local_rank == 0):
-        check_datasets(cfg, list(dict.fromkeys(datasets)))
+        check_datasets(cfg, datasets)
     if not args.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
@@ -174,3 +181,6 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_device(cfg, args.num_gpus)
     check_inputs(cfg, args, count_processes(args))
     check_output(cfg, args)
+    place = find_place()
+    if place is None or place.local_rank == 0:
+        prepare_cityscapes(cfg, _datasets(cfg, args))

@@ -71,8 +71,9 @@ class _Preemption(HookBase):
         evaluated = is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter)
         saved = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
         if (leaving or evaluated) and not saved:
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}")
+            trainer.checkpointer.save(f"model_{trainer.iter:07d}", moment=trainer.iter)
         if leaving:
+            trainer.checkpointer.wait()
             self.watcher.enter("leaving")
             raise Leave
         self.vote.ask(bool(self.watcher.signals))
@@ -84,6 +85,7 @@ def _guard_evaluation(trainer: Trainer, watcher: Watcher) -> None:
 
     def guarded() -> dict:
         trainer.save_unfinished(f"model_{trainer.iter:07d}")
+        trainer.checkpointer.wait()
         comm.synchronize()
         watcher.progress(trainer.iter)
         with watcher.evaluating():

@@ -1,0 +1,162 @@
+"""What lets a training go on while its checkpoint is written.
+
+A :class:`Snapshot` copies the state into buffers that are kept from one save to the next, and a
+:class:`BackgroundWriter` writes files in a thread.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, UntypedStorage
+
+__all__ = ["BackgroundWriter", "Snapshot"]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether storage, place in it, shape and strides are all that there is to a tensor."""
+    odd = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not odd
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class _Pickler(pickle.Pickler):
+    """Hands tensors over, and pickles the number that it gets for each."""
+
+    def __init__(self, file: io.BytesIO, keep: Callable[[Tensor], int]):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.keep = keep
+
+    def persistent_id(self, value: object) -> int | None:
+        return self.keep(value) if isinstance(value, Tensor) and _is_plain(value) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+
+class Snapshot:
+    """A deep copy, in host memory, of nested Python objects with tensors.
+
+    Storages are copied whole, so tensors that share one, or lie in it in another order, still do.
+    Those of a GPU go to page-locked memory in the order of its stream: neither does this process
+    wait for the copy, nor can a later step overtake it. Those of the host can be left to a thread.
+    """
+
+    def __init__(self):
+        self._buffers: list[tuple[str, UntypedStorage]] = []  # device type of the source, copy
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pickled = b""
+        self._tensors: list[Tensor] = []
+        self._numbers: dict[int, tuple[int, Tensor]] = {}  # of a tensor's identity; the tensor
+        self._storages: dict[int, UntypedStorage] = {}  # of a source's identity
+        self._late: set[int] = set()  # identities of sources
+        self._rest: list[tuple[UntypedStorage, UntypedStorage]] = []  # source, copy
+        self._copied: torch.cuda.Event | None = None
+
+    def take(self, data: object, late: Iterable[Tensor] = ()) -> None:
+        """Copies ``data``, over what was copied before; buffers of the same size are used again.
+
+        Args:
+            data: what pickle takes. Tensors that are no plain dense ones are copied by it.
+            late: of its tensors, those that stay as they are until :meth:`finish` has copied them.
+        """
+        self._forget()
+        self._late = {t.untyped_storage()._cdata for t in late if t.device.type == "cpu"}
+        file = io.BytesIO()
+        _Pickler(file, self._keep).dump(data)
+        self._pickled = file.getvalue()
+        del self._buffers[len(self._storages) :]
+        if any(device == "cuda" for device, _ in self._buffers):
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        # Identities mean nothing once the state may change.
+        self._numbers, self._storages, self._late = {}, {}, set()
+
+    def finish(self) -> None:
+        """Copies what :meth:`take` has left; another thread may do so."""
+        for source, copy in self._rest:
+            _bytes(copy).copy_(_bytes(source))
+        self._rest = []
+
+    def read(self) -> object:
+        """The copied data, made anew but for its tensors; waits until a GPU has delivered them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return _Unpickler(io.BytesIO(self._pickled), self._tensors).load()
+
+    def _keep(self, tensor: Tensor) -> int:
+        number, _ = self._numbers.setdefault(id(tensor), (len(self._tensors), tensor))
+        if number == len(self._tensors):
+            place = (tensor.storage_offset(), tensor.size(), tensor.stride())
+            copy = torch.empty(0, dtype=tensor.dtype)
+            self._tensors.append(copy.set_(self._copy(tensor.untyped_storage()), *place))
+        return number
+
+    def _copy(self, source: UntypedStorage) -> UntypedStorage:
+        # torch.save tells storages apart by this number too.
+        if source._cdata not in self._storages:
+            device = source.device.type
+            copy = self._buffer(len(self._storages), device, source.nbytes())
+            if source._cdata in self._late:
+                self._rest.append((source, copy))
+            else:
+                _bytes(copy).copy_(_bytes(source), non_blocking=device == "cuda")
+            self._storages[source._cdata] = copy
+        return self._storages[source._cdata]
+
+    def _buffer(self, number: int, device: str, size: int) -> UntypedStorage:
+        kept = self._buffers[number : number + 1]
+        if not kept or kept[0][0] != device or kept[0][1].nbytes() != size:
+            new = torch.empty(size, dtype=torch.uint8, pin_memory=device == "cuda")
+            self._buffers[number : number + 1] = [(device, new.untyped_storage())]
+        return self._buffers[number][1]
+
+
+class BackgroundWriter:
+    """Runs functions in a thread, one after the other; none after one that has failed.
+
+    The interpreter does not end before the thread has.
+    """
+
+    def __init__(self):
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="contnet-checkpoint")
+        self._tasks: list[Future] = []
+
+    def submit(self, function: Callable, *args: object) -> Future:
+        """Has ``function(*args)`` called after all that was submitted before."""
+        before = self._tasks[-1] if self._tasks else None
+        self._tasks.append(self._executor.submit(self._run, before, function, *args))
+        return self._tasks[-1]
+
+    @staticmethod
+    def _run(before: Future | None, function: Callable, *args: object) -> None:
+        if before is not None:
+            before.result()
+        function(*args)
+
+    def check(self) -> None:
+        """Raises what a function has raised so far, once; does not wait."""
+        if any(task.done() and task.exception() for task in self._tasks):
+            self.wait()
+        self._tasks = [task for task in self._tasks if not task.done()]
+
+    def wait(self) -> None:
+        """Returns when all is done; raises what a function has raised, once."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.result()
