@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,23 @@ from oracle import make_oracle
 from PIL import Image
 from timm.data.mixup import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torchvision.transforms import v2
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.convert import detectron2_name
+from contnet.checkpoint.weights import main as convert_weights
 from contnet.config import load_config
 from contnet.data.augmentation import build_classification_transform
+from contnet.data.register import register_datasets
 from contnet.engine.classification_evaluation import ClassificationEvaluator
+from contnet.engine.evaluation import check_best_metric
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
+from contnet.engine.trainer import Trainer
 from contnet.errors import UserError
+from contnet.launch.main import main
+from contnet.modeling.classifier import ImageClassifier
 
 CLASSES = 10
 SMALL = ["MODEL.DEVICE", "cpu", "MODEL.CLASSIFIER.NUM_CLASSES", str(CLASSES)]
@@ -91,6 +99,16 @@ def test_mixed_loss_is_timms(seed):
     assert plain.item() != pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_only_a_share_of_batches_is_mixed():
+    model = build_model(config(*MIXED, "MODEL.CLASSIFIER.MIX_PROB", "0.3")).train()
+    inputs, seen = batch(size=32), []
+    model.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for _ in range(40):
+        model(inputs)
+    mixed = sum(not torch.allclose(images, normalised(inputs), atol=1e-5) for images in seen)
+    assert 5 <= mixed <= 20  # 12 are expected, and fewer than 5 or more than 20 once in 200 tries
+
+
 def test_images_are_erased_in_training_only():
     model = build_model(config("INPUT.CLASSIFIER.RANDOM_ERASING", "1.0"))
     inputs, seen = batch(), []
@@ -142,7 +160,15 @@ def test_contnets_take_their_options_from_their_node():
         ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS is 25023, with SOLVER.RESCALE_INTERVAL"),
         ("res18", "SOLVER.WARMUP_ITERS 0", "WARMUP_ITERS is 0, with SOLVER.RESCALE_INTERVAL"),
         ("res18", "INPUT.FORMAT BGR", "ImageClassifier takes RGB"),
-        ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, ImageClassifier freezes nothing"),
+        ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, which does nothing"),
+        ("contti", "MODEL.CONTNET.VARIANT contnet_s", "VARIANT is 'contnet_s', which does nothing"),
+        ("contti", "MODEL.CONTNET.NORM GN", "NORM is 'GN', which does nothing"),
+        ("contti", "MODEL.CONTNET.TAPS pre", "leave it 'stage'"),
+        ("contti", "MODEL.CONTNET.OUTPUT_STRIDE 16", "leave it 32"),
+        ("contti", "MODEL.CONTNET.DILATED_PATCHES False", "which does nothing"),
+        ("contti", "MODEL.CONTNET.OUT_FEATURES ['res5']", "which does nothing"),
+        ("res18", "MODEL.CONTNET.RELATIVE True", "does nothing to the classifier resnet18"),
+        ("res50", "MODEL.RESNETS.NORM GN", "does nothing to the classifier resnet50"),
         ("res18", "MODEL.CLASSIFIER.MIXUP_ALPHA -1", "must be in [0, inf)"),
     ],
 )
@@ -224,6 +250,38 @@ def test_strong_recipe_decays_only_matrices_and_filters(name):
     assert any(name.endswith(tables) for name in names.values()) == ("res" not in name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convnext_atto",
+        "beit_base_patch16_224",
+        "deit3_small_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "contnet_ti",
+    ],
+)
+def test_strong_recipe_decays_what_timm_decays(name):
+    """Among what it spares are gains of layers, biases by other names and tables."""
+    cfg = config(leaf="res18_strong")
+    with torch.device("meta"):
+        network = timm.create_model(name)
+        model = ImageClassifier(network, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    kept = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    without, decayed = param_groups_weight_decay(network, 0.5, no_weight_decay_list=kept)
+    groups = build_optimizer(cfg, model).param_groups
+    ours = {group["weight_decay"]: set(map(id, group["params"])) for group in groups}
+    assert ours[0.5] == set(map(id, decayed["params"]))
+    assert ours[0.0] == set(map(id, without["params"]))
+
+
+def test_plain_recipe_decays_gains_too():
+    with torch.device("meta"):
+        network = timm.create_model("convnext_atto")
+        model = ImageClassifier(network, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    (group,) = build_optimizer(config(), model).param_groups
+    assert group["weight_decay"] == config().SOLVER.WEIGHT_DECAY
+
+
 @pytest.mark.parametrize("leaf", ["deit_ti_strong", "res18", "contti"])
 def test_layer_decay_reaches_every_network(leaf):
     model = build_model(config(leaf=leaf))
@@ -235,16 +293,19 @@ def test_layer_decay_reaches_every_network(leaf):
 
 def test_training_images_differ_by_seed_and_policy():
     picture = draw_picture(1, CLASSES, 90, np.random.default_rng(0))
-    outputs = {}
+    outputs = []
     for policy in ("''", "rand-m9-mstd0.5-inc1", "original"):
         cfg = config("INPUT.CLASSIFIER.AUTO_AUGMENT", policy, "INPUT.CLASSIFIER.SIZE", "32")
         transform = build_classification_transform(cfg, is_train=True)
-        random.seed(1)
-        np.random.seed(1)
-        torch.manual_seed(1)
-        outputs[policy] = transform(picture)
-        assert outputs[policy].shape == (3, 32, 32) and outputs[policy].dtype == torch.uint8
-    assert len({each.numpy().tobytes() for each in outputs.values()}) > 1
+        for seed in (1, 2, 1):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            outputs.append(transform(picture))
+            assert outputs[-1].shape == (3, 32, 32) and outputs[-1].dtype == torch.uint8
+        assert torch.equal(outputs[-1], outputs[-3])
+    # All of three policies and two seeds.
+    assert len({each.numpy().tobytes() for each in outputs}) == 6
 
 
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (182, 160), (61, 61), (320, 288)])
@@ -264,34 +325,39 @@ def test_test_images_are_resized_and_cropped_in_the_middle(resize, crop):
 # ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [3, 10])
+@pytest.mark.parametrize("classes", [1, 3, 5, 6, 10])
 def test_accuracy_is_that_of_a_plain_loop(classes):
     logits = torch.randn(37, classes)
     labels = torch.randint(0, classes, (37,)).tolist()
-    evaluator = ClassificationEvaluator()
+    evaluator = ClassificationEvaluator(classes)
     evaluator.reset()
     for start in range(0, 37, 8):
         rows = range(start, min(start + 8, 37))
         evaluator.process(
             [{"label": labels[i]} for i in rows], [{"logits": logits[i]} for i in rows]
         )
-    top = {1: 0, 5: 0}
+    # Of five classes or fewer, one of the first five is always right.
+    top = {1: 0, 5: 0} if classes > 5 else {1: 0}
     for row, label in zip(logits.tolist(), labels, strict=True):
         order = sorted(range(classes), key=lambda i: -row[i])
         for k in top:
             top[k] += label in order[:k]
-    assert evaluator.evaluate() == {
-        "classification": {"top1": 100 * top[1] / 37, "top5": 100 * top[5] / 37}
-    }
+    expected = {f"top{k}": 100 * number / 37 for k, number in top.items()}
+    assert evaluator.evaluate() == {"classification": expected}
+    cfg = config("MODEL.CLASSIFIER.NUM_CLASSES", str(classes), "TEST.BEST_METRIC", "no")
+    register_datasets(cfg)
+    with pytest.raises(UserError) as caught:
+        check_best_metric(cfg)
+    assert ("classification/top5" in str(caught.value)) == (classes > 5)
 
 
 def test_logits_that_are_not_finite_are_wrong_and_named(caplog):
-    evaluator = ClassificationEvaluator()
+    evaluator = ClassificationEvaluator(3)
     broken = torch.tensor([float("nan"), 1.0, 0.0])
     evaluator.process(
         [{"label": 0}, {"label": 0}], [{"logits": broken}, {"logits": torch.tensor([2.0, 1, 0])}]
     )
-    assert evaluator.evaluate()["classification"] == {"top1": 50.0, "top5": 50.0}
+    assert evaluator.evaluate()["classification"] == {"top1": 50.0}
     assert "1 of 2 images have logits that are not finite" in caplog.text
 
 
@@ -397,6 +463,7 @@ INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.RESIZE_TEST 64 INPUT.CLASSIFIER.CROP_T
 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 LOG_PERIOD 1 TEST.IMS_PER_PROCESS 3
 """
 RUN = RUN_OPTIONS.split()
+LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 
 
 def plain_loop(cfg, folder: Path, weights: Path):
@@ -442,3 +509,106 @@ def test_a_run_trains_evaluates_and_tells_the_accuracy(
     assert lines[-1]["classification/top1"] == pytest.approx(expected["top1"])
     assert (tmp_path / "model_best.pth").exists()
     assert "| classification |" in output
+
+
+@pytest.mark.parametrize("batch", ["3", "6 SOLVER.ACCUMULATE 2"])
+def test_an_odd_batch_cannot_be_mixed(tmp_path, capsys, batch):
+    opts = f"MODEL.CLASSIFIER.CUTMIX_ALPHA 1.0 OUTPUT_DIR {tmp_path} SOLVER.IMS_PER_BATCH {batch}"
+    assert main(["--config-file", LEAF, *SMALL, *RUN, *opts.split()]) == 1
+    error = capsys.readouterr().err
+    assert "need an even number of images per process and pass, not 3" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def trained(imagenet_root, tmp_path_factory) -> Path:
+    """The folder of a short run on the seven classes, as sets of one's own."""
+    folder = tmp_path_factory.mktemp("run")
+    opts = ["SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR", str(folder)]
+    options = ["--config-file", LEAF, *SMALL[:2], *RUN, *own_sets(imagenet_root / "imagenet")]
+    assert main([*options, "DATALOADER.NUM_WORKERS", "0", "SEED", "1", *opts]) == 0
+    return folder
+
+
+def own_sets(home: Path) -> list[str]:
+    """Both sets by names of this test's own, which stand for their paths."""
+    sets = [[f"{home}_{split}", str(home / split)] for split in ("train", "val")]
+    train, val = (f"('{name}',)" for name, _ in sets)
+    return ["DATASETS.REGISTER", str(sets), "DATASETS.TRAIN", train, "DATASETS.TEST", val]
+
+
+def evaluate_alone(home: Path, weights: Path, output: Path, *opts: str) -> int:
+    return main(
+        [
+            *("--config-file", LEAF, "--eval-only", *SMALL[:2], *RUN, *own_sets(home), *opts),
+            *("DATALOADER.NUM_WORKERS", "0", "MODEL.WEIGHTS", str(weights)),
+            *("OUTPUT_DIR", str(output)),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_evaluation_alone_as_a_command(train_net, imagenet_root, trained, tmp_path):
+    process = train_net(
+        f"--config-file {LEAF} --eval-only MODEL.WEIGHTS {trained}/model_final.pth",
+        *(*SMALL[:2], *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7", "OUTPUT_DIR", str(tmp_path)),
+        DETECTRON2_DATASETS=str(imagenet_root),
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    (alone,) = json.loads((tmp_path / "results.json").read_text())
+    (training,) = json.loads((trained / "results.json").read_text())
+    assert alone["metrics"] == training["metrics"]
+    assert alone["weights"] == f"{trained}/model_final.pth"
+
+
+def _reorder(val: Path) -> None:
+    val.joinpath("n00000001").rename(val / "n00000009")
+
+
+def _lose(val: Path) -> None:
+    shutil.rmtree(val / "n00000003")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_reorder, "7 classes are not the 7 that {} was trained on (1 too many: n00000009; 1 mis"),
+        (_lose, "6 classes are not the 7 that {} was trained on (1 missing: n00000003)"),
+    ],
+    ids=["renamed", "lost"],
+)
+def test_evaluation_alone_on_other_classes_is_refused(
+    imagenet_root, trained, tmp_path, capsys, converted, change, said
+):
+    """Without its training set, a set would number its classes by itself."""
+    home, weights = tmp_path / "imagenet", trained / "model_final.pth"
+    shutil.copytree(imagenet_root / "imagenet", home)
+    if converted:
+        assert convert_weights([str(weights), str(tmp_path / "a.safetensors")]) == 0
+        weights = Path(capsys.readouterr().out.splitlines()[-1])
+    change(home / "val")
+    assert evaluate_alone(home, weights, tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the data's ") and said.format(weights) in error
+
+
+@pytest.mark.slow
+def test_a_resume_on_other_classes_is_refused(imagenet_root, trained, tmp_path):
+    shutil.copytree(imagenet_root / "imagenet", tmp_path / "imagenet")
+    for split in ("train", "val"):
+        _reorder(tmp_path / "imagenet" / split)
+    cfg = config(*RUN, *own_sets(tmp_path / "imagenet"), "MODEL.CLASSIFIER.NUM_CLASSES", "7")
+    register_datasets(cfg)
+    cfg.OUTPUT_DIR = str(trained)
+    with pytest.raises(UserError, match=r"1 too many: n00000009; 1 missing: n00000001"):
+        Trainer(cfg, 1).load(resume=True)
+
+
+def test_weights_that_do_not_name_their_classes_are_told(tmp_path, said):
+    model = build_model(config())
+    Checkpointer(model, str(tmp_path)).save("a")
+    Checkpointer(model, classes=["a", "b"]).load_whole(str(tmp_path / "a.pth"))
+    assert f"{tmp_path}/a.pth does not name its classes" in said()

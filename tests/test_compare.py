@@ -29,7 +29,8 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main(command(tmp_path, "--num-gpus", "1", "--seeds", "1,2")) == 0
+    only = ["--only", "resnet18", "SOLVER.BASE_LR 0.05 MODEL.CLASSIFIER.DROP_PATH_RATE 0.1"]
+    assert main(command(tmp_path, "--num-gpus", "1", "--seeds", "1,2", *only)) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "compare.json").read_text())
     assert [(row["network"], row["seed"]) for row in rows] == [
@@ -47,8 +48,11 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
         )
         assert 100 < row["memory_mb"] < 20000 and row["images_per_second"] > 0
         lines = (run / "config.yaml").read_text().splitlines()
-        own = ("    NAME:", "SEED:", "OUTPUT_DIR:")
+        own = ("    NAME:", "SEED:", "OUTPUT_DIR:", "  BASE_LR:", "    DROP_PATH_RATE:")
         configs.append([line for line in lines if not line.startswith(own)])
+        alone = row["network"] == "resnet18"
+        assert ("  BASE_LR: 0.05" in lines) == ("    DROP_PATH_RATE: 0.1" in lines) == alone
+    assert f"| resnet18 ({only[-1]}) |" in printed and "| contnet_ti |" in printed
     assert all(config == configs[0] for config in configs)
     # Two seeds start from different weights.
     stems = [
@@ -58,11 +62,11 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
     assert not torch.equal(*(stem["network.stem.weight"] for stem in stems))
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model_final.pth")}
-    assert main(command(tmp_path, "--seeds", "1,2")) == 0
+    assert main(command(tmp_path, "--seeds", "1,2", *only)) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "compare.json").read_text()) == rows
     # A call for some of them keeps the rows of the others.
-    assert main(command(tmp_path, "--seeds", "2", "--networks", "resnet18")) == 0
+    assert main(command(tmp_path, "--seeds", "2", "--networks", "resnet18", *only)) == 0
     kept = json.loads((tmp_path / "compare.json").read_text())
     assert sorted(kept, key=str) == sorted(rows, key=str)
 
@@ -80,9 +84,41 @@ def test_a_training_with_other_settings_is_not_kept(tmp_path, capsys):
     assert "a training with other settings (SOLVER.BASE_LR)" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--seeds -1", "'-1' must be whole numbers from 0"),
+        ("--seeds 1,x", "'1,x' must be whole numbers from 0"),
+        ("--seeds 1,01", "each once"),
+        ("--networks resnet18,resnet18", "must be names with commas between, each once"),
+        ("--networks resnet18,", "must be names"),
+        ("--only resnet50 a", "--only resnet50 is not one of --networks contnet_ti,resnet18"),
+        ("--only resnet18 SOLVER.BASE", "'SOLVER.BASE' is not in pairs KEY VALUE"),
+        ("SEED 3", "SEED has no effect here, it is what --seeds gives"),
+        ("--only resnet18 'a", "No closing quotation"),
+        ("--num-gpus 0", "--num-gpus is 0, it must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, options, said):
+    networks = [] if "only" in options else ["--networks", "resnet18"]
+    assert main([*command(tmp_path), *networks, *options.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[{", "", "{}", '[{"network": "resnet18"}]', "[3]", "3"])
+def test_damaged_rows_are_one_line(tmp_path, capsys, content):
+    (tmp_path / "compare.json").write_text(content)
+    assert main(command(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path}/compare.json" in error and error.count("\n") == 1
+    assert "remove it" in error
+
+
 def test_a_network_that_timm_lacks_is_one_line(tmp_path, capsys):
-    assert main([*command(tmp_path), "--networks", "resnet5"]) == 1
-    assert "nearest is" in capsys.readouterr().err
+    assert main([*command(tmp_path), "--networks", "contnet_ti,resnet5"]) == 1
+    error = capsys.readouterr().err
+    assert "nearest is" in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*/model*.pth"))
 
 

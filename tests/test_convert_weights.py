@@ -46,15 +46,20 @@ CASES = [
 COUNT = "num_batches_tracked"
 
 
+def as_file(source, folder):
+    """The path of a file, or of one made of what is to be in it."""
+    if not isinstance(source, (str, Path)):
+        torch.save(source, folder / "source.pth")
+        source = folder / "source.pth"
+    return str(source)
+
+
 @pytest.fixture
 def convert(tmp_path, capsys):
     """Runs the tool on a file or on what is to be in one; returns its result's path and lines."""
 
     def run(source, *options, target="result.pth"):
-        if not isinstance(source, (str, Path)):
-            torch.save(source, tmp_path / "source.pth")
-            source = tmp_path / "source.pth"
-        status = weights.main([str(source), str(tmp_path / target), *options])
+        status = weights.main([as_file(source, tmp_path), str(tmp_path / target), *options])
         captured = capsys.readouterr()
         assert status == 0, captured.err
         lines = captured.out.splitlines()
@@ -68,11 +73,9 @@ def refuse(tmp_path, capsys):
     """Runs the tool on what it must refuse; returns its one line."""
 
     def run(source, *options, target="result.pth"):
-        if not isinstance(source, (str, Path)):
-            torch.save(source, tmp_path / "source.pth")
-            source = tmp_path / "source.pth"
+        source = as_file(source, tmp_path)
         before = sorted(tmp_path.rglob("*"))
-        assert weights.main([str(source), str(tmp_path / target), *options]) == 1
+        assert weights.main([source, str(tmp_path / target), *options]) == 1
         assert sorted(tmp_path.rglob("*")) == before
         error = capsys.readouterr().err
         assert error.startswith("error: ")

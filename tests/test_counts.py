@@ -60,6 +60,32 @@ def test_attention_is_counted_apart():
     assert _counted("faster_rcnn_r50")[2] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("deit_tiny_patch16_224", [(12, 197, 192, 1)]),
+        # Windows of 7x7; and timm's own class of attention.
+        (
+            "swin_tiny_patch4_window7_224",
+            [(2, 49, 96, 64), (2, 49, 192, 16), (6, 49, 384, 4), (2, 49, 768, 1)],
+        ),
+        ("beit_base_patch16_224", [(12, 197, 768, 1)]),
+        ("resnet18", []),
+    ],
+)
+def test_attention_of_any_classifier_is_counted(name, blocks):
+    """For each block two products of windows of so many tokens and channels."""
+    *_, attention = _counted("imagenet/res18", "MODEL.CLASSIFIER.NAME", name, size=(224, 224))
+    expected = sum(n * 2 * tokens**2 * width * windows for n, tokens, width, windows in blocks)
+    assert attention == pytest.approx(expected / 1e9, rel=1e-6)
+
+
+def test_classifiers_count_as_published():
+    parameters, operations, attention = _counted("imagenet/contm", size=(224, 224))
+    assert (parameters, operations, attention) == pytest.approx((19.537, 3.086, 0.354), abs=0.001)
+    assert _counted("imagenet/res50", size=(224, 224))[1] == pytest.approx(4.09, abs=0.005)
+
+
 def test_masks_and_dilation_cost():
     faster, masks = _counted("faster_rcnn_r50"), _counted("mask_rcnn_r50")
     # Four 3x3 convolutions, an upsampling and 80 masks, on 100 regions of 14x14.

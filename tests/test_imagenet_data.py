@@ -652,7 +652,8 @@ def test_official_counts(root, capsys, monkeypatch):
     from contnet.data import checks
 
     counts = {"imagenet_train": (9, 3), "imagenet_val": (6, 3)}
-    monkeypatch.setattr(checks, "_OFFICIAL_IMAGENET", counts)
+    official = {name: ("ImageNet", count) for name, count in counts.items()}
+    monkeypatch.setattr(checks, "_OFFICIAL", official)
     status, said = run_doctor(capsys)
     assert status == 0 and said.count("as many as ImageNet itself has") == 2
 

@@ -21,6 +21,7 @@ from contnet.launch.folder import Lease, StartFolder, last_saved, record_requeue
 from contnet.launch.job import TrainingJob, python_command
 from contnet.launch.start import Start
 from contnet.launch.status import read_status
+from contnet.launch.submissions import describe_run
 
 STEP = {
     "SLURM_JOB_ID": "77",
@@ -273,6 +274,16 @@ def test_status(tmp_path):
     assert "rank 1 (process 8 on h) ended without a word" in status["death"]["reason"]
 
 
+def test_a_silent_run(tmp_path):
+    _lease(tmp_path, "5", 0).take(patience=0)
+    folder = StartFolder(tmp_path, "5", 0)
+    folder.path.mkdir(parents=True)
+    _beat(folder, 0, beat=0.01)
+    time.sleep(0.1)
+    assert read_status(tmp_path)["state"] == "silent"
+    assert describe_run(tmp_path).startswith("ended without a word, last sign of life")
+
+
 def test_stale_notes_are_not_this_starts(tmp_path):
     folder = StartFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
@@ -283,18 +294,36 @@ def test_stale_notes_are_not_this_starts(tmp_path):
     assert folder.read("death")["reason"] == "now"
 
 
-def test_job_in_one_process(coco_root, tmp_path):
-    """Without any cluster; USR2 cannot requeue there, and says so."""
+def _fake_slurm(folder, state):
+    """Clients of a SLURM that calls every job ``state``, and notes what it is asked for."""
+    folder.mkdir()
+    for name, answer in (("squeue", f"echo {state}"), ("scontrol", f'echo "$*" >> {folder}/calls')):
+        (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (folder / name).chmod(0o755)
+    return {"SLURM_JOB_ID": "4242", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("state", "number", "status", "said"),
+    [
+        (None, signal.SIGUSR2, 1, "nothing here can start the training again"),
+        ("RUNNING", signal.SIGTERM, 0, "; requeued"),  # clusters that send nothing else
+    ],
+)
+def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, status, said):
+    """Without a cluster nothing can be requeued, and that is said."""
     from conftest import REPOSITORY, SMALL
 
+    run = tmp_path / "run"
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
-    more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(tmp_path)]
-    job = TrainingJob(["--config-file", config, *SMALL, *more], str(tmp_path), setup={"beat": 0.2})
+    more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(run)]
+    job = TrainingJob(["--config-file", config, *SMALL, *more], str(run), setup={"beat": 0.2})
     code = f"from contnet.launch.job import TrainingJob; {job!r}()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUBMITIT"))},
+            **(_fake_slurm(tmp_path / "bin", state) if state else {}),
             "DETECTRON2_DATASETS": str(coco_root),
             "OMP_NUM_THREADS": "1",
         },
@@ -303,13 +332,27 @@ def test_job_in_one_process(coco_root, tmp_path):
         text=True,
     )
     while process.poll() is None:
-        if read_status(tmp_path).get("state") == "running":
-            process.send_signal(signal.SIGUSR2)
+        if read_status(run).get("state") == "running":
+            process.send_signal(number)
             break
         time.sleep(0.1)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, out[-3000:]
-    status = read_status(tmp_path)
-    assert status["state"] == "stopped", out[-3000:]
-    assert "nothing here can start the training again" in status["leave"]["reason"]
-    assert last_saved(tmp_path) == status["leave"]["iteration"] >= 0
+    assert process.returncode == status, out[-3000:]
+    leave = read_status(run)["leave"]
+    assert said in leave["reason"], out[-3000:]
+    assert last_saved(run) == leave["iteration"] >= 0
+    calls = tmp_path / "bin" / "calls"
+    assert leave["requeued"] == calls.exists() == (status == 0)
+    if calls.exists():
+        assert calls.read_text() == "requeue 4242\n"
+
+
+def test_the_network_interface(tmp_path, monkeypatch):
+    for library in ("NCCL", "GLOO"):
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "other")
+    monkeypatch.setattr("contnet.files._guards", {})
+    (tmp_path / "slurm").mkdir()
+    Start(TrainingJob([], str(tmp_path)))._begin()
+    assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "other"
+    Start(TrainingJob([], str(tmp_path), interface="ib0"))._begin()
+    assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

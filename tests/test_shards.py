@@ -181,6 +181,23 @@ def test_it_goes_on(source, made):
     assert sorted(os.listdir(made)) == sorted([*before, "classes.txt", "index.npz", "shards.json"])
 
 
+@pytest.mark.parametrize("same_size", [False, True])
+def test_an_image_that_was_replaced_is_taken_anew(source, tmp_path, same_size):
+    folder, out = tmp_path / "train", tmp_path / "shards"
+    shutil.copytree(source, folder)
+    make_shards(folder, out, samples_per_shard=7, workers=1)
+    image = folder / class_name(1) / "2.JPEG"
+    old, times = image.read_bytes(), image.stat()
+    new = old[:-1] + b"x" if same_size else old + b"x"
+    image.unlink()
+    image.write_bytes(new)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and tar leave it
+    assert make_shards(folder, out, samples_per_shard=7, workers=1) == (1, 3)
+    (record,) = [r for r in records_of(out) if r["image_id"] == f"{class_name(1)}/2"]
+    assert read_sample(record) == new
+    assert make_shards(folder, out, samples_per_shard=7, workers=1) == (0, 4)
+
+
 def test_the_number_of_workers_changes_nothing(source, made, tmp_path):
     make_shards(source, tmp_path / "two" / "train", samples_per_shard=7, workers=2)
     for file in made.glob("*.tar"):

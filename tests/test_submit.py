@@ -4,10 +4,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,12 @@ from submitit.core.utils import DelayedSubmission
 from contnet.config import load_config
 from contnet.launch import snapshot
 from contnet.launch.arguments import parse_arguments
+from contnet.launch.executors import local_executor, submit_jobs
+from contnet.launch.folder import last_saved
 from contnet.launch.settings import Settings
 from contnet.launch.slurm import check_request, read_nodes
-from contnet.launch.submissions import read_submissions
+from contnet.launch.status import read_status
+from contnet.launch.submissions import describe_run, process_start, read_submissions
 from contnet.launch.submit import main, parse_submission
 from contnet.launch.sweep import expand_runs
 from contnet.launch.table import results_table
@@ -251,10 +256,15 @@ def test_dry_run_shows_all_and_writes_nothing(slurm, here, capsys):
 def test_dry_run_without_slurm(no_slurm, capsys):
     argv = ["--config-file", LEAF, "--cluster", "slurm", "--timeout-hours", "1", "--num-gpus", "2"]
     argv += ["--assume-shared", "--dry-run", *GPU]
-    assert main(argv) == 0
+    assert main([*argv, "--interface", "ib0", "DATALOADER.NUM_WORKERS", "4"]) == 0
     shown = capsys.readouterr().out
     assert "#SBATCH --gpus-per-node=2" in shown
     assert "are not checked" in shown
+    assert "no --cpus-per-gpu: each process and its loader workers" in shown
+    assert "requeued at most 20 times, given up after 1800 s" in shown
+    assert "on network ib0" in shown
+    assert main([*argv, "--cpus-per-gpu", "5", "DATALOADER.NUM_WORKERS", "4"]) == 0
+    assert "no --cpus-per-gpu" not in capsys.readouterr().out
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -277,6 +287,7 @@ def test_dry_run_without_slurm(no_slurm, capsys):
         (["--timeout-hours", "0"], ["Add --timeout-hours", "up to 48"]),
         (["--timeout-hours", "-1"], ["--timeout-hours is -1.0", "at least 0"]),
         (["--timeout-hours", "0.02"], ["--signal-delay 180 s leaves nothing"]),
+        (["OUTPUT_DIR", "50%j"], ["50%j has a % in it"]),
         (["--mem-gb", "600"], ["--mem-gb 600", "at most 500 GB"]),
         (["--cpus-per-gpu", "65"], ["65 cores", "at most 64"]),
         (["--sbatch", "array=1-2"], ["--sbatch array", "--sweep"]),
@@ -515,6 +526,9 @@ def test_status_and_cancel(slurm, here, capsys):
     slurm.show_jobs("")
     assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
     assert "nothing was submitted" in error_of(capsys, "--status", ".")
+    assert main(["--status", "out"]) == 0
+    assert "state    cancelled" in capsys.readouterr().out
+    assert "not allowed with" in error_of(capsys, "--status", "out", "--cancel", "out")
 
 
 def test_status_and_cancel_of_an_array(slurm, here, capsys):
@@ -710,8 +724,49 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     assert "in use by job" in error_of(capsys, *argv)
     assert main(["--cancel", "out"]) == 0
     assert "cancelled job" in capsys.readouterr().out
-    wait_for(lambda: processes_of(out) == [])  # a killed process takes a moment to go
+    wait_for(lambda: not processes_of(out), 10)
+    # It has saved what it had done, and does not come back.
+    status = read_status(out)
+    saved = f"saved after iteration {status['iteration']}; not requeued"
+    assert status["state"] == "stopped" and saved in status["leave"]["reason"]
+    assert last_saved(out) == status["iteration"] and not status["requeues"]
+    assert main(["--status", "out"]) == 0
+    assert f"state    cancelled: {saved}" in capsys.readouterr().out
     assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
+
+
+def test_starts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
+    """submitit's own bound is six."""
+    settings = Settings(max_requeues=7)
+    python = shlex.quote(sys.executable)
+    options = {"tasks": 1, "gpus": [], "environment": {}, "python": python}
+    executor = local_executor(no_slurm / "jobs", settings, **options)
+    start = "open('starts', 'a').write('x'); import sys; sys.exit(144)"
+    (job_id,) = submit_jobs(executor, [partial(exec, start)])
+    wait_for(lambda: not process_start(int(job_id)))
+    assert (no_slurm / "starts").read_text() == 8 * "x"
+
+
+@pytest.mark.slow
+def test_a_failing_setup_is_in_the_status(no_slurm, capsys):
+    argv = ["--config-file", LEAF, *QUICK, "--setup", "no-such-module", "OUTPUT_DIR", "out"]
+    assert main([*argv, "--no-snapshot", "--watch"]) == 1
+    assert main(["--status", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "state    never started" in shown
+    assert "this set-up command failed: no-such-module" in shown
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others(no_slurm):
+    """Also before they have found each other."""
+    out = no_slurm / "out"
+    argv = ["--config-file", LEAF, *QUICK, "--num-gpus", "2", "OUTPUT_DIR", "out"]
+    assert main([*argv, "--no-snapshot"]) == 0
+    wait_for(lambda: 1 in read_status(out).get("ranks", {}))
+    os.kill(read_status(out)["ranks"][1]["pid"], signal.SIGKILL)
+    wait_for(lambda: not processes_of(out), 60)
+    assert describe_run(out).startswith("failed: rank 1 (process")
 
 
 @pytest.mark.slow

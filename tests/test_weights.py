@@ -101,22 +101,39 @@ def test_our_classifier_gives_every_tensor_of_the_backbone(tmp_path, lines, sett
     assert all_of(model) in lines()
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"model": state}], ids=["bare", "model"])
-def test_create_models_own_state_dict(tmp_path, lines, wrap):
+def noise(state):
+    """Other weights of the same shapes."""
+    return {name: torch.randn(value.shape) for name, value in state.items()}
+
+
+FORMS = {
+    "bare": dict,
+    "model": lambda state: {"model": state},
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {}},
+    "beside its average": lambda state: {"state_dict": state, "state_dict_ema": noise(state)},
+    "an average alone": lambda state: {"model_ema": state, "epoch": 3},
+    "compiled": lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_create_models_own_state_dict(tmp_path, lines, form):
     network = contnet.create_model("contnet_ti")
     model = detector()
-    load(model, saved(tmp_path, wrap(network.state_dict())))
+    load(model, saved(tmp_path, FORMS[form](network.state_dict())))
     assert_backbone(model, network.state_dict())
     assert all_of(model) in lines()
+    assert any("averaged weights" in line for line in lines()) == ("average" in form)
 
 
-def test_the_authors_checkpoint(tmp_path, lines):
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_the_authors_checkpoint(tmp_path, lines, key):
     theirs = make_oracle("contnet_ti", use_avgdown=True, qkv_bias=False).state_dict()
     module = {f"module.{name}": value for name, value in theirs.items()}
-    content = {"model": module, "epoch": 199, "best_acc1": torch.tensor(77.6), "optimizer": {}}
+    content = {key: module, "epoch": 199, "best_acc1": torch.tensor(77.6), "optimizer": {}}
     model = detector("MODEL.CONTNET.USE_AVGDOWN", "True", "MODEL.CONTNET.QKV_BIAS", "False")
     load(model, saved(tmp_path, content))
-    assert_backbone(model, contnet.convert_state_dict(content)[0])
+    assert_backbone(model, contnet.convert_state_dict(module)[0])
     assert all_of(model) in lines()
 
 
@@ -249,6 +266,7 @@ def test_weights_that_do_not_fit_are_an_error_that_names_tensors(tmp_path, misfi
     assert said in line
     assert "backbone.bottom_up." in line
     assert "MODEL.ALLOW_MISSING_WEIGHTS" in line
+    assert f"python tools/convert_weights.py {tmp_path}/weights.pth NEW.pth" in line
     assert "\n" not in line
 
 
@@ -320,7 +338,7 @@ def test_other_files_are_one_line(tmp_path, kind, suffix):
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"model": {}}, {}, {"model": {"a": 1}}], ids=str)
 def test_checkpoints_without_weights_are_one_line(tmp_path, content):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"convert_weights.py .*/weights.pth NEW.pth") as error:
         load(detector(), saved(tmp_path, content))
     assert "\n" not in str(error.value)
 

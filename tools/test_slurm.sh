@@ -1,7 +1,8 @@
 #!/bin/sh
-# Runs tests/slurm on private clusters, both of its files at a time; $1 is pytest.
+# Runs tests/slurm on two private clusters at a time; $1 is pytest.
 # As root it installs SLURM where it is missing (Debian's packages), and fails if it cannot.
 set -u
+pytest=$1
 export PATH="$PATH:/usr/sbin:/sbin"
 packages="slurmctld slurmd slurm-client munge"
 
@@ -25,12 +26,25 @@ fi
 installed || echo "SLURM is missing: as root, apt-get install --no-install-recommends $packages"
 
 logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+pids=
+# Whatever ends this script ends the tests; each cluster's guardian then stops the cluster.
+trap 'kill $pids 2>/dev/null; rm -rf "$logs"' EXIT
+trap 'exit 130' HUP INT TERM
 status=0
-"$1" -m slurm --no-header tests/slurm/test_signals.py >"$logs/signals" 2>&1 &
-other=$!
-"$1" -m slurm --no-header tests/slurm/test_failures.py >"$logs/failures" 2>&1 || status=$?
-wait "$other" || status=$?
+
+half() {
+    log=$logs/$1
+    shift
+    "$pytest" -m slurm --no-header "$@" >"$log" 2>&1 &
+    pids="$pids $!"
+}
+
+half signals tests/slurm/test_signals.py tests/slurm/test_command.py
+half failures tests/slurm/test_failures.py
+for pid in $pids; do
+    wait "$pid" || status=$?
+done
+pids=
 cat "$logs/signals" "$logs/failures"
 for part in signals failures; do
     echo "SLURM tests, $part: $(tail -n 1 "$logs/$part" | tr -d =)"

@@ -135,10 +135,10 @@ class Cluster:
         }
         self._guardian = None
 
-    def ask(self, *command: str, check: bool = True) -> str:
+    def ask(self, *command: str, check: bool = True, patience: float = 60) -> str:
         """The output of one of SLURM's commands."""
         answer = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60
+            command, env=self.environment, capture_output=True, text=True, timeout=patience
         )
         if check and answer.returncode:
             raise RuntimeError(f"{' '.join(command)}: {answer.stderr.strip()}")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,17 @@ from contnet.launch.job import python_command
 from contnet.launch.main import main
 from contnet.launch.status import read_status
 
-__all__ = ["ITERATIONS", "Lab", "metrics_of", "run_here", "same_training", "starts_of"]
+__all__ = [
+    "ITERATIONS",
+    "PATIENCE",
+    "Lab",
+    "arguments",
+    "metrics_of",
+    "run_here",
+    "running_lab",
+    "same_training",
+    "starts_of",
+]
 
 ITERATIONS = 30
 # No job of these tests takes longer, also on a machine that does other things; in seconds.
@@ -207,11 +218,9 @@ def starts_of(run: Path) -> list[int]:
     return [start["start_iter"] for start in json.loads((run / "run.json").read_text())]
 
 
-@pytest.fixture(scope="session")
-def lab(coco_root, tmp_path_factory):
-    """A cluster, and a folder for its runs."""
-    if reason := why_no_slurm():
-        pytest.skip(reason)
+@contextlib.contextmanager
+def running_lab(coco_root: Path, folder: Path) -> Iterator[Lab]:
+    """A cluster, and a folder for its runs; nothing of it is left at the end."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slurm") as root:
         package = REPOSITORY / "projects" / "ConTNet"
         patch.setenv("PYTHONPATH", f"{package}:{Path(__file__).parent}")
@@ -220,8 +229,17 @@ def lab(coco_root, tmp_path_factory):
         with running_cluster(Path(root)) as cluster:
             patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
             patch.setenv("PATH", cluster.environment["PATH"])
-            yield Lab(cluster, tmp_path_factory.mktemp("runs"))
+            yield Lab(cluster, folder)
         assert not cluster.processes()
+
+
+@pytest.fixture(scope="session")
+def lab(coco_root, tmp_path_factory):
+    """A :class:`Lab` for all tests of a file."""
+    if reason := why_no_slurm():
+        pytest.skip(reason)
+    with running_lab(coco_root, tmp_path_factory.mktemp("runs")) as lab:
+        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,12 @@
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 from cluster import NODES
-from jobs import run_here, same_training, starts_of
+from jobs import PATIENCE, arguments, run_here, same_training, starts_of
 from submitit.core.utils import FailedJobError
 
 from contnet.launch.environment import ports
@@ -48,6 +49,15 @@ def test_rank_killed_in_a_save(lab, reference):
 
 def test_crash_on_one_rank(lab):
     job = lab.submit(lab.job("crash", faults={"crash": (1, 5)}), nodes=2, tasks=1)
+    reasons = {"nan": "the loss is not finite at iteration 5", "memory": "a GPU that is too small"}
+    others = {
+        name: lab.submit(lab.job(name, faults={name: (1, 5)}), nodes=1, tasks=2) for name in reasons
+    }
+    for name, reason in reasons.items():
+        status = lab.until_state(name, "failed")
+        assert lab.until_over(others[name]) == "FAILED"
+        assert status["death"]["rank"] == 1 and reason in status["death"]["reason"]
+        assert status["restart"] == 0 and not status["requeues"]
     status = lab.until_state("crash", "failed")
     assert lab.until_over(job) == "FAILED"
     death = status["death"]
@@ -66,6 +76,22 @@ def test_hung_rank_is_reported_with_stacks(lab):
     assert "no progress for" in status["death"]["reason"] and status["death"]["iteration"] == 4
     stacks = [Path(status["folder"], f"rank-0000{rank}.stack").read_text() for rank in (0, 1)]
     assert "backward" in stacks[0] and "_misbehave" in stacks[1]
+
+
+def test_no_time_to_save(lab, reference):
+    """A rank hangs in a collective, the other in its step: neither can leave when told to."""
+    job = lab.job(
+        "stuck", *SAVES, faults={"sleep": (1, 15)}, setup={"beat": 0.5, "signal_delay": 8}
+    )
+    job = lab.submit(job, nodes=1, tasks=2)
+    lab.until_iteration("stuck", 14)
+    lab.cluster.ask("scancel", "--signal=USR2", job.job_id)
+    status = lab.until_state("stuck", "finished")
+    assert lab.until_over(job) == "COMPLETED"
+    (record,) = status["requeues"]
+    assert record["reason"] == "6 s were not enough to leave in order" and record["iteration"] == 9
+    assert starts_of(lab.folder / "stuck") == [0, 10]
+    same_training(lab.folder / "stuck", reference(2))
 
 
 def test_node_fails(lab, reference):
@@ -120,7 +146,7 @@ def test_array_of_jobs_on_the_same_nodes(lab, reference):
     ids = lab.until("both to start", numbers)
     taken = [socket.create_server(("", ports(f"{number}.0.0")[0])) for number in ids]
     lab.until_iteration("array1", 5)
-    lab.cluster.ask("scancel", "--signal=USR2", second.job_id)
+    lab.cluster.ask("scancel", "--signal=TERM", second.job_id)  # while it is RUNNING
     for job in (first, second):
         assert lab.until_over(job) == "COMPLETED"
     for server in taken:
@@ -129,6 +155,14 @@ def test_array_of_jobs_on_the_same_nodes(lab, reference):
     assert len(starts_of(lab.folder / "array1")) == 2
     for name in ("array0", "array1"):
         same_training(lab.folder / name, reference(2))
+
+
+def test_srun_without_submitit(lab, reference):
+    run = lab.folder / "plain"
+    code = "import sys, toy; from contnet.launch.main import main; sys.exit(main(sys.argv[1:]))"
+    command = (sys.executable, "-c", code, *arguments(run))
+    lab.cluster.ask("srun", "-N2", "--ntasks-per-node=1", *command, patience=PATIENCE)
+    same_training(run, reference(2))
 
 
 def test_asking_for_too_much(lab):

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import timm
 import yaml
@@ -17,6 +18,7 @@ from contnet.data.imagenet_labels import LABEL_ENDINGS
 from contnet.engine.tta import tta_class
 from contnet.errors import UserError
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
+from contnet.modeling.classifier import OPTION_KEYS
 from contnet.modeling.contnet import FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
 from contnet.modeling.pspnet import SEGMENTORS
@@ -178,7 +180,8 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
     # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
-    # drop rates and CHECKPOINT); any other model that timm can build has timm's defaults.
+    # drop rates and CHECKPOINT; the others are refused, they would do nothing); any other model
+    # that timm can build has timm's defaults.
     cfg.MODEL.CLASSIFIER = CfgNode()
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
@@ -517,6 +520,27 @@ def _check_segmentation(cfg: CfgNode) -> None:
         )
 
 
+@lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    return cfg
+
+
+def _check_unused(cfg: CfgNode) -> None:
+    """Refuses settings of backbones in a classifier's config, where they would do nothing."""
+    name = cfg.MODEL.CLASSIFIER.NAME
+    used = OPTION_KEYS if name in VARIANTS else ()
+    keys = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
+    for key in (*keys, "MODEL.BACKBONE.NAME", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM"):
+        value, default = _get(cfg, key), _get(_defaults(), key)
+        if value != default:
+            raise _user_error(
+                f"{key} is {value!r}, which does nothing to the classifier {name}: leave it "
+                f"{default!r} (MODEL.CLASSIFIER.NAME chooses the network)"
+            )
+
+
 def _check_classifier(cfg: CfgNode) -> None:
     if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
         return
@@ -531,11 +555,7 @@ def _check_classifier(cfg: CfgNode) -> None:
             "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
             f"{node.NAME} takes its options from MODEL.CONTNET"
         )
-    if cfg.MODEL.CONTNET.FREEZE_AT:
-        raise _user_error(
-            f"MODEL.CONTNET.FREEZE_AT is {cfg.MODEL.CONTNET.FREEZE_AT}, ImageClassifier freezes "
-            "nothing: set it to 0"
-        )
+    _check_unused(cfg)
     for entry in node.OPTIONS:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
             raise _user_error(

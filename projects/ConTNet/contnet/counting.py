@@ -4,7 +4,9 @@ The rule is that of the counter the baselines' figures come from: convolutions w
 linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
 max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention
 are counted apart, the published figures leave them out. Nothing is computed: on the meta device,
-hooks count from shapes.
+hooks count from shapes. Classifiers may be any of timm's, whose modules no list can name: of them
+PyTorch counts the operators, convolutions and linear layers without biases, and products of two
+computed arrays as attention.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
-from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import Attention, ConTBlock
@@ -57,7 +59,7 @@ def operations_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tu
         yield "relu", out.numel()
     elif isinstance(module, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)):
         yield "pooling", x.numel()
-    elif isinstance(module, (Attention, TimmAttention)):
+    elif isinstance(module, Attention):
         batch, tokens, channels = x.shape
         yield "attention", 2 * batch * tokens**2 * channels
     elif isinstance(module, ConTBlock):
@@ -92,6 +94,22 @@ def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> N
             heads.mask_head.layers(torch.empty(_MASKS, width, side, side, device="meta"))
 
 
+def _kind(operator: str) -> str:
+    """The kind of one of PyTorch's operators, as "aten.addmm"."""
+    if "convolution" in operator:
+        return "convolution"
+    return "linear" if operator in ("aten.mm", "aten.addmm") else "attention"
+
+
+def _count_operators(network: nn.Module, image: Tensor) -> Counter[str]:
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    total: Counter[str] = Counter()
+    for operator, number in counter.get_flop_counts()["Global"].items():
+        total[_kind(str(operator))] += number / 2e9  # it counts additions, too
+    return total
+
+
 def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
     """Counts one image's multiply-adds.
 
@@ -103,6 +121,9 @@ def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> C
     Returns:
         G multiply-adds by kind; "attention" is what the published figures leave out.
     """
+    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
+    if isinstance(model, ImageClassifier):
+        return _count_operators(model.network, image)
     total: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple, out: Tensor) -> None:
@@ -117,11 +138,7 @@ def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> C
     ]
     try:
         with torch.no_grad():
-            image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
-            if isinstance(model, ImageClassifier):
-                model.network(image)
-            else:
-                _run_heads(cfg, model, model.backbone(image))
+            _run_heads(cfg, model, model.backbone(image))
     finally:
         for handle in handles:
             handle.remove()

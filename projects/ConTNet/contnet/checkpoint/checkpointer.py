@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,17 @@ from contnet.checkpoint.convert import (
 )
 from contnet.checkpoint.reading import (
     AVERAGED,
+    LAST,
     METADATA,
+    bare_name,
     check_plain,
+    class_names,
+    pick_weights,
     read_safetensors,
     read_torch,
+    some,
 )
+from contnet.data.imagenet import difference
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.modeling.backbone import backbone_prefix
@@ -39,11 +45,6 @@ BEST = "model_best"
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made atomic and strict.
 
@@ -55,16 +56,27 @@ class Checkpointer(DetectionCheckpointer):
         allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
         keep: the most recent numbered checkpoints that stay; model_final.pth and model_best.pth
             always do.
+        classes: of a classifier's data, in order; None where nothing tells them. A whole
+            checkpoint that was trained on others is refused.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
     def __init__(
-        self, model, save_dir: str = "", *, allow_missing=False, keep: int = 3, **checkpointables
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        allow_missing=False,
+        keep: int = 3,
+        classes: Sequence[str] | None = None,
+        **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.allow_missing = allow_missing
         self.keep = keep
+        self.classes = classes
         self._strict_prefix = ""
+        self._file = ""
 
     def save(self, name: str, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
@@ -117,7 +129,8 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
                 torchvision or timm, or a Detectron2 model-zoo backbone (.pkl). A classifier also
-                gets its head from it, if that has as many classes.
+                gets its head from it, if that has as many classes. The last weights count, an
+                average only where there are no others.
 
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
@@ -141,15 +154,23 @@ class Checkpointer(DetectionCheckpointer):
             What else the checkpoint holds.
 
         Raises:
-            UserError: if the file cannot be read, or is one of another architecture.
+            UserError: if the file cannot be read, is one of another architecture, or was trained
+                on other classes.
         """
         self._strict_prefix = ""
         return self.load(path, checkpointables=None if resume else [])
 
     def _torch_load(self, f: str) -> dict:
-        return read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
+        content = read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
+        state, key, _ = pick_weights(content, (*LAST, *AVERAGED))
+        if not key:
+            return content
+        if key in AVERAGED:
+            self.logger.warning(f"{f} has averaged weights alone ({key!r}), which are used")
+        return {**{name: value for name, value in content.items() if name != key}, "model": state}
 
     def _load_file(self, filename: str) -> dict:
+        self._file = filename
         if filename.endswith(".pkl"):
             check_plain(filename)
         loaded = super()._load_file(filename)
@@ -157,16 +178,18 @@ class Checkpointer(DetectionCheckpointer):
         tensors = isinstance(state, Mapping) and state.values()
         if not tensors or not all(isinstance(value, (Tensor, np.ndarray)) for value in tensors):
             raise UserError(
-                f"{filename} holds no weights: it must be tensors by name, or have them as 'model' "
-                "(tools/convert_weights.py takes other forms)"
+                f"{filename} holds no weights: it must be tensors by name alone, or have them as "
+                f"{' or '.join(map(repr, LAST))}; {self._conversion()}"
             )
+        if isinstance(self.model, ImageClassifier) and not self._strict_prefix:
+            self._check_classes(loaded, filename)
         self._check_pre_norm(loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
             loaded["model"] = self._detector_names(loaded["model"], filename)
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+        state = {bare_name(name): value for name, value in state.items()}
         classifies = isinstance(self.model, ImageClassifier)
         if not classifies:
             state = {name.removeprefix("network."): value for name, value in state.items()}
@@ -189,9 +212,25 @@ class Checkpointer(DetectionCheckpointer):
         if left := report.unexpected:
             self.logger.warning(
                 f"{filename}: {len(left)} tensors are no part of a ConTNet and are left out "
-                f"({_some(left)})"
+                f"({some(left)})"
             )
         return converted
+
+    def _check_classes(self, loaded: Mapping, filename: str) -> None:
+        """Compares names, for labels are numbers that mean nothing without them."""
+        theirs = class_names(loaded)
+        if theirs is None or self.classes is None:
+            who = "the data set does" if theirs else f"{filename} does"
+            self.logger.warning(
+                f"{who} not name its classes: nothing shows whether the numbers of the data's "
+                "labels and of the weights' outputs mean the same"
+            )
+        elif differing := difference(self.classes, theirs):
+            raise UserError(
+                f"the data's {len(self.classes)} classes are not the {len(theirs)} that {filename} "
+                f"was trained on ({differing}): rename its class folders, or for a flat folder "
+                "write the names in that order into classes.txt in it"
+            )
 
     def _check_pre_norm(self, said: object, filename: str) -> None:
         """Compares what a file of tools/convert_weights.py says, since tensors do not show it."""
@@ -236,7 +275,7 @@ class Checkpointer(DetectionCheckpointer):
             head = self.model.head_names()
             wanted = [name for name in wanted if name not in head]
             if new := [name for name in head if name in unfit]:
-                self.logger.info(f"The classifier's head starts from random weights: {_some(new)}")
+                self.logger.info(f"The classifier's head starts from random weights: {some(new)}")
         misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
         absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
         absent = [name for name in wanted if name in absent and name not in misshapen]
@@ -245,20 +284,26 @@ class Checkpointer(DetectionCheckpointer):
         line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
         if misshapen or absent:
             line += f"; {len(absent)} are not in it" if absent else ""
-            line += f" ({_some(absent)})" if absent else ""
+            line += f" ({some(absent)})" if absent else ""
             line += (
-                f"; {len(misshapen)} have another shape ({_some(misshapen)})" if misshapen else ""
+                f"; {len(misshapen)} have another shape ({some(misshapen)})" if misshapen else ""
             )
             if not (self._strict_prefix and self.allow_missing):
                 raise UserError(f"{line}; {self._advice(given)}")
         self.logger.info(line)
         return incompatible
 
+    def _conversion(self) -> str:
+        return (
+            f"python tools/convert_weights.py {self._file} NEW.pth says what it holds, and makes "
+            "weights of a ConTNet or ResNet in it fit"
+        )
+
     def _advice(self, given: list[str]) -> str:
         if self._strict_prefix:
             return (
                 "give weights of this very backbone (variant and options), or allow it with "
-                "MODEL.ALLOW_MISSING_WEIGHTS True"
+                f"MODEL.ALLOW_MISSING_WEIGHTS True; {self._conversion()}"
             )
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 

@@ -17,11 +17,11 @@ from contnet.checkpoint.convert import (
     revert_state_dict,
     torchvision_name,
 )
-from contnet.checkpoint.reading import AVERAGED
+from contnet.checkpoint.reading import bare_name, some
 from contnet.errors import UserError
 from contnet.modeling.contnet import create_model
 
-__all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of", "pick_weights"]
+__all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 
 # One tensor that every network of a form has. "timm" is torchvision's too.
 _MARKS = {
@@ -43,8 +43,6 @@ _RESNETS = {
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
-_LAST = ("model", "state_dict")
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 _COUNT = ".num_batches_tracked"
 
 
@@ -80,24 +78,6 @@ def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith(HEADS[family])}
 
 
-def pick_weights(content: Mapping, last: bool) -> tuple[Mapping, str, list[str]]:
-    """Chooses what to take from a checkpoint.
-
-    Args:
-        content: of the file.
-        last: take the last weights even where their average is there.
-
-    Returns:
-        The state dict, its key in the checkpoint ("" where it is the checkpoint itself), and the
-        other keys.
-    """
-    keys = _LAST if last else (*AVERAGED, *_LAST)
-    for key in keys:
-        if isinstance(content.get(key), Mapping) and content[key]:
-            return content[key], key, [str(other) for other in content if other != key]
-    return content, "", []
-
-
 def _locate(state: Mapping[str, Tensor]) -> tuple[str, str]:
     """Form and prefix of the one network in a state dict."""
     found = [
@@ -113,10 +93,6 @@ def _locate(state: Mapping[str, Tensor]) -> tuple[str, str]:
         names = ", ".join(prefix + _MARKS[form] for form, prefix in found)
         raise UserError(f"it holds several networks ({names}): leave one of them in the file")
     return found[0]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
@@ -136,7 +112,7 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
     if lacking or len(network.missing) == 1:
         raise UserError(
             f"its {network.variant} lacks {len(lacking or absent)} of {len(expected)} tensors: "
-            f"{_some(lacking or absent)}"
+            f"{some(lacking or absent)}"
         )
     for name, value in network.tensors.items():
         if value.shape != expected[name].shape:
@@ -204,7 +180,7 @@ def _find_resnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Networ
         whole = timm.create_model(variant, num_classes=_whole_head(options)).state_dict()
     # An extra tensor, as that of a squeeze-and-excitation, means another function.
     if extra := [origins[name] for name in tensors if name not in whole]:
-        raise UserError(f"no plain {variant}, which has no {_some(extra)}")
+        raise UserError(f"no plain {variant}, which has no {some(extra)}")
     network = Network(
         "resnet", form, variant, options, native, tensors, origins, dropped=[], missing=[]
     )
@@ -226,7 +202,7 @@ def find_network(state: Mapping, pre_norm: bool = False) -> Network:
     """
     bare, odd = {}, []
     for name, value in state.items():
-        short = _WRAPPERS.sub("", str(name))
+        short = bare_name(str(name))
         if not isinstance(value, Tensor):
             odd.append(str(name))
         elif short in bare:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,25 @@ from contnet.errors import UserError
 
 __all__ = [
     "AVERAGED",
+    "LAST",
     "METADATA",
+    "bare_name",
     "check_plain",
+    "class_names",
+    "pick_weights",
     "read_checkpoint",
     "read_safetensors",
     "read_torch",
+    "some",
 ]
 
 # Under this name a file of tools/convert_weights.py says what it holds.
 METADATA = "contnet"
 # Averaged weights by the names of our trainer, torchvision's scripts and timm's.
 AVERAGED = ("ema", "model_ema", "state_dict_ema")
+# Weights of the last step.
+LAST = ("model", "state_dict")
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 
 # All that arrays and plain values are made of in a pickle.
 _PLAIN = {
@@ -129,6 +137,43 @@ def read_safetensors(path: str) -> dict:
     except ValueError as error:
         raise UserError(f"{path} has metadata that are no JSON: {error}") from error
     return {"model": tensors, METADATA: metadata}
+
+
+def pick_weights(content: Mapping, keys: Sequence[str]) -> tuple[Mapping, str, list[str]]:
+    """Finds the state dict of a checkpoint.
+
+    Args:
+        content: of the file.
+        keys: where it may be, the first choice first.
+
+    Returns:
+        The state dict, its key in the checkpoint ("" where it is the checkpoint itself), and the
+        other keys.
+    """
+    for key in keys:
+        if isinstance(content.get(key), Mapping) and content[key]:
+            return content[key], key, [str(other) for other in content if other != key]
+    return content, "", []
+
+
+def bare_name(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel and torch.compile put before it."""
+    return _WRAPPERS.sub("", name)
+
+
+def class_names(content: Mapping) -> list[str] | None:
+    """The classes that a checkpoint of a classifier was trained on, in order, where it says so."""
+    for key in ("trainer", METADATA):
+        said = content.get(key)
+        names = said.get("classes") if isinstance(said, Mapping) else None
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+    return None
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_checkpoint(path: str) -> dict:

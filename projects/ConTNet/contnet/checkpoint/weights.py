@@ -23,9 +23,15 @@ from contnet.checkpoint.networks import (
     Network,
     find_network,
     head_of,
-    pick_weights,
 )
-from contnet.checkpoint.reading import METADATA, read_checkpoint
+from contnet.checkpoint.reading import (
+    AVERAGED,
+    LAST,
+    METADATA,
+    class_names,
+    pick_weights,
+    read_checkpoint,
+)
 from contnet.checkpoint.reference import RUNNERS
 from contnet.errors import UserError
 from contnet.files import atomic_write
@@ -301,7 +307,7 @@ def _run(args: argparse.Namespace) -> None:
     content = read_checkpoint(args.source)
     with open(args.source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    state, key, others = pick_weights(content, args.last)
+    state, key, others = pick_weights(content, LAST if args.last else (*AVERAGED, *LAST))
     try:
         network = find_network(state, args.pre_norm or _was_pre_norm(content))
         result = convert(network, args.to, args.head)
@@ -322,6 +328,8 @@ def _run(args: argparse.Namespace) -> None:
         "source_key": key,
         "contnet_version": contnet.__version__,
     }
+    if args.head == "keep" and (names := class_names(content)):
+        metadata["classes"] = names
     data = _encode(result, metadata, target.suffix)
     if args.check:
         _check(network, result, data, target.suffix)

@@ -27,10 +27,13 @@ from contnet.errors import UserError
 __all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
 
 _DOCTOR = "python tools/doctor.py"
-# Images and objects.
-_OFFICIAL_COCO = {"coco_2017_train": (118287, 860001), "coco_2017_val": (5000, 36781)}
-# Images and classes.
-_OFFICIAL_IMAGENET = {"imagenet_train": (1281167, 1000), "imagenet_val": (50000, 1000)}
+# By built-in name: who publishes it, and its images and objects, or images and classes.
+_OFFICIAL = {
+    "coco_2017_train": ("COCO", (118287, 860001)),
+    "coco_2017_val": ("COCO", (5000, 36781)),
+    "imagenet_train": ("ImageNet", (1281167, 1000)),
+    "imagenet_val": ("ImageNet", (50000, 1000)),
+}
 _FOLDERS = {
     "json_file": "annotation file",
     "image_root": "image folder",
@@ -89,6 +92,20 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
                 )
 
 
+def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:
+    """Says whether a built-in set is whole: its images, and how many of what else."""
+    if name not in _OFFICIAL:
+        return
+    who, official = _OFFICIAL[name]
+    if count == official:
+        findings.facts.append(f"as many as {who} itself has")
+        return
+    findings.note(
+        f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} itself has "
+        f"{official[0]} and {official[1]}"
+    )
+
+
 def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
     metadata = MetadataCatalog.get(name)
     try:
@@ -106,15 +123,7 @@ def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
             f"({', '.join(expected[:3])}, ...): give a data set of your own another name in "
             "DATASETS.REGISTER"
         )
-    count = len(images), objects
-    official = _OFFICIAL_COCO.get(name)
-    if official == count:
-        findings.facts.append("as many as COCO itself has")
-    elif official:
-        findings.note(
-            f"{count[0]} images and {count[1]} objects, COCO itself has {official[0]} and "
-            f"{official[1]}"
-        )
+    _compare_count(name, (len(images), objects), "object", findings)
 
 
 def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
@@ -134,15 +143,7 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
     number = content.number_of_classes
     findings.classes[LABELS] = content.classes or [f"class {i}" for i in range(number)]
     findings.named = content.classes is not None
-    count = len(content.records), number
-    official = _OFFICIAL_IMAGENET.get(name)
-    if official == count:
-        findings.facts.append("as many as ImageNet itself has")
-    elif official:
-        findings.note(
-            f"{count[0]} images and {plural(count[1], 'class')}, ImageNet itself has {official[0]} "
-            f"and {official[1]}"
-        )
+    _compare_count(name, (len(content.records), number), "class", findings)
     if name not in cfg.DATASETS.TRAIN or cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
         return
     wanted = {"ASPECT_RATIO_GROUPING": False, "SAMPLER_TRAIN": "TrainingSampler"}

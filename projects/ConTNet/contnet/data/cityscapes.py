@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from contnet.errors import UserError
 from contnet.files import atomic_write
+from contnet.launch.options import add_workers_option, check_positive
 from contnet.launch.processes import print_error
 
 __all__ = ["LABEL_FILES", "default_root", "main", "prepare_cityscapes"]
@@ -160,13 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="holds gtFine and leftImg8bit (default %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
-    )
+    add_workers_option(parser)
     args = parser.parse_args(argv)
     try:
-        if args.workers is not None and args.workers < 1:
-            raise UserError(f"--workers is {args.workers}, it must be at least 1")
+        check_positive(args, "workers")
         written, kept = prepare_cityscapes(args.root, args.workers)
     except UserError as error:
         print_error(error)

@@ -25,6 +25,7 @@ from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
 from contnet.data.imagenet import EVALUATOR_TYPE, FACT, inspect_image, read_set
 from contnet.errors import UserError
 from contnet.launch.arguments import config_parser, configure
+from contnet.launch.options import add_workers_option, check_positive
 from contnet.launch.processes import print_error
 
 __all__ = ["build_parser", "diagnose", "main"]
@@ -159,13 +160,7 @@ def _print(name: str, findings: Findings) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/doctor.py."""
     parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes that open images (default: one for each core)",
-    )
+    add_workers_option(parser)
     return parser
 
 
@@ -174,8 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_known_noise()
     try:
         args = build_parser().parse_intermixed_args(argv)
-        if args.workers < 1:
-            raise UserError("--workers must be at least 1")
+        check_positive(args, "workers")
         cfg = configure(args)
         for note in args.notes:
             print(note)

@@ -48,6 +48,7 @@ __all__ = [
     "count_labels",
     "difference",
     "inspect_image",
+    "label_names",
     "read_image",
     "read_set",
     "register_classification",
@@ -495,6 +496,15 @@ def _load(name: str, source: Source) -> list[dict]:
         if value:
             setattr(metadata, key, value)
     return content.records
+
+
+def label_names(names: Sequence[str]) -> list[str] | None:
+    """The classes of the first of some loaded data sets that knows theirs, in order."""
+    for metadata in map(MetadataCatalog.get, names):
+        classes = metadata.get("thing_classes")
+        if classes and metadata.get("evaluator_type") == EVALUATOR_TYPE:
+            return classes
+    return None
 
 
 def register_classification(name: str, source: Source) -> None:

@@ -38,6 +38,7 @@ from contnet.data.shards import (
 )
 from contnet.errors import UserError
 from contnet.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.launch.options import add_workers_option, check_positive
 from contnet.launch.processes import print_error
 
 __all__ = ["SAMPLES_PER_SHARD", "main", "make_shards"]
@@ -133,20 +134,34 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _is_kept(shard: Shard, plan: _Plan) -> bool:
+    """Whether a shard has the planned samples, and none of their files has changed since."""
     planned = [(sample.key, sample.label) for sample in plan.samples]
-    return list(zip(shard.keys, shard.labels.tolist(), strict=True)) == planned
+    if list(zip(shard.keys, shard.labels.tolist(), strict=True)) != planned:
+        return False
+    for sample, length in zip(plan.samples, shard.lengths.tolist(), strict=True):
+        status = os.stat(sample.path)
+        # A copy may bring an old time of writing along, but not one of change.
+        if status.st_size != length or status.st_ctime_ns > shard.mtime:
+            return False
+    return True
+
+
+def _existing(plan: _Plan) -> Shard | None:
+    """The shard, if it is there and need not be made again."""
+    if not os.path.exists(plan.path):
+        return None
+    try:
+        shard = index_shard(plan.path)
+    except UserError:
+        return None  # damaged since
+    return shard if _is_kept(shard, plan) else None
 
 
 def _make(plan: _Plan) -> tuple[Shard, bool]:
     """Makes a shard, unless it is there; its index, and whether it was made."""
-    if os.path.exists(plan.path):
-        try:
-            shard = index_shard(plan.path)
-        except UserError:
-            shard = None  # damaged since: made again
-        if shard is not None and _is_kept(shard, plan):
-            return shard, False
     try:
+        if (shard := _existing(plan)) is not None:
+            return shard, False
         with (
             atomic_write(plan.path) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
@@ -182,7 +197,7 @@ def make_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     workers: int | None = None,
 ) -> tuple[int, int]:
-    """Makes the shards that are missing; whole ones stay as they are.
+    """Makes the shards that are missing, and those of images that changed; others stay.
 
     Args:
         source: class folders; or a flat folder called ``val`` whose label file and training set lie
@@ -252,16 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="images in each shard (default %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one for each core)"
-    )
+    add_workers_option(parser)
     args = parser.parse_args(argv)
     try:
-        for name in ("samples_per_shard", "workers"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} is {value}, it must be at least 1")
+        check_positive(args, "samples_per_shard", "workers")
         written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
     except UserError as error:
         print_error(error)

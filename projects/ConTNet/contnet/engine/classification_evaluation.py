@@ -8,11 +8,16 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-__all__ = ["ClassificationEvaluator"]
+__all__ = ["ClassificationEvaluator", "ranks"]
 
 logger = logging.getLogger(__name__)
 
 _RANKS = (1, 5)
+
+
+def ranks(classes: int) -> list[int]:
+    """The k of the top-k accuracies that mean something: of five classes top-5 is always right."""
+    return [rank for rank in _RANKS if rank < max(classes, 2)]
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -20,13 +25,17 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     Each process counts the images that it saw; Detectron2's inference sampler gives every image to
     one process, so that the sums are those of the whole set.
+
+    Args:
+        classes: number of them. Top-5 accuracy is left out where there are no more than five.
     """
 
-    def __init__(self):
+    def __init__(self, classes: int):
+        self.ranks = ranks(classes)
         self.reset()
 
     def reset(self) -> None:
-        self.correct = dict.fromkeys(_RANKS, 0)
+        self.correct = dict.fromkeys(self.ranks, 0)
         self.images = 0
         self.broken = 0
 
@@ -34,9 +43,9 @@ class ClassificationEvaluator(DatasetEvaluator):
         logits = torch.stack([output["logits"] for output in outputs])
         labels = torch.tensor([each["label"] for each in inputs], device=logits.device)
         finite = logits.isfinite().all(dim=1)
-        places = logits.topk(min(max(_RANKS), logits.shape[1])).indices == labels[:, None]
+        places = logits.topk(max(self.ranks)).indices == labels[:, None]
         places &= finite[:, None]
-        for rank in _RANKS:
+        for rank in self.ranks:
             self.correct[rank] += int(places[:, :rank].sum())
         self.images += len(inputs)
         self.broken += int((~finite).sum())
@@ -52,6 +61,6 @@ class ClassificationEvaluator(DatasetEvaluator):
         return {
             "classification": {
                 f"top{rank}": 100 * number / images
-                for rank, number in zip(_RANKS, correct, strict=True)
+                for rank, number in zip(self.ranks, correct, strict=True)
             }
         }

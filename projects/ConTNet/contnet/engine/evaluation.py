@@ -28,7 +28,7 @@ from contnet.engine.cityscapes_evaluation import (
     NumberedImages,
     as_coco,
 )
-from contnet.engine.classification_evaluation import ClassificationEvaluator
+from contnet.engine.classification_evaluation import ClassificationEvaluator, ranks
 from contnet.engine.coco_evaluation import COCO_METRICS, build_coco_evaluator, coco_tasks
 from contnet.engine.precision import autocast
 from contnet.engine.results import markdown_tables, record_results
@@ -68,7 +68,7 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     if kind == "cityscapes_sem_seg":
         return CityscapesSemSegEvaluator(name)
     if kind == "classification":
-        return ClassificationEvaluator()
+        return ClassificationEvaluator(cfg.MODEL.CLASSIFIER.NUM_CLASSES)
     raise UserError(f"data set {name} has no evaluator here, its type is {kind!r}")
 
 
@@ -86,7 +86,7 @@ def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
         known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
         known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
     elif kind == "classification":
-        known = {"classification/top1", "classification/top5"}
+        known = {f"classification/top{rank}" for rank in ranks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
     return sorted(prefix + metric for metric in known)
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from contnet.errors import UserError
 from contnet.modeling.backbone import backbone_prefix
+from contnet.modeling.classifier import ImageClassifier
 
 __all__ = ["build_lr_scheduler", "build_optimizer"]
 
@@ -27,6 +28,15 @@ def _undecayed_names(model: nn.Module) -> set[str]:
         if callable(declare):
             names |= {f"{prefix}.{name}" if prefix else name for name in declare()}
     return names
+
+
+def _vector_names(model: nn.Module) -> set[str]:
+    """Parameters that timm treats as those of norms: gains of layers, and norms of its own."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 and not name.endswith(".bias")
+    }
 
 
 def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
@@ -66,16 +76,20 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
     undecayed = _undecayed_names(model)
+    # WEIGHT_DECAY_NORM None is WEIGHT_DECAY.
+    like_norms = isinstance(model, ImageClassifier) and solver.WEIGHT_DECAY_NORM is not None
+    vectors = _vector_names(model) if like_norms else ()
     factors = _lr_factors(cfg, model)
     single = []
     for group in groups:
         for parameter in group["params"]:
             name = names[parameter]
+            decay = solver.WEIGHT_DECAY_NORM if name in vectors else group["weight_decay"]
             single.append(
                 {
                     "params": [parameter],
                     "lr": group["lr"] * factors.get(name, 1.0),
-                    "weight_decay": 0.0 if name in undecayed else group["weight_decay"],
+                    "weight_decay": 0.0 if name in undecayed else decay,
                 }
             )
     if not single:
@@ -97,7 +111,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Builds SGD or AdamW over the model's trainable parameters, with gradient clipping.
 
     Weight decay is Detectron2's (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), and 0 for what any
-    module names in ``no_weight_decay()``. Learning rates are Detectron2's times
+    module names in ``no_weight_decay()``. In classifiers all vectors but biases have that of norms,
+    as timm has it. Learning rates are Detectron2's times
     ``BACKBONE_MULTIPLIER`` and ``LAYER_DECAY`` in the bottom-up network.
 
     Raises:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.compat import fix_gradient_order, use_plain_focal_loss
 from contnet.data.checks import load_dicts
+from contnet.data.imagenet import label_names
 from contnet.data.stream import build_train_loader
 from contnet.engine.evaluation import evaluate, main_metric
 from contnet.engine.hooks import (
@@ -67,6 +68,7 @@ class Trainer(SimpleTrainer):
     def __init__(self, cfg: CfgNode, seed: int):
         use_plain_focal_loss()
         dicts = load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+        self.classes = label_names(cfg.DATASETS.TRAIN)
         self.bare_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.bare_model)
         loader = build_train_loader(cfg, dicts, seed)
@@ -93,6 +95,7 @@ class Trainer(SimpleTrainer):
             cfg.OUTPUT_DIR,
             allow_missing=cfg.MODEL.ALLOW_MISSING_WEIGHTS,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            classes=self.classes,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),
             **extras,
@@ -244,6 +247,8 @@ class Trainer(SimpleTrainer):
         state["stream"] = self.stream.state_dict(self._batches_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = _loss_normalizers(self.bare_model)
+        if self.classes:
+            state["classes"] = self.classes
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:

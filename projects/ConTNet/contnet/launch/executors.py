@@ -23,6 +23,11 @@ __all__ = ["DetachedExecutor", "local_executor", "sbatch_text", "slurm_executor"
 # submitit's own count of requeues after time limits must never be the bound: the job counts.
 _UNBOUNDED = 10**9
 _TEN_YEARS_IN_MINUTES = 10 * 365 * 24 * 60
+# submitit's own command would start the tasks six times at most, whatever was asked for.
+_CONTROLLER = (
+    "import sys; from pathlib import Path; from submitit.local.local import Controller; "
+    "Controller(Path(sys.argv[1])).run(max_retry=int(sys.argv[2]))"
+)
 
 
 class _SlurmExecutor(SlurmExecutor):
@@ -39,14 +44,21 @@ class DetachedExecutor(LocalExecutor):
         environment: of the tasks, on top of this process's own.
         setup: shell commands before the start.
         python: the command that starts Python.
+        starts: how often the tasks are started, the first time and when they ask for it.
     """
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], setup: Sequence[str], python: str
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        setup: Sequence[str],
+        python: str,
+        starts: int,
     ):
         super().__init__(folder, max_num_timeout=_UNBOUNDED, python=python)
         self.environment = dict(environment)
         self.setup = list(setup)
+        self.starts = starts
 
     def _submit_command(self, command: str) -> LocalJob:
         tasks = self.parameters["tasks_per_node"]
@@ -64,7 +76,7 @@ class DetachedExecutor(LocalExecutor):
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
         }
-        controller = [sys.executable, "-m", "submitit.local._local", str(self.folder)]
+        controller = [sys.executable, "-c", _CONTROLLER, str(self.folder), str(self.starts)]
         script = "\n".join([*self.setup, f"exec {shlex.join(controller)}"])
         with open(self.folder / "start.log", "ab") as log:
             process = subprocess.Popen(
@@ -167,7 +179,7 @@ def local_executor(
 
     Args:
         folder: for pickles and logs.
-        settings: set-up commands, container, and times.
+        settings: set-up commands, container, times, and the bound of requeues.
         tasks: how many processes.
         gpus: those that the tasks may use, as CUDA_VISIBLE_DEVICES names them.
         environment: of the tasks.
@@ -178,6 +190,7 @@ def local_executor(
         {**environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)},
         list(map(_guarded, settings.setup)),
         _python(settings, python),
+        starts=settings.max_requeues + 1,
     )
     executor.update_parameters(
         nodes=1,

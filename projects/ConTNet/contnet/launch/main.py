@@ -16,6 +16,8 @@ from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.compat import quiet_known_noise
+from contnet.data.checks import load_dicts
+from contnet.data.imagenet import label_names
 from contnet.engine.evaluation import evaluate
 from contnet.engine.trainer import Trainer
 from contnet.errors import UserError
@@ -49,9 +51,17 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
+def _test_classes(cfg: CfgNode) -> list[str] | None:
+    """Of a classifier's test sets, which agree about them."""
+    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return None
+    load_dicts(cfg, cfg.DATASETS.TEST, train=False)
+    return label_names(cfg.DATASETS.TEST)
+
+
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=_test_classes(cfg))
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()

@@ -175,6 +175,9 @@ class Start:
         if state != "RUNNING":
             # Cancelled, requeued or preempted: what comes next is SLURM's affair.
             return _TERMINATED, f"not requeued by us, for the job is {state or 'unknown to SLURM'}"
+        if self.job.cluster == "local" and "SIGUSR2" not in self.watcher.signals:
+            # By --cancel, or by whoever ends a process of this machine.
+            return _TERMINATED, "not requeued, for the processes were told to end"
         if error := self._reason_to_stop():
             return 1, error
         record = {

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from contnet.engine.writers import METRICS_FILE
@@ -21,6 +22,7 @@ __all__ = [
     "cancel",
     "check_free",
     "describe_run",
+    "end_local",
     "follow",
     "iterations_done",
     "last_metrics",
@@ -35,8 +37,8 @@ __all__ = [
 SUBMISSION_FILE = "submission.json"
 # What stands before messages that say all; others come with a traceback.
 _OUR_ERROR = f"{UserError.__name__}: "
-# Seconds that processes of this machine have to end.
-_PATIENCE = 15
+# Seconds that processes of this machine have to save and end.
+_PATIENCE = 30
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -81,8 +83,11 @@ def last_submission(folder: str | Path) -> dict:
 
 def add_submission(folder: str | Path, record: dict) -> None:
     """Appends a record to submission.json."""
-    records = [*read_submissions(folder), record]
     slurm_folder(folder).mkdir(parents=True, exist_ok=True)
+    _write_submissions(folder, [*read_submissions(folder), record])
+
+
+def _write_submissions(folder: str | Path, records: Sequence[dict]) -> None:
     with atomic_write(slurm_folder(folder) / SUBMISSION_FILE, "w") as file:
         json.dump(records, file, indent=1)
 
@@ -139,20 +144,43 @@ def check_free(folder: str | Path) -> None:
         )
 
 
-def _end_local(record: dict) -> None:
-    """Ends a job of this machine, or the process that starts a sweep's and then its jobs."""
-    number = int(record["job_id"])
-    if _is_alive(record):
-        os.kill(number, signal.SIGINT)  # submitit's controller then ends its tasks
-        until = time.monotonic() + _PATIENCE
-        while _is_alive(record) and time.monotonic() < until:
-            time.sleep(0.1)
-    for name in record["runs"]:
-        for each in read_submissions(Path(record["run_folder"], name))[-1:]:
-            _end_local(each)
-    if not record["runs"]:
+def _may_save(record: dict) -> bool:
+    """Whether a job of this machine has anything to lose yet."""
+    status = read_status(record["run_folder"])
+    return status.get("job_id") == record["job_id"] and status["state"] == "running"
+
+
+def end_local(records: Sequence[dict]) -> None:
+    """Ends jobs of this machine: those that train save first, if the time allows."""
+    alive = [record for record in records if _is_alive(record)]
+    for record in alive:
+        os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
+    until = time.monotonic() + _PATIENCE
+    while any(map(_is_alive, filter(_may_save, alive))) and time.monotonic() < until:
+        time.sleep(0.1)
+    for record in alive:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(number, signal.SIGKILL)  # what is left of it; it leads a group of its own
+            os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads a group of its own
+    until = time.monotonic() + 5
+    while any(map(_is_alive, alive)) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _end_sweep(record: dict) -> None:
+    """Ends the process that starts the runs of a sweep here, which then ends those."""
+    os.kill(int(record["job_id"]), signal.SIGTERM)
+    until = time.monotonic() + _PATIENCE + 10
+    while _is_alive(record) and time.monotonic() < until:
+        time.sleep(0.1)
+    folders = [Path(record["run_folder"], name) for name in record["runs"]]
+    end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
+
+
+def _mark_cancelled(folder: str | Path) -> None:
+    records = read_submissions(folder)
+    if records:
+        records[-1]["cancelled"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        _write_submissions(folder, records)
 
 
 def cancel(folder: str | Path) -> None:
@@ -165,12 +193,17 @@ def cancel(folder: str | Path) -> None:
     states = live_states(record)
     if not states:
         raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
+    runs = {Path(folder, name): job_id for name, job_id in record["runs"].items()}
     if record["cluster"] == "slurm":
         ask_slurm("scancel", record["job_id"])
+        marked = [run for run, job_id in runs.items() if job_id in states]
     elif record["host"] != socket.gethostname():
         raise UserError(f"job {record['job_id']} runs on {record['host']}: cancel it there")
     else:
-        _end_local(record)
+        marked = [run for run in runs if any(map(_is_alive, read_submissions(run)[-1:]))]
+        _end_sweep(record) if runs else end_local([record])
+    for each in (folder, *marked):
+        _mark_cancelled(each)
     for name, state in states.items():
         print(f"cancelled job {name} (it was {state})")
 
@@ -199,6 +232,20 @@ def iterations_done(folder: str | Path) -> int:
     return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
 
 
+def _status_of_last(folder: str | Path, record: dict) -> dict:
+    """What the job of a run's last submission has left; {} if it did not come to that."""
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    return status if status.get("job_id") == record.get("job_id", status.get("job_id")) else {}
+
+
+def _last_words(record: dict, lines: int = 10) -> str:
+    """What a job said that ended before Python did: its set-up, or SLURM."""
+    for path in (Path(record["log"]), Path(record["job_folder"], "start.log")):
+        if path.exists() and (text := path.read_text(errors="replace").strip()):
+            return "\n".join(text.splitlines()[-lines:])
+    return ""
+
+
 def describe_run(folder: str | Path, state: str = "") -> str:
     """The state of a run in a few words.
 
@@ -206,18 +253,24 @@ def describe_run(folder: str | Path, state: str = "") -> str:
         folder: of the run.
         state: SLURM's, if its job has not ended.
     """
-    status = read_status(folder) if Path(folder).is_dir() else {}
     if state:
         return state.lower()
+    record = (read_submissions(folder) or [{}])[-1]
+    status = _status_of_last(folder, record)
     if status.get("state", "finished") == "finished" and (
         status or Path(folder, "model_final.pth").exists()
     ):
         return "finished"
+    leave = status.get("leave") or {}
+    if "cancelled" in record:
+        return f"cancelled{': ' * bool(leave)}{leave.get('reason', '')}"
     if death := status.get("death"):
         reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
         return f"failed: {reason} (rank {death['rank']})"
-    if leave := status.get("leave"):
-        return f"{'saved for a requeue' if leave['requeued'] else 'stopped'}: {leave['reason']}"
+    if leave and leave["requeued"]:
+        return f"ended without a word when it was to start again; before that: {leave['reason']}"
+    if leave:
+        return f"stopped: {leave['reason']}"
     if status:
         return f"ended without a word, last sign of life {_ago(status['age'])}"
     if Path(folder, METRICS_FILE).exists():
@@ -233,14 +286,15 @@ def _ago(seconds: float) -> str:
 
 
 def _print_run(folder: Path, record: dict, state: str) -> None:
-    status = read_status(folder)
+    status = _status_of_last(folder, record)
     print(f"run      {folder}")
     print(
         f"job      {record['job_id']} on {record['cluster']}, submitted {record['time']} from "
         f"{record['host']}, {record['nodes']} x {record['tasks']} processes"
     )
-    print(f"state    {describe_run(folder, state)}")
-    if status:
+    described = describe_run(folder, state)
+    print(f"state    {described}")
+    if status.get("max_iter"):
         print(
             f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, start number "
             f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
@@ -251,8 +305,11 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
     for each in status.get("requeues", ()):
         print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
     death = status.get("death")
-    if death and death.get("details") and not death["reason"].startswith(_OUR_ERROR):
+    told = "cancelled" in record or (death and death["reason"].startswith(_OUR_ERROR))
+    if death and death.get("details") and not told:
         print(death["details"])
+    if not status and not state and described != "finished" and (words := _last_words(record)):
+        print(words)
     print(f"log      {record['log']}")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -36,6 +37,7 @@ from contnet.launch.submissions import (
     cancel,
     check_free,
     describe_run,
+    end_local,
     follow,
     live_states,
     print_status,
@@ -91,8 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-parallel", type=int, default=0, metavar="N", help="runs of an array at a time"
     )
-    group.add_argument("--status", metavar="FOLDER", help="tell how the job of a run folder does")
-    group.add_argument("--cancel", metavar="FOLDER", help="end the job of a run folder")
+    about = group.add_mutually_exclusive_group()
+    about.add_argument("--status", metavar="FOLDER", help="tell how the job of a run folder does")
+    about.add_argument("--cancel", metavar="FOLDER", help="end the job of a run folder")
     add_cluster_options(parser)
     return parser
 
@@ -218,11 +221,8 @@ def _check_slurm(args: argparse.Namespace, settings: Settings, runs: Sequence[Ru
         nodes = []
     else:
         nodes = check_request(read_nodes(), settings, args.num_machines, gpus, args.num_gpus)
-    if settings.signal_delay >= 3600 * settings.timeout_hours:
-        raise UserError(
-            f"--signal-delay {settings.signal_delay} s leaves nothing of --timeout-hours "
-            f"{settings.timeout_hours:g}"
-        )
+    if "%" in str(base):
+        raise UserError(f"the run folder {base} has a % in it, which SLURM replaces: rename it")
     if settings.assume_shared or (nodes and is_one_machine(nodes)):
         return
     check_shared(base, "the run folder")
@@ -406,6 +406,12 @@ def _describe(plan: Submission) -> None:
             print(f"  {run.arguments.name}")
     else:
         print(f"run folder {plan.base}")
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
+        print(
+            "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
+            f"{workers}) share what the cluster gives, often one core"
+        )
     _describe_code(plan)
 
 
@@ -430,6 +436,12 @@ def _dry_run(plan: Submission) -> None:
         print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
     for run in plan.runs:
         print(f"{run.arguments.name or 'training'}: {shlex.join(plan.job(run).argv)}")
+    settings = plan.settings
+    network = f", on network {settings.interface}" if settings.interface else ""
+    print(
+        f"requeued at most {settings.max_requeues} times, given up after "
+        f"{settings.hang_timeout:g} s without progress{network}"
+    )
 
 
 def _write_files(plan: Submission) -> None:
@@ -463,6 +475,7 @@ def _run_queue(plan: Submission) -> bool:
     waiting, slots, jobs = list(plan.runs), {}, {}
     names = {run.arguments.name: "" for run in plan.runs}
     add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by --cancel
     try:
         while waiting or slots:
             for slot in sorted(set(range(plan.parallel)) - set(slots))[: len(waiting)]:
@@ -478,9 +491,10 @@ def _run_queue(plan: Submission) -> bool:
                     del slots[slot]
                     print(f"{run.arguments.name}: {describe_run(run.folder)}", flush=True)
     except KeyboardInterrupt:
-        for run in slots.values():
-            cancel(run.folder)
+        end_local([jobs[slot][1] for slot in slots])
         raise UserError("interrupted: the runs that were going on are cancelled") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return all(describe_run(run.folder) == "finished" for run in plan.runs)
 
 
@@ -508,6 +522,11 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     cluster = _choose_cluster(args)
     base, runs = _prepare_runs(args)
     _check_devices(runs)
+    if settings.signal_delay >= 3600 * settings.timeout_hours > 0:
+        raise UserError(
+            f"--signal-delay {settings.signal_delay} s leaves nothing of --timeout-hours "
+            f"{settings.timeout_hours:g}"
+        )
     if cluster == "slurm":
         _check_slurm(args, settings, runs, base)
     else:

@@ -237,13 +237,15 @@ class Watcher(threading.Thread):
         if self.ended is not None:
             return
         # If this thread cannot run, for a call that keeps the interpreter, this still does.
-        faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=self._stacks)
+        patience = self.hang_timeout + 2 * self.beat
+        faulthandler.dump_traceback_later(patience, exit=True, file=self._stacks)
         self.folder.beat(self._record())
         self._look_at_others()
         self._look_at_progress()
         if not self.signals and (note := self.folder.read("signalled")):
             self._take(note["signal"])
-        if "SIGTERM" in self.signals and self.phase != "leaving":
+        # Where there is no SLURM that would end the other ranks, at any time.
+        if ("SIGTERM" in self.signals or self.job.cluster == "local") and self.phase != "leaving":
             self._look_for_killed()
         if self.signals:
             self._answer_signal()

@@ -15,7 +15,24 @@ import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
 from contnet.errors import UserError
 from contnet.modeling.contnet import VARIANTS
 
-__all__ = ["ImageClassifier", "build_classification_network", "contnet_options"]
+__all__ = [
+    "OPTION_KEYS",
+    "ImageClassifier",
+    "build_classification_network",
+    "contnet_options",
+]
+
+# Of MODEL.CONTNET: what a classifier's ConTNet depends on. The others are of backbones alone.
+OPTION_KEYS = (
+    "RELATIVE",
+    "PRE_NORM",
+    "USE_AVGDOWN",
+    "QKV_BIAS",
+    "DROP_RATE",
+    "LAST_DROP_RATE",
+    "DROP_PATH_RATE",
+    "CHECKPOINT",
+)
 
 
 @META_ARCH_REGISTRY.register()
