@@ -284,6 +284,6 @@ def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict
                 f"data set {name} cannot be loaded ({type(error).__name__}: {error}): {_DOCTOR} "
                 "with this config tells what is wrong"
             ) from error
-    if all(isinstance(dicts, Records) for dicts in every):
+    if every and all(isinstance(dicts, Records) for dicts in every):
         return Records([file for dicts in every for file in dicts.files], filter_empty)
     return [record for dicts in every for record in dicts]
