@@ -50,7 +50,10 @@ VARIANTS: dict[str, dict] = {
 
 
 def relative_index(patch_size: int, cell_size: int) -> Tensor:
-    """Row of the relative bias table for every pair of tokens of a patch, int64 (P*P, P*P)."""
+    """Row of the relative bias table for every pair of tokens of a patch, int64 (P*P, P*P).
+
+    Tokens run through the patch cell after cell, as :func:`_partition` puts them.
+    """
     axis = torch.arange(patch_size)
     token = torch.cartesian_prod(axis, axis).view(1, patch_size, patch_size, 2)
     token = _partition(token, patch_size, cell_size)[0]
