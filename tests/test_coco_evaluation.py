@@ -381,11 +381,15 @@ def test_run_lengths_are_pycocotools():
     assert encode_masks(torch.from_numpy(masks[:0])) == []
 
 
+# Under autocast on a CPU scores come in half precision.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", [False, True])
-def test_file_of_detections_is_detectron2s(evaluated, tmp_path, masks):
+def test_file_of_detections_is_detectron2s(evaluated, tmp_path, masks, dtype):
     rng = np.random.default_rng(10)
     truth = random_truth(rng, 4, 3)
     found = {10 * i: random_detections(rng, truth, 10 * i, masks) for i in range(4)}
+    for instances in found.values():
+        instances.scores = instances.scores.to(dtype)
     evaluated(truth, found, "MODEL.MASK_ON", str(masks))
     (ours,) = tmp_path.glob("inference/*/coco_instances_results.json")
     name, folder = ours.parent.name, tmp_path / "theirs"

@@ -34,7 +34,7 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
     return Detections(
         np.repeat(np.array([image_id]), len(instances)),
         instances.pred_classes.numpy(),
-        instances.scores.numpy().astype(float),
+        instances.scores.double().numpy(),  # NumPy has no bfloat16
         BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).astype(float),
         masks,
         np.array([rle.area(mask) for mask in masks or ()], dtype=float),
