@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import Tensor, nn
+from torch.nn import functional
 
 import contnet
 from contnet.benchmark.limits import count_parts, least_seconds, measure_ceilings
@@ -21,6 +22,9 @@ from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.plain import IMAGE_UNIT, run_plain
 
 __all__ = ["add_arguments", "run"]
+
+# Of what sides must be multiples in a network that does not take every size.
+_SIZE_UNITS = {"Detectron2 R-50 FPN": 32, "timm Swin-T": IMAGE_UNIT, "timm DeiT-S": IMAGE_UNIT}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -107,12 +111,10 @@ def run(args: argparse.Namespace) -> None:
         "contnet": _way(model, image, args, args.precision),
     }
     if args.others:
-        whole = torch.nn.functional.interpolate(
-            image, [-(-side // IMAGE_UNIT) * IMAGE_UNIT for side in args.size]
-        )
         for name, other in _other_networks(args.size).items():
             other = other.train(args.backward).to(args.device)
-            fits = whole if "Swin" in name or "DeiT" in name else image
+            unit = _SIZE_UNITS.get(name, 1)
+            fits = functional.pad(image, (0, -args.size[1] % unit, 0, -args.size[0] % unit))
             ways[name] = _way(other, fits, args, args.plain_precision)
     with contextlib.nullcontext() if args.backward else torch.inference_mode():
         seconds = alternate(ways, args.rounds)
