@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from contnet.engine.writers import METRICS_FILE
@@ -150,28 +150,29 @@ def _may_save(record: dict) -> bool:
     return status.get("job_id") == record["job_id"] and status["state"] == "running"
 
 
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    """Returns when a condition no longer holds, or after so many seconds."""
+    until = time.monotonic() + seconds
+    while condition() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def end_local(records: Sequence[dict]) -> None:
     """Ends jobs of this machine: those that train save first, if the time allows."""
     alive = [record for record in records if _is_alive(record)]
     for record in alive:
         os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
-    until = time.monotonic() + _PATIENCE
-    while any(map(_is_alive, filter(_may_save, alive))) and time.monotonic() < until:
-        time.sleep(0.1)
+    _wait_while(lambda: any(map(_is_alive, filter(_may_save, alive))), _PATIENCE)
     for record in alive:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads a group of its own
-    until = time.monotonic() + 5
-    while any(map(_is_alive, alive)) and time.monotonic() < until:
-        time.sleep(0.05)
+    _wait_while(lambda: any(map(_is_alive, alive)), 5)
 
 
 def _end_sweep(record: dict) -> None:
     """Ends the process that starts the runs of a sweep here, which then ends those."""
     os.kill(int(record["job_id"]), signal.SIGTERM)
-    until = time.monotonic() + _PATIENCE + 10
-    while _is_alive(record) and time.monotonic() < until:
-        time.sleep(0.1)
+    _wait_while(lambda: _is_alive(record), _PATIENCE + 10)
     folders = [Path(record["run_folder"], name) for name in record["runs"]]
     end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
 
