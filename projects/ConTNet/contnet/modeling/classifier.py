@@ -22,8 +22,8 @@ __all__ = [
     "contnet_options",
 ]
 
-# Of MODEL.CONTNET: what a classifier's ConTNet depends on. The others are of backbones alone.
-OPTION_KEYS = (
+# Keys of MODEL.CONTNET that are arguments of a ConTNet, by the same names in small letters.
+_ARGUMENT_KEYS = (
     "RELATIVE",
     "PRE_NORM",
     "USE_AVGDOWN",
@@ -31,8 +31,9 @@ OPTION_KEYS = (
     "DROP_RATE",
     "LAST_DROP_RATE",
     "DROP_PATH_RATE",
-    "CHECKPOINT",
 )
+# What a classifier's ConTNet depends on. The others of MODEL.CONTNET are of backbones alone.
+OPTION_KEYS = (*_ARGUMENT_KEYS, "CHECKPOINT")
 
 
 @META_ARCH_REGISTRY.register()
@@ -138,19 +139,9 @@ class ImageClassifier(nn.Module):
 
 def contnet_options(cfg: CfgNode) -> dict:
     """Arguments of a ConTNet, as classifier or backbone, from ``cfg.MODEL.CONTNET``."""
-    node = cfg.MODEL.CONTNET
-    options = {
-        "relative": node.RELATIVE,
-        "pre_norm": node.PRE_NORM,
-        "use_avgdown": node.USE_AVGDOWN,
-        "qkv_bias": node.QKV_BIAS,
-        "drop_path_rate": node.DROP_PATH_RATE,
-    }
-    if node.DROP_RATE >= 0:
-        options["drop_rate"] = node.DROP_RATE
-    if node.LAST_DROP_RATE >= 0:
-        options["last_drop_rate"] = node.LAST_DROP_RATE
-    return options
+    values = {key.lower(): cfg.MODEL.CONTNET[key] for key in _ARGUMENT_KEYS}
+    # A negative rate stands for the variant's own.
+    return {name: value for name, value in values.items() if value >= 0}
 
 
 def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
