@@ -54,6 +54,18 @@ def own_loggers():
         each.handlers, each.propagate = handlers, propagate
 
 
+@pytest.fixture
+def forget_datasets():
+    """Tests may take the same names for other files."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    known = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 @pytest.fixture(scope="session")
 def coco_root(tmp_path_factory) -> Path:
     """A DETECTRON2_DATASETS with a tiny COCO 2017."""

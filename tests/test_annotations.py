@@ -34,14 +34,7 @@ SCENES = ("cityscapes_fine_instance_seg_train", "cityscapes_fine_sem_seg_train")
 HEIGHT, WIDTH = 48, 64
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    """Tests may take the same names for other files."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- annotations of every kind -------------------------------------------------------------------

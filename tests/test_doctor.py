@@ -10,7 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from conftest import REPOSITORY
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from contnet.data import checks
@@ -29,14 +29,7 @@ def drawn(tmp_path_factory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("drawn") / "set", num_train=4, num_val=2)
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    """Tests may take the same names for other files."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- COCO ----------------------------------------------------------------------------------------
