@@ -713,6 +713,11 @@ CITY = {
         lambda root: shutil.rmtree(root / "gtFine" / "train"),
         "the label folder",
     ),
+    "image is a link to nowhere": (
+        "instance_seg",
+        lambda root: (_photo(root).unlink(), _photo(root).symlink_to("nowhere.png")),
+        "images that are missing, or links to nowhere: 1",
+    ),
     "stray file": (
         "instance_seg",
         lambda root: (_photo(root).parent / "Thumbs.db").write_text(""),

@@ -119,11 +119,14 @@ def check_layout(
 
 
 def _check_strays(image_dir: str, findings: Findings) -> None:
-    for path in sorted(Path(image_dir).glob("*")):
-        strays = [path] if not path.is_dir() else sorted(path.iterdir())
-        for stray in strays:
-            if not stray.name.endswith(_IMAGE):
-                findings.error(f"files that are no images *{_IMAGE}: move them away", str(stray))
+    """Looks for what Detectron2 would take for an image."""
+    for city in sorted(Path(image_dir).glob("*")):
+        files = file_names(city)
+        for path in sorted(city.iterdir()) if city.is_dir() else [city]:
+            if not path.name.endswith(_IMAGE):
+                findings.error(f"files that are no images *{_IMAGE}: move them away", str(path))
+            elif path.name not in files:
+                findings.error("images that are missing, or links to nowhere", str(path))
 
 
 def _read_polygons(file: Path) -> dict | None:
