@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument(
+        "--checkpointing", action="store_true", help="ConTNet recomputes activations"
+    )
+    parser.add_argument(
         "--optimized", action="store_true", help="contnet.optimize_for_inference as well"
     )
     parser.add_argument("--others", action="store_true", help="ResNet-50, Swin-T, DeiT-S as well")
@@ -90,6 +93,21 @@ def _print_memory(ways: dict[str, Callable[[], None]]) -> None:
         print(f"{name}: peak of {peak / 2**20:.0f} MiB over what was there before")
 
 
+def _print_kept(ways: dict[str, Callable[[], None]], weights: set[int]) -> None:
+    """Counts what a forward pass keeps for the backward pass, weights apart; on any device."""
+    for name, way in ways.items():
+        kept = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            way()
+        size = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+        print(f"{name}: {size / 2**20:.0f} MiB kept for the backward pass")
+
+
 def _print_limit(args: argparse.Namespace, seconds: float) -> None:
     dtype = DTYPES[args.precision]
     ceilings = measure_ceilings(args.device, dtype)
@@ -115,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--optimized is for inference: leave --backward out")
     torch.manual_seed(0)
     model = contnet.create_model(args.variant).train(args.backward).to(args.device)
+    model.set_grad_checkpointing(args.checkpointing)
     image = torch.randn(args.batch, 3, *args.size, device=args.device)
     ways = {
         "plain": _way(lambda x: run_plain(model, x), image, args, args.plain_precision),
@@ -134,5 +153,7 @@ def run(args: argparse.Namespace) -> None:
         print_ratios(seconds, "plain")
         if image.is_cuda:
             _print_memory(ways)
+        if args.backward:
+            _print_kept(ways, {p.untyped_storage().data_ptr() for p in model.parameters()})
     if args.limit and not args.backward:
         _print_limit(args, median(seconds["contnet"]))
