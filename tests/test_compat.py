@@ -18,6 +18,8 @@ import pytest
 import torch
 from detectron2.engine import TrainerBase, create_ddp_model
 from detectron2.modeling.anchor_generator import _create_grid_offsets
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from torch import nn
 from torch.distributed import HashStore
 
@@ -164,7 +166,8 @@ def test_a_run_of_two_processes_shows_no_warning(train_net, tmp_path):
     )
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
-    assert [line for line in output.splitlines() if re.search(r"\w*Warning: ", line)] == []
+    noise = r"\w*Warning: |is_fx_tracing"
+    assert [line for line in output.splitlines() if re.search(noise, line)] == []
 
 
 # --- tracebacks of users' mistakes ---------------------------------------------------------------
@@ -214,6 +217,37 @@ def test_without_the_filter_a_traceback_is_shown(loop_records):
     with pytest.raises(UserError):
         Failing(UserError("the loss is not finite")).train(0, 1)
     assert any(record.exc_info for record in loop_records)
+
+
+# --- PyTorch's advice about tracing --------------------------------------------------------------
+
+
+@pytest.fixture
+def tracing_lines():
+    """What PyTorch logs about tracing, after its filters; the first time in a process, and here."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    filters, logger.filters = list(logger.filters), []
+    logger.addHandler(handler)
+    torch.fx._symbolic_trace.is_fx_tracing_warning.cache_clear()
+    yield lines
+    logger.removeHandler(handler)
+    logger.filters = filters
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_advice_about_tracing_is_silent(tracing_lines, quiet):
+    """Without the filter it is shown: fails when Detectron2's pooler no longer brings it about."""
+    if quiet:
+        with warnings.catch_warnings():
+            quiet_known_noise()
+    pooler = ROIPooler(2, scales=[0.25], sampling_ratio=0, pooler_type="ROIAlignV2")
+    pooler([torch.zeros(1, 1, 8, 8)], [Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))])
+    assert [line[:13] for line in tracing_lines] == ([] if quiet else ["is_fx_tracing"])
+    logging.getLogger("torch.fx._symbolic_trace").warning("something else")
+    assert tracing_lines[-1] == "something else"
 
 
 # --- np.in1d -------------------------------------------------------------------------------------

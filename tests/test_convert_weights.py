@@ -255,7 +255,8 @@ def save_run(model, folder, averaged=False):
         with torch.no_grad():
             for value in extras["ema"].module.parameters():
                 value.mul_(2)
-    Checkpointer(model, str(folder), **extras).save("model_final", iteration=3)
+    trainer = {"iteration": 3, "classes": list("abcdefg")}
+    Checkpointer(model, str(folder), **extras).save("model_final", trainer=trainer)
     return folder / "model_final.pth"
 
 
@@ -266,6 +267,7 @@ def test_a_classifier_of_ours(convert, tmp_path):
     assert_same(load(path)[0], network.state_dict())
     assert "mapped   network.head.bias -> head.bias" in lines
     assert load(path)[1]["options"]["num_classes"] == 7
+    assert load(path)[1]["classes"] == list("abcdefg")
 
 
 @pytest.mark.parametrize("option", ["", "--last"])
@@ -292,6 +294,7 @@ def test_a_detectors_contnet(convert, tmp_path, leaf):
         k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)
     }
     assert_same(load(path)[0], expected)
+    assert "classes" not in load(path)[1]  # they are not its backbone's
     assert any(line.startswith("dropped") and "no part of the network" in line for line in lines)
 
 

@@ -159,7 +159,9 @@ def test_checkpoints_are_whole_and_bounded(averaged):
     assert checkpoints_of(folder) == sorted([*kept, "model_best.pth"])
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     for i, name in enumerate(kept):
-        assert torch.load(folder / name)["trainer"]["iteration"] == 2 + i
+        state = torch.load(folder / name)["trainer"]
+        assert state["iteration"] == 2 + i
+        assert len(state["classes"]) == 80 and state["classes"][:2] == ["person", "bicycle"]
 
 
 @pytest.mark.slow
@@ -277,6 +279,21 @@ def test_eval_only_needs_averaged_weights_where_they_are_asked_for(tmp_path, cap
     weights = ("MODEL.WEIGHTS", str(folder / "model_final.pth"))
     assert main(["--eval-only", *arguments(tmp_path / "eval", *EMA, *weights)]) == 1
     assert "SOLVER.EMA.ENABLED False" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_path, capsys):
+    """Their numbers fit, so that nothing else would tell."""
+    truth = json.loads((coco_root / "coco/annotations/instances_val2017.json").read_text())
+    truth["categories"][0]["name"] = "human"
+    (tmp_path / "other.json").write_text(json.dumps(truth))
+    entry = ["other", str(tmp_path / "other.json"), str(coco_root / "coco" / "val2017")]
+    data = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", "('other',)"]
+    weights = ("MODEL.WEIGHTS", str(averaged[0] / "model_final.pth"))
+    assert main(["--eval-only", *arguments(tmp_path / "eval", *data, *weights)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained on (1 too many: human; 1 missing: person)" in error
+    assert not (tmp_path / "eval" / "results.json").exists()
 
 
 # --- going on ------------------------------------------------------------------------------------

@@ -373,6 +373,24 @@ def test_a_whole_checkpoint_is_not_one_of_a_backbone(tmp_path):
         Checkpointer(detector(), allow_missing=True).load_whole(file)
 
 
+def test_classes_of_a_detector_are_compared(tmp_path, lines):
+    model = detector()
+    Checkpointer(model, str(tmp_path)).save("named", trainer={"classes": ["cat", "dog"]})
+    Checkpointer(model, str(tmp_path)).save("nameless", trainer={})
+    named, nameless = (str(tmp_path / f"{name}.pth") for name in ("named", "nameless"))
+    Checkpointer(model, classes=["cat", "dog"]).load_whole(named)
+    assert not any("name its classes" in line for line in lines())
+    Checkpointer(model, classes=["cat", "dog"]).load_whole(nameless)
+    assert any(f"{nameless} does not name its classes" in line for line in lines())
+    swapped = Checkpointer(model, classes=["dog", "cat"])
+    with pytest.raises(UserError, match=r"number 0 is dog instead of cat\): give data that has"):
+        swapped.load_whole(named)
+    # A backbone does for any classes, and what fits nowhere is no matter of classes.
+    swapped.load_backbone(named)
+    with pytest.raises(UserError, match="another architecture"):
+        Checkpointer(torch.nn.Linear(1, 1), classes=["dog", "cat"]).load_whole(named)
+
+
 def test_last_checkpoint_names_a_file_that_is_gone(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
     checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))

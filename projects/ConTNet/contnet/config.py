@@ -82,6 +82,26 @@ PART_NORMS = (
     "LN",
 )
 
+# What an ImageClassifier makes no use of, beside some keys of MODEL.CONTNET: starts of keys.
+_DETECTOR_KEYS = (
+    "MODEL.BACKBONE.",
+    "MODEL.MASK_ON",
+    "MODEL.RESNETS.",
+    "INPUT.CROP.",
+    "INPUT.MAX_SIZE_",
+    "INPUT.MIN_SIZE_",
+)
+# Of these, what configs/Base.yaml sets for all models.
+_BASE_KEYS = ("MODEL.RESNETS.OUT_FEATURES", "MODEL.RESNETS.STRIDE_IN_1X1")
+# What does what somebody may have meant by some of these.
+_INSTEAD = {
+    "INPUT.MIN_SIZE_TEST": " (INPUT.CLASSIFIER.RESIZE_TEST and CROP_TEST are the sizes)",
+    "INPUT.MIN_SIZE_TRAIN": " (INPUT.CLASSIFIER.SIZE is the size)",
+    "MODEL.BACKBONE.NAME": " (MODEL.CLASSIFIER.NAME chooses the network)",
+    "MODEL.CONTNET.VARIANT": " (MODEL.CLASSIFIER.NAME chooses the network)",
+    "MODEL.RESNETS.DEPTH": " (MODEL.CLASSIFIER.NAME chooses the network)",
+}
+
 # Least legal value of whole numbers.
 COUNTS = {
     "LOG_PERIOD": 1,
@@ -282,7 +302,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
     # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
     cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
-    # Change of brightness, contrast and saturation, in [0, 1]; not used with AUTO_AUGMENT.
+    # Change of brightness, contrast and saturation, in [0, 1]; not together with AUTO_AUGMENT.
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
@@ -572,16 +592,18 @@ def _defaults() -> CfgNode:
 
 
 def _check_unused(cfg: CfgNode) -> None:
-    """Refuses settings of backbones in a classifier's config, where they would do nothing."""
+    """Refuses settings of detectors in a classifier's config, where they would do nothing."""
     name = cfg.MODEL.CLASSIFIER.NAME
     used = OPTION_KEYS if name in VARIANTS else ()
-    keys = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
-    for key in (*keys, "MODEL.BACKBONE.NAME", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NORM"):
-        value, default = _get(cfg, key), _get(_defaults(), key)
-        if value != default:
+    unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
+    unused += [key for key, _ in _flatten(cfg, cfg) if key.startswith(_DETECTOR_KEYS)]
+    for key in unused:
+        # None of its layers are frozen, whatever the default says.
+        idle = 0 if key == "MODEL.BACKBONE.FREEZE_AT" else _get(_defaults(), key)
+        if (value := _get(cfg, key)) != idle and key not in _BASE_KEYS:
             raise _user_error(
-                f"{key} is {value!r}, which does nothing to the classifier {name}: leave it "
-                f"{default!r} (MODEL.CLASSIFIER.NAME chooses the network)"
+                f"{key} is {value!r}, which does nothing to the classifier {name}: set it "
+                f"{idle!r}{_INSTEAD.get(key, '')}"
             )
 
 
@@ -612,6 +634,11 @@ def _check_classifier(cfg: CfgNode) -> None:
         raise _user_error(
             f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
             f"{images.RESIZE_TEST}: crops would have borders"
+        )
+    if images.AUTO_AUGMENT and images.COLOR_JITTER:
+        raise _user_error(
+            f"INPUT.CLASSIFIER.COLOR_JITTER is {images.COLOR_JITTER}, which does nothing with "
+            f'AUTO_AUGMENT {images.AUTO_AUGMENT!r}: set one of them 0.0 or ""'
         )
     for key in ("SCALE", "RATIO"):
         pair = images[key]

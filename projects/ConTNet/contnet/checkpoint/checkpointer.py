@@ -65,7 +65,7 @@ class Checkpointer(DetectionCheckpointer):
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
         changed_by: in the background, the optimiser in whose step alone its parameters and its
             state change: the thread copies these, too, and the next step waits until it has.
-        classes: of a classifier's data, in order; None where nothing tells them. A whole
+        classes: names of the data's classes, in order; None where nothing tells them. A whole
             checkpoint that was trained on others is refused.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
@@ -252,11 +252,12 @@ class Checkpointer(DetectionCheckpointer):
                 f"{filename} holds no weights: it must be tensors by name alone, or have them as "
                 f"{' or '.join(map(repr, LAST))}; {self._conversion()}"
             )
-        if isinstance(self.model, ImageClassifier) and not self._strict_prefix:
-            self._check_classes(loaded, filename)
         self._check_pre_norm(loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
             loaded["model"] = self._detector_names(loaded["model"], filename)
+        # Of another architecture the classes are the lesser trouble.
+        if not self._strict_prefix and self.model.state_dict().keys() & loaded["model"].keys():
+            self._check_classes(loaded, filename)
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
@@ -299,9 +300,16 @@ class Checkpointer(DetectionCheckpointer):
         elif differing := difference(self.classes, theirs):
             raise UserError(
                 f"the data's {len(self.classes)} classes are not the {len(theirs)} that {filename} "
-                f"was trained on ({differing}): rename its class folders, or for a flat folder "
-                "write the names in that order into classes.txt in it"
+                f"was trained on ({differing}): {self._renaming()}"
             )
+
+    def _renaming(self) -> str:
+        if isinstance(self.model, ImageClassifier):
+            return (
+                "rename its class folders, or for a flat folder write the names in that order into "
+                "classes.txt in it"
+            )
+        return "give data that has these names in this order, or weights of a run on this data"
 
     def _check_pre_norm(self, said: object, filename: str) -> None:
         """Compares what a file of tools/convert_weights.py says, since tensors do not show it."""

@@ -162,7 +162,7 @@ def bare_name(name: str) -> str:
 
 
 def class_names(content: Mapping) -> list[str] | None:
-    """The classes that a checkpoint of a classifier was trained on, in order, where it says so."""
+    """The classes that a checkpoint was trained on, in order, where it says so."""
     for key in ("trainer", METADATA):
         said = content.get(key)
         names = said.get("classes") if isinstance(said, Mapping) else None
