@@ -119,7 +119,11 @@ def test_metrics_are_written_to_json_and_tensorboard(averaged):
     assert all(math.isfinite(line["total_loss"]) for line in lines)
     assert lines[-1]["bbox/AP"] > 0
     (events,) = folder.glob("events.out.tfevents.*")
-    written = EventAccumulator(str(events)).Reload().Scalars("total_loss")
+    board = EventAccumulator(str(events)).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"bbox/AP", "bbox/APs", "bbox/AP-person", "bbox/AP-bicycle"} <= tags
+    assert board.Scalars("bbox/AP")[-1].value == pytest.approx(lines[-1]["bbox/AP"])
+    written = board.Scalars("total_loss")
     assert [e.step for e in written] == list(range(5))
     assert [e.value for e in written] == pytest.approx([line["total_loss"] for line in lines])
 

@@ -368,7 +368,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"; {len(misshapen)} have another shape ({some(misshapen)})" if misshapen else ""
             )
             if not (self._strict_prefix and self.allow_missing):
-                raise UserError(f"{line}; {self._advice(given)}")
+                raise UserError(f"{line}; {self._advice(given, absent)}")
         self.logger.info(line)
         return incompatible
 
@@ -378,12 +378,14 @@ class Checkpointer(DetectionCheckpointer):
             "weights of a ConTNet or ResNet in it fit"
         )
 
-    def _advice(self, given: list[str]) -> str:
+    def _advice(self, given: list[str], absent: list[str]) -> str:
         if self._strict_prefix:
             return (
                 "give weights of this very backbone (variant and options), or allow it with "
                 f"MODEL.ALLOW_MISSING_WEIGHTS True; {self._conversion()}"
             )
+        if not absent:
+            return "it is a checkpoint of another architecture, or of another number of classes"
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 
     def load(self, path: str, *args, **kwargs) -> dict:

@@ -7,7 +7,16 @@ from functools import lru_cache
 
 import timm
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
 
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import flatten, get_value, nearest, one_line
@@ -34,6 +43,7 @@ CHOICES = {
     "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),
     "INPUT.CLASSIFIER.INTERPOLATION_TEST": ("bilinear", "bicubic"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
@@ -43,6 +53,31 @@ CHOICES = {
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
+
+# Names that builders look up.
+PARTS = {
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+
+# What Detectron2 makes norms of, in all parts but ConTNet.
+PART_NORMS = (
+    "",
+    "BN",
+    "FrozenBN",
+    "SyncBN",
+    "nnSyncBN",
+    "naiveSyncBN",
+    "naiveSyncBN_N",
+    "GN",
+    "LN",
+)
 
 # What an ImageClassifier makes no use of, beside some keys of MODEL.CONTNET: starts of keys.
 _DETECTOR_KEYS = (
@@ -128,12 +163,17 @@ def _is_number(value: object) -> bool:
 def _check_choices(cfg: CfgNode) -> None:
     choices = {
         **CHOICES,
-        "MODEL.BACKBONE.NAME": [name for name, _ in BACKBONE_REGISTRY],
-        "MODEL.META_ARCHITECTURE": [name for name, _ in META_ARCH_REGISTRY],
+        **{key: [name for name, _ in registry] for key, registry in PARTS.items()},
     }
+    for key, _ in flatten(cfg, cfg):
+        if key.endswith(".NORM"):
+            choices.setdefault(key, PART_NORMS)
+    if not cfg.MODEL.ROI_BOX_HEAD.NAME:  # Detectron2's default, for heads that need none
+        del choices["MODEL.ROI_BOX_HEAD.NAME"]
     for key, legal in choices.items():
         if (value := get_value(cfg, key)) not in legal:
-            raise one_line(f"{key} is {value!r}, it must be one of {', '.join(map(str, legal))}")
+            names = ", ".join(str(each) or "''" for each in legal)
+            raise one_line(f"{key} is {value!r}, it must be one of {names}")
 
 
 def _check_numbers(cfg: CfgNode) -> None:
