@@ -389,7 +389,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"; {len(misshapen)} have another shape ({some(misshapen)})" if misshapen else ""
             )
             if not (self._strict_prefix and self.allow_missing):
-                raise UserError(f"{line}; {self._advice(given, {*misshapen, *absent})}")
+                raise UserError(f"{line}; {self._advice(given, misshapen, absent)}")
         self.logger.info(line)
         return incompatible
 
@@ -399,13 +399,14 @@ class Checkpointer(DetectionCheckpointer):
             "weights of a ConTNet or ResNet in it fit"
         )
 
-    def _advice(self, given: list[str], unfit: set[str]) -> str:
+    def _advice(self, given: list[str], misshapen: list[str], absent: list[str]) -> str:
         if self._strict_prefix:
             return (
                 "give weights of this very backbone (variant and options), or allow it with "
                 f"MODEL.ALLOW_MISSING_WEIGHTS True; {self._conversion()}"
             )
-        if isinstance(self.model, ImageClassifier) and unfit <= set(self.model.head_names()):
+        classifies = isinstance(self.model, ImageClassifier)
+        if classifies and not absent and set(misshapen) <= set(self.model.head_names()):
             return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 
