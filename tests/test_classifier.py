@@ -445,6 +445,8 @@ def test_another_number_of_classes_keeps_all_but_the_head(tmp_path, said):
     assert torch.equal(model.network.head.weight, before)
     assert torch.equal(model.network.stem.weight, network.stem.weight)
     assert "head starts from random weights" in said()
+    with pytest.raises(UserError, match=r"another shape .*; its head is for another number of cla"):
+        Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
 
 
 def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):

@@ -338,6 +338,15 @@ def test_torchvisions_resnet(convert):
     assert_same(load(path)[0], convert_resnet_state_dict(theirs.state_dict()))
 
 
+def test_the_average_of_torchvisions_scripts(convert):
+    last, average = (torchvision.models.resnet18(num_classes=3).state_dict() for _ in range(2))
+    average_file = {f"module.{k}": v for k, v in average.items()}
+    content = {"model": last, "model_ema": {"n_averaged": torch.tensor(5), **average_file}}
+    path, lines = convert(content, "--to", "timm")
+    assert_same(load(path)[0], average)
+    assert any(line.startswith("dropped  n_averaged") for line in lines)
+
+
 def test_names_of_resnets_are_one_to_one():
     for name in RESNETS:
         names = [k for k in timm.create_model(name).state_dict() if not k.endswith(COUNT)]
@@ -561,6 +570,7 @@ FILES = {
     ),
     "half a head": lambda p: torch.save({k: v for k, v in ours().items() if k != "head.bias"}, p),
     "not finite": lambda p: torch.save({**ours(), "head.bias": torch.full((1000,), torch.nan)}, p),
+    "quantised": lambda p: torch.save({k: v.char() for k, v in ours().items()}, p),
     "two networks": lambda p: torch.save(
         {f"{side}.{k}": v for k, v in ours().items() for side in ("student", "teacher")}, p
     ),
@@ -594,6 +604,7 @@ NAMED = {
     "one missing": "stages.1.0.conv.weight",
     "half a head": "head.bias",
     "not finite": "head.bias is not finite",
+    "quantised": "stem.weight holds torch.int8: it is quantised",
     "two networks": "several networks (student.stem.weight, teacher.stem.weight)",
     "another variant's tensor": "stages.1.0.conv.weight has shape (3, 3)",
     "code": "could run code",

@@ -657,6 +657,15 @@ def test_doctor_lists_what_cannot_be_read(root, capsys):
     assert any("no images by their names, they are left out: 1 [" in line for line in said)
 
 
+def test_doctor_tells_names_that_are_no_text(root, capsys):
+    with open(os.fsencode(_first(root)) + b"/\xe9.jpg", "wb") as file:
+        file.write(b"broken")
+    status, said = run_doctor(capsys)
+    assert status == 1
+    (error,) = [line for line in said if line.startswith("ERROR")]
+    assert error.endswith("/\\udce9.jpg (it is of no kind that Pillow knows)]")
+
+
 @pytest.mark.parametrize("damage", ["no folder", "empty class", "no meta.mat", "unlabelled"])
 def test_doctor_tells_mistakes(root, capsys, damage):
     change, said = DAMAGE[damage]

@@ -307,6 +307,16 @@ class Code:
         return Path.touch, (self.trace,)
 
 
+class Command:
+    """Would run one if it were unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
 def cut_short(path):
     whole = saved(path.parent, classifier(), "whole.pth")
     path.write_bytes(Path(whole).read_bytes()[:100_000])
@@ -319,8 +329,21 @@ FILES = {
     "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
     "code": lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
     "bare code": lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))),
+    "command": lambda path: torch.save({**classifier(), "a": Command(path.parent / "ran")}, path),
+    "numbers for names": lambda path: torch.save(dict(enumerate(classifier().values())), path),
+    "not finite": lambda path: torch.save({k: v / 0 for k, v in classifier().items()}, path),
+    "quantised": lambda path: torch.save({k: v.char() for k, v in classifier().items()}, path),
     "list": lambda path: torch.save([torch.zeros(1)], path),
     "tensor": lambda path: torch.save(torch.zeros(1), path),
+}
+
+
+SAID = {
+    "command": "it wants to run code (posix.system), do not use this file",
+    "code": "could run code",
+    "numbers for names": "holds no weights",
+    "not finite": "backbone.bottom_up.stem.weight is not finite",
+    "quantised": "backbone.bottom_up.stem.weight holds torch.int8",
 }
 
 
@@ -334,6 +357,14 @@ def test_other_files_are_one_line(tmp_path, kind, suffix):
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+    if suffix == ".pth":
+        assert SAID.get(kind, "") in str(error.value)
+
+
+def test_a_damaged_head_is_no_matter_of_a_detectors(tmp_path):
+    state = classifier()
+    state["head.weight"][0, 0] = torch.nan
+    load(detector(), saved(tmp_path, state))
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"model": {}}, {}, {"model": {"a": 1}}], ids=str)
