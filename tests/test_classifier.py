@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, finish
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from imagenet import draw_picture
@@ -498,8 +498,7 @@ def test_a_run_trains_evaluates_and_tells_the_accuracy(
         *opts,
         DETECTRON2_DATASETS=str(imagenet_root),
     )
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    output = finish(process)
     (result,) = json.loads((tmp_path / "results.json").read_text())
     cfg = load_config(str(REPOSITORY / leaf), opts)
     val = imagenet_root / "imagenet" / "val"
@@ -554,8 +553,7 @@ def test_evaluation_alone_as_a_command(train_net, imagenet_root, trained, tmp_pa
         *(*SMALL[:2], *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7", "OUTPUT_DIR", str(tmp_path)),
         DETECTRON2_DATASETS=str(imagenet_root),
     )
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    finish(process)
     (alone,) = json.loads((tmp_path / "results.json").read_text())
     (training,) = json.loads((trained / "results.json").read_text())
     assert alone["metrics"] == training["metrics"]

@@ -20,20 +20,12 @@ LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 NAMES = ("mine_train", "mine_val")
 
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("drawn") / "set", num_train=6, num_val=2)
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """Tests may take the same names for other files."""
-    yield
-    for name in NAMES:
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
 
 
 def _entries(root="") -> list[list[str]]:
