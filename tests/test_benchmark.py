@@ -35,10 +35,19 @@ def test_ratios_are_of_the_same_round(capsys):
 
 def test_network_beside_plain(capsys):
     argv = ["network", "--variant", "contnet_ti", "--size", "64", "96", "--rounds", "1"]
-    assert main([*argv, "--precision", "bf16", "--device", "cpu"]) == 0
+    assert main([*argv, "--precision", "bf16", "--optimized", "--device", "cpu"]) == 0
     assert main([*argv, "--backward", "--device", "cpu"]) == 0
+    assert main([*argv, "--backward", "--checkpointing", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"^contnet +median .* x plain$", out, re.M)) == 2
+    kept = re.findall(r"^contnet: (\d+) MiB kept for the backward pass$", out, re.M)
+    assert 0 < 2 * int(kept[1]) < int(kept[0])
+    assert len(re.findall(r"^contnet +median .* x plain$", out, re.M)) == 3
+    assert len(re.findall(r"^optimized +median .* x plain$", out, re.M)) == 1
+
+
+def test_an_optimised_network_has_no_backward_pass(capsys):
+    assert main(["network", "--backward", "--optimized"]) == 1
+    assert "--optimized is for inference" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -167,38 +167,53 @@ def test_export_with_dynamic_batch(options, size, wrap):
         assert_equal(exported(x), model(x))
 
 
+def export_free(model, x, shapes, **settings):
+    """The same for free sizes; the setting keeps sizes of 1 from being a case of their own."""
+    with symbolic_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(model, (x,), dynamic_shapes=(shapes,), **settings)
+    return program.module()
+
+
+free_sizes = pytest.mark.skipif(
+    not hasattr(symbolic_config, "backed_size_oblivious"), reason="this PyTorch guards on sizes"
+)
+
+
 @torch.no_grad()
 @pytest.mark.slow
+def test_export_at_multiples_of_224_from_448():
+    """Without the setting: PyTorch specialises dynamic sizes that may become 1, here one patch."""
+    model = network({})
+    rows, columns = Dim("rows", min=2, max=8), Dim("columns", min=2, max=8)
+    exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
+    assert_equal(exported(image(672, 448)), model(image(672, 448)))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@free_sizes
 @pytest.mark.parametrize(
     ("options", "wrap"), [({}, nn.Sequential), (FLAGS, Taps)], ids=["default-logits", "flags-taps"]
 )
 def test_export_at_multiples_of_224(options, wrap):
     model = wrap(network(options))
-    rows, columns = Dim("rows", min=2, max=8), Dim("columns", min=2, max=8)
-    # PyTorch specialises dynamic sizes that make a dimension 1, here one patch: so from 2 up.
-    exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
-    for size in ((448, 448), (672, 448)):
+    rows, columns = Dim("rows", min=1, max=8), Dim("columns", min=1, max=8)
+    exported = export_free(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
+    for size in ((224, 224), (224, 448), (672, 224)):
         assert_equal(exported(image(*size)), model(image(*size)))
 
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(symbolic_config, "backed_size_oblivious"), reason="this PyTorch guards on sizes"
-)
+@free_sizes
 def test_export_with_free_height_and_width():
-    """By default export guards on properties of the example's size; these settings defer that."""
+    """By default export guards on properties of the example's size; this defers that."""
     model = network({})
-    shapes = {2: Dim("height", min=225, max=2048), 3: Dim("width", min=225, max=2048)}
-    with symbolic_config.patch(backed_size_oblivious=True):
-        program = torch.export.export(
-            model,
-            (image(330, 500),),
-            dynamic_shapes=(shapes,),
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-    exported = program.module()
-    for size in ((330, 500), (448, 448), (511, 333)):
+    shapes = {2: Dim("height", min=33, max=2048), 3: Dim("width", min=33, max=2048)}
+    exported = export_free(
+        model, image(330, 500), shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    for size in ((37, 50), (224, 224), (511, 333)):
         assert_equal(exported(image(*size)), model(image(*size)))
 
 

@@ -6,6 +6,7 @@ The network and its checkpoints need only PyTorch; the Detectron2 side is import
 from contnet.checkpoint.convert import ConversionReport, convert_state_dict, revert_state_dict
 from contnet.modeling import timm_models  # noqa: F401, registers the variants with timm
 from contnet.modeling.contnet import ConTNet, create_model
+from contnet.modeling.inference import optimize_for_inference
 
 __all__ = [
     "ConTNet",
@@ -13,6 +14,7 @@ __all__ = [
     "add_contnet_config",
     "convert_state_dict",
     "create_model",
+    "optimize_for_inference",
     "revert_state_dict",
 ]
 

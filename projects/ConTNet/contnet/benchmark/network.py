@@ -18,6 +18,7 @@ from torch.nn import functional
 import contnet
 from contnet.benchmark.limits import count_parts, least_seconds, measure_ceilings
 from contnet.benchmark.timing import alternate, print_ratios
+from contnet.errors import UserError
 from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.plain import IMAGE_UNIT, run_plain
 
@@ -43,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain-precision", choices=DTYPES, default="fp32", help="of the plain one and of others"
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="ConTNet recomputes activations"
+    )
+    parser.add_argument(
+        "--optimized", action="store_true", help="contnet.optimize_for_inference as well"
+    )
     parser.add_argument("--others", action="store_true", help="ResNet-50, Swin-T, DeiT-S as well")
     parser.add_argument("--limit", action="store_true", help="share of the machine's limit")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each")
@@ -86,6 +93,21 @@ def _print_memory(ways: dict[str, Callable[[], None]]) -> None:
         print(f"{name}: peak of {peak / 2**20:.0f} MiB over what was there before")
 
 
+def _print_kept(ways: dict[str, Callable[[], None]], weights: set[int]) -> None:
+    """Counts what a forward pass keeps for the backward pass, weights apart; on any device."""
+    for name, way in ways.items():
+        kept = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            way()
+        size = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+        print(f"{name}: {size / 2**20:.0f} MiB kept for the backward pass")
+
+
 def _print_limit(args: argparse.Namespace, seconds: float) -> None:
     dtype = DTYPES[args.precision]
     ceilings = measure_ceilings(args.device, dtype)
@@ -102,14 +124,24 @@ def _print_limit(args: argparse.Namespace, seconds: float) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the ratios of what was asked for."""
+    """Prints the ratios of what was asked for.
+
+    Raises:
+        UserError: for an optimised network that is to go backward.
+    """
+    if args.optimized and args.backward:
+        raise UserError("--optimized is for inference: leave --backward out")
     torch.manual_seed(0)
     model = contnet.create_model(args.variant).train(args.backward).to(args.device)
+    model.set_grad_checkpointing(args.checkpointing)
     image = torch.randn(args.batch, 3, *args.size, device=args.device)
     ways = {
         "plain": _way(lambda x: run_plain(model, x), image, args, args.plain_precision),
         "contnet": _way(model, image, args, args.precision),
     }
+    if args.optimized:
+        fast = contnet.optimize_for_inference(model, DTYPES[args.precision])
+        ways["optimized"] = _way(fast, image, args, "fp32")
     if args.others:
         for name, other in _other_networks(args.size).items():
             other = other.train(args.backward).to(args.device)
@@ -121,5 +153,7 @@ def run(args: argparse.Namespace) -> None:
         print_ratios(seconds, "plain")
         if image.is_cuda:
             _print_memory(ways)
+        if args.backward:
+            _print_kept(ways, {p.untyped_storage().data_ptr() for p in model.parameters()})
     if args.limit and not args.backward:
         _print_limit(args, median(seconds["contnet"]))

@@ -73,7 +73,9 @@ def _partition(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
     n, h, w, c = x.shape
     cells = patch_size // cell_size
     x = x.reshape(n, h // patch_size, cells, cell_size, w // patch_size, cells, cell_size, c)
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, patch_size * patch_size, c)
+    # Cells by columns: by rows, a map one patch wide is as contiguous as it was, and torch.export
+    # would make that a case of its own.
+    return x.permute(0, 1, 4, 2, 5, 6, 3, 7).reshape(-1, patch_size * patch_size, c)
 
 
 def _merge(x: Tensor, patch_size: int, cell_size: int, like: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def _merge(x: Tensor, patch_size: int, cell_size: int, like: Tensor) -> Tensor:
     n, h, w, c = like.shape
     cells = patch_size // cell_size
     x = x.reshape(n, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, h, w, c)
+    return x.permute(0, 1, 3, 6, 2, 4, 5, 7).reshape(n, h, w, c)
 
 
 def _split_phases(x: Tensor, dilation: int) -> Tensor:
@@ -336,7 +338,7 @@ class ConTBlock(nn.Module):
         x = _merge(self._encode_patches(tokens, real), self.patch_size, self.cell_size, x)
         if self.patch_dilation > 1:
             x = _join_phases(x, self.patch_dilation, whole)
-        return x[:, :h, :w].permute(0, 3, 1, 2)
+        return x.narrow(1, 0, h).narrow(2, 0, w).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, dense: bool = False) -> tuple[Tensor, Tensor]:
         """Runs the block.
