@@ -354,7 +354,7 @@ def test_of_several_processes_one_reads(usable, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     counts, kinds, found = zip(*(results.get() for _ in processes), strict=True)
     assert sum(counts) == 1

@@ -205,9 +205,10 @@ RESNETS = {
 }
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"model": state, "epoch": 3}])
-@pytest.mark.parametrize("source", RESNETS)
-def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, wrap):
+@pytest.mark.parametrize(
+    ("source", "form"), zip(RESNETS, ["bare", "model"] * 2, strict=True), ids=str
+)
+def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, form):
     """They give every tensor, and the function: the last map is theirs."""
     make, leaf, options = RESNETS[source]
     theirs = make().eval()
@@ -217,7 +218,7 @@ def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, wrap):
             torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
             torch.nn.init.uniform_(module.weight, 0.4, 0.6)
     model = detector(*options, leaf=leaf).eval()
-    load(model, saved(tmp_path, wrap(theirs.state_dict())))
+    load(model, saved(tmp_path, FORMS[form](theirs.state_dict())))
     assert all_of(model) in lines()
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -307,6 +308,16 @@ class Code:
         return Path.touch, (self.trace,)
 
 
+class Command:
+    """Would run one if it were unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
 def cut_short(path):
     whole = saved(path.parent, classifier(), "whole.pth")
     path.write_bytes(Path(whole).read_bytes()[:100_000])
@@ -319,8 +330,21 @@ FILES = {
     "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
     "code": lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
     "bare code": lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))),
+    "command": lambda path: torch.save({**classifier(), "a": Command(path.parent / "ran")}, path),
+    "numbers for names": lambda path: torch.save(dict(enumerate(classifier().values())), path),
+    "not finite": lambda path: torch.save({k: v / 0 for k, v in classifier().items()}, path),
+    "quantised": lambda path: torch.save({k: v.char() for k, v in classifier().items()}, path),
     "list": lambda path: torch.save([torch.zeros(1)], path),
     "tensor": lambda path: torch.save(torch.zeros(1), path),
+}
+
+
+SAID = {
+    "command": "it wants to run code (posix.system), do not use this file",
+    "code": "could run code",
+    "numbers for names": "holds no weights",
+    "not finite": "backbone.bottom_up.stem.weight is not finite",
+    "quantised": "backbone.bottom_up.stem.weight holds torch.int8",
 }
 
 
@@ -334,6 +358,14 @@ def test_other_files_are_one_line(tmp_path, kind, suffix):
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+    if suffix == ".pth":
+        assert SAID.get(kind, "") in str(error.value)
+
+
+def test_a_damaged_head_is_no_matter_of_a_detectors(tmp_path):
+    state = classifier()
+    state["head.weight"][0, 0] = torch.nan
+    load(detector(), saved(tmp_path, state))
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"model": {}}, {}, {"model": {"a": 1}}], ids=str)
@@ -466,7 +498,7 @@ def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path, background):
     command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path), str(background)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not any(p.stat().st_size > 1_000_000 for p in tmp_path.glob("model_0000001.pth*")):
             assert child.poll() is None, child.stderr.read()[-3000:]
             assert time.monotonic() < deadline

@@ -151,12 +151,12 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
 
 
 def _print(name: str, findings: Findings) -> None:
-    print(f"data set {name}")
-    for fact in findings.facts:
-        print(f"  {fact}")
+    lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
     for severity in (ERROR, NOTE):
-        for line in findings.lines(severity):
-            print(f"  {severity:5}  {line}")
+        lines += [f"  {severity:5}  {line}" for line in findings.lines(severity)]
+    for line in lines:
+        # File names need not be text, and not every terminal takes their bytes as they are.
+        print(line.encode(errors="backslashreplace").decode())
 
 
 def build_parser() -> argparse.ArgumentParser:
