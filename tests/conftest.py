@@ -1,5 +1,6 @@
 """Settings shared by all tests: one thread, fixed seeds, a tiny COCO."""
 
+import json
 import logging
 import os
 import random
@@ -34,6 +35,21 @@ MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16
 """
 QUICK = QUICK_OPTIONS.split()
 SMALL = [*QUICK, *SMALL_OPTIONS.split()]
+# In metrics.json, what differs between equal runs.
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The output of a run that must succeed."""
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.json, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.fixture(autouse=True)

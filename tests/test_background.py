@@ -404,7 +404,7 @@ ENDS = {"end": (0, 2), "crash": (1, 2), "lease": (3, 1), "kill": (-9, 1)}
 @pytest.mark.slow
 def test_processes_leave_a_whole_last_checkpoint(tmp_path):
     command = [sys.executable, "-c", LEAVERS, *(str(tmp_path / how) for how in ENDS)]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert output.stdout.split() == [str(status) for status, _ in ENDS.values()], output.stderr
     for how, (_, last) in ENDS.items():
         folder = tmp_path / how

@@ -107,7 +107,7 @@ def test_checkpoints(tmp_path, capsys):
 def test_scaling_over_two_processes():
     command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "scaling"]
     small = "--model contnet_ti --size 64 64 --rounds 1"
-    result = subprocess.run([*command, *small.split()], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, *small.split()], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     for name in ("one process", "two, each alone", "two", "only the exchange"):
         assert re.search(rf"^{name} +median +\d+\.\d ms", result.stdout, re.MULTILINE)

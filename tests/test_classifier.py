@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, finish
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from imagenet import draw_picture
@@ -480,15 +480,14 @@ SEVEN = [*SMALL, *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7"]
 def command(train_net, imagenet_root, tmp_path):
     """Runs train_net.py on the seven classes into tmp_path; returns what it printed."""
 
-    def finish(options: str) -> str:
+    def run(options: str) -> str:
         words = [*SEVEN, "OUTPUT_DIR", str(tmp_path)]
         root = str(imagenet_root)
-        process = train_net(f"--config-file {LEAF} {options}", *words, DETECTRON2_DATASETS=root)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
-        return output
+        return finish(
+            train_net(f"--config-file {LEAF} {options}", *words, DETECTRON2_DATASETS=root)
+        )
 
-    return finish
+    return run
 
 
 def plain_loop(cfg, folder: Path, weights: Path):

@@ -29,14 +29,35 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def compared() -> list[dict]:
+        return json.loads((tmp_path / "compare.json").read_text())
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model_final.pth")}
+
     only = ["--only", "resnet18", "SOLVER.BASE_LR 0.05 MODEL.CLASSIFIER.DROP_PATH_RATE 0.1"]
-    assert main(command(tmp_path, "--num-gpus", "1", "--seeds", "1,2", *only)) == 0
+    assert main(command(tmp_path, "--num-gpus", "1", *only)) == 0
     printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "compare.json").read_text())
-    assert [(row["network"], row["seed"]) for row in rows] == [
-        (network, seed) for network in NETWORKS for seed in (1, 2)
+    assert f"| resnet18 ({only[-1]}) |" in printed and "| contnet_ti |" in printed
+    first, trained = compared(), times()
+    assert [(row["network"], row["seed"]) for row in first] == [(name, 1) for name in NETWORKS]
+    assert table(first) in printed
+
+    # Another seed of one of them: its finished training and the rows of the others are kept.
+    assert main(command(tmp_path, "--seeds", "1,2", "--networks", "contnet_ti")) == 0
+    rows, all_times = compared(), times()
+    assert [row for row in rows if row["seed"] == 1] == first[::-1]
+    assert [row["network"] for row in rows if row["seed"] == 2] == ["contnet_ti"]
+    assert table(rows[1:]) in capsys.readouterr().out
+    assert len(all_times) == 3 and trained.items() <= all_times.items()
+    # Seeds start from different weights.
+    stems = [
+        torch.load(tmp_path / f"contnet_ti_seed{seed}" / "model_final.pth")["model"]
+        for seed in (1, 2)
     ]
-    assert table(rows) in printed
+    assert not torch.equal(*(stem["network.stem.weight"] for stem in stems))
+
     configs = []
     for row in rows:
         run = tmp_path / f"{row['network']}_seed{row['seed']}"
@@ -52,23 +73,11 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys, mo
         configs.append([line for line in lines if not line.startswith(own)])
         alone = row["network"] == "resnet18"
         assert ("  BASE_LR: 0.05" in lines) == ("    DROP_PATH_RATE: 0.1" in lines) == alone
-    assert f"| resnet18 ({only[-1]}) |" in printed and "| contnet_ti |" in printed
     assert all(config == configs[0] for config in configs)
-    # Two seeds start from different weights.
-    stems = [
-        torch.load(tmp_path / f"contnet_ti_seed{seed}" / "model_final.pth")["model"]
-        for seed in (1, 2)
-    ]
-    assert not torch.equal(*(stem["network.stem.weight"] for stem in stems))
 
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model_final.pth")}
-    assert main(command(tmp_path, "--seeds", "1,2", *only)) == 0
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert json.loads((tmp_path / "compare.json").read_text()) == rows
-    # A call for some of them keeps the rows of the others.
-    assert main(command(tmp_path, "--seeds", "2", "--networks", "resnet18", *only)) == 0
-    kept = json.loads((tmp_path / "compare.json").read_text())
-    assert sorted(kept, key=str) == sorted(rows, key=str)
+    assert main(command(tmp_path, *only)) == 0
+    assert times() == all_times
+    assert sorted(compared(), key=str) == sorted(rows, key=str)
 
 
 def test_a_training_with_other_settings_is_not_kept(tmp_path, capsys):

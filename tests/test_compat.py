@@ -153,23 +153,6 @@ def test_filters_are_not_added_twice():
         assert warnings.filters == filters
 
 
-# --- a whole run ---------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_shows_no_warning(train_net, tmp_path):
-    """Processes are spawned, so what is quiet in the first one alone would show here."""
-    process = train_net(
-        "--config-file configs/faster_rcnn_contti.yaml --num-gpus 2",
-        *f"SOLVER.MAX_ITER 2 SOLVER.STEPS (1,) OUTPUT_DIR {tmp_path}".split(),
-        *("MODEL.CONTNET.CHECKPOINT", "True", "SOLVER.EMA.ENABLED", "True"),
-    )
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    noise = r"\w*Warning: |is_fx_tracing"
-    assert [line for line in output.splitlines() if re.search(noise, line)] == []
-
-
 # --- tracebacks of users' mistakes ---------------------------------------------------------------
 
 

@@ -4,11 +4,22 @@ import json
 
 import pytest
 
-from contnet import demo_imagenet
-from contnet.data.shapes import CLASS_NAMES
+from contnet import demo, demo_imagenet
+from contnet.data.shapes import CLASS_NAMES, make_shapes
 from contnet.demo import REQUIRED_AP, main
 
 ONLY = ["SOLVER.RESCALE_INTERVAL", "False"]  # a warm-up longer than the run
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """Both demonstrations draw as they do, but less."""
+
+    def make_few(root, **options):
+        return make_shapes(root, **{**options, "num_train": 24, "num_val": 12})
+
+    for module in (demo, demo_imagenet):
+        monkeypatch.setattr(module, "make_shapes", make_few)
 
 
 @pytest.mark.slow

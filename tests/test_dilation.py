@@ -29,7 +29,8 @@ def _pair(variant="contnet_ti", *, output_stride, seed=0, **options):
     )
     for parameter in plain.parameters():
         # Position tables start at zero, where a wrong place could not be told from the right one.
-        torch.nn.init.normal_(parameter, std=0.2) if parameter.std() == 0 else None
+        if parameter.std() == 0:
+            torch.nn.init.normal_(parameter, std=0.2)
     dilated = create_model(variant, num_classes=0, output_stride=output_stride, **options)
     dilated.load_state_dict(plain.state_dict())
     return plain.double().eval(), dilated.double().eval()

@@ -266,7 +266,7 @@ def run_setup(folder, *arguments, **environment):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=300,
     )
 
 

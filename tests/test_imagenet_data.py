@@ -28,6 +28,7 @@ from contnet.data.shard_writer import make_shards
 from contnet.data.stream import build_train_loader
 from contnet.errors import UserError
 from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.main import main
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 DETECTOR = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -688,19 +689,31 @@ def test_official_counts(root, capsys, monkeypatch):
 # --- a run ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_broken_image_ends_a_run_in_one_line(root, tmp_path, workers):
+@pytest.fixture
+def broken_run(root, tmp_path) -> list[str]:
+    """The command line of a run, of whose images some are broken."""
     for folder in (root / "imagenet" / "train").iterdir():
         folder.joinpath("0.JPEG").write_bytes(b"broken")
-    command = [
-        *(sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", LEAF, KEY, "3"),
-        *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "8", "DATALOADER.NUM_WORKERS", workers),
-        *("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1"),
-        *("OUTPUT_DIR", str(tmp_path / "run"), "INPUT.CLASSIFIER.SIZE", "32"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    small = "MODEL.DEVICE cpu SOLVER.IMS_PER_BATCH 8 SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1"
+    more = f"INPUT.CLASSIFIER.SIZE 32 OUTPUT_DIR {tmp_path}/run"
+    return ["--config-file", LEAF, KEY, "3", *small.split(), *more.split()]
+
+
+def assert_broken_image_is_told(root: Path, errors: str) -> None:
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in errors, errors
     assert said[0].startswith(f"error: the image {root}/imagenet/train/n0000000")
+
+
+def test_a_broken_image_is_told(root, broken_run, capsys):
+    assert main([*broken_run, "DATALOADER.NUM_WORKERS", "0"]) == 1
+    assert_broken_image_is_told(root, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_broken_image_in_a_worker_ends_the_process_in_one_line(root, broken_run):
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), *broken_run]
+    command += ["DATALOADER.NUM_WORKERS", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert_broken_image_is_told(root, done.stderr)

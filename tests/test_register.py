@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, finish, metrics_of
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
@@ -19,6 +19,8 @@ from contnet.launch.arguments import configure, parse_arguments
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 NAMES = ("mine_train", "mine_val")
+pytestmark = pytest.mark.usefixtures("forget_datasets")
+
 pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
@@ -227,31 +229,23 @@ def test_boxes_without_masks(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("options", "launcher"),
     [
-        ("", ()),
         ("--num-gpus 2 DATALOADER.NUM_WORKERS 1", ()),
         ("", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")),
     ],
-    ids=["one process", "two processes", "torchrun"],
+    ids=["two processes", "torchrun"],
 )
 def test_trains_evaluates_resumes(drawn, train_net, tmp_path, options, launcher):
-    data = _boxes_only(drawn, tmp_path)
-    run = ["OUTPUT_DIR", str(tmp_path / "run"), "MODEL.CONTNET.NORM", "GN"]
+    """Two processes train, one goes on from the config that they left."""
+    run = tmp_path / "run"
+    own = ["OUTPUT_DIR", str(run), "MODEL.CONTNET.NORM", "GN", *_boxes_only(drawn, tmp_path)]
     command = f"{options} --config-file {LEAF} SOLVER.MAX_ITER 2"
-    process = train_net(command, *data, *run, launcher=launcher)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
+    output = finish(train_net(command, *own, launcher=launcher))
     assert output.count(f"{KEY} 4: the number of classes of mine_train") >= 1
-    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 4
-    metrics = (tmp_path / "run" / "metrics.json").read_text().splitlines()
-    assert "bbox/AP" in json.loads(metrics[-1])
-    model = torch.load(tmp_path / "run" / "model_final.pth")["model"]
+    assert "bbox/AP" in metrics_of(run)[-1]
+    model = torch.load(run / "model_final.pth")["model"]
     assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 5
-    if launcher or options:
-        return
-    process = train_net(f"--config-file {tmp_path}/run/config.yaml --resume SOLVER.MAX_ITER 3")
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    assert (
-        json.loads((tmp_path / "run/metrics.json").read_text().splitlines()[-1])["iteration"] == 2
-    )
+    if not launcher:
+        finish(train_net(f"--config-file {run}/config.yaml --resume SOLVER.MAX_ITER 3"))
+        assert metrics_of(run)[-1]["iteration"] == 2

@@ -174,8 +174,8 @@ RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
     ],
 )
 def test_chosen_metric_is_checked_before_a_run(metric, options, right):
-    # Loading the annotations fills this in; a run's checks come before that.
-    MetadataCatalog.get("coco_2017_val").get("thing_classes")
+    # Known before any annotations are loaded, as a run's checks are.
+    assert len(MetadataCatalog.get("coco_2017_val").thing_classes) == 80
     cfg = config("TEST.BEST_METRIC", metric, *options)
     if right:
         check_best_metric(cfg)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SMALL
+from conftest import REPOSITORY, SMALL, finish, metrics_of
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -26,7 +26,6 @@ from contnet.launch.main import main, run
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 ANNOTATIONS = "coco/annotations/instances_train2017.json"
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 
 
 def words(text):
@@ -75,12 +74,6 @@ def arguments(folder, *options):
     return ["--config-file", LEAF, *SMALL, *PERIODS, "OUTPUT_DIR", str(folder), *options]
 
 
-def metrics_of(folder):
-    """Lines of metrics.json without times."""
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 def starts_of(folder):
     """The starts that run.json records."""
     return json.loads((folder / "run.json").read_text())
@@ -89,13 +82,6 @@ def starts_of(folder):
 def checkpoints_of(folder):
     """Names of checkpoints, and of anything that was left half written."""
     return sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".tmp"))
-
-
-def finish(process):
-    """Output of a run that must succeed."""
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +105,11 @@ def test_metrics_are_written_to_json_and_tensorboard(averaged):
     assert all(math.isfinite(line["total_loss"]) for line in lines)
     assert lines[-1]["bbox/AP"] > 0
     (events,) = folder.glob("events.out.tfevents.*")
-    written = EventAccumulator(str(events)).Reload().Scalars("total_loss")
+    board = EventAccumulator(str(events)).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"bbox/AP", "bbox/APs", "bbox/AP-person", "bbox/AP-bicycle"} <= tags
+    assert board.Scalars("bbox/AP")[-1].value == pytest.approx(lines[-1]["bbox/AP"])
+    written = board.Scalars("total_loss")
     assert [e.step for e in written] == list(range(5))
     assert [e.value for e in written] == pytest.approx([line["total_loss"] for line in lines])
 
@@ -330,36 +320,55 @@ def test_resume_without_a_checkpoint_says_where_it_starts(tmp_path):
     assert checkpoints_of(folder) == ["model_final.pth"]
 
 
+# --- two processes -------------------------------------------------------------------------------
+
+# A recipe for four GPUs.
+RECIPE = words("""SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 2
+SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 SOLVER.EMA.ENABLED True MODEL.CONTNET.CHECKPOINT True""")
+
+
+@pytest.fixture(scope="module")
+def of_two(train_net, tmp_path_factory):
+    """Folder and output of a recipe's run in two processes by our launcher."""
+    folder = tmp_path_factory.mktemp("of_two")
+    options = [*PERIODS, *MANY_BOXES, *RECIPE, "OUTPUT_DIR", str(folder)]
+    return folder, finish(train_net(f"--config-file {LEAF} --num-gpus 2", *options))
+
+
 @pytest.mark.slow
-def test_a_recipe_is_scaled_to_the_processes_that_there_are(train_net, tmp_path):
-    more = f"""SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 2
-    SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 OUTPUT_DIR {tmp_path}"""
-    finish(train_net(f"--config-file {LEAF} --num-gpus 2", *more.split()))
-    solver = load_config(str(tmp_path / "config.yaml")).SOLVER
+def test_a_recipe_is_scaled_to_the_processes_that_there_are(of_two):
+    folder, _ = of_two
+    solver = load_config(str(folder / "config.yaml")).SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (2, 4, (2,))
     assert solver.BASE_LR == 0.005
-    assert metrics_of(tmp_path)[-1]["images_seen"] == 8
+    assert metrics_of(folder)[-1]["images_seen"] == 8
 
 
 @pytest.mark.slow
-def test_torchrun_equals_our_launcher(train_net, tmp_path):
+def test_two_processes_show_no_warning(of_two):
+    """They are spawned, so what is quiet in the first process alone would show here."""
+    _, output = of_two
+    noise = r"\w*Warning: |is_fx_tracing"
+    assert [line for line in output.splitlines() if re.search(noise, line)] == []
+
+
+@pytest.mark.slow
+def test_torchrun_equals_our_launcher(of_two, train_net, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
-    more = [*PERIODS, *MANY_BOXES, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR"]
-    here, there = str(tmp_path / "ours"), str(tmp_path / "torchrun")
-    finish(train_net(f"--config-file {LEAF} --num-gpus 2", *more, here))
-    finish(train_net(f"--config-file {LEAF}", *more, there, launcher=torchrun))
-    ours, theirs = metrics_of(tmp_path / "ours"), metrics_of(tmp_path / "torchrun")
-    assert len(ours) == 2
+    options = [*PERIODS, *MANY_BOXES, *RECIPE, "OUTPUT_DIR", str(tmp_path)]
+    finish(train_net(f"--config-file {LEAF}", *options, launcher=torchrun))
+    ours, theirs = metrics_of(of_two[0]), metrics_of(tmp_path)
+    assert len(ours) == 4
     assert ours[-1]["bbox/AP"] > 0
     assert list(map(repr, ours)) == list(map(repr, theirs))
-    for folder in ("ours", "torchrun"):
-        (start,) = starts_of(tmp_path / folder)
+    for folder in (of_two[0], tmp_path):
+        (start,) = starts_of(folder)
         assert start["processes"] == 2
         assert str(REPOSITORY / "train_net.py") in start["command"]
-    assert starts_of(tmp_path / "ours")[0]["command"][-1] == here
+        assert start["command"][-1] == str(folder)
 
 
 # --- one step ------------------------------------------------------------------------------------

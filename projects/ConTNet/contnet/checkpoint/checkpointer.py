@@ -408,6 +408,8 @@ class Checkpointer(DetectionCheckpointer):
         classifies = isinstance(self.model, ImageClassifier)
         if classifies and not absent and set(misshapen) <= set(self.model.head_names()):
             return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
+        if not absent:
+            return "it is a checkpoint of another architecture, or of another number of classes"
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 
     def load(self, path: str, *args, **kwargs) -> dict:

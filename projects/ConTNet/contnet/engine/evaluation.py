@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from contnet.data.augmentation import ClassificationMapper
 from contnet.data.checks import load_dicts
+from contnet.data.loading import NamedErrors
 from contnet.engine.cityscapes_evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -147,7 +148,7 @@ def _build_test_loader(
         mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
     return build_detection_test_loader(
         load_dicts(cfg, [name], train=False) if dicts is None else dicts,
-        mapper=mapper or DatasetMapper(cfg, is_train=False),
+        mapper=NamedErrors(mapper or DatasetMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=batch_size,
     )

@@ -37,6 +37,8 @@ _LOCAL = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_GLOB
 # Ports that Linux gives out by itself start above these.
 _FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
 _GREETING = "contnet"
+# How long a port may stay silent before the next one is tried, in seconds.
+_ANSWER_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _open_store(place: Place) -> TCPStore:
 
 def _find_store(place: Place, port: int) -> TCPStore:
     """The other ranks: what does not answer by the name of this very start is something else."""
-    with socket.create_connection((place.host, port), timeout=3) as connection:
+    with socket.create_connection((place.host, port), timeout=_ANSWER_TIMEOUT) as connection:
         words = connection.makefile().readline(200).split()
     if words[:2] != [_GREETING, place.start]:
         raise ConnectionError(f"port {port} is something else's")
