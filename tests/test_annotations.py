@@ -223,14 +223,38 @@ def test_classes_are_told_as_by_detectron2(drawn):
     assert ids == theirs.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1, 20: 2}
 
 
+def scenes_of_detectron2(name: str) -> list[dict]:
+    """In the order of their names, for its own is the file system's."""
+    return sorted(get_detection_dataset_dicts(name), key=lambda record: record["file_name"])
+
+
 @pytest.mark.parametrize("name", SCENES)
 def test_scenes_are_those_of_detectron2(scenes, name):
     _, cfg = scenes
-    expected = get_detection_dataset_dicts(name)
+    expected = scenes_of_detectron2(name)
     for _ in range(2):
         records = load_dicts(cfg, [name], train=True)
         assert isinstance(records, Records)
         assert described(records[:]) == described(expected)
+
+
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_scenes_come_in_the_same_order_on_every_file_system(scenes, monkeypatch, name, kept):
+    _, cfg = scenes
+    if not kept:
+        cfg.DATASETS.CACHE_DIR = ""
+    listings = []
+
+    def list_backwards(folder: str) -> list[str]:
+        listings.append(folder)
+        return sorted(os.listdir(folder), reverse=True)
+
+    loader = "detectron2.data.datasets.cityscapes.PathManager.ls"
+    monkeypatch.setattr(loader, list_backwards)
+    files = [record["file_name"] for record in load_dicts(cfg, [name], train=False)]
+    assert files == sorted(files) and len(files) > 1
+    assert listings
 
 
 def test_several_sets_follow_each_other(drawn, tmp_path):
@@ -374,7 +398,7 @@ def test_other_polygons_of_the_same_size_and_time_are_seen(scenes):
     _same_times(file, lambda: file.write_text(text.replace('"person"', '"rider" ')))
     second = load_dicts(cfg, SCENES[:1], train=True)[:]
     assert second != first
-    assert second == get_detection_dataset_dicts(SCENES[0])
+    assert second == scenes_of_detectron2(SCENES[0])
 
 
 def test_new_scenes_are_seen(scenes):

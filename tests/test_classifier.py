@@ -25,6 +25,7 @@ from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.convert import detectron2_name
 from contnet.checkpoint.weights import main as convert_weights
 from contnet.config import load_config
+from contnet.data import imagenet
 from contnet.data.augmentation import build_classification_transform
 from contnet.data.register import register_datasets
 from contnet.engine.classification_evaluation import ClassificationEvaluator
@@ -163,12 +164,18 @@ def test_contnets_take_their_options_from_their_node():
         ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, which does nothing"),
         ("contti", "MODEL.CONTNET.VARIANT contnet_s", "VARIANT is 'contnet_s', which does nothing"),
         ("contti", "MODEL.CONTNET.NORM GN", "NORM is 'GN', which does nothing"),
-        ("contti", "MODEL.CONTNET.TAPS pre", "leave it 'stage'"),
-        ("contti", "MODEL.CONTNET.OUTPUT_STRIDE 16", "leave it 32"),
+        ("contti", "MODEL.CONTNET.TAPS pre", "set it 'stage'"),
+        ("contti", "MODEL.CONTNET.OUTPUT_STRIDE 16", "set it 32"),
         ("contti", "MODEL.CONTNET.DILATED_PATCHES False", "which does nothing"),
         ("contti", "MODEL.CONTNET.OUT_FEATURES ['res5']", "which does nothing"),
         ("res18", "MODEL.CONTNET.RELATIVE True", "does nothing to the classifier resnet18"),
         ("res50", "MODEL.RESNETS.NORM GN", "does nothing to the classifier resnet50"),
+        ("res50", "MODEL.RESNETS.NUM_GROUPS 32", "NUM_GROUPS is 32, which does nothing to"),
+        ("res50", "MODEL.BACKBONE.FREEZE_AT 2", "FREEZE_AT is 2, which does nothing to the clas"),
+        ("contti", "MODEL.BACKBONE.FREEZE_AT 1", "set it 0"),
+        ("res18", "INPUT.MIN_SIZE_TRAIN (640,)", "set it (800,) (INPUT.CLASSIFIER.SIZE is the"),
+        ("res18", "INPUT.CROP.ENABLED True", "does nothing to the classifier resnet18"),
+        ("res18_strong", "INPUT.CLASSIFIER.COLOR_JITTER 0.4", "does nothing with AUTO_AUGMENT"),
         ("res18", "MODEL.CLASSIFIER.MIXUP_ALPHA -1", "must be in [0, inf)"),
     ],
 )
@@ -438,6 +445,8 @@ def test_another_number_of_classes_keeps_all_but_the_head(tmp_path, said):
     assert torch.equal(model.network.head.weight, before)
     assert torch.equal(model.network.stem.weight, network.stem.weight)
     assert "head starts from random weights" in said()
+    with pytest.raises(UserError, match=r"another shape .*; its head is for another number of cla"):
+        Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
 
 
 def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):
@@ -464,6 +473,21 @@ SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 LOG_PERIOD 1 TEST
 """
 RUN = RUN_OPTIONS.split()
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
+SEVEN = [*SMALL, *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7"]
+
+
+@pytest.fixture
+def command(train_net, imagenet_root, tmp_path):
+    """Runs train_net.py on the seven classes into tmp_path; returns what it printed."""
+
+    def run(options: str) -> str:
+        words = [*SEVEN, "OUTPUT_DIR", str(tmp_path)]
+        root = str(imagenet_root)
+        return finish(
+            train_net(f"--config-file {LEAF} {options}", *words, DETECTRON2_DATASETS=root)
+        )
+
+    return run
 
 
 def plain_loop(cfg, folder: Path, weights: Path):
@@ -488,19 +512,10 @@ def plain_loop(cfg, folder: Path, weights: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_trains_evaluates_and_tells_the_accuracy(
-    train_net, imagenet_root, tmp_path, processes
-):
-    opts = [*SMALL, *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7", "OUTPUT_DIR", str(tmp_path)]
-    leaf = "configs/imagenet/contti.yaml"
-    process = train_net(
-        f"--config-file {leaf} --num-gpus {processes}",
-        *opts,
-        DETECTRON2_DATASETS=str(imagenet_root),
-    )
-    output = finish(process)
+def test_a_run_trains_evaluates_and_tells_the_accuracy(command, imagenet_root, tmp_path, processes):
+    output = command(f"--num-gpus {processes}")
     (result,) = json.loads((tmp_path / "results.json").read_text())
-    cfg = load_config(str(REPOSITORY / leaf), opts)
+    cfg = load_config(LEAF, SEVEN)
     val = imagenet_root / "imagenet" / "val"
     expected = plain_loop(cfg, val, tmp_path / "model_final.pth")
     assert result["metrics"]["classification"] == pytest.approx(expected)
@@ -547,17 +562,22 @@ def evaluate_alone(home: Path, weights: Path, output: Path, *opts: str) -> int:
 
 
 @pytest.mark.slow
-def test_evaluation_alone_as_a_command(train_net, imagenet_root, trained, tmp_path):
-    process = train_net(
-        f"--config-file {LEAF} --eval-only MODEL.WEIGHTS {trained}/model_final.pth",
-        *(*SMALL[:2], *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7", "OUTPUT_DIR", str(tmp_path)),
-        DETECTRON2_DATASETS=str(imagenet_root),
-    )
-    finish(process)
+def test_evaluation_alone_as_a_command(command, trained, tmp_path):
+    command(f"--eval-only MODEL.WEIGHTS {trained}/model_final.pth")
     (alone,) = json.loads((tmp_path / "results.json").read_text())
     (training,) = json.loads((trained / "results.json").read_text())
     assert alone["metrics"] == training["metrics"]
     assert alone["weights"] == f"{trained}/model_final.pth"
+
+
+@pytest.mark.slow
+def test_evaluation_alone_lists_its_set_once(imagenet_root, trained, tmp_path, monkeypatch):
+    """After the check before the run, which is another listing."""
+    listed, read = [], imagenet.read_set
+    monkeypatch.setattr(imagenet, "read_set", lambda *args: listed.append(args) or read(*args))
+    home, weights = imagenet_root / "imagenet", trained / "model_final.pth"
+    assert evaluate_alone(home, weights, tmp_path) == 0
+    assert len(listed) == 1
 
 
 def _reorder(val: Path) -> None:

@@ -18,11 +18,17 @@ import pytest
 import torch
 from detectron2.engine import TrainerBase, create_ddp_model
 from detectron2.modeling.anchor_generator import _create_grid_offsets
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from torch import nn
 from torch.distributed import HashStore
 
 from contnet.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
 from contnet.errors import UserError
+
+pinned = pytest.mark.skipif(
+    not torch.__version__.startswith("2.15."), reason="not the PyTorch of the lock"
+)
 
 # --- each warning, made where it comes from ------------------------------------------------------
 
@@ -110,6 +116,7 @@ def test_every_known_warning_has_its_source_here():
     assert {source_of(message) for _, message, _ in KNOWN_WARNINGS} == set(SOURCES.values())
 
 
+@pinned
 @pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
 def test_the_pinned_libraries_still_make_it(monkeypatch, category, message, origin):
     found = caught(source_of(message), monkeypatch, quiet=False)
@@ -122,6 +129,7 @@ def test_it_is_silent(monkeypatch, category, message, origin):
     assert not any(fits(one, category, message) for one in found)
 
 
+@pinned
 @pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
 def test_another_warning_of_the_same_category_is_not(monkeypatch, category, message, origin):
     (known, *_) = caught(source_of(message), monkeypatch, quiet=False)
@@ -198,6 +206,38 @@ def test_without_the_filter_a_traceback_is_shown(loop_records):
     with pytest.raises(UserError):
         Failing(UserError("the loss is not finite")).train(0, 1)
     assert any(record.exc_info for record in loop_records)
+
+
+# --- PyTorch's advice about tracing --------------------------------------------------------------
+
+
+@pytest.fixture
+def tracing_lines():
+    """What PyTorch logs about tracing, after its filters; the first time in a process, and here."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    filters, logger.filters = list(logger.filters), []
+    logger.addHandler(handler)
+    torch.fx._symbolic_trace.is_fx_tracing_warning.cache_clear()
+    yield lines
+    logger.removeHandler(handler)
+    logger.filters = filters
+
+
+@pinned
+@pytest.mark.parametrize("quiet", [False, True])
+def test_advice_about_tracing_is_silent(tracing_lines, quiet):
+    """Without the filter it is shown: fails when Detectron2's pooler no longer brings it about."""
+    if quiet:
+        with warnings.catch_warnings():
+            quiet_known_noise()
+    pooler = ROIPooler(2, scales=[0.25], sampling_ratio=0, pooler_type="ROIAlignV2")
+    pooler([torch.zeros(1, 1, 8, 8)], [Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))])
+    assert [line[:13] for line in tracing_lines] == ([] if quiet else ["is_fx_tracing"])
+    logging.getLogger("torch.fx._symbolic_trace").warning("something else")
+    assert tracing_lines[-1] == "something else"
 
 
 # --- np.in1d -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import REPOSITORY, SMALL
+from conftest import QUICK, REPOSITORY, SMALL
 from detectron2.modeling import build_model
 from oracle import make_oracle
 from safetensors import safe_open
@@ -249,8 +249,9 @@ class Classifier(torch.nn.Module):
 
 
 def make_detector(leaf, *options):
-    """A small detector with random weights."""
-    return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*SMALL, *options]))
+    """A small model with random weights."""
+    small = QUICK if leaf.startswith("imagenet/") else SMALL
+    return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*small, *options]))
 
 
 def save_run(model, folder, averaged=False):
@@ -260,7 +261,8 @@ def save_run(model, folder, averaged=False):
         with torch.no_grad():
             for value in extras["ema"].module.parameters():
                 value.mul_(2)
-    Checkpointer(model, str(folder), **extras).save("model_final", iteration=3)
+    trainer = {"iteration": 3, "classes": list("abcdefg")}
+    Checkpointer(model, str(folder), **extras).save("model_final", trainer=trainer)
     return folder / "model_final.pth"
 
 
@@ -271,6 +273,7 @@ def test_a_classifier_of_ours(convert, tmp_path):
     assert_same(load(path)[0], network.state_dict())
     assert "mapped   network.head.bias -> head.bias" in lines
     assert load(path)[1]["options"]["num_classes"] == 7
+    assert load(path)[1]["classes"] == list("abcdefg")
 
 
 @pytest.mark.parametrize("option", ["", "--last"])
@@ -297,6 +300,7 @@ def test_a_detectors_contnet(convert, tmp_path, leaf):
         k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)
     }
     assert_same(load(path)[0], expected)
+    assert "classes" not in load(path)[1]  # they are not its backbone's
     assert any(line.startswith("dropped") and "no part of the network" in line for line in lines)
 
 
@@ -340,6 +344,15 @@ def test_torchvisions_resnet(convert):
     theirs = shaken(torchvision.models.resnet50())
     path, _ = convert(theirs.state_dict(), "--check")
     assert_same(load(path)[0], convert_resnet_state_dict(theirs.state_dict()))
+
+
+def test_the_average_of_torchvisions_scripts(convert):
+    last, average = (torchvision.models.resnet18(num_classes=3).state_dict() for _ in range(2))
+    average_file = {f"module.{k}": v for k, v in average.items()}
+    content = {"model": last, "model_ema": {"n_averaged": torch.tensor(5), **average_file}}
+    path, lines = convert(content, "--to", "timm")
+    assert_same(load(path)[0], average)
+    assert any(line.startswith("dropped  n_averaged") for line in lines)
 
 
 def test_names_of_resnets_are_one_to_one():
@@ -566,6 +579,7 @@ FILES = {
     ),
     "half a head": lambda p: torch.save({k: v for k, v in ours().items() if k != "head.bias"}, p),
     "not finite": lambda p: torch.save({**ours(), "head.bias": torch.full((1000,), torch.nan)}, p),
+    "quantised": lambda p: torch.save({k: v.char() for k, v in ours().items()}, p),
     "two networks": lambda p: torch.save(
         {f"{side}.{k}": v for k, v in ours().items() for side in ("student", "teacher")}, p
     ),
@@ -599,6 +613,7 @@ NAMED = {
     "one missing": "stages.1.0.conv.weight",
     "half a head": "head.bias",
     "not finite": "head.bias is not finite",
+    "quantised": "stem.weight holds torch.int8: it is quantised",
     "two networks": "several networks (student.stem.weight, teacher.stem.weight)",
     "another variant's tensor": "stages.1.0.conv.weight has shape (3, 3)",
     "code": "could run code",

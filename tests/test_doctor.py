@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from contnet.data import checks
+from contnet.data.cityscapes import prepare_cityscapes
 from contnet.data.coco_checks import Use, check_instances
 from contnet.data.doctor import main
 from contnet.data.findings import ERROR, NOTE, SHOWN, Findings
@@ -130,6 +131,10 @@ def _rle_of_another_size(data: Copy) -> None:
     data.item["segmentation"] = {"size": [9, 9], "counts": [81]}
 
 
+def _two_points_of_many(data: Copy) -> None:
+    data.item["segmentation"].append([1, 2, 3, 4])
+
+
 def _short_rle(data: Copy) -> None:
     image = data.content["images"][0]
     size = [image["height"], image["width"]]
@@ -164,6 +169,8 @@ STRUCTURE = {
     "relative": (_every_box_relative, "all boxes lie between 0 and 1"),
     "crowds alone": (_all_crowds, "no object to train on"),
     "ignore": (_item("ignore", 1), 'annotations with "ignore"'),
+    "iscrowd is a text": (_item("iscrowd", "0"), "iscrowd is neither 0 nor 1: 1 [annotation 1 "),
+    "iscrowd is null": (_item("iscrowd", None), "iscrowd is neither 0 nor 1"),
     "odd polygon": (_item("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "an odd number"),
     "two points": (_item("segmentation", [[1, 2, 3, 4]]), "fewer than 3 points"),
     "flat polygon": (_item("segmentation", [1, 2, 3, 4, 5, 6]), "polygons that are no lists"),
@@ -231,6 +238,22 @@ def _other_size(data: Copy) -> None:
     Image.open(data.image()).resize((130, 140)).save(data.image())
 
 
+def _dangling(data: Copy) -> None:
+    data.image().unlink()
+    data.image().symlink_to(data.root / "elsewhere.jpg")
+
+
+def _folder(data: Copy) -> None:
+    data.image().unlink()
+    data.image().mkdir()
+
+
+def _deep(data: Copy) -> None:
+    image = data.content["images"][0]
+    pixels = np.full((image["height"], image["width"]), 3000, np.uint16)
+    Image.fromarray(pixels).save(data.image(), format="PNG")
+
+
 def _turned(orientation: int, turn_sizes: bool) -> Callable[[Copy], None]:
     def change(data: Copy) -> None:
         image = Image.new("RGB", (150, 200))
@@ -248,6 +271,9 @@ def _turned(orientation: int, turn_sizes: bool) -> Callable[[Copy], None]:
 
 PIXELS = {
     "missing": (_remove, "images that are missing (mend its path in DATASETS.REGISTER): 1"),
+    "link to nowhere": (_dangling, "images that are missing"),
+    "folder": (_folder, "images that are missing"),
+    "16 bits": (_deep, "images of more than 8 bits, whose values are cut at 255"),
     "truncated": (_truncate, "images that cannot be read: 1"),
     "no image": (_no_image, "images that cannot be read: 1"),
     "other size": (_other_size, "images of another size than their annotations say: 1"),
@@ -264,6 +290,18 @@ def test_damaged_images(data, capsys, damage):
     (line,) = [line for line in lines if line.startswith("  ERROR")]
     assert said in line
     assert data.image().name in line
+
+
+def _linked(data: Copy) -> None:
+    shutil.move(data.image(), data.root / "elsewhere.jpg")
+    data.image().symlink_to(data.root / "elsewhere.jpg")
+
+
+def _as_png(mode: str) -> Callable[[Copy], None]:
+    def change(data: Copy) -> None:
+        Image.open(data.image()).convert(mode).save(data.image(), format="PNG")
+
+    return change
 
 
 def _some_image_empty(data: Copy) -> None:
@@ -318,6 +356,8 @@ HARMLESS = {
     "EXIF, as annotated": (_turned(6, True), "annotations must be for the turned ones"),
     "EXIF upside down": (_turned(3, False), "annotations must be for the turned ones"),
     "run-length masks": (_crowd_masks, ""),
+    "link": (_linked, ""),
+    **{f"mode {mode}": (_as_png(mode), "") for mode in ("L", "LA", "P", "RGBA")},
     "boxes, no masks, keypoints": (_bare, ""),
     "names twice": (_set("categories", 0, "name", to="square"), "have the same name"),
 }
@@ -358,6 +398,37 @@ def test_evaluation_needs_area_and_iscrowd(data, capsys):
     status, lines = _doctor(capsys, *options)
     assert status == 1
     assert any("annotations without area, iscrowd, which evaluation needs" in x for x in lines)
+
+
+@pytest.mark.parametrize("area", ["12", None, float("nan"), -1])
+def test_evaluation_needs_areas_that_are_numbers(data, capsys, area):
+    data.item["area"] = area
+    assert _doctor(capsys, *data.options())[0] == 0
+    status, lines = _doctor(capsys, *data.options(), "DATASETS.TEST", "('train',)")
+    assert status == 1
+    assert any("annotations whose area is no number from 0: 1 [annotation 1 " in x for x in lines)
+
+
+def _crowd_without_mask(data: Copy) -> None:
+    data.item["iscrowd"] = 1
+    del data.item["segmentation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_crowd_without_mask, "objects without a mask, which MODEL.MASK_ON needs"),
+        (_two_points_of_many, "polygons of fewer than 3 points, which evaluation takes wrongly: 1"),
+    ],
+)
+def test_evaluation_of_masks_needs_all_of_them(data, capsys, change, said):
+    change(data)
+    masks = ["DATASETS.TEST", "('train',)", "MODEL.MASK_ON", "True"]
+    status, lines = _doctor(capsys, *data.options(), *masks)
+    assert status == 1
+    assert any("ERROR" in line and said in line for line in lines), lines
+    for options in ([], masks[:2], masks[2:]):
+        assert not any(said in line for line in _doctor(capsys, *data.options(), *options)[1])
 
 
 def test_id_0_is_noted_where_it_is_evaluated(data, capsys):
@@ -539,7 +610,9 @@ def test_other_road_scenes_pass(city, capsys, task):
     assert status == 0, lines
     assert any("NOTE   3 images, Cityscapes itself has 2975" in line for line in lines)
     assert any("another size than Cityscapes' 2048x1024: 3 [town" in line for line in lines)
-    assert lines[-1] == "0 errors, 4 notes: training can start"
+    objects = task == "instance_seg"
+    assert lines[-1] == f"0 errors, {6 if objects else 4} notes: training can start"
+    assert any("classes without objects: 7 [bicycle; bus; " in line for line in lines) == objects
 
 
 def test_labels_without_images_are_noted(city, capsys):
@@ -579,6 +652,30 @@ def _cut(end: str) -> Callable[[Path], None]:
 
 TRIANGLE = [[1, 1], [9, 1], [9, 9]]
 PREPARE = "run python tools/prepare_cityscapes.py"
+REMAKE = f"remove them, then {PREPARE}"
+
+
+def _palette(root: Path) -> None:
+    """The same numbers, which would be read as the lightness of their colours."""
+    file = _labels(root, "labelTrainIds.png")
+    image = Image.fromarray(np.asarray(Image.open(file)))
+    image.putpalette([7 * value % 256 for value in range(768)])
+    image.save(file)
+
+
+def _link_to_nowhere(root: Path) -> None:
+    file = _labels(root, "labelTrainIds.png")
+    file.unlink()
+    file.symlink_to("nowhere.png")
+
+
+def _no_objects(root: Path) -> None:
+    for file in root.glob("gtFine/train/*/*_polygons.json"):
+        content = json.loads(file.read_text())
+        content["objects"] = [x for x in content["objects"] if x["label"] != "car"]
+        file.write_text(json.dumps(content))
+
+
 CITY = {
     "no train ids": (
         "sem_seg",
@@ -590,6 +687,17 @@ CITY = {
         lambda root: _labels(root, "instanceIds.png").unlink(),
         f"images without instanceIds.png: {PREPARE}: 1",
     ),
+    "no instance ids, of segmenters": (
+        "sem_seg",
+        lambda root: _labels(root, "instanceIds.png").unlink(),
+        f"images without instanceIds.png: {PREPARE}: 1",
+    ),
+    "link to nowhere": (
+        "sem_seg",
+        _link_to_nowhere,
+        f"images without labelTrainIds.png: {PREPARE}: 1",
+    ),
+    "no objects": ("instance_seg", _no_objects, "it has no object to train on"),
     "no polygons": (
         "instance_seg",
         lambda root: _labels(root, "polygons.json").unlink(),
@@ -604,6 +712,11 @@ CITY = {
         "sem_seg",
         lambda root: shutil.rmtree(root / "gtFine" / "train"),
         "the label folder",
+    ),
+    "image is a link to nowhere": (
+        "instance_seg",
+        lambda root: (_photo(root).unlink(), _photo(root).symlink_to("nowhere.png")),
+        "images that are missing, or links to nowhere: 1",
     ),
     "stray file": (
         "instance_seg",
@@ -632,7 +745,8 @@ CITY = {
         lambda root: Image.new("RGB", (60, 32)).save(_photo(root)),
         "images of another size than their polygons say: 1 [town_000000_000001",
     ),
-    "cut labels": ("sem_seg", _cut("labelTrainIds.png"), "labelTrainIds.png files that cannot be"),
+    "cut labels": ("sem_seg", _cut("labelTrainIds.png"), f"files that cannot be read: {REMAKE}"),
+    "labels with a palette": ("sem_seg", _palette, f"8 bits (a palette?): {REMAKE}: 1"),
     "labels in colour": (
         "sem_seg",
         lambda root: Image.new("RGB", SIZE).save(_labels(root, "labelTrainIds.png")),
@@ -641,7 +755,7 @@ CITY = {
     "ids instead of train ids": (
         "sem_seg",
         _paint("labelTrainIds.png", 26),
-        f"values that they must not have: {PREPARE}: 1",
+        f"values that they must not have: {REMAKE}: 1",
     ),
     "wrong ids": ("sem_seg", _paint("labelIds.png", 34), "labelIds.png files with values"),
     "instance of no object": (
@@ -672,6 +786,36 @@ def test_damaged_cityscapes(city, capsys, damage):
     assert not any(
         "ERROR" in line for line in lines[lines.index(f"data set cityscapes_fine_{task}_val") :]
     )
+
+
+def test_what_the_doctor_says_about_labels_helps(city, capsys):
+    damages = {"labelTrainIds.png": _palette, "labelIds.png": _cut("labelIds.png")}
+    for end, change in damages.items():
+        change(city)
+        assert _doctor(capsys, *_city_options("sem_seg"))[0] == 1
+        prepare_cityscapes(city, workers=1)
+        assert _doctor(capsys, *_city_options("sem_seg"))[0] == 1
+        _labels(city, end).unlink()
+        prepare_cityscapes(city, workers=1)
+        assert _doctor(capsys, *_city_options("sem_seg"))[0] == 0
+
+
+def test_other_objects_to_train_on_are_counted_anew(city, capsys):
+    """What passes as a set to evaluate on need not as one to train on."""
+    _no_objects(city)
+    names = [f"('cityscapes_fine_instance_seg_{split}',)" for split in ("val", "train")]
+    options = ["DATASETS.TRAIN", names[0], "DATASETS.TEST", names[1], *INSTANCE]
+    status, lines = _doctor(capsys, *options)
+    assert status == 0
+    assert any("NOTE" in line and "3 of 3 images have no objects" in line for line in lines)
+    assert _doctor(capsys, *_city_options("instance_seg"))[0] == 1
+
+
+def test_city_without_folders_is_told_where_its_layout_stands(city, capsys, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(city.parent))
+    shutil.rmtree(city / "gtFine")
+    _, lines = _doctor(capsys, *_city_options("sem_seg"))
+    assert any("docs/cityscapes.md shows what belongs there" in line for line in lines)
 
 
 def test_city_of_another_kind(city, capsys):

@@ -57,6 +57,7 @@ def _error(capsys, *argv: str) -> str:
         (["MODEL.WEIGHTS", "missing.pth"], ["missing.pth", "not a file"]),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], ["coco_2017_trian", "coco_2017_train"]),
         (["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"], ["DATASETS.TRAIN"]),
+        (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty", "--eval-only"]),
         (["--num-gpus", "0"], ["--num-gpus"]),
         (["--num-machines", "2"], ["--dist-url"]),
         (["--machine-rank", "1"], ["--machine-rank 1"]),
@@ -154,6 +155,14 @@ def _drop_image(root):
     next((root / "coco" / "val2017").iterdir()).unlink()
 
 
+def _cut_image(split):
+    def cut(root):
+        for file in (root / "coco" / f"{split}2017").iterdir():
+            file.write_bytes(file.read_bytes()[:900])
+
+    return cut
+
+
 def _cut_json(root):
     file = _train_file(root)
     file.write_text(file.read_text()[:-100])
@@ -170,6 +179,16 @@ def _drop_key(key):
 
 DAMAGES = {
     "image": (_drop_image, [], "images that are missing"),
+    "cut images": (
+        _cut_image("train"),
+        ["DATALOADER.NUM_WORKERS", "1"],
+        "cannot be loaded (OSError: image file is truncated",
+    ),
+    "cut images of the test": (
+        _cut_image("val"),
+        ["SOLVER.MAX_ITER", "1"],
+        "cannot be loaded (OSError: image file is truncated",
+    ),
     "cut JSON": (_cut_json, [], "is not valid JSON"),
     "no images": (_drop_key("images"), [], "has not the form of COCO instances"),
     "no categories": (_drop_key("categories"), [], "has not the form of COCO instances"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import finish
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_config import CONFIGS, LEAVES, TINY, _random_batch
@@ -95,9 +96,7 @@ def test_a_run_trains_evaluates_and_goes_on(train_net, tmp_path):
     ]
     leaf = f"--config-file {CONFIGS / 'faster_rcnn_contti.yaml'}"
     for start, iterations in (leaf, "4"), (f"{leaf} --resume", "6"):
-        process = train_net(start, *options, "SOLVER.MAX_ITER", iterations)
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output[-3000:]
+        finish(train_net(start, *options, "SOLVER.MAX_ITER", iterations))
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "total_loss" in line] == list(range(6))
     assert any("bbox/AP" in line for line in lines)

@@ -35,21 +35,12 @@ DETECTOR = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.CLASSIFIER.NUM_CLASSES"
 NAMES = ("imagenet_train", "imagenet_val")
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
     return make_imagenet(tmp_path_factory.mktemp("drawn"), train=3, val=2)
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    """Tests may take the same names for other files."""
-    known = set(DatasetCatalog.list())
-    yield
-    for name in {*DatasetCatalog.list()} - known | {*NAMES} & {*DatasetCatalog.list()}:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture
@@ -330,6 +321,16 @@ def _mixed(root: Path) -> None:
     Image.new("RGB", (8, 8)).save(root / "imagenet" / "train" / "stray.png")
 
 
+def _hidden(root: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(_first(root), root / "imagenet" / split / ".ipynb_checkpoints")
+
+
+def _dead_link(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / "imagenet" / split / "n77").symlink_to(root / "gone")
+
+
 def _nothing(root: Path) -> None:
     for folder in (root / "imagenet" / "train").iterdir():
         shutil.rmtree(folder)
@@ -372,6 +373,8 @@ DAMAGE = {
     "no folder": (_no_root, "train does not exist (DETECTRON2_DATASETS is '"),
     "empty class": (_empty_class, "class folders without images (.jpg, "),
     "class that train lacks": (_extra_class, "train (1 too many: n77)"),
+    "hidden folder": (_hidden, "hidden folders among the class folders, remove them: 1 [.ipynb_"),
+    "dead link": (_dead_link, "links among the class folders that lead nowhere: 1 ["),
     "class that val lacks": (_lost_class, f"train (1 missing: {class_name(0)})"),
     "folders and images": (_mixed, f"holds folders ({class_name(0)}, ...) and images (stray.png"),
     "empty": (_nothing, "train is empty: it must hold class folders"),
@@ -403,6 +406,10 @@ DAMAGE = {
     "three columns": (_flat(_home("val_labels.csv", "a,b,c\n")), "has the line ['a', 'b', 'c']"),
     "two classes": (_flat(_home("val_labels.txt", "a b\na c\n")), "gives a two classes, b and c"),
     "empty file": (_flat(_home("val_labels.txt", "\n")), "val_labels.txt is empty"),
+    "stray quotation mark": (
+        _flat(_home("val_labels.csv", '"a,b\n' + "c,d\n" * 999)),
+        "has the line ['a,bc,dc,d",
+    ),
     "no text": (_flat(_home("val_labels.txt", b"\xff\xfe")), "val_labels.txt cannot be read"),
 }
 
@@ -415,7 +422,17 @@ def test_mistakes_are_told(root, damage):
     with pytest.raises(UserError) as caught:
         check_datasets(cfg, NAMES)
     assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_what_is_left_out_is_told_once(root, caplog):
+    (_first(root) / "0.JPEG").rename(_first(root) / "0.jfif")
+    cfg = config()
+    for _ in range(2):
+        assert len(load_dicts(cfg, ["imagenet_train"], train=True)) == 8
+    (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert line.getMessage().startswith("imagenet_train: files that are no images by their names")
+    assert "0.jfif" in line.getMessage()
 
 
 def test_loading_stops_too(root):
@@ -590,6 +607,7 @@ def test_broken_images_are_named(picture, tmp_path, damage):
         read_image({"file_name": str(file)})
     message = str(caught.value)
     assert message.startswith(f"the image {file} cannot be read (") and "\n" not in message
+    assert ("is of no kind that Pillow knows" in message) == (damage != "cut")
     assert "python tools/doctor.py" in message
 
 
@@ -638,6 +656,15 @@ def test_doctor_lists_what_cannot_be_read(root, capsys):
     assert len(errors) == 2
     assert errors[0].startswith(f"ERROR  images that cannot be read: 1 [{cut} (")
     assert any("no images by their names, they are left out: 1 [" in line for line in said)
+
+
+def test_doctor_tells_names_that_are_no_text(root, capsys):
+    with open(os.fsencode(_first(root)) + b"/\xe9.jpg", "wb") as file:
+        file.write(b"broken")
+    status, said = run_doctor(capsys)
+    assert status == 1
+    (error,) = [line for line in said if line.startswith("ERROR")]
+    assert error.endswith("/\\udce9.jpg (it is of no kind that Pillow knows)]")
 
 
 @pytest.mark.parametrize("damage", ["no folder", "empty class", "no meta.mat", "unlabelled"])

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
 from contnet.data.checks import check_datasets
-from contnet.data.register import register_datasets
+from contnet.data.register import learned_classes, register_datasets
 from contnet.data.shapes import make_shapes
 from contnet.errors import UserError
 from contnet.launch.arguments import configure, parse_arguments
@@ -19,6 +19,7 @@ from contnet.launch.arguments import configure, parse_arguments
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 NAMES = ("mine_train", "mine_val")
+pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 pytestmark = pytest.mark.usefixtures("forget_datasets")
 
@@ -194,6 +195,27 @@ def _boxes_only(root: Path, target: Path) -> list[str]:
         entry[1] = str(target / f"{entry[0]}.json")
         Path(entry[1]).write_text(json.dumps(content))
     return [*_options(), "DATASETS.REGISTER", str(entries)]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "name", "expected"),
+    [
+        ("retinanet_contti", "coco_2017_val", (80, "person")),
+        ("cityscapes/mask_rcnn_contti", "cityscapes_fine_instance_seg_val", (8, "person")),
+        ("cityscapes/pspnet_contti", "cityscapes_fine_sem_seg_val", (19, "road")),
+        ("imagenet/contti", "imagenet_val", None),  # which knows them once it is loaded
+    ],
+)
+def test_learned_classes_are_those_of_the_models_outputs(leaf, name, expected):
+    cfg = load_config(str(REPOSITORY / "configs" / f"{leaf}.yaml"))
+    found = learned_classes(cfg, [name])
+    assert (found and (len(found), found[0])) == expected
+    assert learned_classes(cfg, []) is None
+
+
+def test_two_kinds_of_classes_are_not_named(monkeypatch):
+    cfg = load_config(LEAF, ["MODEL.META_ARCHITECTURE", "PanopticFPN"])
+    assert learned_classes(cfg, ["coco_2017_val_panoptic_separated"]) is None
 
 
 def test_boxes_without_masks(drawn, tmp_path):

@@ -1,4 +1,6 @@
-"""A run that is killed and resumed equals one that was not, to the bit, with real processes."""
+"""A run that is killed and resumed equals one that was not, to the bit, with real processes; and
+classifiers of every family and recipe, cut in this one.
+"""
 
 import json
 import os
@@ -11,7 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, metrics_of
+from conftest import QUICK, REPOSITORY, finish, metrics_of
+from detectron2.engine import HookBase
+
+from contnet.launch.arguments import parse_arguments
+from contnet.launch.main import run
 
 ITERATIONS = 10
 LEAF = "--config-file configs/faster_rcnn_contti.yaml"
@@ -186,3 +192,53 @@ def test_other_number_of_workers_changes_nothing(trainings, tmp_path):
     two, _ = trainings.uncut("one process")
     finish(trainings.start("one process", tmp_path, "DATALOADER.NUM_WORKERS", "0"))
     assert list(map(repr, metrics_of(two))) == list(map(repr, metrics_of(tmp_path)))
+
+
+# --- every family and recipe of classifiers ------------------------------------------------------
+
+FEW_OPTIONS = """
+MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 32 INPUT.CLASSIFIER.RESIZE_TEST 32
+INPUT.CLASSIFIER.CROP_TEST 32 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 2
+TEST.EVAL_PERIOD 2 LOG_PERIOD 1 SOLVER.WARMUP_FACTOR 0.1
+"""
+AVERAGED = "SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5"
+# All of the strong ones mix images; contti_strong's run with two processes is above.
+CLASSIFIERS = {
+    "contti": "SOLVER.BASE_LR 0.01",
+    "contti_strong": AVERAGED,
+    "res18": "MODEL.CLASSIFIER.DROP_PATH_RATE 0.2",
+    "deit_ti_strong": AVERAGED,
+}
+
+
+class Cut(HookBase):
+    """Ends a run between two checkpoints."""
+
+    def after_step(self):
+        if self.trainer.iter == 2:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("leaf", CLASSIFIERS)
+def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_path, leaf):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    file = str(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml")
+    options = ["--config-file", file, *QUICK, *FEW_OPTIONS.split(), *CLASSIFIERS[leaf].split()]
+
+    def arguments(folder, *more):
+        return parse_arguments([*options, "OUTPUT_DIR", str(folder), *more])
+
+    run(arguments(uncut))
+    with pytest.raises(InterruptedError):
+        run(arguments(cut), lambda trainer: trainer.last_hooks.append(Cut()))
+    assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert [line["iteration"] for line in metrics_of(cut)] == [0, 1, 2]
+    run(arguments(cut, "--resume"))
+
+    expected = metrics_of(uncut)
+    assert metrics_of(cut) == expected and len(expected) == 4
+    assert len({line["total_loss"] for line in expected}) == 4
+    states = [torch.load(folder / "model_final.pth") for folder in (uncut, cut)]
+    assert _same(*states) and ("ema" in states[0]) == (CLASSIFIERS[leaf] == AVERAGED)
+    assert (cut / "results.json").read_text() == (uncut / "results.json").read_text()

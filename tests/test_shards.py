@@ -22,7 +22,13 @@ from contnet.data import shards
 from contnet.data.findings import ERROR, NOTE, Findings
 from contnet.data.imagenet import Source, read_image, read_set
 from contnet.data.shard_writer import main, make_shards
-from contnet.data.shards import index_shard, read_index, read_sample, shard_records
+from contnet.data.shards import (
+    index_shard,
+    read_classes,
+    read_index,
+    read_sample,
+    shard_records,
+)
 from contnet.errors import UserError
 from contnet.files import atomic_write
 
@@ -450,8 +456,10 @@ def test_lost_shards_and_labels_are_told(made):
         (made / "classes.txt").write_text(text)
         _, errors, _ = read_all(made)
         assert "classes.txt must hold one class a line" in errors[0]
-    (made / "classes.txt").write_text("one\ntwo\nthree\n")
-    assert not read_all(made)[1]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (made / "classes.txt").write_text("one\ntwo\nthree\n", encoding=encoding)
+        assert not read_all(made)[1]
+        assert read_classes(str(made)) == ["one", "two", "three"]
     (made / "shards.json").write_text("{")
     assert "shards.json is damaged" in read_all(made)[1][0]
 

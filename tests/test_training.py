@@ -105,7 +105,11 @@ def test_metrics_are_written_to_json_and_tensorboard(averaged):
     assert all(math.isfinite(line["total_loss"]) for line in lines)
     assert lines[-1]["bbox/AP"] > 0
     (events,) = folder.glob("events.out.tfevents.*")
-    written = EventAccumulator(str(events)).Reload().Scalars("total_loss")
+    board = EventAccumulator(str(events)).Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"bbox/AP", "bbox/APs", "bbox/AP-person", "bbox/AP-bicycle"} <= tags
+    assert board.Scalars("bbox/AP")[-1].value == pytest.approx(lines[-1]["bbox/AP"])
+    written = board.Scalars("total_loss")
     assert [e.step for e in written] == list(range(5))
     assert [e.value for e in written] == pytest.approx([line["total_loss"] for line in lines])
 
@@ -141,7 +145,9 @@ def test_checkpoints_are_whole_and_bounded(averaged):
     assert checkpoints_of(folder) == sorted([*kept, "model_best.pth"])
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     for i, name in enumerate(kept):
-        assert torch.load(folder / name)["trainer"]["iteration"] == 2 + i
+        state = torch.load(folder / name)["trainer"]
+        assert state["iteration"] == 2 + i
+        assert len(state["classes"]) == 80 and state["classes"][:2] == ["person", "bicycle"]
 
 
 @pytest.mark.slow
@@ -261,6 +267,21 @@ def test_eval_only_needs_averaged_weights_where_they_are_asked_for(tmp_path, cap
     assert "SOLVER.EMA.ENABLED False" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_path, capsys):
+    """Their numbers fit, so that nothing else would tell."""
+    truth = json.loads((coco_root / "coco/annotations/instances_val2017.json").read_text())
+    truth["categories"][0]["name"] = "human"
+    (tmp_path / "other.json").write_text(json.dumps(truth))
+    entry = ["other", str(tmp_path / "other.json"), str(coco_root / "coco" / "val2017")]
+    data = ["DATASETS.REGISTER", str([entry]), "DATASETS.TEST", "('other',)"]
+    weights = ("MODEL.WEIGHTS", str(averaged[0] / "model_final.pth"))
+    assert main(["--eval-only", *arguments(tmp_path / "eval", *data, *weights)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained on (1 too many: human; 1 missing: person)" in error
+    assert not (tmp_path / "eval" / "results.json").exists()
+
+
 # --- going on ------------------------------------------------------------------------------------
 
 
@@ -327,7 +348,8 @@ def test_a_recipe_is_scaled_to_the_processes_that_there_are(of_two):
 def test_two_processes_show_no_warning(of_two):
     """They are spawned, so what is quiet in the first process alone would show here."""
     _, output = of_two
-    assert [line for line in output.splitlines() if re.search(r"\w*Warning: ", line)] == []
+    noise = r"\w*Warning: |is_fx_tracing"
+    assert [line for line in output.splitlines() if re.search(noise, line)] == []
 
 
 @pytest.mark.slow

@@ -308,6 +308,16 @@ class Code:
         return Path.touch, (self.trace,)
 
 
+class Command:
+    """Would run one if it were unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
 def cut_short(path):
     whole = saved(path.parent, classifier(), "whole.pth")
     path.write_bytes(Path(whole).read_bytes()[:100_000])
@@ -320,8 +330,21 @@ FILES = {
     "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
     "code": lambda path: torch.save({"model": Code(path.with_name("ran"))}, path),
     "bare code": lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))),
+    "command": lambda path: torch.save({**classifier(), "a": Command(path.parent / "ran")}, path),
+    "numbers for names": lambda path: torch.save(dict(enumerate(classifier().values())), path),
+    "not finite": lambda path: torch.save({k: v / 0 for k, v in classifier().items()}, path),
+    "quantised": lambda path: torch.save({k: v.char() for k, v in classifier().items()}, path),
     "list": lambda path: torch.save([torch.zeros(1)], path),
     "tensor": lambda path: torch.save(torch.zeros(1), path),
+}
+
+
+SAID = {
+    "command": "it wants to run code (posix.system), do not use this file",
+    "code": "could run code",
+    "numbers for names": "holds no weights",
+    "not finite": "backbone.bottom_up.stem.weight is not finite",
+    "quantised": "backbone.bottom_up.stem.weight holds torch.int8",
 }
 
 
@@ -335,6 +358,14 @@ def test_other_files_are_one_line(tmp_path, kind, suffix):
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+    if suffix == ".pth":
+        assert SAID.get(kind, "") in str(error.value)
+
+
+def test_a_damaged_head_is_no_matter_of_a_detectors(tmp_path):
+    state = classifier()
+    state["head.weight"][0, 0] = torch.nan
+    load(detector(), saved(tmp_path, state))
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, {"model": {}}, {}, {"model": {"a": 1}}], ids=str)
@@ -361,6 +392,9 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed(tmp_path, options):
     with pytest.raises(UserError, match="another architecture") as error:
         other.load_whole(other.get_checkpoint_file(), resume=True)
     assert "\n" not in str(error.value)
+    # Where names differ, it cannot be the classes alone.
+    names_differ = options[0] == "MODEL.CONTNET.RELATIVE"
+    assert ("or of another number of classes" in str(error.value)) != names_differ
     # It can go on after that.
     checkpointer.load_whole(checkpointer.get_checkpoint_file(), resume=True)
 
@@ -369,6 +403,24 @@ def test_a_whole_checkpoint_is_not_one_of_a_backbone(tmp_path):
     file = saved(tmp_path, classifier())
     with pytest.raises(UserError, match="tensors of the model"):
         Checkpointer(detector(), allow_missing=True).load_whole(file)
+
+
+def test_classes_of_a_detector_are_compared(tmp_path, lines):
+    model = detector()
+    Checkpointer(model, str(tmp_path)).save("named", trainer={"classes": ["cat", "dog"]})
+    Checkpointer(model, str(tmp_path)).save("nameless", trainer={})
+    named, nameless = (str(tmp_path / f"{name}.pth") for name in ("named", "nameless"))
+    Checkpointer(model, classes=["cat", "dog"]).load_whole(named)
+    assert not any("name its classes" in line for line in lines())
+    Checkpointer(model, classes=["cat", "dog"]).load_whole(nameless)
+    assert any(f"{nameless} does not name its classes" in line for line in lines())
+    swapped = Checkpointer(model, classes=["dog", "cat"])
+    with pytest.raises(UserError, match=r"number 0 is dog instead of cat\): give data that has"):
+        swapped.load_whole(named)
+    # A backbone does for any classes, and what fits nowhere is no matter of classes.
+    swapped.load_backbone(named)
+    with pytest.raises(UserError, match="another architecture"):
+        Checkpointer(torch.nn.Linear(1, 1), classes=["dog", "cat"]).load_whole(named)
 
 
 def test_last_checkpoint_names_a_file_that_is_gone(tmp_path):

@@ -60,13 +60,28 @@ class _NoUserErrorTracebacks(logging.Filter):
         return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
+class _NoTracingAdvice(logging.Filter):
+    """PyTorch's advice to whoever asks about tracing, as Detectron2's RoI pooler does each time."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("is_fx_tracing will return true for both")
+
+
+# Filters by the names of the loggers whose lines they take away.
+_LOG_FILTERS: dict[str, type[logging.Filter]] = {
+    "detectron2.engine.train_loop": _NoUserErrorTracebacks,
+    "torch.fx._symbolic_trace": _NoTracingAdvice,
+}
+
+
 def quiet_known_noise() -> None:
-    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and tracebacks of users' mistakes."""
+    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and two kinds of lines in logs."""
     for category, message, _ in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
-    loop = logging.getLogger("detectron2.engine.train_loop")
-    if not any(isinstance(f, _NoUserErrorTracebacks) for f in loop.filters):
-        loop.addFilter(_NoUserErrorTracebacks())
+    for name, kind in _LOG_FILTERS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, kind) for each in logger.filters):
+            logger.addFilter(kind())
 
 
 def give_in1d(module: ModuleType) -> None:

@@ -29,6 +29,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
 from contnet.data.checks import load_dicts
+from contnet.data.register import learned_classes
 from contnet.data.shapes import make_shapes, shapes_datasets
 from contnet.engine.writers import METRICS_FILE
 from contnet.errors import UserError
@@ -68,8 +69,9 @@ def _detections(instances: Instances) -> list[Box]:
 def _pictures(cfg: CfgNode) -> list[ReportImage]:
     """Detections of the trained model beside the ground truth, on the first validation images."""
     model = build_model(cfg).eval()
-    Checkpointer(model, cfg.OUTPUT_DIR).load_whole(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
     records = load_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
+    checkpointer = Checkpointer(model, classes=learned_classes(cfg, cfg.DATASETS.TEST))
+    checkpointer.load_whole(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
     loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
     pictures = []
     with torch.no_grad():

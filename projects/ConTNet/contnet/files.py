@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and which are there."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,10 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "check_may_write", "guard_writes"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "check_may_write", "file_names", "guard_writes"]
 
 TEMPORARY_SUFFIX = ".tmp"
 _guards: dict[str, Callable[[], None]] = {}
+
+
+def file_names(folder: str | Path) -> set[str]:
+    """Names of the files in a folder, none if it is not there; links count that lead to files."""
+    if not os.path.isdir(folder):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def guard_writes(writer: str, guard: Callable[[], None]) -> None:

@@ -9,14 +9,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 
+from contnet.benchmark.step import build_step, random_batch
 from contnet.benchmark.timing import alternate
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.engine.optimizer import build_optimizer
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,8 +50,8 @@ class _Training:
     def __init__(self, args: argparse.Namespace, folder: str):
         options = {"MODEL.DEVICE": args.device, "SOLVER.BASE_LR": "1e-9", **_FEW}
         cfg = load_config(args.config_file, [word for pair in options.items() for word in pair])
-        self.model = build_model(cfg).train()
-        self.optimizer = build_optimizer(cfg, self.model)
+        batch = random_batch(1, tuple(args.size))
+        model, optimizer, self.step = build_step(cfg, batch)
         self.steps = args.steps
         self.in_save: dict[bool, list[float]] = {False: [], True: []}
         self.checkpointers = {}
@@ -62,24 +59,12 @@ class _Training:
             own = Path(folder, "background" if background else "synchronous")
             own.mkdir()
             self.checkpointers[background] = Checkpointer(
-                self.model,
+                model,
                 str(own),
                 background=background,
-                changed_by=self.optimizer,
-                optimizer=self.optimizer,
+                changed_by=optimizer,
+                optimizer=optimizer,
             )
-        height, width = args.size
-        objects = Instances((height, width))
-        objects.gt_boxes = Boxes([[10, 10, width / 2, height / 2], [20, 30, width - 9, height - 9]])
-        objects.gt_classes = torch.tensor([0, 1])
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        self.batch = [{"image": image, "instances": objects, "height": height, "width": width}]
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        with EventStorage():
-            sum(self.model(self.batch).values()).backward()
-        self.optimizer.step()
 
     def window(self, background: bool | None = None) -> None:
         """Saves, unless ``background`` is None, and does some steps."""

@@ -10,13 +10,15 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.optim import Optimizer
 
 from contnet.benchmark.timing import alternate, print_ratios
 from contnet.config import load_config
 from contnet.engine.optimizer import build_optimizer
 from contnet.engine.precision import autocast
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "build_step", "random_batch", "run"]
 
 _OBJECTS = 7  # of an image, COCO's mean
 
@@ -38,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of both")
 
 
-def _batch(images: int, size: tuple[int, int]) -> list[dict]:
-    """Random images with boxes, from a fixed seed."""
+def random_batch(images: int, size: tuple[int, int]) -> list[dict]:
+    """Random images of ``size`` (height, width) with boxes, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     side = torch.tensor([size[1], size[0]]).float()
     batch = []
@@ -54,7 +56,8 @@ def _batch(images: int, size: tuple[int, int]) -> list[dict]:
     return batch
 
 
-def _step(cfg: CfgNode, batch: list[dict]) -> Callable[[], None]:
+def build_step(cfg: CfgNode, batch: list[dict]) -> tuple[nn.Module, Optimizer, Callable[[], None]]:
+    """A detector, its optimiser, and a call that trains a step on the batch."""
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
 
@@ -65,7 +68,7 @@ def _step(cfg: CfgNode, batch: list[dict]) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
 
-    return step
+    return model, optimizer, step
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,6 +80,6 @@ def run(args: argparse.Namespace) -> None:
     if args.unfrozen:
         opts += ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.CONTNET.FREEZE_AT", "0"]
         opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.CONTNET.NORM", "BN"]
-    batch = _batch(args.batch, tuple(args.size))
-    ways = {file: _step(load_config(file, opts), batch) for file in args.configs}
+    batch = random_batch(args.batch, tuple(args.size))
+    ways = {file: build_step(load_config(file, opts), batch)[2] for file in args.configs}
     print_ratios(alternate(ways, args.rounds), args.configs[0])

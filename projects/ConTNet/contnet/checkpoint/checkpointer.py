@@ -65,7 +65,7 @@ class Checkpointer(DetectionCheckpointer):
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
         changed_by: in the background, the optimiser in whose step alone its parameters and its
             state change: the thread copies these, too, and the next step waits until it has.
-        classes: of a classifier's data, in order; None where nothing tells them. A whole
+        classes: names of the data's classes, in order; None where nothing tells them. A whole
             checkpoint that was trained on others is refused.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
@@ -246,17 +246,22 @@ class Checkpointer(DetectionCheckpointer):
             check_plain(filename)
         loaded = super()._load_file(filename)
         state = loaded["model"]
-        tensors = isinstance(state, Mapping) and state.values()
-        if not tensors or not all(isinstance(value, (Tensor, np.ndarray)) for value in tensors):
+        pairs = isinstance(state, Mapping) and state.items()
+        if not pairs or not all(
+            isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
+            for name, value in pairs
+        ):
             raise UserError(
                 f"{filename} holds no weights: it must be tensors by name alone, or have them as "
                 f"{' or '.join(map(repr, LAST))}; {self._conversion()}"
             )
-        if isinstance(self.model, ImageClassifier) and not self._strict_prefix:
-            self._check_classes(loaded, filename)
         self._check_pre_norm(loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
             loaded["model"] = self._detector_names(loaded["model"], filename)
+        self._check_values(loaded["model"], filename)
+        # Of another architecture the classes are the lesser trouble.
+        if not self._strict_prefix and self.model.state_dict().keys() & loaded["model"].keys():
+            self._check_classes(loaded, filename)
         return loaded
 
     def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
@@ -287,6 +292,23 @@ class Checkpointer(DetectionCheckpointer):
             )
         return converted
 
+    def _check_values(self, state: Mapping[str, Tensor], filename: str) -> None:
+        """Refuses damaged and quantised weights, which would load without a word."""
+        for name, own in self.model.state_dict().items():
+            if name not in state or not name.startswith(self._strict_prefix):
+                continue
+            value = torch.as_tensor(state[name])
+            if own.is_floating_point() and not value.is_floating_point():
+                raise UserError(
+                    f"{filename}: {name} holds {value.dtype}, as of quantised weights, where "
+                    f"{own.dtype} is needed: give weights that are not quantised"
+                )
+            if own.is_floating_point() and not value.isfinite().all():
+                raise UserError(
+                    f"{filename}: {name} is not finite: the file is damaged, or its training had "
+                    "diverged; give an earlier checkpoint, or copy the file again"
+                )
+
     def _check_classes(self, loaded: Mapping, filename: str) -> None:
         """Compares names, for labels are numbers that mean nothing without them."""
         theirs = class_names(loaded)
@@ -299,9 +321,16 @@ class Checkpointer(DetectionCheckpointer):
         elif differing := difference(self.classes, theirs):
             raise UserError(
                 f"the data's {len(self.classes)} classes are not the {len(theirs)} that {filename} "
-                f"was trained on ({differing}): rename its class folders, or for a flat folder "
-                "write the names in that order into classes.txt in it"
+                f"was trained on ({differing}): {self._renaming()}"
             )
+
+    def _renaming(self) -> str:
+        if isinstance(self.model, ImageClassifier):
+            return (
+                "rename its class folders, or for a flat folder write the names in that order into "
+                "classes.txt in it"
+            )
+        return "give data that has these names in this order, or weights of a run on this data"
 
     def _check_pre_norm(self, said: object, filename: str) -> None:
         """Compares what a file of tools/convert_weights.py says, since tensors do not show it."""
@@ -319,7 +348,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             return self._under_backbone(convert())
         except ValueError as error:
-            raise UserError(f"{filename}: {error}") from error
+            raise UserError(f"{filename}: {error}; {self._conversion()}") from error
 
     def _under_backbone(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = backbone_prefix(self.model)
@@ -360,7 +389,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"; {len(misshapen)} have another shape ({some(misshapen)})" if misshapen else ""
             )
             if not (self._strict_prefix and self.allow_missing):
-                raise UserError(f"{line}; {self._advice(given)}")
+                raise UserError(f"{line}; {self._advice(given, misshapen, absent)}")
         self.logger.info(line)
         return incompatible
 
@@ -370,12 +399,17 @@ class Checkpointer(DetectionCheckpointer):
             "weights of a ConTNet or ResNet in it fit"
         )
 
-    def _advice(self, given: list[str]) -> str:
+    def _advice(self, given: list[str], misshapen: list[str], absent: list[str]) -> str:
         if self._strict_prefix:
             return (
                 "give weights of this very backbone (variant and options), or allow it with "
                 f"MODEL.ALLOW_MISSING_WEIGHTS True; {self._conversion()}"
             )
+        classifies = isinstance(self.model, ImageClassifier)
+        if classifies and not absent and set(misshapen) <= set(self.model.head_names()):
+            return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
+        if not absent:
+            return "it is a checkpoint of another architecture, or of another number of classes"
         return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
 
     def load(self, path: str, *args, **kwargs) -> dict:

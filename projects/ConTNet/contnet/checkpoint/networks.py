@@ -44,6 +44,8 @@ _RESNETS = {
     (True, (3, 8, 36, 3)): "resnet152",
 }
 _COUNT = ".num_batches_tracked"
+# How many weights PyTorch's AveragedModel has averaged, beside them.
+_AVERAGES = "n_averaged"
 
 
 @dataclass
@@ -120,6 +122,8 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
                 f"{network.origins[name]} has shape {tuple(value.shape)}, {network.variant} needs "
                 f"{tuple(expected[name].shape)}"
             )
+        if expected[name].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{network.origins[name]} holds {value.dtype}: it is quantised")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{network.origins[name]} is not finite: the training had diverged")
 
@@ -203,7 +207,7 @@ def find_network(state: Mapping, pre_norm: bool = False) -> Network:
     bare, odd = {}, []
     for name, value in state.items():
         short = bare_name(str(name))
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or short == _AVERAGES:
             odd.append(str(name))
         elif short in bare:
             raise UserError(f"it holds {short!r} twice, with and without a wrapper's prefix")

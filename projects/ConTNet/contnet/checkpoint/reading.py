@@ -58,6 +58,7 @@ _NUMBERS = [
     *dict.fromkeys(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
 _ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
+_BLOCKED = re.compile(r"GLOBAL (\S+) whose module \S+ is blocked")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -85,16 +86,20 @@ def check_plain(path: str) -> Mapping:
 
 
 def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
+    what = f"{path} is not a checkpoint of tensors and plain numbers"
+    if blocked := _BLOCKED.search(str(error)):
+        return UserError(f"{what}: it wants to run code ({blocked[1]}), do not use this file")
     if not (asked := _ASKED_FOR.search(str(error))):
-        # PyTorch's advice before that is to load it unsafely.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        reason = (reason.splitlines() or ["it cannot be unpickled"])[0]
-        return UserError(f"{path} is not a checkpoint of tensors and plain numbers: {reason}")
+        # PyTorch's advice before that, or without it, is to load it unsafely.
+        _, found, reason = str(error).rpartition("WeightsUnpickler error:")
+        lines = reason.strip().splitlines() if found else []
+        return UserError(f"{what}: {lines[0] if lines else 'it cannot be unpickled'}")
     return UserError(
-        f"{path} is not a checkpoint of tensors and plain numbers: it holds a Python object "
-        f"({asked[1] or asked[2]}), which is not loaded, since that could run code; get a file of "
-        "the weights alone, or make one where you trust the file: python -c 'import torch; "
-        'torch.save(torch.load("FILE", "cpu", weights_only=False)["model"], "WEIGHTS.pth")\''
+        f"{what}: it holds a Python object ({asked[1] or asked[2]}), which is not loaded, since "
+        "that could run code; get a file of the weights alone, or make one where you trust the "
+        "file: python -c 'import torch; "
+        'torch.save(torch.load("FILE", "cpu", weights_only=False)["model"], "WEIGHTS.pth")\' '
+        '(or .state_dict() in the place of ["model"])'
     )
 
 
@@ -162,7 +167,7 @@ def bare_name(name: str) -> str:
 
 
 def class_names(content: Mapping) -> list[str] | None:
-    """The classes that a checkpoint of a classifier was trained on, in order, where it says so."""
+    """The classes that a checkpoint was trained on, in order, where it says so."""
     for key in ("trainer", METADATA):
         said = content.get(key)
         names = said.get("classes") if isinstance(said, Mapping) else None

@@ -328,7 +328,9 @@ def _run(args: argparse.Namespace) -> None:
         "source_key": key,
         "contnet_version": contnet.__version__,
     }
-    if args.head == "keep" and (names := class_names(content)):
+    names = class_names(content) if args.head == "keep" else None
+    # A detector's are not those of a head that its backbone may have.
+    if names and len(names) == result.options["num_classes"]:
         metadata["classes"] = names
     data = _encode(result, metadata, target.suffix)
     if args.check:

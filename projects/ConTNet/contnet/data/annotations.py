@@ -44,6 +44,7 @@ __all__ = [
     "examine_coco",
     "load_records",
     "prepare_cityscapes",
+    "sorted_scenes",
 ]
 
 _PIECE = 1 << 20
@@ -131,12 +132,12 @@ class _Cityscapes:
         return f"{self.kind}_{Path(self.image_dir).name}"
 
     def digest(self) -> str:
-        """Of the polygons, and of the names of all files, in the order that Detectron2 goes by."""
+        """Of the polygons, and of the names of all files."""
         files = {}
         for root in (self.image_dir, self.gt_dir):
-            for city in os.listdir(root):
+            for city in sorted(os.listdir(root)):
                 folder = os.path.join(root, city)
-                files[folder] = os.listdir(folder) if os.path.isdir(folder) else None
+                files[folder] = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
         polygons = [
             os.path.join(folder, name)
             for folder, names in files.items()
@@ -149,10 +150,19 @@ class _Cityscapes:
         return [shapely.__version__, shapely.geos_version_string]
 
     def read(self) -> tuple[Iterable[dict], dict, list[str]]:
-        return DatasetCatalog.get(self.name), {}, []
+        return sorted_scenes(DatasetCatalog.get(self.name)), {}, []
 
 
 _Source = _Coco | _Cityscapes
+
+
+def sorted_scenes(records: Iterable[dict]) -> list[dict]:
+    """Records of Cityscapes by their names.
+
+    Detectron2 lists folders, whose order is each file system's own: machines with copies of the
+    data would otherwise not agree on which image is the tenth.
+    """
+    return sorted(records, key=lambda record: record["file_name"])
 
 
 def _find_source(name: str) -> _Source | None:
@@ -199,8 +209,8 @@ class _Cache:
         key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.folder / f"{self.source.label}-{key[:24]}.{ending}"
 
-    def _checks(self, use: Use | None) -> Path:
-        return self._path("checks", self.source.checkers, use and asdict(use))
+    def _checks(self, use: Use) -> Path:
+        return self._path("checks", self.source.checkers, asdict(use))
 
     def has_records(self) -> bool:
         """Whether the file of records is there and whole."""
@@ -265,7 +275,7 @@ class _Cache:
         logger.info(f"The annotations {self.source.label} are kept in {self.path}")
         return True
 
-    def recall(self, use: Use | None) -> Findings | None:
+    def recall(self, use: Use) -> Findings | None:
         """What :meth:`remember` has written; None for anything else."""
         try:
             digest, _, state = self._checks(use).read_text(encoding="ascii").partition("\n")
@@ -275,7 +285,7 @@ class _Cache:
             return None
         return Findings.from_state(json.loads(state))
 
-    def remember(self, use: Use | None, found: Findings) -> None:
+    def remember(self, use: Use, found: Findings) -> None:
         """Keeps what checks have found, unless that is an error, which is looked at anew."""
         if found.lines(ERROR):
             return
@@ -373,18 +383,21 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     """Checks folders and polygons, unless the same ones have passed before.
 
     Args:
-        cfg: DATASETS.CACHE_DIR is read.
+        cfg: DATASETS is read.
         name: of a data set in Cityscapes' layout, whose folders exist.
     """
     cache = _open_cache(cfg, name)
-    if cache and (found := cache.recall(None)):
+    trained = name in cfg.DATASETS.TRAIN
+    use = Use(trained=trained, evaluated=False, masks=False, bitmasks=False)
+    if cache and (found := cache.recall(use)):
         return found
     found, metadata = Findings(), MetadataCatalog.get(name)
-    check_layout(metadata.image_dir, metadata.gt_dir, metadata.evaluator_type, found)
+    folders = metadata.image_dir, metadata.gt_dir
+    check_layout(*folders, metadata.evaluator_type, found, trained)
     if cache and cache.source.digest() == cache.digest:
         with cache.lock() as writable:
             if writable:
-                cache.remember(None, found)
+                cache.remember(use, found)
     return found
 
 

@@ -15,7 +15,12 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from contnet.data.annotations import examine_cityscapes, examine_coco, load_records
+from contnet.data.annotations import (
+    examine_cityscapes,
+    examine_coco,
+    load_records,
+    sorted_scenes,
+)
 from contnet.data.cityscapes_checks import FILES
 from contnet.data.findings import ERROR, Findings, plural
 from contnet.data.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
@@ -23,6 +28,7 @@ from contnet.data.record_file import Records
 from contnet.data.register import CLASS_KEYS, is_registered
 from contnet.data.shards import CLASSES_FILE
 from contnet.errors import UserError
+from contnet.files import file_names
 
 __all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
 
@@ -43,13 +49,21 @@ _FOLDERS = {
 }
 
 
+def _page(name: str) -> str:
+    """Where the layout of a built-in data set is told."""
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind in FILES:
+        return "docs/cityscapes.md"
+    return "docs/imagenet.md" if kind == EVALUATOR_TYPE else "docs/data.md"
+
+
 def _origin(cfg: CfgNode, name: str) -> str:
     """Where the paths of a data set come from."""
     if is_registered(cfg, name):
         return "mend its path in DATASETS.REGISTER"
     value = os.environ.get("DETECTRON2_DATASETS")
     if value is not None:
-        return f"DETECTRON2_DATASETS is {value!r}, docs/data.md shows what belongs there"
+        return f"DETECTRON2_DATASETS is {value!r}, {_page(name)} shows what belongs there"
     return (
         f"DETECTRON2_DATASETS is not set: data sets are looked for in {Path('datasets').resolve()}"
     )
@@ -84,7 +98,7 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
         folder, file = os.path.split(os.path.join(root, image))
         by_folder[folder].append(file)
     for folder, files in by_folder.items():
-        present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        present = file_names(folder)
         for file in files:
             if file not in present:
                 findings.error(
@@ -278,6 +292,8 @@ def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict
             dicts = load_records(cfg, name, filter_empty)
             if dicts is None:
                 dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
+                if MetadataCatalog.get(name).get("evaluator_type") in FILES:
+                    dicts = sorted_scenes(dicts)
             every.append(dicts)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             raise UserError(

@@ -8,6 +8,7 @@ image and its label files. Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,21 +19,28 @@ from PIL import Image
 
 from contnet.data.coco_checks import is_far, is_size
 from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.loading import check_depth
+from contnet.files import file_names
 
 __all__ = ["FILES", "Scene", "check_layout", "find_scenes", "inspect_images"]
 
 # What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
 FILES = {
     "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
-    "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png"),
+    "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png", "instanceIds.png"),
 }
 _IMAGE = "_leftImg8bit.png"
 _COUNTS = {"train": 2975, "val": 500, "test": 1525}
 _SIZE = (2048, 1024)
 _PREPARE = "run python tools/prepare_cityscapes.py"
+_COPY = "copy gtFine again"
+# Preparation keeps files that are there.
+_REMAKE = f"remove them, then {_PREPARE}"
 
 _LABELS = {number for number in id2label if number >= 0}
 _TRAIN_IDS = {label.trainId for label in id2label.values() if 0 <= label.trainId < 255} | {255}
+# Classes that detectors learn.
+_THINGS = {x.name for x in id2label.values() if x.hasInstances and not x.ignoreInEval}
 _WITH_INSTANCES = {number for number in _LABELS if id2label[number].hasInstances}
 
 
@@ -66,10 +74,13 @@ def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
 
 
 def _listing(folder: str) -> set[Path]:
-    return {path for city in Path(folder).iterdir() if city.is_dir() for path in city.iterdir()}
+    cities = [city for city in Path(folder).iterdir() if city.is_dir()]
+    return {city / name for city in cities for name in file_names(city)}
 
 
-def check_layout(image_dir: str, gt_dir: str, kind: str, findings: Findings) -> None:
+def check_layout(
+    image_dir: str, gt_dir: str, kind: str, findings: Findings, trained: bool = False
+) -> None:
     """Checks that every image has its files and that the polygons can be used.
 
     Args:
@@ -77,6 +88,7 @@ def check_layout(image_dir: str, gt_dir: str, kind: str, findings: Findings) -> 
         gt_dir: ``gtFine/SPLIT``.
         kind: a key of ``FILES``.
         findings: gets what is found.
+        trained: the split is one of DATASETS.TRAIN.
     """
     scenes = find_scenes(image_dir, gt_dir, kind)
     findings.facts.append(plural(len(scenes), "image"))
@@ -90,29 +102,31 @@ def check_layout(image_dir: str, gt_dir: str, kind: str, findings: Findings) -> 
         findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
     _check_strays(image_dir, findings)
     present = _listing(gt_dir)
-    paired = set()
+    paired, labels = set(), []
     for scene in scenes:
         paired.update(scene.labels.values())
         for end, path in scene.labels.items():
+            cure = _PREPARE if end.endswith(".png") else _COPY
             if path not in present:
-                findings.error(f"images without {end}: {_cure(end)}", path.name)
+                findings.error(f"images without {end}: {cure}", path.name)
         if scene.labels["polygons.json"] in present:
-            _check_polygons(scene, findings)
+            labels.append(_check_polygons(scene, findings))
+    if kind == "cityscapes_instance":
+        _check_objects(labels, trained, findings)
     for path in sorted(present - paired):
         if path.name.endswith(tuple(f"_gtFine_{end}" for end in FILES[kind])):
             findings.note("label files without an image", path.name)
 
 
-def _cure(end: str) -> str:
-    return _PREPARE if end.endswith(".png") else "copy gtFine again"
-
-
 def _check_strays(image_dir: str, findings: Findings) -> None:
-    for path in sorted(Path(image_dir).glob("*")):
-        strays = [path] if not path.is_dir() else sorted(path.iterdir())
-        for stray in strays:
-            if not stray.name.endswith(_IMAGE):
-                findings.error(f"files that are no images *{_IMAGE}: move them away", str(stray))
+    """Looks for what Detectron2 would take for an image."""
+    for city in sorted(Path(image_dir).glob("*")):
+        files = file_names(city)
+        for path in sorted(city.iterdir()) if city.is_dir() else [city]:
+            if not path.name.endswith(_IMAGE):
+                findings.error(f"files that are no images *{_IMAGE}: move them away", str(path))
+            elif path.name not in files:
+                findings.error("images that are missing, or links to nowhere", str(path))
 
 
 def _read_polygons(file: Path) -> dict | None:
@@ -127,19 +141,33 @@ def _read_polygons(file: Path) -> dict | None:
     return content
 
 
-def _check_polygons(scene: Scene, findings: Findings) -> None:
+def _check_polygons(scene: Scene, findings: Findings) -> list[str]:
+    """Checks the polygons of an image; their labels."""
     file = scene.labels["polygons.json"]
     content = _read_polygons(file)
     if content is None:
-        findings.error("polygon files that cannot be read: copy gtFine again", file.name)
-        return
+        findings.error(f"polygon files that cannot be read: {_COPY}", file.name)
+        return []
     size = content.get("imgWidth"), content.get("imgHeight")
     if not is_size(*size):
         findings.error("polygon files without imgWidth and imgHeight", file.name)
-        return
-    for thing in content["objects"]:
-        if "deleted" not in thing:
-            _check_object(thing, size, file.name, findings)
+        return []
+    things = [thing for thing in content["objects"] if "deleted" not in thing]
+    for thing in things:
+        _check_object(thing, size, file.name, findings)
+    return [str(thing.get("label")) for thing in things]
+
+
+def _check_objects(labels: list[list[str]], trained: bool, findings: Findings) -> None:
+    """Counts the objects of the classes that have such, by the labels of each image."""
+    counts = Counter(label for of_image in labels for label in of_image if label in _THINGS)
+    findings.facts.append(plural(counts.total(), "object"))
+    if trained and not counts:
+        findings.error("it has no object to train on")
+    if empty := sum(_THINGS.isdisjoint(of_image) for of_image in labels):
+        findings.note(f"{empty} of {len(labels)} images have no objects")
+    for label in sorted(_THINGS - counts.keys()):
+        findings.note("classes without objects", label)
 
 
 def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Findings) -> None:
@@ -186,19 +214,21 @@ def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding
     try:
         with Image.open(path) as image:
             labels = np.asarray(image)
+            trained = np.asarray(image.convert("L"))  # as training reads them
     except Exception as error:  # decoders raise anything on a damaged file
-        return [
-            Finding(ERROR, f"{end} files that cannot be read: {_cure(end)}", f"{path} ({error})")
-        ]
+        return [Finding(ERROR, f"{end} files that cannot be read: {_REMAKE}", f"{path} ({error})")]
     if labels.ndim != 2:
-        return [Finding(ERROR, f"{end} files in colour: {_cure(end)}", str(path))]
+        return [Finding(ERROR, f"{end} files in colour: {_REMAKE}", str(path))]
     found = []
+    if end == "labelTrainIds.png" and not np.array_equal(labels, trained):
+        what = f"{end} files that are not grey with 8 bits (a palette?): {_REMAKE}"
+        found.append(Finding(ERROR, what, str(path)))
     if labels.shape[::-1] != size:
         sizes = f"{path} ({labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]})"
         found.append(Finding(ERROR, f"{end} files of another size than their image", sizes))
     if wrong := _wrong_values(end, np.unique(labels)):
         values = ", ".join(map(str, wrong[:3]))
-        what = f"{end} files with values that they must not have: {_cure(end)}"
+        what = f"{end} files with values that they must not have: {_REMAKE}"
         found.append(Finding(ERROR, what, f"{path} ({values})"))
     return found
 
@@ -209,7 +239,7 @@ def inspect_images(scene: Scene) -> list[Finding]:
         height, width = read_image(str(scene.image), "RGB").shape[:2]
     except Exception as error:  # decoders raise anything on a damaged file
         return [Finding(ERROR, "images that cannot be read", f"{scene.image} ({error})")]
-    found = []
+    found = check_depth(scene.image)
     if (width, height) != _SIZE:
         what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
         found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))

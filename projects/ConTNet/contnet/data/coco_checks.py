@@ -165,6 +165,10 @@ def _check_polygons(polygons: list, size: tuple, where: str, findings: Findings)
                 findings.error("polygons that reach far outside their image", where)
 
 
+def _is_short(polygon: object) -> bool:
+    return isinstance(polygon, list) and len(polygon) < 6
+
+
 def _run_lengths(counts: str) -> list[int]:
     """The runs of a compressed mask: in digits of 5 bits, from the fourth on as the difference to
     the last but one.
@@ -203,7 +207,7 @@ def _is_mask_of(mask: dict, size: tuple) -> bool:
 def _check_mask(item: dict, size: tuple, use: Use, where: str, findings: Findings) -> None:
     mask = item.get("segmentation")
     if not mask:
-        if use.masks and not item.get("iscrowd"):
+        if use.masks and (use.evaluated or not item.get("iscrowd")):
             findings.error(
                 "objects without a mask, which MODEL.MASK_ON needs: set MODEL.MASK_ON False, or "
                 "take a detector of boxes",
@@ -216,8 +220,23 @@ def _check_mask(item: dict, size: tuple, use: Use, where: str, findings: Finding
             findings.error("run-length masks of objects: set INPUT.MASK_FORMAT bitmask", where)
     elif isinstance(mask, list):
         _check_polygons(mask, size, where, findings)
+        if use.evaluated and use.masks and any(_is_short(polygon) for polygon in mask):
+            findings.error("polygons of fewer than 3 points, which evaluation takes wrongly", where)
     else:
         findings.error("masks that are neither polygons nor run-length", where)
+
+
+def _check_marks(item: dict, use: Use, where: str, findings: Findings) -> None:
+    """Checks what says how an object counts."""
+    if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
+        findings.error(f"annotations without {', '.join(missing)}, which evaluation needs", where)
+    if item.get("iscrowd", 0) not in (0, 1):
+        findings.error("annotations whose iscrowd is neither 0 nor 1", where)
+    area = item.get("area", 0)
+    if use.evaluated and not (_are_numbers([area]) and area >= 0):
+        findings.error("annotations whose area is no number from 0", where)
+    if item.get("ignore"):
+        findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
 
 def _check_annotation(
@@ -225,10 +244,7 @@ def _check_annotation(
 ) -> bool:
     """Checks one object that has its ids; returns whether it can be one to train on."""
     where = f"annotation {item['id']} of image {item['image_id']}"
-    if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
-        findings.error(f"annotations without {', '.join(missing)}, which evaluation needs", where)
-    if item.get("ignore"):
-        findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
+    _check_marks(item, use, where, findings)
     if item["category_id"] not in categories:
         findings.error("annotations of categories that the file does not list", where)
     size = sizes.get(item["image_id"])

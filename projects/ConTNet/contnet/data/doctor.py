@@ -23,6 +23,7 @@ from contnet.data.cityscapes_checks import FILES, find_scenes, inspect_images
 from contnet.data.coco_checks import read_instances
 from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
 from contnet.data.imagenet import EVALUATOR_TYPE, FACT, inspect_image, read_set
+from contnet.data.loading import check_depth
 from contnet.errors import UserError
 from contnet.launch.arguments import config_parser, configure
 from contnet.launch.options import add_workers_option, check_positive
@@ -58,6 +59,7 @@ def _inspect_listed(image: _Listed, mode: str) -> list[Finding]:
             orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception as error:  # decoders raise anything on a damaged file
         return [Finding(ERROR, "images that cannot be read", f"{image.path} ({error})")]
+    found = check_depth(image.path)
     sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
     if (width, height) != (image.width, image.height):
         what = "images of another size than their annotations say"
@@ -66,14 +68,14 @@ def _inspect_listed(image: _Listed, mode: str) -> list[Finding]:
                 "images that their EXIF orientation turns when they are read, their annotations "
                 "are for the unturned ones: save the images without it"
             )
-        return [Finding(ERROR, what, sizes)]
+        return [*found, Finding(ERROR, what, sizes)]
     if orientation != 1:
         what = (
             "images that their EXIF orientation turns when they are read: annotations must be for "
             "the turned ones"
         )
-        return [Finding(NOTE, what, image.path)]
-    return []
+        found.append(Finding(NOTE, what, image.path))
+    return found
 
 
 def _listed_images(name: str) -> list[_Listed]:
@@ -149,12 +151,12 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
 
 
 def _print(name: str, findings: Findings) -> None:
-    print(f"data set {name}")
-    for fact in findings.facts:
-        print(f"  {fact}")
+    lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
     for severity in (ERROR, NOTE):
-        for line in findings.lines(severity):
-            print(f"  {severity:5}  {line}")
+        lines += [f"  {severity:5}  {line}" for line in findings.lines(severity)]
+    for line in lines:
+        # File names need not be text, and not every terminal takes their bytes as they are.
+        print(line.encode(errors="backslashreplace").decode())
 
 
 def build_parser() -> argparse.ArgumentParser:

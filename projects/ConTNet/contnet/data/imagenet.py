@@ -13,6 +13,7 @@ folder, or the key in a shard) and ``label``; those of shards also have ``offset
 from __future__ import annotations
 
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from detectron2.utils.logger import log_first_n
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
@@ -48,7 +50,6 @@ __all__ = [
     "count_labels",
     "difference",
     "inspect_image",
-    "label_names",
     "read_image",
     "read_set",
     "register_classification",
@@ -181,6 +182,13 @@ def _read_folders(source: Source, found: _Listing, findings: Findings) -> Conten
     classes = _train_classes(source) or found.folders
     if differing := difference(found.folders, classes):
         findings.error(f"its class folders are not those of {source.train_dir} ({differing})")
+    for name in found.folders:
+        if name.startswith("."):
+            findings.error("hidden folders among the class folders, remove them", name)
+    for name in found.others:
+        path = f"{source.image_dir}/{name}"
+        if not os.path.exists(path):
+            findings.error("links among the class folders that lead nowhere", path)
     labels = {name: label for label, name in enumerate(classes)}
     names = [name for name in found.folders if name in labels]
     records = []
@@ -423,6 +431,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _reason(error: Exception) -> str:
+    """Why an image cannot be decoded; Pillow's own words may name an address in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is of no kind that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _decode(record: dict) -> tuple[Image.Image, str, bool]:
     """An image in RGB and upright; the mode in which it is stored; whether it was turned.
 
@@ -436,9 +451,8 @@ def _decode(record: dict) -> tuple[Image.Image, str, bool]:
             upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
             return _to_rgb(upright), mode, turn in _TURNS
     except Exception as error:  # decoders raise anything on a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the image {_name(record)} cannot be read ({reason}): {_DOCTOR} lists all such"
+            f"the image {_name(record)} cannot be read ({_reason(error)}): {_DOCTOR} lists all such"
         ) from error
 
 
@@ -464,8 +478,8 @@ def inspect_image(record: dict) -> list[Finding]:
         try:
             _, mode, turned = _decode(record)
         except UserError as error:
-            reason = str(error.__cause__) or type(error.__cause__).__name__
-            return [Finding(ERROR, "images that cannot be read", f"{_name(record)} ({reason})")]
+            place = f"{_name(record)} ({_reason(error.__cause__)})"
+            return [Finding(ERROR, "images that cannot be read", place)]
     what = "images that Pillow warns about, and reads"
     found = [Finding(NOTE, what, f"{_name(record)} ({each.message})") for each in said]
     if mode != "RGB":
@@ -487,6 +501,9 @@ def _load(name: str, source: Source) -> list[dict]:
     content = read_set(source, findings)
     if errors := findings.lines(ERROR):
         raise UserError(f"data set {name}: {errors[0]}; {_DOCTOR} tells all")
+    for note in findings.lines(NOTE):
+        # Once, not at each evaluation.
+        log_first_n(logging.WARNING, f"{name}: {note}", key="message", name=__name__)
     metadata = MetadataCatalog.get(name)
     # Detectron2's name for the classes of a set; it takes "class_names" for an old word for it.
     learned = {"thing_classes": content.classes, "label_file": content.label_file}
@@ -496,15 +513,6 @@ def _load(name: str, source: Source) -> list[dict]:
         if value:
             setattr(metadata, key, value)
     return content.records
-
-
-def label_names(names: Sequence[str]) -> list[str] | None:
-    """The classes of the first of some loaded data sets that knows theirs, in order."""
-    for metadata in map(MetadataCatalog.get, names):
-        classes = metadata.get("thing_classes")
-        if classes and metadata.get("evaluator_type") == EVALUATOR_TYPE:
-            return classes
-    return None
 
 
 def register_classification(name: str, source: Source) -> None:

@@ -118,7 +118,10 @@ def _read_rows(file: str, lines: Sequence[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for row in rows:
         if len(row) != 2 or not all(row):
-            raise UserError(f"{file} has the line {row}, it must be an image and its class")
+            # A stray quotation mark makes one row of all lines behind it.
+            raise UserError(
+                f"{file} has the line {str(row)[:200]}, it must be an image and its class"
+            )
         image, name = row[0], row[1].split()[0] if kaggle else row[1]
         if labels.setdefault(image, name) != name:
             raise UserError(f"{file} gives {image} two classes, {labels[image]} and {name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -19,7 +21,14 @@ from contnet.data.imagenet_labels import is_label_file
 from contnet.errors import UserError
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["CLASS_KEYS", "class_key", "count_classes", "is_registered", "register_datasets"]
+__all__ = [
+    "CLASS_KEYS",
+    "class_key",
+    "count_classes",
+    "is_registered",
+    "learned_classes",
+    "register_datasets",
+]
 
 # By meta-architecture: the keys of the numbers of classes, by what a data set has.
 CLASS_KEYS: dict[str, dict[str, str]] = {
@@ -109,3 +118,21 @@ def count_classes(cfg: CfgNode, name: str) -> int:
         return len(examine_coco(cfg, name).findings.classes["objects"])
     except UserError as error:
         raise UserError(f"data set {name}: {error}") from error
+
+
+def learned_classes(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
+    """Names of the classes that the model tells apart, in the order of its outputs.
+
+    Args:
+        cfg: MODEL.META_ARCHITECTURE is read.
+        names: of loaded data sets, which agree about their classes.
+
+    Returns:
+        None where no data set names them, or the model has more than one kind of them.
+    """
+    kinds = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+    if len(kinds) != 1:
+        return None
+    fact = "stuff_classes" if "label maps" in kinds else "thing_classes"
+    known = (MetadataCatalog.get(name).get(fact) for name in names)
+    return next((list(classes) for classes in known if classes), None)

@@ -303,7 +303,7 @@ def read_classes(folder: str) -> list[str] | None:
     """
     path = Path(folder, CLASSES_FILE)
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         return None
     except OSError as error:

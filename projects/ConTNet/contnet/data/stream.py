@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from contnet.data.augmentation import build_train_mapper
+from contnet.data.loading import NamedErrors
 from contnet.data.record_file import Records
 from contnet.errors import UserError
 from contnet.randomness import seed_everything
@@ -44,7 +45,7 @@ class SeededDataset(Dataset):
         self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream
     ):
         self.dicts = dicts if isinstance(dicts, Records) else DatasetFromList(dicts, copy=False)
-        self.mapper = mapper
+        self.mapper = NamedErrors(mapper)
         self.stream = stream
 
     def __len__(self) -> int:

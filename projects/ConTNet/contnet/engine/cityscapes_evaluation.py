@@ -13,6 +13,7 @@ import json
 import logging
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ _IDS = np.array(
 )
 
 
-class _Evaluator(DatasetEvaluator):
+class _Evaluator(DatasetEvaluator, ABC):
     """Keeps what :meth:`_compare` finds for each image, and gathers it.
 
     Args:
@@ -84,8 +85,9 @@ class _Evaluator(DatasetEvaluator):
                     "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
                 ) from error
 
+    @abstractmethod
     def _compare(self, file: Path, output: dict) -> Any:
-        raise NotImplementedError
+        """What of one image the scores need; ``file`` is its ground truth."""
 
     def _gather(self) -> list:
         """Every process's images, in the order of their names; on the main process only."""

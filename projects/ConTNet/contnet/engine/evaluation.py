@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from contnet.data.augmentation import ClassificationMapper
 from contnet.data.checks import load_dicts
+from contnet.data.loading import NamedErrors
 from contnet.engine.cityscapes_evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -137,27 +138,35 @@ def _share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def _build_test_loader(cfg: CfgNode, name: str, mapper: Callable | None) -> DataLoader:
+def _build_test_loader(
+    cfg: CfgNode, name: str, dicts: Sequence[dict] | None, mapper: Callable | None
+) -> DataLoader:
     if cfg.MODEL.LOAD_PROPOSALS:
         return build_detection_test_loader(cfg, name, mapper=mapper)
     batch_size = 1
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
     return build_detection_test_loader(
-        load_dicts(cfg, [name], train=False),
-        mapper=mapper or DatasetMapper(cfg, is_train=False),
+        load_dicts(cfg, [name], train=False) if dicts is None else dicts,
+        mapper=NamedErrors(mapper or DatasetMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=batch_size,
     )
 
 
-def _inference(cfg: CfgNode, model: nn.Module, name: str, mapper=None) -> dict:
-    loader = _build_test_loader(cfg, name, mapper)
+def _inference(
+    cfg: CfgNode,
+    model: nn.Module,
+    name: str,
+    dicts: Sequence[dict] | None,
+    mapper: Callable | None = None,
+) -> dict:
+    loader = _build_test_loader(cfg, name, dicts, mapper)
     with autocast(cfg):
         return inference_on_dataset(model, loader, build_evaluator(cfg, name)) or {}
 
 
-def _inference_tta(cfg: CfgNode, model: nn.Module, name: str) -> dict:
+def _inference_tta(cfg: CfgNode, model: nn.Module, name: str, dicts: Sequence[dict] | None) -> dict:
     """The same with test-time augmentation; its predictions go into a folder of their own."""
     logger.info("Evaluating with test-time augmentation")
     model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
@@ -166,7 +175,7 @@ def _inference_tta(cfg: CfgNode, model: nn.Module, name: str) -> dict:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))
-    results = _inference(cfg, model, name, mapper)
+    results = _inference(cfg, model, name, dicts, mapper)
     return {f"{task}_TTA": metrics for task, metrics in results.items()}
 
 
@@ -177,6 +186,7 @@ def evaluate(
     iteration: int | None = None,
     weights: str | None = None,
     tta: bool = False,
+    dicts: Mapping[str, Sequence[dict]] | None = None,
 ) -> dict[str, dict]:
     """Evaluates on every data set of DATASETS.TEST, over all processes; prints and records it.
 
@@ -186,6 +196,7 @@ def evaluate(
         iteration: the last one that trained it, for results.json.
         weights: the file it comes from, for results.json; None in training.
         tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
+        dicts: of data sets that are loaded already, by name; the others are loaded.
 
     Returns:
         On the main process the metrics by task (by data set and task, if there are several data
@@ -194,9 +205,10 @@ def evaluate(
     _share_buffers(model)
     results = {}
     for name in cfg.DATASETS.TEST:
-        metrics = _inference(cfg, model, name)
+        loaded = dicts and dicts.get(name)
+        metrics = _inference(cfg, model, name, loaded)
         if tta:
-            metrics = {**metrics, **_inference_tta(cfg, model, name)}
+            metrics = {**metrics, **_inference_tta(cfg, model, name, loaded)}
         if comm.is_main_process():
             if metrics:
                 logger.info(f"Results:\n\n{markdown_tables(name, metrics)}\n")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.compat import fix_gradient_order, use_plain_focal_loss
 from contnet.data.checks import load_dicts
-from contnet.data.imagenet import label_names
+from contnet.data.register import learned_classes
 from contnet.data.stream import build_train_loader
 from contnet.engine.evaluation import evaluate, main_metric
 from contnet.engine.hooks import (
@@ -83,7 +83,7 @@ class Trainer(SimpleTrainer):
     def __init__(self, cfg: CfgNode, seed: int):
         use_plain_focal_loss()
         dicts = load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
-        self.classes = label_names(cfg.DATASETS.TRAIN)
+        self.classes = learned_classes(cfg, cfg.DATASETS.TRAIN)
         self.bare_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.bare_model)
         loader = build_train_loader(cfg, dicts, seed)

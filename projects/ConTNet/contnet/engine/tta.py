@@ -7,6 +7,7 @@ no more of a model than its usual output.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -31,7 +32,7 @@ __all__ = ["DenseDetectorTTA", "SemanticSegmentorTTA", "tta_class"]
 View = tuple[dict, bool]
 
 
-class _TTA(nn.Module):
+class _TTA(nn.Module, ABC):
     """Takes and gives what the model does, one view at a time.
 
     Args:
@@ -53,9 +54,9 @@ class _TTA(nn.Module):
             (output,) = self.model([view])
             yield output, any(isinstance(each, HFlipTransform) for each in transforms)
 
+    @abstractmethod
     def merge(self, views: Iterable[View]) -> dict:
         """One output of those of all views, in the frame of the image that is not mirrored."""
-        raise NotImplementedError
 
 
 class DenseDetectorTTA(_TTA):

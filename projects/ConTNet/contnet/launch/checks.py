@@ -161,6 +161,8 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: b
     if not datasets:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, processes)
     # Of the processes that others start on a machine, one reads the annotation files.
     place = find_place()

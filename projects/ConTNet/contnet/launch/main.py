@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.compat import quiet_known_noise
 from contnet.data.checks import load_dicts
-from contnet.data.imagenet import label_names
+from contnet.data.register import learned_classes
 from contnet.engine.evaluation import evaluate
 from contnet.engine.trainer import Trainer
 from contnet.errors import UserError
@@ -51,17 +51,10 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
-def _test_classes(cfg: CfgNode) -> list[str] | None:
-    """Of a classifier's test sets, which agree about them."""
-    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
-        return None
-    load_dicts(cfg, cfg.DATASETS.TEST, train=False)
-    return label_names(cfg.DATASETS.TEST)
-
-
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=_test_classes(cfg))
+    dicts = {name: load_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=learned_classes(cfg, dicts))
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
@@ -72,7 +65,14 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
         model.load_state_dict(
             {name.removeprefix("module."): value for name, value in rest["ema"].items()}
         )
-    return evaluate(cfg, model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED)
+    return evaluate(
+        cfg,
+        model,
+        iteration=_iteration(rest),
+        weights=file,
+        tta=cfg.TEST.AUG.ENABLED,
+        dicts=dicts,
+    )
 
 
 def run(

@@ -1,0 +1,192 @@
+"""Our config keys on top of Detectron2's, each with its legal values and its unit."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+__all__ = ["add_contnet_config"]
+
+
+def add_contnet_config(cfg: CfgNode) -> None:
+    """Adds this project's keys, with defaults that leave Detectron2's behaviour as it is."""
+    # The network. Options are those of the published code; False and "stage" are what it ships.
+    cfg.MODEL.CONTNET = CfgNode()
+    # contnet_ti, contnet_s, contnet_m or contnet_b.
+    cfg.MODEL.CONTNET.VARIANT = "contnet_m"
+    # Relative position biases (True) or absolute position tables.
+    cfg.MODEL.CONTNET.RELATIVE = False
+    # Normalise before attention and MLP (True) or after their residual sums.
+    cfg.MODEL.CONTNET.PRE_NORM = False
+    # Average-pool in the down-sampling shortcuts.
+    cfg.MODEL.CONTNET.USE_AVGDOWN = False
+    # Give the query, key and value projections a bias.
+    cfg.MODEL.CONTNET.QKV_BIAS = True
+    # Where res2 to res4 are taken. "stage": the last block at stride 1, twice the stage's channels;
+    # "pre": before the down-sampling convolution, the stage's channels.
+    cfg.MODEL.CONTNET.TAPS = "stage"
+    # Some of res2, res3, res4, res5. Stages after the last one are not built.
+    cfg.MODEL.CONTNET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Norm of the blocks: BN, FrozenBN, SyncBN or GN.
+    cfg.MODEL.CONTNET.NORM = "FrozenBN"
+    # Freeze the first parts: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all of it.
+    cfg.MODEL.CONTNET.FREEZE_AT = 0
+    # Stride of res5: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate.
+    cfg.MODEL.CONTNET.OUTPUT_STRIDE = 32
+    # Dilate patches as convolutions, so that weights keep their meaning (docs/network.md).
+    cfg.MODEL.CONTNET.DILATED_PATCHES = True
+    # Dropout in the encoders of stages 3 and 4, in [0, 1); -1: the variant's own (B 0.1, others 0).
+    cfg.MODEL.CONTNET.DROP_RATE = -1.0
+    # Dropout after the very last block, in [0, 1); -1: the variant's own (B 0.2, others 0).
+    cfg.MODEL.CONTNET.LAST_DROP_RATE = -1.0
+    # Stochastic depth of the last block, in [0, 1), rising linearly from 0 at the first.
+    cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
+    # Activation checkpointing: compute each block again in the backward pass, to save memory.
+    cfg.MODEL.CONTNET.CHECKPOINT = False
+
+    # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
+    cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
+
+    # FCOS. The defaults are the improved form (Detectron2's); plain FCOS differs in four keys.
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # 3x3 convolutions in each tower, MODEL.FPN.OUT_CHANNELS wide, and their norm.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # A place is positive within this many strides of the object's centre; 0: anywhere in its box.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Distances to the box's sides in strides (True), or in pixels as exp(scale * x) with a learned
+    # scale per level.
+    cfg.MODEL.FCOS.NORMALIZE_BOX = True
+    # giou, or iou: -log(IoU) weighted by centre-ness.
+    cfg.MODEL.FCOS.BOX_LOSS = "giou"
+    # The tower that predicts centre-ness: regression or classification.
+    cfg.MODEL.FCOS.CENTERNESS_ON = "regression"
+    # Focal loss; and the score that all places start from.
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Of sqrt(class score * centre-ness), in [0, 1].
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    # Per level, before suppression at this IoU.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+    # PSPHead, beside MODEL.SEM_SEG_HEAD: IN_FEATURES are the auxiliary and the main feature,
+    # CONVS_DIM is the main classifier's width. Sides of the pooled maps.
+    cfg.MODEL.PSP_HEAD = CfgNode()
+    cfg.MODEL.PSP_HEAD.BINS = [1, 2, 3, 6]
+    # Of whole channels before each classifier, in [0, 1).
+    cfg.MODEL.PSP_HEAD.DROPOUT = 0.1
+    # Of the auxiliary classifier; a weight of 0 leaves it out.
+    cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
+    cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
+
+    # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
+    # drop rates and CHECKPOINT; the others are refused, they would do nothing); any other model
+    # that timm can build has timm's defaults.
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
+    cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # For timm's models: stochastic depth, in [0, 1), and other arguments of timm.create_model, as
+    # [[dynamic_img_size, True]].
+    cfg.MODEL.CLASSIFIER.DROP_PATH_RATE = 0.0
+    cfg.MODEL.CLASSIFIER.OPTIONS = []
+    # Of the target that goes to all classes alike, in [0, 1).
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # Mix pairs of images and of their labels, by blending (mixup) or by pasting a box (CutMix):
+    # parameter of the Beta distribution that the share is drawn from; 0: never.
+    cfg.MODEL.CLASSIFIER.MIXUP_ALPHA = 0.0
+    cfg.MODEL.CLASSIFIER.CUTMIX_ALPHA = 0.0
+    # Share of batches that are mixed; and of those, where both are on, by CutMix. In [0, 1].
+    cfg.MODEL.CLASSIFIER.MIX_PROB = 1.0
+    cfg.MODEL.CLASSIFIER.CUTMIX_PROB = 0.5
+    # Keep images and convolutions in channels-last order, which GPUs with tensor cores prefer.
+    cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
+
+    # False: loading MODEL.WEIGHTS must give every tensor of the backbone. True: it need not.
+    cfg.MODEL.ALLOW_MISSING_WEIGHTS = False
+
+    # SGD (MOMENTUM, NESTEROV) or AdamW (ADAMW_BETAS).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Decay of AdamW's two running means, each in [0, 1).
+    cfg.SOLVER.ADAMW_BETAS = (0.9, 0.999)
+    # Factor of the learning rate from each layer group of the backbone to the one before it, in
+    # (0, 1]; the last group and everything outside the backbone have the full rate.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # Factor of the learning rate of the whole bottom-up network, above 0.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # value or norm: Detectron2's, each parameter's gradient on its own. full_model: scale all
+    # gradients so that their common norm (of NORM_TYPE) is at most CLIP_VALUE.
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
+    # Forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH stays the number of
+    # images per optimiser step, over all processes and passes.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Keep an exponential moving average of the weights and evaluate it.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    # What stays of the average at each optimiser step, in (0, 1).
+    cfg.SOLVER.EMA.DECAY = 0.9999
+    # float16 (with loss scaling) or bfloat16, where SOLVER.AMP.ENABLED.
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # Most recent checkpoints that stay on disk, besides model_final.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 3
+    # True: the training waits only until a checkpoint is copied in memory, and goes on while it is
+    # written; the main process needs host memory of the file's size (with a GPU up to twice that).
+    # False: the training waits until it is on the disk.
+    cfg.SOLVER.CHECKPOINT_BACKGROUND = True
+
+    # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
+    cfg.SOLVER.POLY_POWER = 0.9
+
+    # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
+    # pixels after resizing.
+    cfg.INPUT.CLASSIFIER = CfgNode()
+    cfg.INPUT.CLASSIFIER.SIZE = 224
+    cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
+    cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
+    # How training images are resized: bilinear, bicubic, or random (one of them for each image).
+    cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
+    # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
+    cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
+    # Change of brightness, contrast and saturation, in [0, 1]; not together with AUTO_AUGMENT.
+    cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
+    # Share of images that lose a random box to noise, in [0, 1].
+    cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
+    # Test: shorter side after resizing, and side of the centre crop, in pixels.
+    cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
+    cfg.INPUT.CLASSIFIER.CROP_TEST = 224
+    # bilinear or bicubic.
+    cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
+
+    # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
+    # crops are drawn again, up to ten times.
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # WindowSegmentor: average the logits of windows instead of looking at the whole image at once.
+    # SIZE and STRIDE are height and width in pixels of the network's input.
+    cfg.TEST.SLIDING_WINDOW = CfgNode()
+    cfg.TEST.SLIDING_WINDOW.ENABLED = False
+    cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
+    cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
+    # Data sets of your own. In COCO's format: [name, annotation file, image folder]. To classify
+    # images: [name, folder] for class folders or shards, and [name, label file, folder] for images
+    # in one folder, where the label file ends with .txt or .csv. The names are then as good as
+    # built-in ones in TRAIN and TEST. Relative paths start in the folder where the command is
+    # typed. On the command line: DATASETS.REGISTER "[['mine', 'mine.json', 'images']]"
+    # If the first set of a run is one of these, the model's number of classes is that of its
+    # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
+    cfg.DATASETS.REGISTER = []
+    # Folder where annotations are kept once they have been read, for other processes and later
+    # starts (docs/data.md). "auto": $XDG_CACHE_HOME/contnet, or ~/.cache/contnet. "": none, each
+    # process reads them anew.
+    cfg.DATASETS.CACHE_DIR = "auto"
+    # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
+    # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
+    cfg.TEST.BEST_METRIC = ""
+
+    # Images per process and forward pass of ImageClassifier's evaluation.
+    cfg.TEST.IMS_PER_PROCESS = 64
+
+    # Iterations between two lines of progress.
+    cfg.LOG_PERIOD = 20

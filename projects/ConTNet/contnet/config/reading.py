@@ -1,0 +1,164 @@
+"""Strict reading of config files and overrides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from contnet.config.checks import validate
+from contnet.config.keys import add_contnet_config
+from contnet.config.nodes import flatten, get_value, nearest, one_line
+from contnet.errors import UserError
+
+__all__ = ["is_set", "load_config"]
+
+
+def _read_yaml(config_file: str) -> dict:
+    """The content of a config file merged over its ``_BASE_``."""
+    if not config_file:
+        raise UserError("no config file is given, give one of configs/ with --config-file")
+    if not os.path.isfile(config_file):
+        raise one_line(f"the config file {config_file} does not exist")
+    try:
+        content = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
+        problem = getattr(error, "problem", None) or str(error)
+        hint = "write plain values" if "tag:" in problem else "mend the yaml there"
+        raise one_line(f"{place}: {problem}; {hint}") from error
+    except RecursionError as error:
+        raise one_line(f"{config_file}: its _BASE_ includes itself") from error
+    except UnicodeDecodeError as error:
+        raise one_line(f"{config_file} or its _BASE_ is no UTF-8 text") from error
+    except OSError as error:
+        name = error.filename or error
+        raise one_line(
+            f"{config_file}: cannot read its _BASE_ {name}: {error.strerror or 'no such file'}"
+        ) from error
+    except (AssertionError, AttributeError, TypeError) as error:
+        reason = str(error) if isinstance(error, AssertionError) else "must hold KEY: value lines"
+        raise one_line(f"{config_file}, with its _BASE_: {reason}") from error
+    if not isinstance(content, dict):
+        raise one_line(f"{config_file} holds {content!r}, it must hold KEY: value lines")
+    if content.get("VERSION", 2) != 2:
+        raise one_line(f"{config_file} has VERSION {content['VERSION']!r}, only 2 can be read")
+    return content
+
+
+def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
+    """Sets one key, its value decoded as Detectron2 does it, or raises UserError."""
+    known = dict(flatten(cfg, cfg))
+    if key not in known:
+        parents = {name.rpartition(".")[0] for name in known}
+        if key in parents:
+            raise one_line(f"{where}: {key} is a group of keys, it has no value of its own")
+        raise one_line(
+            f"{where}: there is no key {key}, the nearest is {nearest(key, list(known))}"
+        )
+    default = known[key]
+    attempts = [value]
+    if isinstance(default, float) and not isinstance(value, bool):
+        attempts.append(_as_float(value))
+    if isinstance(default, str) and isinstance(value, str):
+        attempts.append(repr(value))
+    for attempt in attempts:
+        try:
+            cfg.merge_from_list([key, attempt])
+        except (ValueError, TypeError, SyntaxError, AssertionError, MemoryError, RecursionError):
+            continue
+        # yacs takes None for anything; among keys with a default it means something for floats
+        # alone (SOLVER.WEIGHT_DECAY_NORM), and the others have their ranges.
+        if get_value(cfg, key) is not None or default is None or isinstance(default, float):
+            return
+    kind = type(default).__name__
+    raise one_line(f"{where}: {key} is {value!r}, it must be of type {kind}, as {default!r}")
+
+
+def _as_float(value: object) -> object:
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        return value
+
+
+def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Keys and values of an override list.
+
+    Raises:
+        UserError: for one that is not KEY VALUE KEY VALUE.
+    """
+    form = "write KEY VALUE pairs, as SOLVER.BASE_LR 0.01"
+    for key in opts[::2]:
+        if "=" in str(key):
+            raise one_line(f"overrides: {key!r} is one word, {form}")
+        if not isinstance(key, str) or key.startswith("-"):
+            raise one_line(f"overrides: {key!r} stands where a key should, {form}")
+    if len(opts) % 2:
+        raise one_line(f"overrides: {opts[-1]!r} has no value, {form}")
+    return zip(opts[::2], opts[1::2], strict=True)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
+    """Whether a config file itself, not its ``_BASE_``, or the overrides give a key.
+
+    Args:
+        key: with dots.
+        config_file: one that :func:`load_config` has read.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+    """
+    if key in opts[::2]:
+        return True
+    with open(config_file, encoding="utf-8") as file:
+        node = yaml.safe_load(file)
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _substitute_sync_bn(cfg: CfgNode) -> None:
+    """SyncBN needs GPUs; on the CPU Detectron2's slower one takes its place, with equal keys."""
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    for key, value in list(flatten(cfg, cfg)):
+        if key.endswith(".NORM") and value == "SyncBN":
+            cfg.merge_from_list([key, "naiveSyncBN"])
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file and overrides into a full config, checked and not frozen.
+
+    On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
+
+    Args:
+        config_file: a yaml file, with ``_BASE_`` to build on another; read without Python tags.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+
+    Returns:
+        The config, with absolute paths in DATASETS.REGISTER.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
+            illegal one, and overrides that are no pairs.
+    """
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    for key, value in flatten(_read_yaml(config_file), cfg):
+        _assign(cfg, key, value, config_file)
+    for key, value in _pairs(list(opts)):
+        _assign(cfg, key, value, "overrides")
+    validate(cfg)
+    cfg.DATASETS.REGISTER = [
+        [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
+    ]
+    _substitute_sync_bn(cfg)
+    return cfg
