@@ -19,8 +19,9 @@ demo: setup
 demo-imagenet: setup
 	$(BIN)/python tools/demo_imagenet.py
 
+# As many processes as there are cores, four at most.
 test: setup
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 # The jobs on a private SLURM cluster; root gets SLURM installed, others are told how.
 test-slurm: setup
