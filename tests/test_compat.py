@@ -26,6 +26,10 @@ from torch.distributed import HashStore
 from contnet.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
 from contnet.errors import UserError
 
+pinned = pytest.mark.skipif(
+    not torch.__version__.startswith("2.15."), reason="not the PyTorch of the lock"
+)
+
 # --- each warning, made where it comes from ------------------------------------------------------
 
 
@@ -112,6 +116,7 @@ def test_every_known_warning_has_its_source_here():
     assert {source_of(message) for _, message, _ in KNOWN_WARNINGS} == set(SOURCES.values())
 
 
+@pinned
 @pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
 def test_the_pinned_libraries_still_make_it(monkeypatch, category, message, origin):
     found = caught(source_of(message), monkeypatch, quiet=False)
@@ -124,6 +129,7 @@ def test_it_is_silent(monkeypatch, category, message, origin):
     assert not any(fits(one, category, message) for one in found)
 
 
+@pinned
 @pytest.mark.parametrize(("category", "message", "origin"), KNOWN_WARNINGS, ids=named)
 def test_another_warning_of_the_same_category_is_not(monkeypatch, category, message, origin):
     (known, *_) = caught(source_of(message), monkeypatch, quiet=False)
@@ -220,6 +226,7 @@ def tracing_lines():
     logger.filters = filters
 
 
+@pinned
 @pytest.mark.parametrize("quiet", [False, True])
 def test_advice_about_tracing_is_silent(tracing_lines, quiet):
     """Without the filter it is shown: fails when Detectron2's pooler no longer brings it about."""

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import REPOSITORY, SMALL
+from conftest import QUICK, REPOSITORY, SMALL
 from detectron2.modeling import build_model
 from oracle import make_oracle
 from safetensors import safe_open
@@ -249,8 +249,9 @@ class Classifier(torch.nn.Module):
 
 
 def make_detector(leaf, *options):
-    """A small detector with random weights."""
-    return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*SMALL, *options]))
+    """A small model with random weights."""
+    small = QUICK if leaf.startswith("imagenet/") else SMALL
+    return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*small, *options]))
 
 
 def save_run(model, folder, averaged=False):

@@ -184,7 +184,8 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".bias_table"):
             patch_size = (int(value.shape[0] ** 0.5) + 1) // 2
             encoder = authors_name(name).removesuffix(".attn.relative_position_bias_table")
-            theirs[encoder + _INDEX] = relative_index(patch_size, patch_size).to(value.device)
+            # Their tokens run by rows, as cells of one pixel do.
+            theirs[encoder + _INDEX] = relative_index(patch_size, 1).to(value.device)
     return theirs
 
 

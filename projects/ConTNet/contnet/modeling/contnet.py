@@ -64,8 +64,8 @@ def relative_index(patch_size: int, cell_size: int) -> Tensor:
 def _is_multiple(size: int, of: int) -> bool:
     """Whether ``size % of == 0``; where torch.export has free sizes, whether that is certain."""
     fits = size % of == 0
-    # jit.trace has sizes as tensors.
-    return bool(fits) if isinstance(fits, Tensor) else statically_known_true(fits)
+    # jit.trace has sizes as tensors; torch.compile of PyTorch 2.6 cannot go into the function.
+    return statically_known_true(fits) if isinstance(fits, torch.SymBool) else bool(fits)
 
 
 def _partition(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
