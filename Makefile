@@ -19,8 +19,9 @@ demo: setup
 demo-imagenet: setup
 	$(BIN)/python tools/demo_imagenet.py
 
+# As many processes as there are cores, four at most.
 test: setup
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 # The jobs on a private SLURM cluster; root gets SLURM installed, others are told how.
 test-slurm: setup
@@ -51,7 +52,8 @@ test-existing-torch: setup
 	$(BIN)/python -m venv --clear $(TORCH26)
 	$(TORCH26)/bin/pip install -q torch==2.6.0 torchvision==0.21.0
 	$(TORCH26)/bin/pip install -q -e . --no-deps
-	$(TORCH26)/bin/pip install -q -r requirements/existing-torch.txt pytest pytest-timeout
+	$(TORCH26)/bin/pip install -q -r requirements/existing-torch.txt pytest pytest-timeout packaging \
+	  webdataset
 	$(TORCH26)/bin/pip install -q --no-deps --only-binary=:all: --python-version 3.10 \
 	  --implementation cp --abi none --platform any --upgrade --require-hashes \
 	  -r requirements/detectron2.txt --target "$$($(TORCH26)/bin/python -c '$(SITE)')"

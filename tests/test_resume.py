@@ -4,21 +4,21 @@ classifiers of every family and recipe, cut in this one.
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, REPOSITORY
+from conftest import QUICK, REPOSITORY, finish, metrics_of
 from detectron2.engine import HookBase
 
 from contnet.launch.arguments import parse_arguments
 from contnet.launch.main import run
 
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 ITERATIONS = 10
 LEAF = "--config-file configs/faster_rcnn_contti.yaml"
 
@@ -27,6 +27,10 @@ SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.9 SOLVER.ACCUMULATE 2 SOLVER.AMP.ENAB
 SOLVER.AMP.DTYPE bfloat16 SOLVER.OPTIMIZER AdamW SOLVER.BASE_LR 0.0001
 MODEL.CONTNET.DROP_PATH_RATE 0.2 MODEL.CONTNET.DROP_RATE 0.1 DATALOADER.NUM_WORKERS 1
 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
+"""
+RUNNING = """
+MODEL.CONTNET.NORM BN MODEL.CONTNET.DROP_PATH_RATE 0.2 MODEL.FPN.OUT_CHANNELS 64
+TEST.EVAL_PERIOD 4
 """
 SMALL_CROPS = """
 INPUT.MIN_SIZE_TRAIN (64,96) INPUT.CROP.SIZE (48,64) MODEL.SEM_SEG_HEAD.CONVS_DIM 16
@@ -40,15 +44,11 @@ TEST.IMS_PER_PROCESS 4
 """
 SETTINGS = {
     "one process": (f"{LEAF} --num-gpus 1", ["DATALOADER.NUM_WORKERS", "2"]),
-    "two processes": (
-        f"{LEAF} --num-gpus 2",
-        ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"],
+    "two processes, running loss normaliser": (
+        "--config-file configs/fcos_contti.yaml --num-gpus 2",
+        RUNNING.split(),
     ),
     "everything": (f"{LEAF} --num-gpus 1", EVERYTHING.split()),
-    "running loss normaliser": (
-        "--config-file configs/fcos_contti.yaml --num-gpus 2",
-        ["MODEL.FPN.OUT_CHANNELS", "64"],
-    ),
     "cityscapes masks": (
         "--config-file configs/cityscapes/mask_rcnn_contti.yaml",
         ["MODEL.CONTNET.NORM", "GN", "SOLVER.BASE_LR", "0.001"],
@@ -64,27 +64,20 @@ SETTINGS = {
 }
 
 
-def _options(folder: Path, more: list[str]) -> list[str]:
-    own = f"""SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 3
+def _options(folder: Path) -> list[str]:
+    return f"""SOLVER.MAX_ITER {ITERATIONS} SOLVER.STEPS (6,) SOLVER.CHECKPOINT_PERIOD 3
     TEST.EVAL_PERIOD 5 LOG_PERIOD 2 OUTPUT_DIR {folder} TEST.DETECTIONS_PER_IMAGE 1000
     MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0""".split()
-    return [*own, *more]
 
 
-def _finish(process, timeout: float = 400) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def _kill_after(process, folder: Path, checkpoint: str, iteration: int) -> None:
+def _kill_after(process: subprocess.Popen, folder: Path, checkpoint: str, iteration: int) -> None:
     """SIGKILL to the run once it has ``checkpoint`` or a later one, and an iteration's metrics."""
     last, further = folder / "last_checkpoint", folder / "metrics.json"
     output = []
     # A run that prints into a full pipe waits.
     reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
     reader.start()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if process.poll() is not None:
             reader.join()
@@ -101,11 +94,6 @@ def _kill_after(process, folder: Path, checkpoint: str, iteration: int) -> None:
     pytest.fail("the run made no progress")
 
 
-def _metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 def _same(a, b) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -116,25 +104,62 @@ def _same(a, b) -> bool:
     return a == b
 
 
+class Trainings:
+    """Trainings of a setting, uncut and killed; each is run once, for all tests that look at it."""
+
+    def __init__(self, train_net, datasets: dict[str, Path], folder: Path):
+        self._train_net, self._datasets, self._folder = train_net, datasets, folder
+        self._uncut, self._killed = {}, {}
+
+    def start(
+        self, setting: str, folder: Path, *options: str, launch: str = ""
+    ) -> subprocess.Popen:
+        """Starts one as the setting says, but for what is given."""
+        usual, more = SETTINGS[setting]
+        data = next((root for name, root in self._datasets.items() if name in usual), None)
+        environment = {"DETECTRON2_DATASETS": str(data)} if data else {}
+        more = [*_options(folder), *more, *options]
+        return self._train_net(f"{usual} {launch}", *more, **environment)
+
+    def uncut(self, setting: str) -> tuple[Path, str]:
+        """The folder and the output of one that nobody disturbed."""
+        if setting not in self._uncut:
+            folder = self._folder / f"uncut{len(self._uncut)}"
+            self._uncut[setting] = folder, finish(self.start(setting, folder))
+        return self._uncut[setting]
+
+    def killed(self, setting: str, copy: Path) -> None:
+        """Copies the folder of one that was killed."""
+        # Checkpoints follow iterations 2, 5, 8: killed after the line of 7, off both periods.
+        if setting not in self._killed:
+            folder = self._folder / f"killed{len(self._killed)}"
+            _kill_after(self.start(setting, folder), folder, "model_0000005.pth", 7)
+            self._killed[setting] = folder
+        shutil.copytree(self._killed[setting], copy)
+
+
+@pytest.fixture(scope="module")
+def trainings(train_net, cityscapes_root, imagenet_root, tmp_path_factory) -> Trainings:
+    datasets = {"cityscapes": cityscapes_root, "imagenet": imagenet_root}
+    return Trainings(train_net, datasets, tmp_path_factory.mktemp("trainings"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
-    launch, more = SETTINGS[setting]
-    for name in ("cityscapes", "imagenet"):
-        if name in launch:
-            root = request.getfixturevalue(f"{name}_root")
-            train_net = partial(train_net, DETECTRON2_DATASETS=str(root))
-    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    output = _finish(train_net(launch, *_options(uncut, more)))
+def test_killed_and_resumed_equals_uncut(trainings, tmp_path, setting):
+    launch, _ = SETTINGS[setting]
+    uncut, output = trainings.uncut(setting)
     assert ("computed by naiveSyncBN" in output) == ("pspnet" in launch)
 
-    # Checkpoints follow iterations 2, 5, 8: killed after the line of iteration 7, off both periods.
-    first = train_net(launch, *_options(cut, more))
-    _kill_after(first, cut, "model_0000005.pth", 7)
+    cut = tmp_path / "cut"
+    trainings.killed(setting, cut)
     assert (cut / "last_checkpoint").read_text() in ("model_0000005.pth", "model_0000008.pth")
-    _finish(train_net(f"{launch} --resume", *_options(cut, more)))
+    if setting == "one process":  # killed within a line
+        with open(cut / "metrics.json", "a") as file:
+            file.write('{"iteration": 8, "total_lo')
+    finish(trainings.start(setting, cut, launch="--resume"))
 
-    expected, found = _metrics(uncut), _metrics(cut)
+    expected, found = metrics_of(uncut), metrics_of(cut)
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
     # As text, where not-a-number equals itself.
     assert list(map(repr, found)) == list(map(repr, expected))
@@ -151,36 +176,22 @@ def test_killed_and_resumed_equals_uncut(train_net, request, tmp_path, setting):
 
 
 @pytest.mark.slow
-def test_other_number_of_processes_keeps_the_count_of_images(train_net, tmp_path):
-    options = _options(tmp_path, ["SOLVER.IMS_PER_BATCH", "4"])
-    first = train_net(f"{LEAF} --num-gpus 2", *options)
-    _kill_after(first, tmp_path, "model_0000005.pth", 5)
-    resumed_at = int((tmp_path / "last_checkpoint").read_text()[6:13]) + 1
-    output = _finish(train_net(f"{LEAF} --num-gpus 1 --resume", *options))
-    assert f"Resuming after {4 * resumed_at} images" in output
+def test_other_number_of_processes_keeps_the_count_of_images(trainings, tmp_path):
+    setting = "two processes, running loss normaliser"
+    trainings.killed(setting, tmp_path / "cut")
+    resumed_at = int((tmp_path / "cut" / "last_checkpoint").read_text()[6:13]) + 1
+    process = trainings.start(setting, tmp_path / "cut", launch="--num-gpus 1 --resume")
+    output = finish(process)
+    assert f"Resuming after {2 * resumed_at} images" in output
     assert "order is no longer" in output
-    assert _metrics(tmp_path)[-1]["images_seen"] == 4 * ITERATIONS
+    assert metrics_of(tmp_path / "cut")[-1]["images_seen"] == 2 * ITERATIONS
 
 
 @pytest.mark.slow
-def test_other_number_of_workers_changes_nothing(train_net, tmp_path):
-    for workers in ("0", "2"):
-        options = _options(tmp_path / workers, ["DATALOADER.NUM_WORKERS", workers])
-        _finish(train_net(LEAF, *options))
-    assert list(map(repr, _metrics(tmp_path / "0"))) == list(map(repr, _metrics(tmp_path / "2")))
-
-
-@pytest.mark.slow
-def test_cut_line_in_metrics_is_dropped(train_net, tmp_path):
-    options = _options(tmp_path, [])
-    first = train_net(LEAF, *options)
-    _kill_after(first, tmp_path, "model_0000002.pth", 3)
-    with open(tmp_path / "metrics.json", "a") as file:
-        file.write('{"iteration": 5, "total_lo')
-    _finish(train_net(f"{LEAF} --resume", *options))
-    iterations = [line["iteration"] for line in _metrics(tmp_path)]
-    assert iterations == sorted(set(iterations))
-    assert iterations[-1] == ITERATIONS - 1
+def test_other_number_of_workers_changes_nothing(trainings, tmp_path):
+    two, _ = trainings.uncut("one process")
+    finish(trainings.start("one process", tmp_path, "DATALOADER.NUM_WORKERS", "0"))
+    assert list(map(repr, metrics_of(two))) == list(map(repr, metrics_of(tmp_path)))
 
 
 # --- every family and recipe of classifiers ------------------------------------------------------
@@ -222,11 +233,11 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
     with pytest.raises(InterruptedError):
         run(arguments(cut), lambda trainer: trainer.last_hooks.append(Cut()))
     assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
-    assert [line["iteration"] for line in _metrics(cut)] == [0, 1, 2]
+    assert [line["iteration"] for line in metrics_of(cut)] == [0, 1, 2]
     run(arguments(cut, "--resume"))
 
-    expected = _metrics(uncut)
-    assert _metrics(cut) == expected and len(expected) == 4
+    expected = metrics_of(uncut)
+    assert metrics_of(cut) == expected and len(expected) == 4
     assert len({line["total_loss"] for line in expected}) == 4
     states = [torch.load(folder / "model_final.pth") for folder in (uncut, cut)]
     assert _same(*states) and ("ema" in states[0]) == (CLASSIFIERS[leaf] == AVERAGED)
