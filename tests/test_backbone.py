@@ -251,14 +251,14 @@ def test_options_reach_the_network():
         "QKV_BIAS": False,
         "DROP_PATH_RATE": 0.2,
         "LAST_DROP_RATE": 0.3,
-        "CHECKPOINT": True,
+        "CHECKPOINT": "mlp",
     }
     cfg = _cfg(*(item for key, v in opts.items() for item in (f"MODEL.CONTNET.{key}", v)))
     with torch.device("meta"):
         model = build_backbone(cfg, ShapeSpec(channels=4))
     block = _blocks(model)[-1]
     encoder = block.encoders[0]
-    assert isinstance(model, ConTNet) and model.grad_checkpointing
+    assert isinstance(model, ConTNet) and encoder.grad_checkpointing
     assert model.stem.in_channels == 4
     assert encoder.pre_norm and encoder.row_table is None and encoder.attn.qkv.bias is None
     assert encoder.mlp.drop.p == 0.1

@@ -37,7 +37,7 @@ def test_network_beside_plain(capsys):
     argv = ["network", "--variant", "contnet_ti", "--size", "64", "96", "--rounds", "1"]
     assert main([*argv, "--precision", "bf16", "--optimized", "--device", "cpu"]) == 0
     assert main([*argv, "--backward", "--device", "cpu"]) == 0
-    assert main([*argv, "--backward", "--checkpointing", "--device", "cpu"]) == 0
+    assert main([*argv, "--backward", "--checkpointing", "block", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     kept = re.findall(r"^contnet: (\d+) MiB kept for the backward pass$", out, re.M)
     assert 0 < 2 * int(kept[1]) < int(kept[0])

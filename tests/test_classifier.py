@@ -137,7 +137,7 @@ def test_channels_last_is_the_same_function():
 
 
 def test_contnets_take_their_options_from_their_node():
-    keys = "RELATIVE True USE_AVGDOWN True QKV_BIAS False PRE_NORM True CHECKPOINT True"
+    keys = "RELATIVE True USE_AVGDOWN True QKV_BIAS False PRE_NORM True CHECKPOINT block"
     opts = [word if i % 2 else f"MODEL.CONTNET.{word}" for i, word in enumerate(keys.split())]
     network = build_model(config(*opts, "MODEL.CONTNET.DROP_PATH_RATE", "0.3")).network
     names = network.state_dict().keys()

@@ -496,13 +496,15 @@ def test_batch_norm_statistics_move_in_training_only():
 # --- activation checkpointing --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["contnet_ti", "contnet_b"])
-def test_checkpointing_changes_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "part"), [("contnet_ti", "block"), ("contnet_b", "block"), ("contnet_b", "mlp")]
+)
+def test_checkpointing_changes_nothing(name, part):
     """B has dropout, so this also needs the random state to be restored on recomputation."""
     model = randomised(name, num_classes=10, drop_path_rate=0.2).train()
     x = image(70, 45, batch=2)
     results = []
-    for enable in (False, True):
+    for enable in (False, part):
         state = {k: v.clone() for k, v in model.state_dict().items()}
         model.set_grad_checkpointing(enable)
         results.append((gradients(model, x), {k: v.clone() for k, v in model.named_buffers()}))
@@ -544,9 +546,17 @@ def saved_bytes(model, x):
 def test_checkpointing_saves_memory():
     model = contnet.create_model("contnet_m", num_classes=10).train()
     x = image(112)
-    plain = saved_bytes(model, x)
-    model.set_grad_checkpointing()
-    assert saved_bytes(model, x) < 0.5 * plain
+    kept = {}
+    for part in ("", "mlp", "block"):
+        model.set_grad_checkpointing(part)
+        kept[part] = saved_bytes(model, x)
+    assert kept["mlp"] < 0.8 * kept[""]
+    assert kept["block"] < 0.5 * kept["mlp"]
+
+
+def test_checkpointing_of_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="enable is 'stage', it must be a bool, 'mlp' or 'block'"):
+        contnet.create_model("contnet_ti").set_grad_checkpointing("stage")
 
 
 # --- precision and memory formats ----------------------------------------------------------------

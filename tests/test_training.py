@@ -324,7 +324,7 @@ def test_resume_without_a_checkpoint_says_where_it_starts(tmp_path):
 
 # A recipe for four GPUs.
 RECIPE = words("""SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 2
-SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 SOLVER.EMA.ENABLED True MODEL.CONTNET.CHECKPOINT True""")
+SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 SOLVER.EMA.ENABLED True MODEL.CONTNET.CHECKPOINT block""")
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +470,7 @@ def test_loss_normalizer_is_saved_and_restored(tmp_path):
     moved = trainer.bare_model.loss_normalizer
     assert moved != 100  # what it starts from
     trainer.checkpointer.save("model_0000000")
+    trainer.checkpointer.wait()  # it writes in the background
     other = trainer_of(tmp_path, *options)
     assert not hasattr(other.bare_model, "loss_normalizer")
     other.load(resume=True)

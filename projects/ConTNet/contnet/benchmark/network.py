@@ -19,7 +19,7 @@ import contnet
 from contnet.benchmark.limits import count_parts, least_seconds, measure_ceilings
 from contnet.benchmark.timing import alternate, print_ratios
 from contnet.errors import UserError
-from contnet.modeling.contnet import VARIANTS
+from contnet.modeling.contnet import CHECKPOINTS, VARIANTS
 from contnet.modeling.plain import IMAGE_UNIT, run_plain
 
 __all__ = ["add_arguments", "run"]
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument(
-        "--checkpointing", action="store_true", help="ConTNet recomputes activations"
+        "--checkpointing", choices=CHECKPOINTS, default="", help="what ConTNet computes again"
     )
     parser.add_argument(
         "--optimized", action="store_true", help="contnet.optimize_for_inference as well"

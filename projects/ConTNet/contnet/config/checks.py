@@ -25,7 +25,7 @@ from contnet.data.imagenet_labels import LABEL_ENDINGS
 from contnet.engine.tta import tta_class
 from contnet.modeling.backbone import BOTTOM_UPS, NORMS, TOP_BLOCKS
 from contnet.modeling.classifier import OPTION_KEYS
-from contnet.modeling.contnet import FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
+from contnet.modeling.contnet import CHECKPOINTS, FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
 from contnet.modeling.pspnet import SEGMENTORS
 
@@ -33,6 +33,7 @@ __all__ = ["validate"]
 
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
+    "MODEL.CONTNET.CHECKPOINT": CHECKPOINTS,
     "MODEL.CONTNET.TAPS": TAPS,
     "MODEL.CONTNET.NORM": NORMS,
     "MODEL.CONTNET.OUTPUT_STRIDE": OUTPUT_STRIDES,

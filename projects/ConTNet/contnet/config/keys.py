@@ -40,8 +40,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CONTNET.LAST_DROP_RATE = -1.0
     # Stochastic depth of the last block, in [0, 1), rising linearly from 0 at the first.
     cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
-    # Activation checkpointing: compute each block again in the backward pass, to save memory.
-    cfg.MODEL.CONTNET.CHECKPOINT = False
+    # Activation checkpointing, what to compute again in the backward pass to save memory: "" for
+    # nothing, "mlp" for the encoders' MLPs, "block" for whole blocks.
+    cfg.MODEL.CONTNET.CHECKPOINT = ""
 
     # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
     cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32

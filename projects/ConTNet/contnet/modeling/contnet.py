@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 __all__ = [
+    "CHECKPOINTS",
     "FEATURES",
     "OUTPUT_STRIDES",
     "TAPS",
@@ -31,6 +32,8 @@ __all__ = [
 FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
 OUTPUT_STRIDES = (32, 16, 8)
+# What activation checkpointing computes again: nothing, MLPs, whole blocks.
+CHECKPOINTS = ("", "mlp", "block")
 
 # Numbers of the tokens that a CPU encodes at once: what is computed from them stays in its cache.
 _CACHED = 400_000
@@ -189,6 +192,7 @@ class Encoder(nn.Module):
         self.patch_size = patch_size
         self.cell_size = cell_size
         self.pre_norm = pre_norm
+        self.grad_checkpointing = False
         self.row_table = self.col_table = None
         if not relative:
             self.row_table = nn.Parameter(torch.zeros(1, patch_size, 1, dim // 2))
@@ -202,6 +206,11 @@ class Encoder(nn.Module):
         shape = (1, self.patch_size, self.patch_size, -1)
         tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
         return _partition(tables, self.patch_size, self.cell_size)
+
+    def _run_mlp(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self.mlp, x, use_reentrant=False)
+        return self.mlp(x)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Encodes each patch on its own.
@@ -219,10 +228,10 @@ class Encoder(nn.Module):
             tokens = tokens + self._position()
         if self.pre_norm:
             tokens = tokens + self.attn(self.norm1(tokens), real)
-            tokens = tokens + self.mlp(self.norm2(tokens))
+            tokens = tokens + self._run_mlp(self.norm2(tokens))
         else:
             tokens = self.norm1(tokens + self.attn(tokens, real))
-            tokens = self.norm2(tokens + self.mlp(tokens))
+            tokens = self.norm2(tokens + self._run_mlp(tokens))
         return tokens.reshape(x.shape)
 
 
@@ -494,9 +503,23 @@ class ConTNet(nn.Module):
         return {"stem": r"^stem", "blocks": blocks}
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
+        """Computes parts again in the backward pass instead of keeping their activations.
+
+        Args:
+            enable: "block" or True for whole blocks, "mlp" for the encoders' MLPs alone, which
+                costs less time and saves less memory; "" or False for nothing.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        part = "block" if enable is True else enable or ""
+        if part not in CHECKPOINTS:
+            raise ValueError(f"enable is {enable!r}, it must be a bool, 'mlp' or 'block'")
+        self.grad_checkpointing = part == "block"
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.grad_checkpointing = part == "mlp"
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
