@@ -48,6 +48,10 @@ SETTINGS = {
         "--config-file configs/fcos_contti.yaml --num-gpus 2",
         RUNNING.split(),
     ),
+    "two processes": (
+        f"{LEAF} --num-gpus 2",
+        ["MODEL.CONTNET.NORM", "BN", "TEST.EVAL_PERIOD", "4"],
+    ),
     "everything": (f"{LEAF} --num-gpus 1", EVERYTHING.split()),
     "cityscapes masks": (
         "--config-file configs/cityscapes/mask_rcnn_contti.yaml",

@@ -24,9 +24,6 @@ from contnet.modeling.plain import IMAGE_UNIT, run_plain
 
 __all__ = ["add_arguments", "run"]
 
-# Of what sides must be multiples in a network that does not take every size.
-_SIZE_UNITS = {"Detectron2 R-50 FPN": 32, "timm Swin-T": IMAGE_UNIT, "timm DeiT-S": IMAGE_UNIT}
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,17 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each")
 
 
-def _other_networks(size: tuple[int, int]) -> dict[str, nn.Module]:
+def _other_networks(size: tuple[int, int]) -> dict[str, tuple[nn.Module, int]]:
+    """Networks, and of what the sides of their images must be multiples."""
     cfg = get_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     whole = tuple(-(-side // IMAGE_UNIT) * IMAGE_UNIT for side in size)
     return {
-        "Detectron2 R-50 FPN": build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)),
-        "timm ResNet-50": timm.create_model("resnet50"),
-        "timm Swin-T": timm.create_model("swin_tiny_patch4_window7_224", img_size=whole),
-        "timm DeiT-S": timm.create_model("deit_small_patch16_224", img_size=whole),
+        "Detectron2 R-50 FPN": (build_resnet_fpn_backbone(cfg, ShapeSpec(channels=3)), 32),
+        "timm ResNet-50": (timm.create_model("resnet50"), 1),
+        "timm Swin-T": (
+            timm.create_model("swin_tiny_patch4_window7_224", img_size=whole),
+            IMAGE_UNIT,
+        ),
+        "timm DeiT-S": (timm.create_model("deit_small_patch16_224", img_size=whole), IMAGE_UNIT),
     }
 
 
@@ -143,9 +144,8 @@ def run(args: argparse.Namespace) -> None:
         fast = contnet.optimize_for_inference(model, DTYPES[args.precision])
         ways["optimized"] = _way(fast, image, args, "fp32")
     if args.others:
-        for name, other in _other_networks(args.size).items():
+        for name, (other, unit) in _other_networks(args.size).items():
             other = other.train(args.backward).to(args.device)
-            unit = _SIZE_UNITS.get(name, 1)
             fits = functional.pad(image, (0, -args.size[1] % unit, 0, -args.size[0] % unit))
             ways[name] = _way(other, fits, args, args.plain_precision)
     with contextlib.nullcontext() if args.backward else torch.inference_mode():

@@ -214,13 +214,14 @@ def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding
     try:
         with Image.open(path) as image:
             labels = np.asarray(image)
-            trained = np.asarray(image.convert("L"))  # as training reads them
+            # As training reads them.
+            grey = np.asarray(image.convert("L")) if end == "labelTrainIds.png" else labels
     except Exception as error:  # decoders raise anything on a damaged file
         return [Finding(ERROR, f"{end} files that cannot be read: {_REMAKE}", f"{path} ({error})")]
     if labels.ndim != 2:
         return [Finding(ERROR, f"{end} files in colour: {_REMAKE}", str(path))]
     found = []
-    if end == "labelTrainIds.png" and not np.array_equal(labels, trained):
+    if not np.array_equal(labels, grey):
         what = f"{end} files that are not grey with 8 bits (a palette?): {_REMAKE}"
         found.append(Finding(ERROR, what, str(path)))
     if labels.shape[::-1] != size:
@@ -237,9 +238,10 @@ def inspect_images(scene: Scene) -> list[Finding]:
     """Decodes an image and its label files; what is wrong with them, missing ones left out."""
     try:
         height, width = read_image(str(scene.image), "RGB").shape[:2]
+        with Image.open(scene.image) as file:
+            found = check_depth(file, scene.image)
     except Exception as error:  # decoders raise anything on a damaged file
         return [Finding(ERROR, "images that cannot be read", f"{scene.image} ({error})")]
-    found = check_depth(scene.image)
     if (width, height) != _SIZE:
         what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
         found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))

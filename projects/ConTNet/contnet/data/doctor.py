@@ -57,9 +57,9 @@ def _inspect_listed(image: _Listed, mode: str) -> list[Finding]:
         height, width = read_image(image.path, mode).shape[:2]
         with Image.open(image.path) as file:
             orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
+            found = check_depth(file, image.path)
     except Exception as error:  # decoders raise anything on a damaged file
         return [Finding(ERROR, "images that cannot be read", f"{image.path} ({error})")]
-    found = check_depth(image.path)
     sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
     if (width, height) != (image.width, image.height):
         what = "images of another size than their annotations say"

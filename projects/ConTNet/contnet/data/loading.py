@@ -17,11 +17,10 @@ __all__ = ["NamedErrors", "check_depth"]
 _DEEP = ("I", "F")
 
 
-def check_depth(path: str | Path) -> list[Finding]:
+def check_depth(image: Image.Image, path: str | Path) -> list[Finding]:
     """An error for an image whose values end at 255 when it is read as RGB."""
-    with Image.open(path) as image:
-        if not image.mode.startswith(_DEEP):
-            return []
+    if not image.mode.startswith(_DEEP):
+        return []
     what = (
         "images of more than 8 bits, whose values are cut at 255 when they are read: save them "
         "with 8 bits"

@@ -117,6 +117,13 @@ def _mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
     return (x + following) / 2
 
 
+def _run_part(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a part of a module, which may ask that its activations are computed again."""
+    if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
+        return checkpoint(part, *args, use_reentrant=False)
+    return part(*args)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention within each patch, with an optional relative position bias."""
 
@@ -207,11 +214,6 @@ class Encoder(nn.Module):
         tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
         return _partition(tables, self.patch_size, self.cell_size)
 
-    def _run_mlp(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self.mlp, x, use_reentrant=False)
-        return self.mlp(x)
-
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Encodes each patch on its own.
 
@@ -228,10 +230,10 @@ class Encoder(nn.Module):
             tokens = tokens + self._position()
         if self.pre_norm:
             tokens = tokens + self.attn(self.norm1(tokens), real)
-            tokens = tokens + self._run_mlp(self.norm2(tokens))
+            tokens = tokens + _run_part(self, self.mlp, self.norm2(tokens))
         else:
             tokens = self.norm1(tokens + self.attn(tokens, real))
-            tokens = self.norm2(tokens + self._run_mlp(tokens))
+            tokens = self.norm2(tokens + _run_part(self, self.mlp, tokens))
         return tokens.reshape(x.shape)
 
 
@@ -537,19 +539,14 @@ class ConTNet(nn.Module):
         self.head = self._make_head().to(self.stem.weight)
         self.head.apply(self._init_weights)
 
-    def _run(self, block: ConTBlock, x: Tensor, dense: bool = False) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, dense, use_reentrant=False)
-        return block(x, dense)
-
     def _tapped_stage(self, name: str, stage: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
         """A stage's output, and the features ``name`` before down-sampling."""
         *blocks, last = stage
         for block in blocks:
-            x, _ = self._run(block, x)
+            x, _ = _run_part(self, block, x)
         if self.taps == "pre" and name != FEATURES[-1]:
-            return self._run(last, x)
-        tap, _ = self._run(last, x, dense=True)
+            return _run_part(self, last, x)
+        tap, _ = _run_part(self, last, x, True)
         # A strided convolution is the stride-1 convolution sub-sampled.
         return tap[..., :: last.stride, :: last.stride], tap
 
@@ -583,7 +580,7 @@ class ConTNet(nn.Module):
                 x, features[name] = self._tapped_stage(name, stage, x)
             else:
                 for block in stage:
-                    x, _ = self._run(block, x)
+                    x, _ = _run_part(self, block, x)
         return features if wanted else x
 
     def forward_intermediates(
