@@ -21,10 +21,16 @@ pytestmark = [
 
 
 @pytest.fixture
-def full_precision(monkeypatch):
+def full_precision():
     """No TF32, which keeps three digits."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    # Not by monkeypatch, which would delete cuBLAS's switch to undo: it is no plain attribute.
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
 
 
 @pytest.mark.usefixtures("full_precision")
