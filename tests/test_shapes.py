@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from cityscapesscripts.helpers.labels import name2label
 from detectron2.config import get_cfg
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -22,6 +23,7 @@ from contnet.data.shapes import (
     make_shapes,
     shapes_datasets,
 )
+from contnet.data.shapes_cityscapes import LABELS, shapes_to_cityscapes
 from contnet.errors import UserError
 
 pytestmark = pytest.mark.numpy1
@@ -342,3 +344,31 @@ def test_datasets_are_registered_by_their_paths(root, catalogs):
     assert len(datasets.get("shapes_val")) == SMALL.num_val
     assert tuple(metadata.get("shapes_val").thing_classes) == CLASS_NAMES
     assert metadata.get("shapes_train").evaluator_type == "coco"
+
+
+# ---- as Cityscapes
+
+
+def test_cityscapes_labels_lie_where_the_shapes_are(coco, root, tmp_path):
+    shapes_to_cityscapes(root, tmp_path)
+    split, classes = coco.folder.name, [name2label[label].id for label in LABELS]
+    for image_id, info in coco.imgs.items():
+        stem = f"{split}/shapes/shapes_{image_id:06d}_000019"
+        start = tmp_path / "cityscapes" / "gtFine" / f"{stem}_gtFine"
+        found, objects = (
+            np.asarray(Image.open(f"{start}_{kind}Ids.png")) for kind in ("label", "instance")
+        )
+        picture = tmp_path / "cityscapes" / "leftImg8bit" / f"{stem}_leftImg8bit.png"
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(picture)), np.asarray(Image.open(coco.folder / info["file_name"]))
+        )
+        expected = np.full(found.shape, name2label["road"].id)
+        annotations = coco.loadAnns(coco.getAnnIds(image_id))
+        for each in annotations:
+            expected[coco.annToMask(each).astype(bool)] = classes[each["category_id"] - 1]
+        # Cityscapes' polygons run through the middle of pixels, COCO's along their edges.
+        assert (found == expected).mean() > 0.97
+        assert set(objects[found != name2label["road"].id] // 1000) <= set(classes)
+        assert len(np.unique(objects)) > len(annotations)
+    with pytest.raises(UserError, match="give another folder"):
+        shapes_to_cityscapes(root, tmp_path)
