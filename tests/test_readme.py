@@ -13,6 +13,7 @@ import torch
 from conftest import REPOSITORY, finish
 
 from contnet import compare, demo
+from contnet.benchmark import compare_checkouts
 from contnet.benchmark import main as benchmark
 from contnet.checkpoint import weights
 from contnet.config import load_config
@@ -189,6 +190,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/benchmark.py":
             check_benchmark(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/compare_checkouts.py":
+            compare_checkouts.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
         elif arguments[0] == "tools/submit.py":
@@ -230,6 +233,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/results.py",
         "python tools/benchmark.py evaluation --boxes",
         "python tools/convert_weights.py a.pth b.pth --head none",
+        "python tools/compare_checkouts.py ../before --only retinanet",
         "python train.py",
         "make tests",
         "make setup VENW=here",

@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures: one module for each subject."""
+"""What tools/benchmark.py measures, one module for each subject, and tools/compare_checkouts.py."""
