@@ -67,7 +67,7 @@ class Case:
         opts: config keys and values.
         processes: that train together.
         resume: then cut the training in the middle and resume it.
-        evaluate: then evaluate the final weights alone.
+        evaluate: then evaluate the final weights alone, in one process.
     """
 
     config: str
@@ -152,20 +152,20 @@ def _cut(trained: Path, folder: Path) -> None:
 
 def _run(case: Case, checkout: Path, data: Path, register: list[str], folder: Path) -> list[Path]:
     """The folders of a case's runs in one checkout; those of the same place are to be equal."""
-    config = str(checkout / "configs" / case.config)
-    launch = ["--config-file", config, "--num-gpus", str(case.processes)]
+    config = ["--config-file", str(checkout / "configs" / case.config)]
     opts = [*_COMMON.split(), *register, *case.opts.split()]
+    train = [*config, "--num-gpus", str(case.processes), *opts]
     trained = folder / "training"
-    _train_net(checkout, data, [*launch, *opts], trained)
+    _train_net(checkout, data, train, trained)
     runs = [trained]
     if case.resume:
         runs.append(folder / "resumed training")
         _cut(trained, runs[-1])
-        _train_net(checkout, data, [*launch, "--resume", *opts], runs[-1])
+        _train_net(checkout, data, [*train, "--resume"], runs[-1])
     if case.evaluate:
         runs.append(folder / "evaluation")
-        weights = ["--eval-only", "MODEL.WEIGHTS", str(trained / "model_final.pth")]
-        _train_net(checkout, data, [*launch, *opts, *weights], runs[-1])
+        weights = ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
+        _train_net(checkout, data, [*config, "--eval-only", *opts, *weights], runs[-1])
     return runs
 
 
