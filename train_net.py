@@ -3,7 +3,7 @@
 
 import sys
 
-from contnet.compat import quiet_known_noise
+from contnet.modeling.compat import quiet_known_noise
 
 quiet_known_noise()  # also in spawned processes, which run this file again
 

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_cityscapes
 from PIL import Image
 
-from contnet.data.cityscapes import prepare_cityscapes
+from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
 
 __all__ = ["draw_scene", "make_cityscapes", "use_cityscapes", "write_polygons"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from contnet.data.shapes import make_shapes
+from contnet.data.datasets.shapes import make_shapes
 
 __all__ = ["make_coco"]
 

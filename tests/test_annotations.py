@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from benchmarks.main import main as benchmarks
 from cityscapes import draw_scene, use_cityscapes, write_polygons
 from conftest import REPOSITORY, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
@@ -19,15 +20,14 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
-from contnet.benchmark.main import main as benchmark
 from contnet.config import load_config
-from contnet.data import annotations
-from contnet.data.checks import check_dataset, check_datasets, load_dicts
+from contnet.data.datasets.register import count_classes, register_datasets
 from contnet.data.findings import NOTE
-from contnet.data.record_file import Records
-from contnet.data.register import count_classes, register_datasets
-from contnet.data.stream import build_train_loader
-from contnet.errors import UserError
+from contnet.data.pipeline import annotations
+from contnet.data.pipeline.loader import build_train_loader
+from contnet.data.pipeline.records import Records
+from contnet.data.validation.datasets import check_dataset, check_datasets, load_dicts
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "mask_rcnn_contti.yaml")
 SCENES = ("cityscapes_fine_instance_seg_train", "cityscapes_fine_sem_seg_train")
@@ -566,14 +566,14 @@ def test_a_change_while_it_is_read_is_an_error(usable, monkeypatch):
     assert not usable.kept()
 
 
-# --- the benchmark -------------------------------------------------------------------------------
+# --- the benchmarks -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_benchmark_counts_parses(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     options = "--images 120 --objects 900 --processes 1 --detectron2 --scenes 0"
-    assert benchmark(["start-up", *options.split()]) == 0
+    assert benchmarks(["start-up", *options.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     parses = [int(line.split(" parses")[0].split()[-1]) for line in lines if " parses" in line]
     assert parses == [1, 0]
@@ -581,7 +581,7 @@ def test_benchmark_counts_parses(capsys, monkeypatch):
 
 def test_benchmark_draws_scenes(capsys, cityscapes_root):
     try:
-        assert benchmark(["start-up", "--images", "0", "--scenes", "4"]) == 0
+        assert benchmarks(["start-up", "--images", "0", "--scenes", "4"]) == 0
     finally:
         use_cityscapes(cityscapes_root)
     first, second = re.findall("4 scenes, (first|second) start", capsys.readouterr().out)

@@ -14,10 +14,10 @@ from detectron2.engine import TrainerBase
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from contnet.checkpoint.background import Snapshot
+from contnet.checkpoint.background_writer import Snapshot
 from contnet.checkpoint.checkpointer import BEST, Checkpointer
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 DEVICES = [
     "cpu",
@@ -354,7 +354,7 @@ def test_a_failed_training_tells_of_a_file_too(tmp_path, monkeypatch, full_disk,
 LEAVERS = """
 import json, os, signal, sys, time, torch
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.files import guard_writes
+from contnet.utils.files import guard_writes
 
 def train(folder, how):
     model = torch.nn.Linear(1000, 1000, bias=False)

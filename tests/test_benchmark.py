@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
+from benchmarks import pixels
+from benchmarks.limits import count_parts, least_seconds
+from benchmarks.main import main
+from benchmarks.timing import alternate, print_ratios
 from conftest import REPOSITORY
 
-from contnet.benchmark import pixels
-from contnet.benchmark.limits import count_parts, least_seconds
-from contnet.benchmark.main import main
-from contnet.benchmark.timing import alternate, print_ratios
 from contnet.modeling.contnet import create_model
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -105,7 +105,7 @@ def test_checkpoints(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_scaling_over_two_processes():
-    command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "scaling"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmarks.py"), "scaling"]
     small = "--model contnet_ti --size 64 64 --rounds 1"
     result = subprocess.run([*command, *small.split()], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -17,9 +17,14 @@ from conftest import REPOSITORY
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from PIL import Image
 
-import contnet.data.cityscapes as preparation
-from contnet.data.cityscapes import LABEL_FILES, default_root, main, prepare_cityscapes
-from contnet.errors import UserError
+import contnet.data.datasets.cityscapes_labels as preparation
+from contnet.data.datasets.cityscapes_labels import (
+    LABEL_FILES,
+    default_root,
+    main,
+    prepare_cityscapes,
+)
+from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1
 

@@ -29,17 +29,17 @@ from detectron2.utils import comm
 from PIL import Image
 
 from contnet.config import load_config
-from contnet.engine.cityscapes_evaluation import (
+from contnet.evaluation.build import build_evaluator
+from contnet.evaluation.cityscapes import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     NumberedImages,
     as_coco,
     match_instances,
 )
-from contnet.engine.coco_evaluation import ArrayCOCOEvaluator
-from contnet.engine.evaluation import build_evaluator
-from contnet.errors import UserError
-from contnet.launch.processes import launch_run
+from contnet.evaluation.coco import ArrayCOCOEvaluator
+from contnet.launch.distributed import launch_run
+from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1
 

@@ -22,19 +22,19 @@ from timm.scheduler import CosineLRScheduler
 from torchvision.transforms import v2
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.checkpoint.convert import detectron2_name
-from contnet.checkpoint.weights import main as convert_weights
+from contnet.checkpoint.key_mapping import detectron2_name
+from contnet.commands.convert_weights import main as convert_weights
 from contnet.config import load_config
-from contnet.data import imagenet
-from contnet.data.augmentation import build_classification_transform
-from contnet.data.register import register_datasets
-from contnet.engine.classification_evaluation import ClassificationEvaluator
-from contnet.engine.evaluation import check_best_metric
+from contnet.data.datasets import imagenet
+from contnet.data.datasets.register import register_datasets
+from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.trainer import Trainer
-from contnet.errors import UserError
+from contnet.evaluation.build import check_best_metric
+from contnet.evaluation.classification import ClassificationEvaluator
 from contnet.launch.main import main
 from contnet.modeling.classifier import ImageClassifier
+from contnet.utils.errors import UserError
 
 CLASSES = 10
 SMALL = ["MODEL.DEVICE", "cpu", "MODEL.CLASSIFIER.NUM_CLASSES", str(CLASSES)]

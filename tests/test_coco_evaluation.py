@@ -17,11 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from contnet.config import load_config
-from contnet.engine import coco_ap
-from contnet.engine.coco_ap import ArrayEvaluation, Detections, encode_masks
-from contnet.engine.coco_evaluation import ArrayCOCOEvaluator, build_coco_evaluator
-from contnet.engine.evaluation import build_evaluator
-from contnet.errors import UserError
+from contnet.evaluation import coco_ap
+from contnet.evaluation.build import build_evaluator
+from contnet.evaluation.coco import ArrayCOCOEvaluator, build_coco_evaluator
+from contnet.evaluation.coco_ap import ArrayEvaluation, Detections, encode_masks
+from contnet.utils.errors import UserError
 
 HEIGHT, WIDTH = 120, 160
 MAIN = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import REPOSITORY
 
-from contnet.compare import main, table
+from contnet.commands.compare import main, table
 from contnet.config import load_config
 
 RECIPE = """

@@ -23,8 +23,8 @@ from detectron2.structures import Boxes
 from torch import nn
 from torch.distributed import HashStore
 
-from contnet.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
-from contnet.errors import UserError
+from contnet.modeling.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
+from contnet.utils.errors import UserError
 
 pinned = pytest.mark.skipif(
     not torch.__version__.startswith("2.15."), reason="not the PyTorch of the lock"
@@ -264,7 +264,7 @@ import torch
 from detectron2.modeling.meta_arch import fcos, retinanet
 scripted = fcos.sigmoid_focal_loss_jit
 assert isinstance(scripted, torch.jit.ScriptFunction), "the cure is no longer needed"
-from contnet.compat import use_plain_focal_loss
+from contnet.modeling.compat import use_plain_focal_loss
 use_plain_focal_loss()
 x, y = torch.randn(50, 3), torch.randint(0, 2, (50, 3)).float()
 for module in (fcos, retinanet):

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from contnet.config import add_contnet_config, load_config, validate
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LEAVES = sorted(

@@ -21,14 +21,18 @@ from safetensors import safe_open
 from timm.utils import ModelEmaV3
 
 import contnet
-from contnet.checkpoint import weights
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.checkpoint.convert import convert_resnet_state_dict, detectron2_name, torchvision_name
+from contnet.checkpoint.key_mapping import (
+    convert_resnet_state_dict,
+    detectron2_name,
+    torchvision_name,
+)
 from contnet.checkpoint.reading import read_checkpoint
 from contnet.checkpoint.reference import run_authors
+from contnet.commands import convert_weights as weights
 from contnet.config import load_config
-from contnet.errors import UserError
 from contnet.modeling.backbone import backbone_prefix
+from contnet.utils.errors import UserError
 
 CONTNET, RESNET = "faster_rcnn_contti.yaml", "faster_rcnn_r50.yaml"
 ALL = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contnet.config import load_config
-from contnet.counting import build_meta_model, count_operations, count_parameters
+from contnet.modeling.macs import build_meta_model, count_operations, count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZE = (896, 1344)

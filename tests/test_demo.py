@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from contnet import demo, demo_imagenet
-from contnet.data.shapes import CLASS_NAMES, make_shapes
-from contnet.demo import REQUIRED_AP, main
+from contnet.commands import demo, demo_imagenet
+from contnet.commands.demo import REQUIRED_AP, main
+from contnet.data.datasets.shapes import CLASS_NAMES, make_shapes
 
 ONLY = ["SOLVER.RESCALE_INTERVAL", "False"]  # a warm-up longer than the run
 

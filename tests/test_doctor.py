@@ -13,14 +13,14 @@ from conftest import REPOSITORY
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from contnet.data import checks
-from contnet.data.cityscapes import prepare_cityscapes
-from contnet.data.coco_checks import Use, check_instances
-from contnet.data.doctor import main
+from contnet.commands.doctor import main
+from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
+from contnet.data.datasets.shapes import make_shapes
 from contnet.data.findings import ERROR, NOTE, SHOWN, Findings
-from contnet.data.shapes import make_shapes
-from contnet.errors import UserError
+from contnet.data.validation import datasets as checks
+from contnet.data.validation.coco import Use, check_instances
 from contnet.launch.arguments import configure, parse_arguments
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 
@@ -449,7 +449,7 @@ def test_masks_as_the_config_wants_them(data, capsys):
 
 
 def test_runs_of_compressed_masks_are_pycocotools():
-    from contnet.data.coco_checks import _run_lengths
+    from contnet.data.validation.coco import _run_lengths
 
     rng = np.random.default_rng(0)
     for share in (0.0, 0.02, 0.5, 1.0):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from benchmarks.plain import run_plain
 from conftest import finish
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -12,7 +13,6 @@ from test_plain import difference, images, randomised
 
 import contnet
 from contnet.config import load_config
-from contnet.modeling.plain import run_plain
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,17 +18,17 @@ from imagenet import class_name, draw_picture, make_imagenet
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from contnet.commands.doctor import main as doctor
 from contnet.config import load_config
-from contnet.data.checks import check_datasets, load_dicts
-from contnet.data.doctor import main as doctor
+from contnet.data.datasets.imagenet import difference, read_image, read_set
+from contnet.data.datasets.register import count_classes, register_datasets
+from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.findings import NOTE, Findings
-from contnet.data.imagenet import difference, read_image, read_set
-from contnet.data.register import count_classes, register_datasets
-from contnet.data.shard_writer import make_shards
-from contnet.data.stream import build_train_loader
-from contnet.errors import UserError
+from contnet.data.pipeline.loader import build_train_loader
+from contnet.data.validation.datasets import check_datasets, load_dicts
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.main import main
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 DETECTOR = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -677,7 +677,7 @@ def test_doctor_tells_mistakes(root, capsys, damage):
 
 
 def test_official_counts(root, capsys, monkeypatch):
-    from contnet.data import checks
+    from contnet.data.validation import datasets as checks
 
     counts = {"imagenet_train": (9, 3), "imagenet_val": (6, 3)}
     official = {name: ("ImageNet", count) for name, count in counts.items()}

@@ -13,16 +13,16 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from contnet.errors import UserError
-from contnet.files import atomic_write
 from contnet.launch import environment
-from contnet.launch.cluster import Job, find_job
 from contnet.launch.environment import Place, find_place, first_host, meet, ports
-from contnet.launch.folder import Lease, StartFolder, last_saved, record_requeue
-from contnet.launch.job import TrainingJob, python_command
-from contnet.launch.start import Start
-from contnet.launch.status import read_status
-from contnet.launch.submissions import describe_run
+from contnet.slurm.attempt import Start
+from contnet.slurm.cluster import Job, find_job
+from contnet.slurm.job import TrainingJob, python_command
+from contnet.slurm.lease import Lease, StartFolder, last_saved, record_requeue
+from contnet.slurm.records import describe_run
+from contnet.slurm.status import read_status
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
 
 STEP = {
     "SLURM_JOB_ID": "77",
@@ -216,7 +216,7 @@ def test_lease_of_another_job(tmp_path):
 
 def test_guarded_writes(tmp_path, monkeypatch):
     guards = {}
-    monkeypatch.setattr("contnet.files._guards", guards)
+    monkeypatch.setattr("contnet.utils.files._guards", guards)
     asked = []
     guards["5-000"] = lambda: asked.append(sorted(p.name for p in tmp_path.iterdir()))
     with atomic_write(tmp_path / "x", "w") as file:
@@ -320,7 +320,7 @@ def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, stat
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
     more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(run)]
     job = TrainingJob(["--config-file", config, *SMALL, *more], str(run), setup={"beat": 0.2})
-    code = f"from contnet.launch.job import TrainingJob; {job!r}()"
+    code = f"from contnet.slurm.job import TrainingJob; {job!r}()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={
@@ -352,7 +352,7 @@ def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, stat
 def test_the_network_interface(tmp_path, monkeypatch):
     for library in ("NCCL", "GLOO"):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "other")
-    monkeypatch.setattr("contnet.files._guards", {})
+    monkeypatch.setattr("contnet.utils.files._guards", {})
     (tmp_path / "slurm").mkdir()
     Start(TrainingJob([], str(tmp_path)))._begin()
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "other"

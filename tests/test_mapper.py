@@ -14,9 +14,9 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from contnet.config import add_contnet_config
-from contnet.data.augmentation import build_train_mapper
-from contnet.data.mapper import FastMapper
-from contnet.randomness import seed_everything
+from contnet.data.pipeline.mappers import FastMapper
+from contnet.data.pipeline.transforms import build_train_mapper
+from contnet.utils.seed import seed_everything
 
 HEIGHT, WIDTH = 90, 121
 LARGE = ["INPUT.MIN_SIZE_TRAIN", "(150, 170)"]

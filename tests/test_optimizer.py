@@ -13,7 +13,7 @@ from torch import nn
 
 from contnet.config import add_contnet_config
 from contnet.engine.optimizer import build_optimizer
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 
 def _cfg(*opts):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from benchmarks.plain import run_plain
 from oracle import VARIANTS
 
 import contnet
 from contnet.modeling import contnet as network
-from contnet.modeling.plain import run_plain
 
 FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
 OPTIONS = [{}, *({flag: value} for flag, value in FLAGS.items()), FLAGS]

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from contnet.config import load_config
-from contnet.data.augmentation import build_train_mapper
-from contnet.errors import UserError
+from contnet.data.pipeline.transforms import build_train_mapper
 from contnet.launch.main import main
 from contnet.modeling.pspnet import window_starts
+from contnet.utils.errors import UserError
 
 LEAF = str(Path(__file__).parents[1] / "configs" / "cityscapes" / "pspnet_contti.yaml")
 SMALL = [

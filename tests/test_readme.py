@@ -10,19 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import main as benchmarks
 from conftest import REPOSITORY, finish
 
-from contnet import compare, demo
-from contnet.benchmark import compare_checkouts
-from contnet.benchmark import main as benchmark
-from contnet.checkpoint import weights
+from benchmarks import compare_checkouts
+from contnet.commands import compare, demo, doctor
+from contnet.commands import convert_weights as weights
+from contnet.commands import results as table
+from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
-from contnet.data import cityscapes, doctor, shard_writer
-from contnet.errors import UserError
-from contnet.launch import sweep, table
+from contnet.data.datasets import cityscapes_labels as cityscapes
+from contnet.data.datasets import shard_writer
 from contnet.launch.arguments import parse_arguments
-from contnet.launch.submit import parse_submission
-from contnet.zoo import make_zoo
+from contnet.slurm import sweep
+from contnet.slurm.submit import parse_submission
+from contnet.utils.errors import UserError
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 README = REPOSITORY / "README.md"
@@ -151,9 +153,9 @@ def check_compare(arguments: list[str], monkeypatch) -> None:
 
 
 def check_benchmark(arguments: list[str], monkeypatch) -> None:
-    for subject in benchmark.SUBJECTS.values():
+    for subject in benchmarks.SUBJECTS.values():
         monkeypatch.setattr(subject, "run", lambda args: None)
-    assert benchmark.main(arguments) == 0
+    assert benchmarks.main(arguments) == 0
 
 
 def check_make(arguments: list[str]) -> None:
@@ -188,7 +190,7 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_compare(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/make_shards.py":
             check_make_shards(arguments[1:], monkeypatch)
-        elif arguments[0] == "tools/benchmark.py":
+        elif arguments[0] == "tools/benchmarks.py":
             check_benchmark(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/compare_checkouts.py":
             compare_checkouts.build_parser().parse_args(arguments[1:])
@@ -231,7 +233,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
         "python tools/results.py",
-        "python tools/benchmark.py evaluation --boxes",
+        "python tools/benchmarks.py evaluation --boxes",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python tools/compare_checkouts.py ../before --only retinanet",
         "python train.py",

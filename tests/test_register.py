@@ -10,11 +10,11 @@ from conftest import REPOSITORY, finish, metrics_of
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
-from contnet.data.checks import check_datasets
-from contnet.data.register import learned_classes, register_datasets
-from contnet.data.shapes import make_shapes
-from contnet.errors import UserError
+from contnet.data.datasets.register import learned_classes, register_datasets
+from contnet.data.datasets.shapes import make_shapes
+from contnet.data.validation.datasets import check_datasets
 from contnet.launch.arguments import configure, parse_arguments
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"

@@ -10,10 +10,9 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
+from contnet.report.page.page import page as report
+from contnet.report.page.page.page import Box, ReportImage, write_report
 from PIL import Image
-
-from contnet import report
-from contnet.report import Box, ReportImage, write_report
 
 CLASS_NAMES = ("circle", "<b>square</b>")
 VOID = {"meta", "link", "br", "img", "hr", "input"}

@@ -13,15 +13,15 @@ from torch import nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.engine.evaluation import check_best_metric, main_metric
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
-from contnet.engine.results import (
+from contnet.evaluation.build import check_best_metric, main_metric
+from contnet.evaluation.results import (
     forget_results_after,
     markdown_tables,
     read_results,
     record_results,
 )
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 NAN = math.nan

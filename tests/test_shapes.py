@@ -14,17 +14,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from contnet.data import shapes
-from contnet.data.register import register_datasets
-from contnet.data.shapes import (
+from contnet.data.datasets import shapes
+from contnet.data.datasets.register import register_datasets
+from contnet.data.datasets.shapes import (
     CLASS_NAMES,
     MIN_VISIBLE,
     ShapesConfig,
     make_shapes,
     shapes_datasets,
 )
-from contnet.data.shapes_cityscapes import LABELS, shapes_to_cityscapes
-from contnet.errors import UserError
+from contnet.data.datasets.shapes_cityscapes import LABELS, shapes_to_cityscapes
+from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1
 SMALL = ShapesConfig(num_train=24, num_val=8)

@@ -18,19 +18,19 @@ from conftest import REPOSITORY
 from imagenet import class_name, make_imagenet
 from PIL import Image
 
-from contnet.data import shards
-from contnet.data.findings import ERROR, NOTE, Findings
-from contnet.data.imagenet import Source, read_image, read_set
-from contnet.data.shard_writer import main, make_shards
-from contnet.data.shards import (
+from contnet.data.datasets import shards
+from contnet.data.datasets.imagenet import Source, read_image, read_set
+from contnet.data.datasets.shard_writer import main, make_shards
+from contnet.data.datasets.shards import (
     index_shard,
     read_classes,
     read_index,
     read_sample,
     shard_records,
 )
-from contnet.errors import UserError
-from contnet.files import atomic_write
+from contnet.data.findings import ERROR, NOTE, Findings
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
 
 
 @pytest.fixture(scope="session")

@@ -18,18 +18,18 @@ from conftest import REPOSITORY, SMALL
 from detectron2.data import MetadataCatalog
 from submitit.core.utils import DelayedSubmission
 
+from contnet.commands.results import results_table
 from contnet.config import load_config
-from contnet.launch import snapshot
 from contnet.launch.arguments import parse_arguments
-from contnet.launch.executors import local_executor, submit_jobs
-from contnet.launch.folder import last_saved
-from contnet.launch.settings import Settings
-from contnet.launch.slurm import check_request, read_nodes
-from contnet.launch.status import read_status
-from contnet.launch.submissions import describe_run, process_start, read_submissions
-from contnet.launch.submit import main, parse_submission
-from contnet.launch.sweep import expand_runs
-from contnet.launch.table import results_table
+from contnet.slurm import snapshot
+from contnet.slurm.executors import local_executor, submit_jobs
+from contnet.slurm.lease import last_saved
+from contnet.slurm.nodes import check_request, read_nodes
+from contnet.slurm.records import describe_run, process_start, read_submissions
+from contnet.slurm.settings import Settings
+from contnet.slurm.status import read_status
+from contnet.slurm.submit import main, parse_submission
+from contnet.slurm.sweep import expand_runs
 
 ANNOTATIONS = "coco/annotations/instances_train2017.json"
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -707,7 +707,7 @@ def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, c
 @pytest.mark.slow
 def test_without_snapshot_the_code_is_as_the_job_finds_it(no_slurm, coco_root, project):
     environment = {"PYTHONPATH": str(project), "DETECTRON2_DATASETS": str(coco_root)}
-    broken = "--setup", f"echo 'raise RuntimeError(1)' > {project}/contnet/launch/job.py"
+    broken = "--setup", f"echo 'raise RuntimeError(1)' > {project}/contnet/slurm/job.py"
     argv = ["--config-file", LEAF, *QUICK, "--no-snapshot", *broken, "OUTPUT_DIR", "out", "--watch"]
     done = run_tool("submit.py", *argv, **environment)
     assert done.returncode == 1

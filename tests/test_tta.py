@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from contnet.config import load_config
-from contnet.engine.tta import DenseDetectorTTA, SemanticSegmentorTTA, tta_class
-from contnet.errors import UserError
+from contnet.modeling.tta import DenseDetectorTTA, SemanticSegmentorTTA, tta_class
+from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 HEIGHT, WIDTH = 64, 96  # what the network pads to: nothing is padded, whichever way it is mirrored

@@ -21,8 +21,8 @@ from oracle import make_oracle
 import contnet
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.errors import UserError
 from contnet.modeling.backbone import backbone_prefix
+from contnet.utils.errors import UserError
 
 CONTNET = "faster_rcnn_contti.yaml"
 RESNET = "faster_rcnn_r50.yaml"

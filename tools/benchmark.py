@@ -3,11 +3,11 @@
 
 import sys
 
-from contnet.compat import quiet_known_noise
+from contnet.modeling.compat import quiet_known_noise
 
 quiet_known_noise()  # before Detectron2 is imported
 
-from contnet.benchmark.main import main  # noqa: E402
+from benchmarks.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

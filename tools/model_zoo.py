@@ -3,11 +3,11 @@
 
 from pathlib import Path
 
-from contnet.compat import quiet_known_noise
+from contnet.modeling.compat import quiet_known_noise
 
 quiet_known_noise()  # before Detectron2 is imported
 
-from contnet.zoo import ZOO, make_zoo  # noqa: E402
+from contnet.commands.model_zoo import ZOO, make_zoo  # noqa: E402
 
 if __name__ == "__main__":
     repository = Path(__file__).resolve().parents[1]

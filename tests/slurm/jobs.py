@@ -18,9 +18,9 @@ from cluster import Cluster, free_ports, running_cluster, why_no_slurm
 from conftest import REPOSITORY, SMALL
 from toy import FAULTS, ToyJob
 
-from contnet.launch.job import python_command
 from contnet.launch.main import main
-from contnet.launch.status import read_status
+from contnet.slurm.job import python_command
+from contnet.slurm.status import read_status
 
 __all__ = [
     "ITERATIONS",

@@ -24,7 +24,7 @@ from cluster import NODES, why_no_slurm
 from coco import make_coco
 from jobs import Lab, run_here, running_lab, same_training, starts_of
 
-from contnet.launch.status import read_status
+from contnet.slurm.status import read_status
 
 OPTIONS = ("SOLVER.CHECKPOINT_PERIOD", "7", "TEST.EVAL_PERIOD", "12")
 FAULTS = {"pace": 0.2, "save": 0.3, "evaluation": 0.3}

@@ -8,9 +8,9 @@ import pytest
 from conftest import REPOSITORY, SMALL
 from jobs import PATIENCE, starts_of
 
-from contnet.launch.submissions import last_submission
-from contnet.launch.submit import main
-from contnet.launch.table import results_table
+from contnet.commands.results import results_table
+from contnet.slurm.records import last_submission
+from contnet.slurm.submit import main
 
 pytest_plugins = ["jobs"]
 pytestmark = pytest.mark.slurm

@@ -12,7 +12,7 @@ from jobs import PATIENCE, arguments, run_here, same_training, starts_of
 from submitit.core.utils import FailedJobError
 
 from contnet.launch.environment import ports
-from contnet.launch.status import read_status
+from contnet.slurm.status import read_status
 
 pytest_plugins = ["jobs"]
 pytestmark = pytest.mark.slurm

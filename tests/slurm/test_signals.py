@@ -8,7 +8,7 @@ import time
 import pytest
 from jobs import ITERATIONS, run_here, same_training, starts_of
 
-from contnet.launch.status import read_status
+from contnet.slurm.status import read_status
 
 pytest_plugins = ["jobs"]
 pytestmark = pytest.mark.slurm

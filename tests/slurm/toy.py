@@ -17,7 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
-from contnet.launch.job import TrainingJob
+from contnet.slurm.job import TrainingJob
 
 __all__ = ["ToyJob"]
 

@@ -15,8 +15,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from contnet.checkpoint.background import BackgroundWriter, Snapshot
-from contnet.checkpoint.convert import (
+from contnet.checkpoint.background_writer import BackgroundWriter, Snapshot
+from contnet.checkpoint.key_mapping import (
     convert_resnet_state_dict,
     convert_state_dict,
     is_resnet,
@@ -34,12 +34,12 @@ from contnet.checkpoint.reading import (
     read_torch,
     some,
 )
-from contnet.data.imagenet import difference
-from contnet.errors import UserError
-from contnet.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.data.datasets.imagenet import difference
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import Encoder
+from contnet.utils.errors import UserError
+from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
 
 __all__ = ["BEST", "Checkpointer"]
 

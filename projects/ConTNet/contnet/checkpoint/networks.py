@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from contnet.checkpoint.convert import (
+from contnet.checkpoint.key_mapping import (
     authors_name,
     convert_state_dict,
     detectron2_name,
@@ -18,8 +18,8 @@ from contnet.checkpoint.convert import (
     torchvision_name,
 )
 from contnet.checkpoint.reading import bare_name, some
-from contnet.errors import UserError
 from contnet.modeling.contnet import create_model
+from contnet.utils.errors import UserError
 
 __all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 

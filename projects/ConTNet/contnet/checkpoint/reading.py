@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 __all__ = [
     "AVERAGED",

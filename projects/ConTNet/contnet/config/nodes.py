@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from detectron2.config import CfgNode
 
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 __all__ = ["flatten", "get_value", "nearest", "one_line"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from contnet.config.checks import validate
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import flatten, get_value, nearest, one_line
-from contnet.errors import UserError
+from contnet.config.values import validate
+from contnet.utils.errors import UserError
 
 __all__ = ["is_set", "load_config"]
 

@@ -15,8 +15,8 @@ from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
 
 from contnet.checkpoint.checkpointer import BEST, Checkpointer
-from contnet.errors import UserError
-from contnet.files import check_may_write
+from contnet.utils.errors import UserError
+from contnet.utils.files import check_may_write
 
 __all__ = [
     "BestCheckpoint",

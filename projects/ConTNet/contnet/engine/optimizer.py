@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from contnet.errors import UserError
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
+from contnet.utils.errors import UserError
 
 __all__ = ["build_lr_scheduler", "build_optimizer"]
 

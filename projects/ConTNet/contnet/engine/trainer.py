@@ -20,11 +20,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.compat import fix_gradient_order, use_plain_focal_loss
-from contnet.data.checks import load_dicts
-from contnet.data.register import learned_classes
-from contnet.data.stream import build_train_loader
-from contnet.engine.evaluation import evaluate, main_metric
+from contnet.data.datasets.register import learned_classes
+from contnet.data.pipeline.loader import build_train_loader
+from contnet.data.validation.datasets import load_dicts
 from contnet.engine.hooks import (
     BestCheckpoint,
     Evaluation,
@@ -33,12 +31,14 @@ from contnet.engine.hooks import (
     WriteMetrics,
 )
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
-from contnet.engine.precision import autocast, grad_scaler
-from contnet.engine.results import forget_results_after
 from contnet.engine.writers import build_writers, forget_metrics_after, record_run
-from contnet.errors import UserError
+from contnet.evaluation.build import evaluate, main_metric
+from contnet.evaluation.results import forget_results_after
+from contnet.modeling.amp import autocast, grad_scaler
 from contnet.modeling.classifier import ImageClassifier
-from contnet.randomness import seed_everything
+from contnet.modeling.compat import fix_gradient_order, use_plain_focal_loss
+from contnet.utils.errors import UserError
+from contnet.utils.seed import seed_everything
 
 __all__ = ["Trainer", "distribute"]
 

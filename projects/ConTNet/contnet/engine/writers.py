@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
 import contnet
-from contnet.files import atomic_write
+from contnet.utils.files import atomic_write
 
 __all__ = [
     "COMMIT_VARIABLE",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from contnet.config import is_set, load_config
-from contnet.data.register import class_key, count_classes, register_datasets
-from contnet.errors import UserError
+from contnet.data.datasets.register import class_key, count_classes, register_datasets
+from contnet.utils.errors import UserError
 
 __all__ = [
     "add_run_options",

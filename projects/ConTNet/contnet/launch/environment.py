@@ -19,7 +19,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
-from contnet.errors import UserError
+from contnet.utils.errors import UserError
 
 __all__ = ["Place", "find_place", "first_host", "meet", "ports"]
 

@@ -15,15 +15,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.compat import quiet_known_noise
-from contnet.data.checks import load_dicts
-from contnet.data.register import learned_classes
-from contnet.engine.evaluation import evaluate
+from contnet.data.datasets.register import learned_classes
+from contnet.data.validation.datasets import load_dicts
 from contnet.engine.trainer import Trainer
-from contnet.errors import UserError
+from contnet.evaluation.build import evaluate
 from contnet.launch.arguments import configure, parse_arguments
-from contnet.launch.checks import check_run, count_processes
-from contnet.launch.processes import launch_run, print_error
+from contnet.launch.distributed import launch_run, print_error
+from contnet.launch.preflight import check_run, count_processes
+from contnet.modeling.compat import quiet_known_noise
+from contnet.utils.errors import UserError
 
 __all__ = ["main", "run"]
 

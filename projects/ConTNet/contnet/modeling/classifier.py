@@ -12,8 +12,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
-from contnet.errors import UserError
 from contnet.modeling.contnet import VARIANTS
+from contnet.utils.errors import UserError
 
 __all__ = [
     "OPTION_KEYS",

@@ -1,0 +1,80 @@
+"""How fast a machine could run a ConTNet: its multiply-adds and bytes against two ceilings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import alternate
+from contnet.modeling.contnet import Attention, ConTBlock, ConTNet
+from contnet.modeling.macs import operations_of_call
+
+__all__ = ["count_parts", "least_seconds", "measure_ceilings"]
+
+# What the others do to each number can be done while they read or write it.
+_COUNTED = ("convolution", "linear", "attention")
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Multiply-adds a second of a large matrix product, and bytes a second of a large copy."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(2**28, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    ways = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    seconds = {name: median(times) for name, times in alternate(ways, 10, 2).items()}
+    return side**3 / seconds["product"], 2 * source.numel() / seconds["copy"]
+
+
+def _moved(module: nn.Module, x: Tensor, out: Tensor) -> int:
+    """Numbers that one call must at least read and write."""
+    if isinstance(module, Attention):
+        return 4 * x.numel()  # query, key, value and the result
+    if isinstance(module, ConTBlock):
+        return x.numel() + out[0].numel() + module.conv.weight.numel()
+    return x.numel() + out.numel() + module.weight.numel()
+
+
+def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    """Counts what a forward pass must do at least.
+
+    Args:
+        model: any; it is run on the meta device and comes back there.
+        images: shape (N, C, H, W).
+
+    Returns:
+        Multiply-adds and numbers moved by part, as "stages.0 linear".
+    """
+    parts = defaultdict(lambda: (0, 0))
+    model = model.to("meta")
+    handles = []
+    for name, module in model.named_modules():
+        place = ".".join(name.split(".")[:2]) if name.startswith("stages") else name
+
+        def count(module: nn.Module, args: tuple, out: Tensor, place: str = place) -> None:
+            for kind, number in operations_of_call(module, args[0], out):
+                if kind in _COUNTED:
+                    done, moved = parts[f"{place} {kind}"]
+                    moved += _moved(module, args[0], out)
+                    parts[f"{place} {kind}"] = done + number, moved
+
+        handles.append(module.register_forward_hook(count))
+    with torch.no_grad():
+        model(torch.empty(images, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return dict(parts)
+
+
+def least_seconds(
+    parts: dict[str, tuple[int, int]], ceilings: tuple[float, float], dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds below which no part can come: it computes, or it moves its bytes."""
+    products, copied = ceilings
+    return {
+        name: max(done / products, moved * dtype.itemsize / copied)
+        for name, (done, moved) in parts.items()
+    }

@@ -1,0 +1,85 @@
+"""Training steps of two configs' models beside each other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.timing import alternate, print_ratios
+from contnet.config import load_config
+from contnet.engine.optimizer import build_optimizer
+from contnet.modeling.amp import autocast
+
+__all__ = ["add_arguments", "build_step", "random_batch", "run"]
+
+_OBJECTS = 7  # of an image, COCO's mean
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--configs",
+        nargs=2,
+        default=("configs/faster_rcnn_r50.yaml", "configs/faster_rcnn_contm.yaml"),
+        metavar="FILE",
+        help="of detectors with boxes; the first is the baseline (default: Faster R-CNN's)",
+    )
+    parser.add_argument("--unfrozen", action="store_true", help="freeze nothing, BN in both")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of both")
+
+
+def random_batch(images: int, size: tuple[int, int]) -> list[dict]:
+    """Random images of ``size`` (height, width) with boxes, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    side = torch.tensor([size[1], size[0]]).float()
+    batch = []
+    for _ in range(images):
+        corners = torch.rand(_OBJECTS, 2, generator=generator) * side * 0.7
+        extents = torch.rand(_OBJECTS, 2, generator=generator) * side * 0.3
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + extents + 4], 1))
+        instances.gt_classes = torch.randint(80, (_OBJECTS,), generator=generator)
+        pixels = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+        batch.append({"image": pixels, "instances": instances, "height": size[0], "width": size[1]})
+    return batch
+
+
+def build_step(cfg: CfgNode, batch: list[dict]) -> tuple[nn.Module, Optimizer, Callable[[], None]]:
+    """A detector, its optimiser, and a call that trains a step on the batch."""
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with EventStorage(), autocast(cfg):  # where the model puts its metrics
+            loss = sum(model(batch).values())
+        loss.backward()
+        optimizer.step()
+
+    return model, optimizer, step
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the ratios of the two configs' steps."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A rate at which random weights stay finite, so that the losses cost what they cost.
+    opts = ["MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-6", *args.opts]
+    if args.unfrozen:
+        opts += ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.CONTNET.FREEZE_AT", "0"]
+        opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.CONTNET.NORM", "BN"]
+    batch = random_batch(args.batch, tuple(args.size))
+    ways = {file: build_step(load_config(file, opts), batch)[2] for file in args.configs}
+    print_ratios(alternate(ways, args.rounds), args.configs[0])

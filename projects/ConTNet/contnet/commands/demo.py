@@ -1,0 +1,152 @@
+"""The demonstration: draws a data set, trains a small detector on it, evaluates it, shows pictures.
+
+It goes through the same entry point as every training, with a data set that is registered by its
+paths; only the data set and the page are made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    detection_utils,
+)
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.config import load_config
+from contnet.data.datasets.register import learned_classes
+from contnet.data.datasets.shapes import make_shapes, shapes_datasets
+from contnet.data.validation.datasets import load_dicts
+from contnet.engine.writers import METRICS_FILE
+from contnet.launch.distributed import print_error
+from contnet.launch.main import main as train
+from contnet.report.page.page import Box, ReportImage, write_report
+from contnet.utils.errors import UserError
+
+__all__ = ["REQUIRED_AP", "main", "run_demo"]
+
+REQUIRED_AP = 60.0
+_PICTURES = 12
+_SHOWN_SCORE = 0.5
+# Of the square images, in pixels: a multiple of 224 needs no margins in the network.
+_SIDE = 224
+
+
+def _boxes(boxes: torch.Tensor, classes: list[int], scores: list[float | None]) -> list[Box]:
+    rows = zip(boxes.tolist(), classes, scores, strict=True)
+    return [Box(tuple(xyxy), index, score) for xyxy, index, score in rows]
+
+
+def _ground_truth(record: dict) -> list[Box]:
+    boxes = [
+        BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS)
+        for item in record["annotations"]
+    ]
+    classes = [item["category_id"] for item in record["annotations"]]
+    return _boxes(torch.tensor(boxes), classes, [None] * len(classes))
+
+
+def _detections(instances: Instances) -> list[Box]:
+    shown = instances[instances.scores >= _SHOWN_SCORE]
+    boxes: Boxes = shown.pred_boxes
+    return _boxes(boxes.tensor, shown.pred_classes.tolist(), shown.scores.tolist())
+
+
+def _pictures(cfg: CfgNode) -> list[ReportImage]:
+    """Detections of the trained model beside the ground truth, on the first validation images."""
+    model = build_model(cfg).eval()
+    records = load_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
+    checkpointer = Checkpointer(model, classes=learned_classes(cfg, cfg.DATASETS.TEST))
+    checkpointer.load_whole(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
+    loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
+    pictures = []
+    with torch.no_grad():
+        for record, inputs in zip(records, loader, strict=True):
+            (output,) = model(inputs)
+            pictures.append(
+                ReportImage(
+                    name=Path(record["file_name"]).name,
+                    image=detection_utils.read_image(record["file_name"], "RGB"),
+                    ground_truth=_ground_truth(record),
+                    detections=_detections(output["instances"]),
+                )
+            )
+    return pictures
+
+
+def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple[float, Path]:
+    """Draws, trains, evaluates and writes the page.
+
+    Args:
+        config_file: the detector and its schedule.
+        output: folder for the data set (kept from run to run), the run and the page.
+        opts: config keys and values.
+
+    Returns:
+        The last box AP on the validation images, in percent, and the page's path.
+
+    Raises:
+        UserError: if training failed.
+    """
+    start = time.monotonic()
+    data, run = output / "data", output / "run"
+    make_shapes(data, min_side=_SIDE, max_side=_SIDE)
+    shutil.rmtree(run, ignore_errors=True)
+    opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
+    if train(["--config-file", str(config_file), *opts]):
+        raise UserError("the demonstration's training failed, see the line above")
+    cfg = load_config(str(config_file), opts)
+    metrics = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
+    seconds = time.monotonic() - start
+    page = write_report(
+        output / "report.html",
+        title="ConTNet on drawn shapes",
+        images=_pictures(cfg),
+        metrics=metrics,
+        summary={
+            "box AP": f"{ap:.1f}",
+            "command": " ".join(sys.argv),
+            "backbone": cfg.MODEL.CONTNET.VARIANT,
+            "iterations": cfg.SOLVER.MAX_ITER,
+            "time": f"{seconds:.0f} s",
+            "PyTorch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        class_names=MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes,
+    )
+    return ap, page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/demo.py; status 1 if the box AP is below ``REQUIRED_AP``."""
+    repository = Path(__file__).resolve().parents[3]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="FOLDER")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        ap, page = run_demo(repository / "configs" / "demo.yaml", args.output, args.opts)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(f"box AP {ap:.1f}")
+    print(f"page {page.resolve()}")
+    if not ap >= REQUIRED_AP:
+        print_error(UserError(f"box AP is below {REQUIRED_AP:.0f}, something is broken"))
+        return 1
+    return 0

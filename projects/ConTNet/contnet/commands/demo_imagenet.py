@@ -1,0 +1,70 @@
+"""The demonstration of classification: cuts out drawn shapes, trains a ConTNet to name them.
+
+It goes through the same entry point as every training, with folders of classes as ImageNet has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from contnet.data.datasets.shapes import crop_shapes, make_shapes
+from contnet.evaluation.results import read_results
+from contnet.launch.distributed import print_error
+from contnet.launch.main import main as train
+from contnet.utils.errors import UserError
+
+__all__ = ["REQUIRED_TOP1", "main", "run_demo"]
+
+REQUIRED_TOP1 = 90.0
+_SIDE = 384  # in pixels
+
+
+def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float:
+    """Draws, trains and evaluates.
+
+    Args:
+        config_file: the classifier and its schedule.
+        output: folder for the pictures and the run.
+        opts: config keys and values.
+
+    Returns:
+        The top-1 accuracy on the validation images, in percent.
+
+    Raises:
+        UserError: if training failed.
+    """
+    run, pictures = output / "run", (output / "pictures").resolve()
+    # On so large images few objects are hidden in part.
+    data = make_shapes(output / "data", num_train=300, min_side=_SIDE, max_side=_SIDE)
+    crop_shapes(data, pictures)
+    shutil.rmtree(run, ignore_errors=True)
+    sets = [[f"pictures_{split}", str(pictures / split)] for split in ("train", "val")]
+    opts = ["DATASETS.REGISTER", str(sets), *opts, "OUTPUT_DIR", str(run)]
+    if train(["--config-file", str(config_file), *opts]):
+        raise UserError("the demonstration's training failed, see the line above")
+    return read_results(str(run))[-1]["metrics"]["classification"]["top1"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/demo_imagenet.py; status 1 if top-1 is below ``REQUIRED_TOP1``."""
+    repository = Path(__file__).resolve().parents[3]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/demo_imagenet"), metavar="FOLDER"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")
+    args = parser.parse_intermixed_args(argv)
+    config_file = repository / "configs" / "demo_imagenet.yaml"
+    try:
+        top1 = run_demo(config_file, args.output, args.opts)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(f"top-1 {top1:.1f}")
+    if not top1 >= REQUIRED_TOP1:
+        print_error(UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, something is broken"))
+        return 1
+    return 0

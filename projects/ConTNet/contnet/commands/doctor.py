@@ -1,0 +1,190 @@
+"""The doctor: looks at the data sets of a config, every image included, and says what it finds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+from tqdm import tqdm
+
+from contnet.commands.options import add_workers_option, check_positive
+from contnet.data.datasets.imagenet import EVALUATOR_TYPE, FACT, inspect_image, read_set
+from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.validation.cityscapes import FILES, find_scenes, inspect_images
+from contnet.data.validation.coco import read_instances
+from contnet.data.validation.datasets import check_classes, check_dataset
+from contnet.data.validation.images import check_depth
+from contnet.launch.arguments import config_parser, configure
+from contnet.launch.distributed import print_error
+from contnet.modeling.compat import quiet_known_noise
+from contnet.utils.errors import UserError
+
+__all__ = ["build_parser", "diagnose", "main"]
+
+_EPILOG = """\
+What would stop or corrupt training is an ERROR: the exit status is then 1. Differences from the
+official data sets and harmless oddities are NOTES: the exit status is 0.
+
+example:
+  doctor.py --config-file configs/faster_rcnn_contm.yaml
+"""
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TURNED = range(5, 9)  # width and height change places
+
+
+class _Listed(NamedTuple):
+    """An image as an annotation file has it."""
+
+    path: str
+    width: object
+    height: object
+
+
+def _inspect_listed(image: _Listed, mode: str) -> list[Finding]:
+    """Decodes an image as training does; what is wrong with it."""
+    try:
+        # Detectron2 turns an image as its EXIF says.
+        height, width = read_image(image.path, mode).shape[:2]
+        with Image.open(image.path) as file:
+            orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
+            found = check_depth(file, image.path)
+    except Exception as error:  # decoders raise anything on a damaged file
+        return [Finding(ERROR, "images that cannot be read", f"{image.path} ({error})")]
+    sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
+    if (width, height) != (image.width, image.height):
+        what = "images of another size than their annotations say"
+        if orientation in _EXIF_TURNED and (height, width) == (image.width, image.height):
+            what = (
+                "images that their EXIF orientation turns when they are read, their annotations "
+                "are for the unturned ones: save the images without it"
+            )
+        return [*found, Finding(ERROR, what, sizes)]
+    if orientation != 1:
+        what = (
+            "images that their EXIF orientation turns when they are read: annotations must be for "
+            "the turned ones"
+        )
+        found.append(Finding(NOTE, what, image.path))
+    return found
+
+
+def _listed_images(name: str) -> list[_Listed]:
+    metadata = MetadataCatalog.get(name)
+    paths = []
+    for image in read_instances(metadata.json_file)["images"]:
+        path = os.path.join(metadata.image_root, str(image.get("file_name")))
+        if os.path.isfile(path):  # what is missing has been told
+            paths.append(_Listed(path, image.get("width"), image.get("height")))
+    return paths
+
+
+def _in_parallel(
+    function: Callable[[object], list[Finding]], items: Sequence, name: str, workers: int
+) -> Iterable[list[Finding]]:
+    """Results in the order of the items, with a progress bar where there is a terminal."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        chunk = max(1, min(128, len(items) // (4 * workers)))
+        results = pool.map(function, items, chunksize=chunk)
+        yield from tqdm(results, desc=name, total=len(items), unit="image", disable=None)
+
+
+def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -> None:
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    if kind == "coco":
+        function = partial(_inspect_listed, mode=cfg.INPUT.FORMAT)
+        items = _listed_images(name)
+    elif kind in FILES:
+        function = inspect_images
+        items = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
+    elif kind == EVALUATOR_TYPE:
+        function = inspect_image
+        items = read_set(metadata.source, Findings()).records
+    else:
+        return
+    facts = Counter()
+    for found in _in_parallel(function, items, name, workers):
+        for finding in found:
+            if finding.severity == FACT:
+                facts[finding.kind] += 1
+            else:
+                findings.add(*finding)
+    findings.facts.append(f"{plural(len(items), 'image')} opened")
+    if facts:
+        findings.facts.append(
+            "of these " + ", ".join(f"{count} {what}" for what, count in sorted(facts.items()))
+        )
+
+
+def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
+    """Checks all data sets of a config, and decodes their images.
+
+    Args:
+        cfg: of :func:`contnet.launch.arguments.configure`.
+        workers: number of processes.
+
+    Returns:
+        What was found, by data set.
+
+    Raises:
+        UserError: if the config names no data set.
+    """
+    names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    if not names:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+    found = {name: check_dataset(cfg, name) for name in names}
+    check_classes(cfg, found)
+    for name, findings in found.items():
+        if findings.classes:  # it could be read
+            _look_at_images(cfg, name, workers, findings)
+    return found
+
+
+def _print(name: str, findings: Findings) -> None:
+    lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
+    for severity in (ERROR, NOTE):
+        lines += [f"  {severity:5}  {line}" for line in findings.lines(severity)]
+    for line in lines:
+        # File names need not be text, and not every terminal takes their bytes as they are.
+        print(line.encode(errors="backslashreplace").decode())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tools/doctor.py."""
+    parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
+    add_workers_option(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
+    quiet_known_noise()
+    try:
+        args = build_parser().parse_intermixed_args(argv)
+        check_positive(args, "workers")
+        cfg = configure(args)
+        for note in args.notes:
+            print(note)
+        found = diagnose(cfg, args.workers)
+    except UserError as error:
+        print_error(error)
+        return 1
+    for name, findings in found.items():
+        _print(name, findings)
+    errors, notes = (
+        sum(len(findings.lines(severity)) for findings in found.values())
+        for severity in (ERROR, NOTE)
+    )
+    verdict = "this would stop or corrupt training" if errors else "training can start"
+    print(f"{plural(errors, 'error')}, {plural(notes, 'note')}: {verdict}")
+    return 1 if errors else 0

@@ -1,0 +1,173 @@
+"""Label files of Cityscapes, drawn from its polygons.
+
+The download has polygons for every image, in ``gtFine/SPLIT/CITY/*_gtFine_polygons.json``. Beside
+each, training and evaluation need pictures in which a pixel's value is a class or an object::
+
+    *_gtFine_labelTrainIds.png   class as trained, 0 to 18, or 255: training of segmenters
+    *_gtFine_labelIds.png        class as in Cityscapes' table: evaluation of segmenters
+    *_gtFine_instanceIds.png     class x 1000 + number of the object: both evaluations
+
+The table of classes and the rules of drawing are those of cityscapesscripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from cityscapesscripts.helpers.annotation import Annotation
+from cityscapesscripts.helpers.labels import name2label
+from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
+from cityscapesscripts.preparation.json2labelImg import createLabelImage
+from PIL import Image
+from tqdm import tqdm
+
+from contnet.commands.options import add_workers_option, check_positive
+from contnet.launch.distributed import print_error
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = ["LABEL_FILES", "default_root", "main", "prepare_cityscapes"]
+
+_POLYGONS = "_polygons.json"
+
+
+def _draw_instances(annotation: Annotation) -> Image.Image:
+    """Objects in 16 bits: cityscapesscripts draws in 32, which Pillow 13 no longer writes."""
+    return Image.fromarray(np.asarray(createInstanceImage(annotation, "ids")).astype(np.uint16))
+
+
+LABEL_FILES: dict[str, Callable[[Annotation], Image.Image]] = {
+    "_labelTrainIds.png": partial(createLabelImage, encoding="trainIds"),
+    "_labelIds.png": partial(createLabelImage, encoding="ids"),
+    "_instanceIds.png": _draw_instances,
+}
+
+
+def default_root() -> Path:
+    """Where Detectron2 looks for Cityscapes: $DETECTRON2_DATASETS, or ./datasets, /cityscapes."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "cityscapes"
+
+
+def _read(file: Path) -> Annotation:
+    """Polygons of one image, checked.
+
+    Raises:
+        ValueError, KeyError, TypeError, LookupError, AttributeError: for what are no polygons.
+    """
+    annotation = Annotation()
+    annotation.fromJsonText(file.read_text(encoding="utf-8"))
+    for item in annotation.objects:
+        if item.deleted:
+            continue
+        if item.label not in name2label and item.label.removesuffix("group") not in name2label:
+            raise ValueError(f"Cityscapes has no label {item.label!r}")
+        if not np.isfinite(np.asarray(item.polygon, dtype=float)).all():
+            raise ValueError(f"a polygon of label {item.label!r} is not finite")
+    return annotation
+
+
+def _prepare(file: Path) -> tuple[int, str]:
+    """Draws what is missing beside one polygon file; the number of files written, an error."""
+    stem = str(file).removesuffix(_POLYGONS)
+    missing = {Path(stem + end): draw for end, draw in LABEL_FILES.items()}
+    missing = {path: draw for path, draw in missing.items() if not path.exists()}
+    if not missing:
+        return 0, ""
+    try:
+        annotation = _read(file)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it also raises
+            images = {path: draw(annotation) for path, draw in missing.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        return 0, f"{file} is damaged ({type(error).__name__}: {error})"
+    except OSError as error:
+        return 0, f"{file} cannot be read ({error.strerror})"
+    for path, image in images.items():
+        try:
+            with atomic_write(path) as target:
+                image.save(target, format="PNG")
+        except OSError as error:
+            return 0, f"{path} cannot be written ({error.strerror})"
+    return len(images), ""
+
+
+def _find_polygons(root: Path) -> list[Path]:
+    if not (root / "gtFine").is_dir():
+        nested = root / "cityscapes"
+        hint = f"; did you mean {nested}?" if (nested / "gtFine").is_dir() else ""
+        raise UserError(
+            f"{root.absolute()} has no folder gtFine: give the folder that holds gtFine and "
+            f"leftImg8bit by --root, or its parent by DETECTRON2_DATASETS{hint}"
+        )
+    files = sorted(root.glob(f"gtFine/*/*/*_gtFine{_POLYGONS}"))
+    if not files:
+        raise UserError(
+            f"{(root / 'gtFine').absolute()} has no SPLIT/CITY/*_gtFine{_POLYGONS}: unpack "
+            "gtFine_trainvaltest.zip there"
+        )
+    return files
+
+
+def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int]:
+    """Draws the label files that are missing; those that are there stay as they are.
+
+    Args:
+        root: the folder that holds ``gtFine``.
+        workers: processes; None for as many as there are cores.
+
+    Returns:
+        The number of files written, and of files that were there.
+
+    Raises:
+        UserError: for a folder without polygons, and, once all others are drawn, for polygon files
+            that cannot be used.
+    """
+    files = _find_polygons(root)
+    written, errors = 0, []
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        results = tqdm(pool.map(_prepare, files), total=len(files), unit="image", desc="labels")
+        try:
+            for count, error in results:
+                written += count
+                errors += [error] if error else []
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process was killed, perhaps for want of memory: run this again with fewer "
+                "--workers, it goes on where it stopped"
+            ) from error
+    if errors:
+        raise UserError(
+            f"{len(errors)} of {len(files)} images have no label files: {'; '.join(errors[:3])}"
+            f"{'; ...' if errors[3:] else ''}. Unpack these files again, then run this again"
+        )
+    return written, len(files) * len(LABEL_FILES) - written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/prepare_cityscapes.py; its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=default_root(),
+        metavar="FOLDER",
+        help="holds gtFine and leftImg8bit (default %(default)s)",
+    )
+    add_workers_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        check_positive(args, "workers")
+        written, kept = prepare_cityscapes(args.root, args.workers)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(f"{written} label files written, {kept} were there already")
+    return 0

@@ -1,0 +1,279 @@
+"""Makes shards (:mod:`contnet.data.datasets.shards`) of a folder of labelled images, for file systems that
+hate small files.
+
+The bytes of the images stay as they are. Their order is shuffled by a fixed seed, so that whoever
+reads shards from begin to end meets all classes. Beside the shards lie ``classes.txt``,
+``index.npz`` and ``shards.json``, which says what the shards were made of and how many images there
+must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from contnet.commands.options import add_workers_option, check_positive
+from contnet.data.datasets.imagenet import Content, Source, read_set
+from contnet.data.datasets.shards import (
+    CLASSES_FILE,
+    INDEX_FILE,
+    SHARD_ENDING,
+    STAMP_FILE,
+    Shard,
+    index_shard,
+    read_stamp,
+    write_index,
+)
+from contnet.data.findings import ERROR, Findings, plural
+from contnet.launch.distributed import print_error
+from contnet.utils.errors import UserError
+from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+
+__all__ = ["SAMPLES_PER_SHARD", "main", "make_shards"]
+
+SAMPLES_PER_SHARD = 5000  # of ImageNet, about 550 MB
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    path: str
+    key: str
+    label: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One shard to be."""
+
+    path: str
+    samples: list[_Sample]
+
+
+def _read_source(folder: Path) -> Content:
+    home = folder.resolve().parent
+    source = Source(str(folder))
+    if folder.resolve().name == "val":
+        source = Source(str(folder), home=str(home), train_dir=str(home / "train"))
+    findings = Findings()
+    content = read_set(source, findings)
+    if errors := findings.lines(ERROR):
+        raise UserError(errors[0])
+    if "offset" in content.records[0]:
+        raise UserError(f"{folder} holds shards already")
+    return content
+
+
+def _samples(records: Sequence[dict]) -> list[_Sample]:
+    """The records with keys: their paths without endings and, as WebDataset wants, dots."""
+    used: set[str] = set()
+    samples = []
+    for record in records:
+        folder, name = os.path.split(record["image_id"])
+        key = os.path.join(folder, os.path.splitext(name)[0].replace(".", "_"))
+        while key in used:
+            key += "_"
+        used.add(key)
+        samples.append(_Sample(record["file_name"], key, record["label"]))
+    return samples
+
+
+def _stamp(content: Content, samples_per_shard: int) -> dict:
+    digest = hashlib.sha256()
+    for record in content.records:
+        digest.update(os.fsencode(f"{record['label']} {record['image_id']}\0"))
+    digest.update(os.fsencode("\0".join(content.classes)))
+    return {
+        "images": len(content.records),
+        "samples_per_shard": samples_per_shard,
+        "seed": _SEED,
+        "sha256_of_names": digest.hexdigest(),
+    }
+
+
+def _claim(target: Path, stamp: dict, names: Sequence[str]) -> None:
+    """Makes the target folder, or goes on in one that was begun with the same stamp."""
+    target.mkdir(parents=True, exist_ok=True)
+    present = sorted(os.listdir(target))
+    begun = read_stamp(str(target)) if STAMP_FILE in present else None
+    if begun is not None and begun != stamp:
+        differing = ", ".join(key for key in stamp if begun.get(key) != stamp[key])
+        raise UserError(
+            f"{target} holds shards of other images or options ({differing}): give an empty folder"
+        )
+    ours = {STAMP_FILE, CLASSES_FILE, INDEX_FILE, *names}
+    others = [
+        name
+        for name in present
+        if name.removesuffix(TEMPORARY_SUFFIX) not in ours and not name.startswith(INDEX_FILE)
+    ]
+    if others or (begun is None and set(present) - {STAMP_FILE + TEMPORARY_SUFFIX}):
+        name = (others or present)[0]
+        raise UserError(f"{target} holds other things, such as {name}: give an empty folder")
+    if begun is None:
+        with atomic_write(target / STAMP_FILE, "w") as file:
+            json.dump(stamp, file, indent=1)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _is_kept(shard: Shard, plan: _Plan) -> bool:
+    """Whether a shard has the planned samples, and none of their files has changed since."""
+    planned = [(sample.key, sample.label) for sample in plan.samples]
+    if list(zip(shard.keys, shard.labels.tolist(), strict=True)) != planned:
+        return False
+    for sample, length in zip(plan.samples, shard.lengths.tolist(), strict=True):
+        status = os.stat(sample.path)
+        # A copy may bring an old time of writing along, but not one of change.
+        if status.st_size != length or status.st_ctime_ns > shard.mtime:
+            return False
+    return True
+
+
+def _existing(plan: _Plan) -> Shard | None:
+    """The shard, if it is there and need not be made again."""
+    if not os.path.exists(plan.path):
+        return None
+    try:
+        shard = index_shard(plan.path)
+    except UserError:
+        return None  # damaged since
+    return shard if _is_kept(shard, plan) else None
+
+
+def _make(plan: _Plan) -> tuple[Shard, bool]:
+    """Makes a shard, unless it is there; its index, and whether it was made."""
+    try:
+        if (shard := _existing(plan)) is not None:
+            return shard, False
+        with (
+            atomic_write(plan.path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for sample in plan.samples:
+                ending = os.path.splitext(sample.path)[1].lower()
+                _add(tar, sample.key + ending, Path(sample.path).read_bytes())
+                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+    except OSError as error:
+        what = error.filename or plan.path
+        raise UserError(f"{what}: {error.strerror}; mend it and run this again") from error
+    return index_shard(plan.path), True
+
+
+def _plans(content: Content, target: Path, samples_per_shard: int) -> list[_Plan]:
+    samples = _samples(content.records)
+    order = np.random.default_rng(_SEED).permutation(len(samples))
+    shuffled = [samples[i] for i in order]
+    starts = range(0, len(shuffled), samples_per_shard)
+    name = target.resolve().name
+    return [
+        _Plan(
+            str(target / f"{name}-{number:06d}{SHARD_ENDING}"),
+            shuffled[start : start + samples_per_shard],
+        )
+        for number, start in enumerate(starts)
+    ]
+
+
+def make_shards(
+    source: Path,
+    target: Path,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    workers: int | None = None,
+) -> tuple[int, int]:
+    """Makes the shards that are missing, and those of images that changed; others stay.
+
+    Args:
+        source: class folders; or a flat folder called ``val`` whose label file and training set lie
+            beside it.
+        target: empty, or left by a run with the same images and options that was cut.
+        samples_per_shard: images in each shard; the last has the rest.
+        workers: processes; None for as many as there are cores.
+
+    Returns:
+        The number of shards made, and of those that were there.
+
+    Raises:
+        UserError: for a source that cannot be used, a target with other content, and files that
+            cannot be read or written.
+    """
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise UserError(f"{target} lies in {source}: give a folder outside")
+    content = _read_source(source)
+    plans = _plans(content, target, samples_per_shard)
+    try:
+        names = [os.path.basename(plan.path) for plan in plans]
+        _claim(target, _stamp(content, samples_per_shard), names)
+        with atomic_write(target / CLASSES_FILE) as file:
+            file.write(os.fsencode("".join(f"{name}\n" for name in content.classes)))
+        made = _make_all(plans, workers)
+        write_index(target, [shard for shard, _ in made])
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror})") from error
+    count = sum(new for _, new in made)
+    return count, len(made) - count
+
+
+def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, bool]]:
+    total = sum(len(plan.samples) for plan in plans)
+    made = []
+    with (
+        ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+        tqdm(total=total, unit="image", desc="shards") as bar,
+    ):
+        try:
+            for result in pool.map(_make, plans):
+                made.append(result)
+                bar.update(len(result[0].keys))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process was killed, perhaps for want of memory: run this again with fewer "
+                "--workers, it goes on where it stopped"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # no use to make the others first
+            raise
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/make_shards.py; its exit status."""
+    parser = argparse.ArgumentParser(
+        description="Makes shards for WebDataset, and for training here, of class folders of "
+        "images; run again after an interruption, it goes on."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="holds a folder for each class")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=SAMPLES_PER_SHARD,
+        metavar="N",
+        help="images in each shard (default %(default)s)",
+    )
+    add_workers_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        check_positive(args, "samples_per_shard", "workers")
+        written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
+    return 0

@@ -1,0 +1,365 @@
+"""Shards: tar files of labelled images, as the library WebDataset reads and writes them.
+
+A folder holds ``NAME-000000.tar``, ``NAME-000001.tar`` and so on; each sample of a shard is two
+members, ``KEY.jpg`` (or another ending of images) and ``KEY.cls``, the label as a number in text.
+``classes.txt`` beside them names the classes, one a line, in the order of the labels.
+
+Images are read by their place within the tar file. ``index.npz`` keeps the places; it is made when
+it is missing, and a shard is looked through again when its size or time is not the index's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import tarfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = [
+    "CLASSES_FILE",
+    "INDEX_FILE",
+    "SHARD_ENDING",
+    "STAMP_FILE",
+    "Shard",
+    "index_shard",
+    "read_classes",
+    "read_index",
+    "read_sample",
+    "read_stamp",
+    "shard_records",
+    "write_index",
+]
+
+logger = logging.getLogger(__name__)
+
+CLASSES_FILE = "classes.txt"
+INDEX_FILE = "index.npz"
+STAMP_FILE = "shards.json"  # of shards that tools/make_shards.py makes
+SHARD_ENDING = ".tar"
+
+_FORMAT = 1  # of the index
+_OPEN_FILES = 64  # of each process
+# WebDataset's rule: a key ends at the first dot after the last slash.
+_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
+
+
+@dataclass
+class Shard:
+    """The samples of one tar file, in its order.
+
+    Attributes:
+        name: of the file.
+        size: of the file in bytes.
+        mtime: of the file, when it was last written, in nanoseconds.
+        keys: of the samples.
+        offsets: of the images' bytes in the file.
+        lengths: of the images, in bytes.
+        labels: of the samples.
+    """
+
+    name: str
+    size: int
+    mtime: int
+    keys: list[str]
+    offsets: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+
+
+# ------------------------------------------------------------------------------
+# One shard
+# ------------------------------------------------------------------------------
+
+
+def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int:
+    text = tar.extractfile(member).read(32)
+    try:
+        label = int(text)
+    except ValueError:
+        label = -1
+    if label < 0:
+        raise UserError(f"{path}: {member.name} holds {text!r}, it must be a label from 0")
+    return label
+
+
+def _put(found: dict, key: str, value: object, path: str, what: str) -> None:
+    if key in found:
+        raise UserError(f"{path}: the key {key!r} has two {what}, make the shard again")
+    found[key] = value
+
+
+def _pair(images: dict, labels: dict, path: str) -> None:
+    if without := [key for key in images if key not in labels]:
+        raise UserError(
+            f"{path}: {len(without)} of {len(images)} images have no .cls beside them, as "
+            f"{without[0]!r}: it is no shard of labelled images (a tar file of one class is to be "
+            "unpacked into a folder of that class)"
+        )
+    if without := [key for key in labels if key not in images]:
+        raise UserError(f"{path}: {without[0]!r} has a .cls but no image: make the shard again")
+
+
+def index_shard(path: str) -> Shard:
+    """Looks through a shard's headers and labels.
+
+    Raises:
+        UserError: for a file that is no whole tar file of pairs of image and label.
+    """
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                match = _MEMBER.fullmatch(member.name)
+                if not match or not member.isreg():
+                    continue
+                key, kind = match[1], match[2].lower()
+                if f".{kind}" in IMG_EXTENSIONS:
+                    place = (member.offset_data, member.size)
+                    _put(images, key, place, path, "images")
+                elif kind == "cls":
+                    _put(labels, key, _read_label(tar, member, path), path, "labels")
+            # tarfile takes a damaged header for the end.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"it breaks off after {tar.offset} bytes")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"the shard {path} cannot be read ({error}): copy or make it again"
+        ) from error
+    _pair(images, labels, path)
+    places = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2)
+    numbers = np.array([labels[key] for key in images], dtype=np.int64)
+    return Shard(
+        *(os.path.basename(path), status.st_size, status.st_mtime_ns),
+        *(list(images), places[:, 0], places[:, 1], numbers),
+    )
+
+
+# ------------------------------------------------------------------------------
+# The index of a folder
+# ------------------------------------------------------------------------------
+
+
+def _to_bytes(texts: Iterable[str]) -> np.ndarray:
+    return np.frombuffer(b"\0".join(map(os.fsencode, texts)), dtype=np.uint8)
+
+
+def _to_texts(data: np.ndarray) -> list[str]:
+    return [os.fsdecode(part) for part in data.tobytes().split(b"\0")] if data.size else []
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Writes ``index.npz``; processes that do so at once do not disturb each other."""
+    own = folder / f"{INDEX_FILE}.{socket.gethostname()}.{os.getpid()}"
+    with atomic_write(own) as file:
+        np.savez(
+            file,
+            format=np.array(_FORMAT),
+            names=_to_bytes(shard.name for shard in shards),
+            files=np.array([(s.size, s.mtime, len(s.keys)) for s in shards]).reshape(-1, 3),
+            keys=_to_bytes(key for shard in shards for key in shard.keys),
+            offsets=np.concatenate([shard.offsets for shard in shards]),
+            lengths=np.concatenate([shard.lengths for shard in shards]),
+            labels=np.concatenate([shard.labels for shard in shards]),
+        )
+    os.replace(own, folder / INDEX_FILE)
+
+
+def _stored(folder: Path) -> dict[str, Shard]:
+    """What ``index.npz`` says, by file; nothing if it is missing or damaged."""
+    try:
+        with np.load(folder / INDEX_FILE, allow_pickle=False) as file:
+            if file["format"] != _FORMAT:
+                return {}
+            names, keys = _to_texts(file["names"]), _to_texts(file["keys"])
+            files = file["files"].tolist()
+            columns = [file[name] for name in ("offsets", "lengths", "labels")]
+    except FileNotFoundError:
+        return {}
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        logger.info(f"{folder / INDEX_FILE} is damaged ({error}) and not used")
+        return {}
+    counts = [count for _, _, count in files]
+    if len(names) != len(files) or any(len(part) != sum(counts) for part in (keys, *columns)):
+        logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not fit) and not used")
+        return {}
+    shards, start = {}, 0
+    for name, (size, mtime, count) in zip(names, files, strict=True):
+        part = slice(start, start + count)
+        shards[name] = Shard(name, size, mtime, keys[part], *(column[part] for column in columns))
+        start += count
+    return shards
+
+
+_unwritten: dict[str, Shard] = {}  # by path: shards of folders that cannot be written to
+
+
+def _is_fresh(shard: Shard | None, path: str) -> bool:
+    status = os.stat(path)
+    return shard is not None and (shard.size, shard.mtime) == (status.st_size, status.st_mtime_ns)
+
+
+def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
+    """Looks through shards, in processes where that saves time, with a bar on a terminal."""
+    workers = min(workers or len(os.sched_getaffinity(0)), len(paths))
+    bar = partial(tqdm, total=len(paths), unit="shard", desc="index", disable=None)
+    if workers == 1:
+        return list(bar(map(index_shard, paths)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        return list(bar(pool.map(index_shard, paths)))
+
+
+def read_index(folder: str, names: Sequence[str], workers: int | None = None) -> list[Shard]:
+    """The samples of a folder's shards; looks through those that ``index.npz`` does not know.
+
+    Args:
+        folder: with the shards.
+        names: of the shards, in order.
+        workers: processes that look; None for as many as there are cores.
+
+    Raises:
+        UserError: for a shard that cannot be used.
+    """
+    stored = _stored(Path(folder))
+    paths = {name: os.path.join(folder, name) for name in names}
+    known = {name: _unwritten.get(path, stored.get(name)) for name, path in paths.items()}
+    try:
+        todo = [name for name in names if not _is_fresh(known[name], paths[name])]
+    except OSError as error:
+        raise UserError(f"the shard {error.filename} cannot be read ({error.strerror})") from error
+    if todo:
+        logger.info(
+            f"Looking through {len(todo)} of {len(names)} shards of {folder}, for the index"
+        )
+        known.update(zip(todo, _look([paths[name] for name in todo], workers), strict=True))
+    shards = [known[name] for name in names]
+    if todo or set(stored) != set(names):
+        try:
+            write_index(Path(folder), shards)
+        except OSError as error:
+            logger.info(
+                f"{folder}/{INDEX_FILE} cannot be written ({error.strerror}): it is kept in "
+                "memory, and each process that starts looks through the shards again"
+            )
+            _unwritten.update((paths[shard.name], shard) for shard in shards)
+    return shards
+
+
+def shard_records(folder: str, shards: Sequence[Shard]) -> list[dict]:
+    """Detectron2's data set dicts of all samples, in the order of the shards.
+
+    Returns:
+        ``file_name`` is the tar file, ``offset`` and ``size`` (in bytes) the image's place in it;
+        ``image_id`` is the key, behind the shard's name where keys occur twice; and ``label``.
+    """
+    keys = [key for shard in shards for key in shard.keys]
+    double = len(set(keys)) < len(keys)
+    records = []
+    for shard in shards:
+        path = os.path.join(folder, shard.name)
+        prefix = f"{shard.name.removesuffix(SHARD_ENDING)}/" if double else ""
+        columns = (shard.offsets.tolist(), shard.lengths.tolist(), shard.labels.tolist())
+        records += [
+            {
+                "file_name": path,
+                "image_id": prefix + key,
+                "label": label,
+                "offset": offset,
+                "size": size,
+            }
+            for key, offset, size, label in zip(shard.keys, *columns, strict=True)
+        ]
+    return records
+
+
+# ------------------------------------------------------------------------------
+# Classes and images
+# ------------------------------------------------------------------------------
+
+
+def read_classes(folder: str) -> list[str] | None:
+    """The names in ``classes.txt``, in order; None without that file.
+
+    Raises:
+        UserError: for names that are empty or occur twice.
+    """
+    path = Path(folder, CLASSES_FILE)
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    names = text.removesuffix("\n").split("\n")
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"{path} must hold one class a line, each once, and no empty line")
+    return names
+
+
+def read_stamp(folder: str) -> dict | None:
+    """What ``shards.json`` says of a folder that tools/make_shards.py made, None without it.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = Path(folder, STAMP_FILE)
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stamp["images"], int):
+            raise TypeError("its images are no number")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): copy it again, or make the shards again"
+        ) from error
+    return stamp
+
+
+class _Handle:
+    """An open file, closed when nobody uses it any more."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _open(path: str) -> _Handle:
+    return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def read_sample(record: dict) -> bytes:
+    """An image's bytes; forked processes may share the open files, for none has a position.
+
+    Args:
+        record: of :func:`shard_records`.
+
+    Raises:
+        OSError: if the shard cannot be read, or ends before the image does.
+    """
+    handle = _open(record["file_name"])
+    data = os.pread(handle.number, record["size"], record["offset"])
+    if len(data) < record["size"]:
+        raise OSError(f"the shard ends {record['size'] - len(data)} bytes before the image does")
+    return data

@@ -1,0 +1,98 @@
+"""What happens to a training image before the network sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_train
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+from contnet.data.datasets.imagenet import read_image
+from contnet.data.pipeline.mappers import FastMapper
+from contnet.modeling.pspnet import SEGMENTORS
+
+__all__ = [
+    "ClassificationMapper",
+    "build_classification_transform",
+    "build_train_mapper",
+]
+
+
+def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
+    """Detectron2's, with the crop after the resize and no crop of a single class."""
+    augmentations = detection_utils.build_augmentation(cfg, is_train=True)
+    crop = cfg.INPUT.CROP
+    if crop.ENABLED:
+        # Detectron2's resize comes first, its flips after it.
+        augmentations.insert(
+            1,
+            T.RandomCrop_CategoryAreaConstraint(
+                crop.TYPE,
+                crop.SIZE,
+                crop.SINGLE_CATEGORY_MAX_AREA,
+                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            ),
+        )
+    return augmentations
+
+
+class ClassificationMapper:
+    """Makes an input of ImageClassifier from a record of a classification data set.
+
+    Args:
+        cfg: INPUT is read.
+        is_train: with augmentation.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool):
+        self.transform = build_classification_transform(cfg, is_train)
+
+    def __call__(self, record: dict) -> dict:
+        """The record, with ``image``: uint8 (3, H, W), RGB."""
+        return {**record, "image": torch.as_tensor(self.transform(read_image(record)))}
+
+
+def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], object]:
+    """timm's augmentation for training, or a resize and a centre crop for testing.
+
+    Args:
+        cfg: INPUT.CLASSIFIER, INPUT.RANDOM_FLIP and the pixel statistics are read.
+        is_train: which of the two.
+
+    Returns:
+        A function from an RGB image to uint8 (3, H, W).
+    """
+    node = cfg.INPUT.CLASSIFIER
+    if not is_train:
+        interpolation = InterpolationMode(node.INTERPOLATION_TEST)
+        return Compose(
+            [Resize(node.RESIZE_TEST, interpolation), CenterCrop(node.CROP_TEST), PILToTensor()]
+        )
+    return transforms_imagenet_train(
+        node.SIZE,
+        scale=node.SCALE,
+        ratio=node.RATIO,
+        hflip=0.5 * (cfg.INPUT.RANDOM_FLIP == "horizontal"),
+        vflip=0.5 * (cfg.INPUT.RANDOM_FLIP == "vertical"),
+        color_jitter=node.COLOR_JITTER or None,
+        auto_augment=node.AUTO_AUGMENT or None,
+        interpolation=node.INTERPOLATION,
+        # What some of the policies fill borders with.
+        mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
+        # Leaves normalisation, and erasing after it, to the model.
+        use_prefetcher=True,
+    )
+
+
+def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
+    """The mapper from a data set dict to a model input, with the model's augmentation."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return ClassificationMapper(cfg, is_train=True)
+    if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
+        return FastMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
+    return FastMapper(cfg, is_train=True)

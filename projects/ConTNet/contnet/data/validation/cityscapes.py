@@ -1,0 +1,257 @@
+"""What can be wrong with a data set in Cityscapes' layout.
+
+:func:`check_layout` looks at folders and polygon files, :func:`inspect_images` at the pixels of one
+image and its label files. Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
+``gtFine/SPLIT/CITY/NAME_gtFine_*``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cityscapesscripts.helpers.labels import id2label, name2label
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.validation.coco import is_far, is_size
+from contnet.data.validation.images import check_depth
+from contnet.utils.files import file_names
+
+__all__ = ["FILES", "Scene", "check_layout", "find_scenes", "inspect_images"]
+
+# What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
+FILES = {
+    "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
+    "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png", "instanceIds.png"),
+}
+_IMAGE = "_leftImg8bit.png"
+_COUNTS = {"train": 2975, "val": 500, "test": 1525}
+_SIZE = (2048, 1024)
+_PREPARE = "run python tools/prepare_cityscapes.py"
+_COPY = "copy gtFine again"
+# Preparation keeps files that are there.
+_REMAKE = f"remove them, then {_PREPARE}"
+
+_LABELS = {number for number in id2label if number >= 0}
+_TRAIN_IDS = {label.trainId for label in id2label.values() if 0 <= label.trainId < 255} | {255}
+# Classes that detectors learn.
+_THINGS = {x.name for x in id2label.values() if x.hasInstances and not x.ignoreInEval}
+_WITH_INSTANCES = {number for number in _LABELS if id2label[number].hasInstances}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and its label files.
+
+    Attributes:
+        image: path of the image.
+        labels: paths by the end of their name, such as "labelIds.png".
+    """
+
+    image: Path
+    labels: dict[str, Path]
+
+
+def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
+    """The images of a split, in order.
+
+    Args:
+        image_dir: ``leftImg8bit/SPLIT``.
+        gt_dir: ``gtFine/SPLIT``.
+        kind: a key of ``FILES``.
+    """
+    scenes = []
+    for image in sorted(Path(image_dir).glob(f"*/*{_IMAGE}")):
+        stem = Path(gt_dir, image.parent.name, image.name.removesuffix(_IMAGE))
+        labels = {end: Path(f"{stem}_gtFine_{end}") for end in FILES[kind]}
+        scenes.append(Scene(image, labels))
+    return scenes
+
+
+def _listing(folder: str) -> set[Path]:
+    cities = [city for city in Path(folder).iterdir() if city.is_dir()]
+    return {city / name for city in cities for name in file_names(city)}
+
+
+def check_layout(
+    image_dir: str, gt_dir: str, kind: str, findings: Findings, trained: bool = False
+) -> None:
+    """Checks that every image has its files and that the polygons can be used.
+
+    Args:
+        image_dir: ``leftImg8bit/SPLIT``; it and the next exist.
+        gt_dir: ``gtFine/SPLIT``.
+        kind: a key of ``FILES``.
+        findings: gets what is found.
+        trained: the split is one of DATASETS.TRAIN.
+    """
+    scenes = find_scenes(image_dir, gt_dir, kind)
+    findings.facts.append(plural(len(scenes), "image"))
+    if not scenes:
+        findings.error(f"there are no images CITY/NAME{_IMAGE} in {image_dir}")
+        return
+    official = _COUNTS.get(Path(image_dir).name)
+    if official == len(scenes):
+        findings.facts.append("as many as Cityscapes itself has")
+    elif official:
+        findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
+    _check_strays(image_dir, findings)
+    present = _listing(gt_dir)
+    paired, labels = set(), []
+    for scene in scenes:
+        paired.update(scene.labels.values())
+        for end, path in scene.labels.items():
+            cure = _PREPARE if end.endswith(".png") else _COPY
+            if path not in present:
+                findings.error(f"images without {end}: {cure}", path.name)
+        if scene.labels["polygons.json"] in present:
+            labels.append(_check_polygons(scene, findings))
+    if kind == "cityscapes_instance":
+        _check_objects(labels, trained, findings)
+    for path in sorted(present - paired):
+        if path.name.endswith(tuple(f"_gtFine_{end}" for end in FILES[kind])):
+            findings.note("label files without an image", path.name)
+
+
+def _check_strays(image_dir: str, findings: Findings) -> None:
+    """Looks for what Detectron2 would take for an image."""
+    for city in sorted(Path(image_dir).glob("*")):
+        files = file_names(city)
+        for path in sorted(city.iterdir()) if city.is_dir() else [city]:
+            if not path.name.endswith(_IMAGE):
+                findings.error(f"files that are no images *{_IMAGE}: move them away", str(path))
+            elif path.name not in files:
+                findings.error("images that are missing, or links to nowhere", str(path))
+
+
+def _read_polygons(file: Path) -> dict | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
+        return None
+    if not all(isinstance(thing, dict) for thing in content["objects"]):
+        return None
+    return content
+
+
+def _check_polygons(scene: Scene, findings: Findings) -> list[str]:
+    """Checks the polygons of an image; their labels."""
+    file = scene.labels["polygons.json"]
+    content = _read_polygons(file)
+    if content is None:
+        findings.error(f"polygon files that cannot be read: {_COPY}", file.name)
+        return []
+    size = content.get("imgWidth"), content.get("imgHeight")
+    if not is_size(*size):
+        findings.error("polygon files without imgWidth and imgHeight", file.name)
+        return []
+    things = [thing for thing in content["objects"] if "deleted" not in thing]
+    for thing in things:
+        _check_object(thing, size, file.name, findings)
+    return [str(thing.get("label")) for thing in things]
+
+
+def _check_objects(labels: list[list[str]], trained: bool, findings: Findings) -> None:
+    """Counts the objects of the classes that have such, by the labels of each image."""
+    counts = Counter(label for of_image in labels for label in of_image if label in _THINGS)
+    findings.facts.append(plural(counts.total(), "object"))
+    if trained and not counts:
+        findings.error("it has no object to train on")
+    if empty := sum(_THINGS.isdisjoint(of_image) for of_image in labels):
+        findings.note(f"{empty} of {len(labels)} images have no objects")
+    for label in sorted(_THINGS - counts.keys()):
+        findings.note("classes without objects", label)
+
+
+def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Findings) -> None:
+    name = str(thing.get("label"))
+    if name not in name2label and name.removesuffix("group") not in name2label:
+        findings.error("objects of classes that Cityscapes has not", f"{where} {name}")
+    polygon = thing.get("polygon")
+    if not _is_polygon(polygon):
+        findings.error("polygons that are no lists of 3 or more [x, y]", f"{where} {name}")
+        return
+    xs, ys = zip(*polygon, strict=True)
+    if is_far(min(xs), max(xs), size[0]) or is_far(min(ys), max(ys), size[1]):
+        findings.error("polygons that reach far outside their image", f"{where} {name}")
+
+
+def _is_polygon(polygon: object) -> bool:
+    try:
+        points = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return (
+        points.ndim == 2
+        and len(points) >= 3
+        and points.shape[1] == 2
+        and bool(np.isfinite(points).all())
+    )
+
+
+def _wrong_values(end: str, values: np.ndarray) -> list[int]:
+    """Values that a label file of a kind must not have."""
+    if end == "labelTrainIds.png":
+        return [value for value in values.tolist() if value not in _TRAIN_IDS]
+    if end == "labelIds.png":
+        return [value for value in values.tolist() if value not in _LABELS]
+    return [
+        value
+        for value in values.tolist()
+        if (value if value < 1000 else value // 1000)
+        not in (_LABELS if value < 1000 else _WITH_INSTANCES)
+    ]
+
+
+def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding]:
+    try:
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+            # As training reads them.
+            grey = np.asarray(image.convert("L")) if end == "labelTrainIds.png" else labels
+    except Exception as error:  # decoders raise anything on a damaged file
+        return [Finding(ERROR, f"{end} files that cannot be read: {_REMAKE}", f"{path} ({error})")]
+    if labels.ndim != 2:
+        return [Finding(ERROR, f"{end} files in colour: {_REMAKE}", str(path))]
+    found = []
+    if not np.array_equal(labels, grey):
+        what = f"{end} files that are not grey with 8 bits (a palette?): {_REMAKE}"
+        found.append(Finding(ERROR, what, str(path)))
+    if labels.shape[::-1] != size:
+        sizes = f"{path} ({labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]})"
+        found.append(Finding(ERROR, f"{end} files of another size than their image", sizes))
+    if wrong := _wrong_values(end, np.unique(labels)):
+        values = ", ".join(map(str, wrong[:3]))
+        what = f"{end} files with values that they must not have: {_REMAKE}"
+        found.append(Finding(ERROR, what, f"{path} ({values})"))
+    return found
+
+
+def inspect_images(scene: Scene) -> list[Finding]:
+    """Decodes an image and its label files; what is wrong with them, missing ones left out."""
+    try:
+        height, width = read_image(str(scene.image), "RGB").shape[:2]
+        with Image.open(scene.image) as file:
+            found = check_depth(file, scene.image)
+    except Exception as error:  # decoders raise anything on a damaged file
+        return [Finding(ERROR, "images that cannot be read", f"{scene.image} ({error})")]
+    if (width, height) != _SIZE:
+        what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
+        found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))
+    content = _read_polygons(scene.labels["polygons.json"])
+    if content is not None:
+        given = content.get("imgWidth"), content.get("imgHeight")
+        if given != (width, height):
+            sizes = f"{scene.image.name} ({width}x{height}, polygons {given[0]}x{given[1]})"
+            found.append(Finding(ERROR, "images of another size than their polygons say", sizes))
+    for end, path in scene.labels.items():
+        if end.endswith(".png") and path.exists():
+            found += _inspect_labels(end, path, (width, height))
+    return found

@@ -1,0 +1,305 @@
+"""Data sets as a config uses them: checked without opening images, and loaded.
+
+A training makes these checks before it starts; tools/doctor.py makes them too, and decodes the
+images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from contnet.data.datasets.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
+from contnet.data.datasets.register import CLASS_KEYS, is_registered
+from contnet.data.datasets.shards import CLASSES_FILE
+from contnet.data.findings import ERROR, Findings, plural
+from contnet.data.pipeline.annotations import (
+    examine_cityscapes,
+    examine_coco,
+    load_records,
+    sorted_scenes,
+)
+from contnet.data.pipeline.records import Records
+from contnet.data.validation.cityscapes import FILES
+from contnet.utils.errors import UserError
+from contnet.utils.files import file_names
+
+__all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
+
+_DOCTOR = "python tools/doctor.py"
+# By built-in name: who publishes it, and its images and objects, or images and classes.
+_OFFICIAL = {
+    "coco_2017_train": ("COCO", (118287, 860001)),
+    "coco_2017_val": ("COCO", (5000, 36781)),
+    "imagenet_train": ("ImageNet", (1281167, 1000)),
+    "imagenet_val": ("ImageNet", (50000, 1000)),
+}
+_FOLDERS = {
+    "json_file": "annotation file",
+    "image_root": "image folder",
+    "image_dir": "image folder",
+    "gt_dir": "label folder",
+    "label_file": "label file",
+}
+
+
+def _page(name: str) -> str:
+    """Where the layout of a built-in data set is told."""
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind in FILES:
+        return "docs/cityscapes.md"
+    return "docs/imagenet.md" if kind == EVALUATOR_TYPE else "docs/data.md"
+
+
+def _origin(cfg: CfgNode, name: str) -> str:
+    """Where the paths of a data set come from."""
+    if is_registered(cfg, name):
+        return "mend its path in DATASETS.REGISTER"
+    value = os.environ.get("DETECTRON2_DATASETS")
+    if value is not None:
+        return f"DETECTRON2_DATASETS is {value!r}, {_page(name)} shows what belongs there"
+    return (
+        f"DETECTRON2_DATASETS is not set: data sets are looked for in {Path('datasets').resolve()}"
+    )
+
+
+def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
+    """Whether a data set is registered and its files and folders exist."""
+    if name not in DatasetCatalog.list():
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        findings.error(f"it is not registered, give your own in DATASETS.REGISTER{hint}")
+        return False
+    metadata = MetadataCatalog.get(name)
+    whole = True
+    for fact, what in _FOLDERS.items():
+        path = metadata.get(fact)
+        if not path:
+            continue
+        findings.facts.append(f"{what} {Path(path).resolve()}")
+        if not os.path.exists(path):
+            whole = False
+            findings.error(
+                f"the {what} {Path(path).resolve()} does not exist ({_origin(cfg, name)})"
+            )
+    return whole
+
+
+def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
+    by_folder = defaultdict(list)
+    root = MetadataCatalog.get(name).image_root
+    for image in images:
+        folder, file = os.path.split(os.path.join(root, image))
+        by_folder[folder].append(file)
+    for folder, files in by_folder.items():
+        present = file_names(folder)
+        for file in files:
+            if file not in present:
+                findings.error(
+                    f"images that are missing ({_origin(cfg, name)})", os.path.join(folder, file)
+                )
+
+
+def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:
+    """Says whether a built-in set is whole: its images, and how many of what else."""
+    if name not in _OFFICIAL:
+        return
+    who, official = _OFFICIAL[name]
+    if count == official:
+        findings.facts.append(f"as many as {who} itself has")
+        return
+    findings.note(
+        f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} itself has "
+        f"{official[0]} and {official[1]}"
+    )
+
+
+def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
+    metadata = MetadataCatalog.get(name)
+    try:
+        found, images, objects = examine_coco(cfg, name)
+    except UserError as error:
+        findings.error(str(error))
+        return
+    findings.merge(found)
+    _check_files(cfg, name, images, findings)
+    # Only built-in names have their classes before the file is loaded.
+    expected = metadata.get("thing_classes")
+    if expected and list(expected) != findings.classes["objects"]:
+        findings.error(
+            f"its file has other categories than {name}, which stands for {len(expected)} classes "
+            f"({', '.join(expected[:3])}, ...): give a data set of your own another name in "
+            "DATASETS.REGISTER"
+        )
+    _compare_count(name, (len(images), objects), "object", findings)
+
+
+def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.evaluator_type
+    if kind == "cityscapes_sem_seg":
+        findings.classes["label maps"] = list(metadata.stuff_classes)
+    else:
+        findings.classes["objects"] = list(metadata.thing_classes)
+    findings.merge(examine_cityscapes(cfg, name))
+
+
+def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
+    content = read_set(MetadataCatalog.get(name).source, findings)
+    if not content.records:
+        return
+    number = content.number_of_classes
+    findings.classes[LABELS] = content.classes or [f"class {i}" for i in range(number)]
+    findings.named = content.classes is not None
+    _compare_count(name, (len(content.records), number), "class", findings)
+    if name not in cfg.DATASETS.TRAIN or cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return
+    wanted = {"ASPECT_RATIO_GROUPING": False, "SAMPLER_TRAIN": "TrainingSampler"}
+    for key, value in wanted.items():
+        if cfg.DATALOADER[key] != value:
+            findings.error(
+                f"DATALOADER.{key} is {cfg.DATALOADER[key]}, labels of images need {value}"
+            )
+
+
+def check_dataset(cfg: CfgNode, name: str) -> Findings:
+    """What can be told of a data set without opening its images.
+
+    Args:
+        cfg: DATASETS, DATALOADER, MODEL and INPUT.MASK_FORMAT are read.
+        name: of the data set, registered or not.
+    """
+    findings = Findings()
+    if not _are_there(cfg, name, findings):
+        return findings
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind == "coco":
+        _check_coco(cfg, name, findings)
+    elif kind in FILES:
+        _check_cityscapes(cfg, name, findings)
+    elif kind == EVALUATOR_TYPE:
+        _check_classification(cfg, name, findings)
+    else:
+        findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
+    return findings
+
+
+def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
+    """Adds errors where data sets have other classes than the model, or than each other.
+
+    Args:
+        cfg: MODEL is read.
+        found: of all data sets of a run, by name.
+    """
+    keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+    first: dict[str, tuple[str, list[str]]] = {}
+    for name, findings in found.items():
+        for kind, classes in findings.classes.items():
+            # Of a model that needs objects and label maps, each set has one of the two.
+            if keys and kind not in keys and (len(keys) == 1 or kind == LABELS):
+                needs = " and ".join(keys)
+                findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
+                continue
+            if not findings.named:
+                _check_unnamed(cfg, keys.get(kind), len(classes), findings)
+                continue
+            earlier, expected = first.setdefault(kind, (name, classes))
+            if classes != expected:
+                findings.error(
+                    f"its classes ({_shown(classes)}) are not those of {earlier} "
+                    f"({_shown(expected)}): names and their order must agree, "
+                    f"{difference(classes, expected)}"
+                )
+            elif kind in keys:
+                _check_number(cfg, keys[kind], len(classes), findings)
+    for findings in found.values():
+        if not findings.named and LABELS in first:
+            findings.error(
+                f"its classes have no names, but those of {first[LABELS][0]} have, so that their "
+                f"order cannot be compared: write {CLASSES_FILE} into its folder, one class a line "
+                "in the order of the labels"
+            )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part, {})
+    return node
+
+
+def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
+    """Of a set that has labels without names, whose last classes may have no image."""
+    if key is None or _value(cfg, key) == number:
+        return
+    said = f"its labels go up to {number - 1}, but {key} is {_value(cfg, key)}"
+    if _value(cfg, key) < number:
+        findings.error(f"{said}: set it to {number}")
+    else:
+        findings.note(said)
+
+
+def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
+    node = _value(cfg, key)
+    if node != number:
+        findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
+
+
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Makes the checks of a run's data sets that need no image.
+
+    Raises:
+        UserError: with the first error.
+    """
+    found = {name: check_dataset(cfg, name) for name in names}
+    check_classes(cfg, found)
+    errors = [(name, line) for name in found for line in found[name].lines(ERROR)]
+    if errors:
+        name, line = errors[0]
+        more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
+        raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
+
+
+def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
+    """Loads data sets that :func:`check_datasets` has passed; all processes call it together.
+
+    Args:
+        cfg: DATASETS.CACHE_DIR and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
+        names: of registered data sets.
+        train: leave out images without annotations, if the config says so.
+
+    Returns:
+        Detectron2's data set dicts: records that processes share, where all of these data sets
+        have such, otherwise a list.
+
+    Raises:
+        UserError: if one cannot be loaded.
+    """
+    filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    every = []
+    for name in names:
+        try:
+            dicts = load_records(cfg, name, filter_empty)
+            if dicts is None:
+                dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
+                if MetadataCatalog.get(name).get("evaluator_type") in FILES:
+                    dicts = sorted_scenes(dicts)
+            every.append(dicts)
+        except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"data set {name} cannot be loaded ({type(error).__name__}: {error}): {_DOCTOR} "
+                "with this config tells what is wrong"
+            ) from error
+    if every and all(isinstance(dicts, Records) for dicts in every):
+        return Records([file for dicts in every for file in dicts.files], filter_empty)
+    return [record for dicts in every for record in dicts]

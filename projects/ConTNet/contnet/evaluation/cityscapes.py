@@ -1,0 +1,410 @@
+"""Cityscapes' own metrics of instances and of classes, and its instances as COCO sees them.
+
+Each process compares its own images with the ground truth. What comes of that is small, and is
+gathered on the main process, which computes the scores by the functions of cityscapesscripts.
+Nothing is shared by way of files, and nothing is written to the working directory.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as official_instances
+import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official_classes
+import numpy as np
+from cityscapesscripts.evaluation.instances2dict import instances2dict
+from cityscapesscripts.helpers.labels import category2labels, id2label, labels, name2label
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from iopath.common.file_io import file_lock
+from PIL import Image
+from tabulate import tabulate
+
+from contnet.modeling.compat import give_in1d
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = [
+    "CityscapesInstanceEvaluator",
+    "CityscapesSemSegEvaluator",
+    "NumberedImages",
+    "as_coco",
+    "match_instances",
+]
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_END = "_leftImg8bit"
+_VOID = [label.id for label in labels if label.ignoreInEval]
+_EVALUATED = [label for label in labels if not label.ignoreInEval]
+# Class id of each trained class.
+_IDS = np.array(
+    [label.id for label in sorted(_EVALUATED, key=lambda label: label.trainId)], dtype=np.uint8
+)
+
+
+class _Evaluator(DatasetEvaluator, ABC):
+    """Keeps what :meth:`_compare` finds for each image, and gathers it.
+
+    Args:
+        name: of a registered data set whose metadata has ``gt_dir``.
+        truth: kind of its ground truth files, e.g. "labelIds".
+    """
+
+    def __init__(self, name: str, truth: str):
+        self._name = name
+        self._metadata = MetadataCatalog.get(name)
+        self._folder = Path(self._metadata.gt_dir)
+        self._end = f"_gtFine_{truth}.png"
+        self._images: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        self._images = {}
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            path = Path(image["file_name"])
+            name = f"{path.parent.name}/{path.stem.removesuffix(_IMAGE_END)}{self._end}"
+            try:
+                self._images[name] = self._compare(self._folder / name, output)
+            except KeyError as error:  # from cityscapesscripts' table
+                raise UserError(
+                    f"{self._folder / name}, or the files beside it: {error} is no class id of "
+                    "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
+                ) from error
+
+    @abstractmethod
+    def _compare(self, file: Path, output: dict) -> Any:
+        """What of one image the scores need; ``file`` is its ground truth."""
+
+    def _gather(self) -> list:
+        """Every process's images, in the order of their names; on the main process only."""
+        images = {name: value for part in comm.gather(self._images) for name, value in part.items()}
+        if comm.is_main_process():
+            present = len(list(self._folder.glob(f"*/*{self._end}")))
+            if len(images) != present:
+                logger.warning(
+                    f"{self._name}: the metrics are those of {len(images)} images, but "
+                    f"{self._folder} has ground truth for {present}"
+                )
+        return [images[name] for name in sorted(images)]
+
+
+def _read(file: Path, shape: Sequence[int]) -> np.ndarray:
+    """The pixels of a ground truth file, of the shape (H, W) of the predictions."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.array(image)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror or error}): remove it if it is there, and run "
+            "python tools/prepare_cityscapes.py"
+        ) from error
+    if pixels.shape != tuple(shape):
+        raise UserError(
+            f"{file} has the shape {pixels.shape}, predictions for it have {tuple(shape)}: the "
+            "image, its polygons and its label files must be of one size"
+        )
+    return pixels
+
+
+def _log_table(name: str, scores: dict[str, float], columns: Sequence[str]) -> None:
+    """Logs scores of the form "COLUMN-CLASS", and "COLUMN" for the average, as a table."""
+    first = f"{columns[0]}-"
+    classes = [key.removeprefix(first) for key in scores if key.startswith(first)]
+    rows = [[row, *(scores.get(f"{column}-{row}") for column in columns)] for row in classes]
+    rows.append(["average", *(scores[column] for column in columns)])
+    table = tabulate(rows, ["class", *columns], tablefmt="pipe", floatfmt=".2f")
+    logger.info(f"Cityscapes' metrics of {name}:\n{table}")
+
+
+# --- instances -----------------------------------------------------------------------------------
+
+
+def match_instances(
+    truth: dict[str, list[dict]],
+    pixels: np.ndarray,
+    instances: Instances,
+    things: Sequence[str],
+) -> dict[str, dict[str, list[dict]]]:
+    """Overlaps of an image's predictions with the objects of their class.
+
+    Args:
+        truth: objects by label, as of cityscapesscripts' ``instances2dict``.
+        pixels: instanceIds of the ground truth, (H, W).
+        instances: on the CPU, with ``pred_masks`` (N, H, W), ``scores`` and ``pred_classes``.
+        things: the labels that ``pred_classes`` count.
+
+    Returns:
+        "groundTruth" and "prediction", each by label, as cityscapesscripts' ``assignGt2Preds``
+        makes them from files.
+    """
+    objects = {name: [{**item, "matchedPred": []} for item in truth[name]] for name in things}
+    predictions: dict[str, list[dict]] = {name: [] for name in things}
+    rows = zip(
+        instances.pred_masks.numpy().astype(bool, copy=False),
+        instances.scores.tolist(),
+        instances.pred_classes.tolist(),
+        strict=True,
+    )
+    for mask, score, index in rows:
+        values, counts = np.unique(pixels[mask], return_counts=True)
+        if not len(values):
+            continue
+        overlaps = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        name = things[index]
+        prediction = {
+            "predID": sum(map(len, predictions.values())),
+            "labelID": name2label[name].id,
+            "pixelCount": int(counts.sum()),
+            "confidence": score,
+            "voidIntersection": sum(overlaps.get(void, 0) for void in _VOID),
+        }
+        matched = []
+        for item, original in zip(objects[name], truth[name], strict=True):
+            if overlap := overlaps.get(item["instID"]):
+                item["matchedPred"].append({**prediction, "intersection": overlap})
+                matched.append({**original, "intersection": overlap})
+        predictions[name].append({**prediction, "matchedGt": matched})
+    return {"groundTruth": objects, "prediction": predictions}
+
+
+class CityscapesInstanceEvaluator(_Evaluator):
+    """Cityscapes' AP and AP50 of instance masks.
+
+    A class counts in the average if the ground truth has an object of it; any other has the AP nan.
+    The task of the result is "cityscapes", for "segm" is COCO's.
+
+    Args:
+        name: of a registered data set whose metadata has ``gt_dir`` and ``thing_classes``.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name, "instanceIds")
+        self._args = copy.copy(official_instances.args)
+        self._args.instLabels = list(self._metadata.thing_classes)
+
+    def _compare(self, file: Path, output: dict) -> dict:
+        instances = output["instances"].to("cpu")
+        pixels = _read(file, instances.pred_masks.shape[1:])
+        (truth,) = instances2dict([str(file)]).values()
+        return match_instances(truth, pixels, instances, self._args.instLabels)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """{"cityscapes": {"AP", "AP50", "AP-person", "AP50-person", ...}} in percent."""
+        images = self._gather()
+        if not comm.is_main_process():
+            return {}
+        precisions = official_instances.evaluateMatches(dict(enumerate(images)), self._args)
+        with warnings.catch_warnings():  # where no class has an object
+            warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+            averages = official_instances.computeAverages(precisions, self._args)
+        scores = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
+        for name, values in averages["classes"].items():
+            scores[f"AP-{name}"] = values["ap"]
+            scores[f"AP50-{name}"] = values["ap50%"]
+        scores = {key: 100 * float(score) for key, score in scores.items()}
+        _log_table(self._name, scores, ("AP", "AP50"))
+        return {"cityscapes": scores}
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+class _Terms(list):
+    """A sum whose terms are kept, so that they can be added in one order.
+
+    Sums of floats depend on it, and so would the last digits on the number of processes.
+    """
+
+    def __iadd__(self, term: float) -> _Terms:
+        self.append(term)
+        return self
+
+
+def _sums(stats: dict) -> list[tuple[dict, str]]:
+    """Where cityscapesscripts' statistics of instances hold sums of weighted pixels."""
+    groups = [group for kind in stats.values() for group in kind.values()]
+    return [(group, key) for group in groups for key in ("tpWeighted", "fnWeighted")]
+
+
+class CityscapesSemSegEvaluator(_Evaluator):
+    """Cityscapes' IoU and iIoU of classes and of categories.
+
+    As in the official script, a class counts in the average if it has pixels in the ground truth,
+    or was predicted where the ground truth has a class; any other has the IoU nan.
+
+    Args:
+        name: of a registered data set whose metadata has ``gt_dir``.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name, "labelIds")
+        give_in1d(official_classes)
+        self._args = copy.copy(official_classes.args)
+        official_classes.generateMatrix(self._args)  # It also sets evalLabels.
+
+    def _prediction(self, output: dict) -> np.ndarray:
+        """The class ids (H, W) of a model's output."""
+        scores = output["sem_seg"]
+        if len(scores) != len(_IDS):
+            raise UserError(
+                f"the model predicts {len(scores)} classes, Cityscapes has {len(_IDS)}: set "
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(_IDS)}"
+            )
+        return _IDS[scores.argmax(dim=0).cpu().numpy()]
+
+    def _compare(self, file: Path, output: dict) -> tuple[np.ndarray, list[_Terms]]:
+        prediction = self._prediction(output)
+        for value in np.unique(_read(file, prediction.shape)).tolist():
+            id2label[value]  # KeyError
+        _read(file.with_name(file.name.replace("labelIds", "instanceIds")), prediction.shape)
+        matrix = official_classes.generateMatrix(self._args)
+        stats = official_classes.generateInstanceStats(self._args)
+        for group, key in _sums(stats):
+            group[key] = _Terms()
+        with tempfile.TemporaryDirectory(prefix="cityscapes_") as folder:
+            predicted = Path(folder, "prediction.png")
+            Image.fromarray(prediction).save(predicted, compress_level=1)
+            official_classes.evaluatePair(str(predicted), str(file), matrix, stats, {}, self._args)
+        return matrix, [group[key] for group, key in _sums(stats)]
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road", ...}} in percent.
+
+        "_sup" are categories. The instance scores iIoU exist for classes with instances, and for
+        the categories that have only such.
+        """
+        images = self._gather()
+        if not comm.is_main_process():
+            return {}
+        matrix = official_classes.generateMatrix(self._args)
+        stats = official_classes.generateInstanceStats(self._args)
+        for image, sums in images:
+            matrix += image
+            for (group, key), terms in zip(_sums(stats), sums, strict=True):
+                for term in terms:
+                    group[key] += term
+        scores = self._scores(matrix, stats)
+        scores = {key: 100 * float(score) for key, score in scores.items()}
+        _log_table(self._name, scores, ("IoU", "iIoU"))
+        _log_table(f"{self._name}, categories", scores, ("IoU_sup", "iIoU_sup"))
+        return {"sem_seg": scores}
+
+    def _scores(self, matrix: np.ndarray, stats: dict) -> dict[str, float]:
+        args, things = self._args, stats["classes"]
+        ids = {label.name: label.id for label in _EVALUATED}
+        categories = {label.category for label in _EVALUATED}
+        categories = [name for name in category2labels if name in categories]
+        parts = {
+            "IoU": {
+                n: official_classes.getIouScoreForLabel(i, matrix, args) for n, i in ids.items()
+            },
+            "iIoU": {
+                name: official_classes.getInstanceIouScoreForLabel(ids[name], matrix, stats, args)
+                for name in things
+            },
+            "IoU_sup": {
+                name: official_classes.getIouScoreForCategory(name, matrix, args)
+                for name in categories
+            },
+            "iIoU_sup": {
+                name: official_classes.getInstanceIouScoreForCategory(name, matrix, stats, args)
+                for name in stats["categories"]
+            },
+        }
+        averages = {
+            kind: official_classes.getScoreAverage(part, args) for kind, part in parts.items()
+        }
+        each = {f"{kind}-{name}": v for kind, part in parts.items() for name, v in part.items()}
+        return averages | each
+
+
+# --- instances as COCO sees them -----------------------------------------------------------------
+
+
+def _numbers(name: str) -> dict[str, int]:
+    """A number for each image id, which Detectron2 makes of the file's name."""
+    images = sorted(Path(MetadataCatalog.get(name).image_dir).glob("*/*.png"))
+    return {path.name: number for number, path in enumerate(images, 1)}
+
+
+def _digest(name: str) -> str:
+    """A digest of what the objects of a data set are made from."""
+    metadata = MetadataCatalog.get(name)
+    content = hashlib.sha256(repr([metadata.thing_classes, _numbers(name)]).encode())
+    for file in sorted(Path(metadata.gt_dir).glob("*/*_gtFine_polygons.json")):
+        content.update(f"{file.name} {file.stat().st_size}".encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def as_coco(name: str, folder: str) -> str:
+    """Describes a Cityscapes data set of instances to Detectron2's ``COCOEvaluator``.
+
+    Writes its objects in COCO's format to ``annotations-DIGEST.json``, unless the same objects are
+    there already; files of other objects are removed. May be called by several processes.
+
+    Args:
+        name: of a registered data set whose metadata has ``image_dir`` and ``gt_dir``.
+        folder: for the file.
+
+    Returns:
+        The name to give to the evaluator.
+    """
+    file = Path(folder, f"annotations-{_digest(name)}.json").absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(file)):
+        if not file.exists():
+            content, numbers = convert_to_coco_dict(name), _numbers(name)
+            for image in content["images"]:
+                image["id"] = numbers[image["id"]]
+            for item in content.get("annotations", ()):
+                item["image_id"] = numbers[item["image_id"]]
+            with atomic_write(file, "w") as target:
+                json.dump(content, target)
+    if comm.is_main_process():
+        for other in file.parent.glob("annotations-*"):
+            if not other.name.startswith(file.name):
+                other.unlink()
+    # Metadata of its own: Detectron2 would note the file in the data set's, and never look again.
+    things = MetadataCatalog.get(name).thing_classes
+    MetadataCatalog.get(str(file)).set(json_file=str(file), thing_classes=things)
+    return str(file)
+
+
+class NumberedImages(DatasetEvaluator):
+    """Passes images to an evaluator under the numbers of :func:`as_coco`.
+
+    Cityscapes' image ids are texts, and COCO's tools expect numbers.
+
+    Args:
+        evaluator: made for what :func:`as_coco` returned.
+        name: of the data set.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, name: str):
+        self._evaluator = evaluator
+        self._numbers = _numbers(name)
+
+    def reset(self) -> None:
+        self._evaluator.reset()
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        numbered = [{**image, "image_id": self._numbers[image["image_id"]]} for image in inputs]
+        self._evaluator.process(numbered, outputs)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """As of the evaluator."""
+        return self._evaluator.evaluate()

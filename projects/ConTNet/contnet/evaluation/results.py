@@ -1,0 +1,142 @@
+"""Results of evaluations: tables that paste into a document, and results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = [
+    "RESULTS_FILE",
+    "forget_results_after",
+    "markdown_table",
+    "markdown_tables",
+    "read_results",
+    "record_results",
+]
+
+RESULTS_FILE = "results.json"
+# "AP-person", and "min(IoU, B-Iou)-road".
+_OF_A_CLASS = re.compile(r"([^-(]*(?:\([^)]*\))?)-(.+)")
+# What tells records apart: of two that agree in all of these, the later one stays.
+_KEYS = ("iteration", "dataset", "weights", "averaged")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    return f"{value:.2f}" if math.isfinite(value) else "n/a"
+
+
+def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str:
+    """A GitHub table of rows by name; a column for each key that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [[corner, *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[name, *(row.get(key, "") for key in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
+    """Main metrics and, below, those of single classes, in GitHub's Markdown.
+
+    Args:
+        dataset: its name.
+        metrics: by task. Detectron2's evaluators name those of a class ``AP-person``.
+    """
+    main, by_class = {}, {}
+    for task, values in metrics.items():
+        for key, value in (values if isinstance(values, Mapping) else {"value": values}).items():
+            if match := _OF_A_CLASS.fullmatch(key):
+                metric, name = match.groups()
+                by_class.setdefault(name, {})[f"{task} {metric}"] = value
+            else:
+                main.setdefault(task, {})[key] = value
+    parts = ((dataset, main), ("class", by_class))
+    tables = [markdown_table(corner, rows) for corner, rows in parts]
+    return "\n\n".join(tables if by_class else tables[:1])
+
+
+def _plain(value: object) -> object:
+    """The same in JSON's own types; JSON has no numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, str):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() >= set(_KEYS)
+
+
+def read_results(output_dir: str) -> list[dict]:
+    """The records of results.json, none if there is no such file.
+
+    Raises:
+        UserError: if it does not hold records.
+    """
+    path = Path(output_dir, RESULTS_FILE)
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend it or move it away") from error
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise UserError(f"{path} does not hold results of evaluations: move it away")
+    return records
+
+
+def _write(output_dir: str, records: Sequence[dict]) -> None:
+    with atomic_write(Path(output_dir, RESULTS_FILE), "w") as file:
+        json.dump(records, file, indent=1, allow_nan=False)
+
+
+def record_results(
+    output_dir: str,
+    results: Mapping[str, Mapping],
+    *,
+    iteration: int | None,
+    weights: str | None,
+    averaged: bool,
+) -> None:
+    """Adds an evaluation to results.json.
+
+    Args:
+        output_dir: the run's folder.
+        results: metrics by data set and task.
+        iteration: the last one that trained the weights; None if that is not known.
+        weights: the file of an evaluation alone; None for one of a training.
+        averaged: whether the weights were the moving average.
+    """
+    added = [
+        {
+            "iteration": iteration,
+            "dataset": dataset,
+            "weights": weights,
+            "averaged": averaged,
+            "metrics": _plain(metrics),
+        }
+        for dataset, metrics in results.items()
+    ]
+    keys = [[each[key] for key in _KEYS] for each in added]
+    kept = [each for each in read_results(output_dir) if [each[key] for key in _KEYS] not in keys]
+    _write(output_dir, kept + added)
+
+
+def forget_results_after(output_dir: str, iteration: int) -> None:
+    """Drops what a resumed run is going to evaluate again; evaluations alone stay.
+
+    Args:
+        output_dir: the run's folder.
+        iteration: the last one that the checkpoint has.
+    """
+    records = read_results(output_dir)
+    kept = [each for each in records if each["weights"] or each["iteration"] <= iteration]
+    if len(kept) < len(records):
+        _write(output_dir, kept)

@@ -1,0 +1,188 @@
+"""What can be told to be wrong with a run before any process starts."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from contnet.data.pipeline.annotations import prepare_cityscapes
+from contnet.data.pipeline.loader import images_per_pass
+from contnet.data.validation.datasets import check_datasets
+from contnet.evaluation.build import check_best_metric
+from contnet.evaluation.results import read_results
+from contnet.launch.environment import find_place
+from contnet.modeling.pspnet import SEGMENTORS
+from contnet.utils.errors import UserError
+
+__all__ = ["check_device", "check_inputs", "check_output", "check_run", "count_processes"]
+
+# What the shipped recipes are made for.
+_RECIPE_GPUS = 8
+
+
+def count_processes(args: argparse.Namespace) -> int:
+    """Processes of the run on all machines."""
+    place = find_place()
+    return place.world_size if place else args.num_gpus * args.num_machines
+
+
+def check_device(cfg: CfgNode, num_gpus: int) -> None:
+    """Raises UserError unless this machine has the device, and as many as asked for."""
+    device = cfg.MODEL.DEVICE
+    if device == "cpu":
+        return
+    if not device.startswith("cuda"):
+        raise UserError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
+    present = torch.cuda.device_count()
+    if present == 0:
+        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
+    if num_gpus > present:
+        raise UserError(f"--num-gpus is {num_gpus}, but this machine has {present}")
+
+
+def _writable(folder: Path, make: bool) -> None:
+    """Makes sure that files can be written in a folder, or could, if it were made."""
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        return
+    parent = next(each for each in (folder, *folder.parents) if each.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_output(cfg: CfgNode, args: argparse.Namespace, make: bool = True) -> None:
+    """Checks the output folder.
+
+    Args:
+        cfg: OUTPUT_DIR is read.
+        args: ``resume`` and ``eval_only`` are read.
+        make: make the folder; otherwise nothing is written.
+
+    Raises:
+        UserError: if it cannot be written, or holds another run.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    try:
+        _writable(folder.absolute(), make)
+    except OSError as error:
+        raise UserError(
+            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): choose another"
+        ) from error
+    if args.resume or args.eval_only:
+        return
+    if (folder / "last_checkpoint").exists() or any(folder.glob("model_*.pth")):
+        raise UserError(
+            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
+            "or choose another OUTPUT_DIR"
+        )
+
+
+def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    resumable = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists()
+    if args.eval_only and not weights and not resumable:
+        raise UserError(
+            "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
+            f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
+        )
+    if weights and not resumable and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
+
+
+def _scaled(cfg: CfgNode, processes: int) -> str:
+    """How the recipe would look on so many processes; "" if it cannot be scaled."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (_RECIPE_GPUS * solver.ACCUMULATE):
+        return ""
+    cfg = cfg.clone()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = _RECIPE_GPUS
+    solver = DefaultTrainer.auto_scale_workers(cfg, processes).SOLVER
+    keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
+    settings = ", ".join(f"SOLVER.{key} {solver[key]}" for key in keys)
+    return f", or add SOLVER.REFERENCE_WORLD_SIZE {_RECIPE_GPUS}, which makes it {settings}"
+
+
+def _check_batch(cfg: CfgNode, processes: int) -> None:
+    try:
+        images = images_per_pass(cfg, processes)
+    except UserError as error:
+        raise UserError(f"{error}{_scaled(cfg, processes)}") from error
+    node = cfg.MODEL.CLASSIFIER
+    mixes = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier" and (
+        node.MIXUP_ALPHA or node.CUTMIX_ALPHA
+    )
+    if mixes and images % 2:
+        raise UserError(
+            f"mixup and CutMix need an even number of images per process and pass, not {images}: "
+            "change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+        )
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
+        return
+    # A map pooled to one pixel: statistics need a second image.
+    normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
+    if normed.get(head.NORM, 2) < 2:
+        raise UserError(
+            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs 2 images at a time: raise "
+            "SOLVER.IMS_PER_BATCH, or set the norm to GN"
+        )
+
+
+def _datasets(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """Names of the data sets of a run, each once."""
+    names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return list(dict.fromkeys(names))
+
+
+def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: bool = True) -> None:
+    """Checks what does not depend on the machine: batch, data sets, metric, weights.
+
+    Args:
+        cfg: the config, scaled to the number of processes.
+        args: ``resume`` and ``eval_only`` are read.
+        processes: of the run, on all machines.
+        data: look into the data sets; not needed if that was done for the same ones before.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    datasets = _datasets(cfg, args)
+    if not datasets:
+        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+    if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
+        _check_batch(cfg, processes)
+    # Of the processes that others start on a machine, one reads the annotation files.
+    place = find_place()
+    if data and (place is None or place.local_rank == 0):
+        check_datasets(cfg, datasets)
+    if not args.eval_only:
+        check_best_metric(cfg)
+    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
+    _check_weights(cfg, args)
+
+
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Checks device, output folder, weights and data sets; makes the output folder.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    check_device(cfg, args.num_gpus)
+    check_inputs(cfg, args, count_processes(args))
+    check_output(cfg, args)
+    place = find_place()
+    if place is None or place.local_rank == 0:
+        prepare_cityscapes(cfg, _datasets(cfg, args))

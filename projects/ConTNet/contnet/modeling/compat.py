@@ -1,0 +1,119 @@
+"""Cures for what breaks, or makes noise, in the libraries below us on a current stack.
+
+Each says what it works around; tests/test_compat.py fails when the pinned libraries no longer need
+it. Nothing here is applied on import: entry points call :func:`quiet_known_noise`, scripts before
+they import the rest, for some of the noise is made by importing Detectron2.
+"""
+
+import logging
+import warnings
+from types import ModuleType
+
+import numpy as np
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from contnet.utils.errors import UserError
+
+__all__ = [
+    "KNOWN_WARNINGS",
+    "fix_gradient_order",
+    "give_in1d",
+    "quiet_known_noise",
+    "use_plain_focal_loss",
+]
+
+# (category, start of the message as a regular expression, where it comes from)
+KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    (
+        FutureWarning,
+        r"`torch\.jit\.script` is deprecated\. Please switch to `torch\.compile`",
+        "import of fvcore.nn.focal_loss and detectron2.modeling.box_regression, which script code",
+    ),
+    (
+        UserWarning,
+        r"torch\.meshgrid: in an upcoming release, it will be required to pass the indexing",
+        "detectron2.modeling.anchor_generator, first grid of anchors",
+    ),
+    (
+        FutureWarning,
+        r"`broadcast_buffers` is deprecated\. Use `forward_sync_buffers`",
+        "detectron2.engine.create_ddp_model, which knows no other way, with several processes",
+    ),
+    (
+        UserWarning,
+        r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",
+        "PyTorch, when the float16 loss scaler skips the first step to lower its scale, rightly",
+    ),
+    (
+        UserWarning,
+        r"Detected pickle protocol \d+ in the checkpoint, which was not the default",
+        "torch.load of a plain pickle, which it then reads as safely, or refuses",
+    ),
+)
+
+
+class _NoUserErrorTracebacks(logging.Filter):
+    """Detectron2's training loop logs a traceback for whatever ends it, mistakes of users too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+class _NoTracingAdvice(logging.Filter):
+    """PyTorch's advice to whoever asks about tracing, as Detectron2's RoI pooler does each time."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("is_fx_tracing will return true for both")
+
+
+# Filters by the names of the loggers whose lines they take away.
+_LOG_FILTERS: dict[str, type[logging.Filter]] = {
+    "detectron2.engine.train_loop": _NoUserErrorTracebacks,
+    "torch.fx._symbolic_trace": _NoTracingAdvice,
+}
+
+
+def quiet_known_noise() -> None:
+    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and two kinds of lines in logs."""
+    for category, message, _ in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+    for name, kind in _LOG_FILTERS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, kind) for each in logger.filters):
+            logger.addFilter(kind())
+
+
+def give_in1d(module: ModuleType) -> None:
+    """Gives one module the function ``np.in1d``, which cityscapesscripts calls and numpy 2.4 lacks.
+
+    Args:
+        module: has numpy as ``np``; numpy itself stays as it is.
+    """
+    stand_in = ModuleType("numpy")
+    stand_in.__dict__.update(vars(np), in1d=np.isin)
+    module.np = stand_in
+
+
+def fix_gradient_order(model: nn.Module) -> None:
+    """Has DistributedDataParallel lay its gradients out now, as it would after its first step.
+
+    More than two processes add the parts of an element in an order that depends on its place, so
+    that a resumed run, whose first step is another one, would differ in the last bits. Gradients
+    are then exchanged late: for processes on the CPU alone, which cannot compute meanwhile anyway.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
+
+
+def use_plain_focal_loss() -> None:
+    """Gives Detectron2's dense detectors the focal loss without TorchScript.
+
+    A scripted function is optimised after its first calls and then rounds differently, so that a
+    resumed run would differ from an uncut one in the last bits.
+    """
+    from detectron2.modeling.meta_arch import fcos, retinanet
+    from fvcore.nn import sigmoid_focal_loss
+
+    fcos.sigmoid_focal_loss_jit = retinanet.sigmoid_focal_loss_jit = sigmoid_focal_loss

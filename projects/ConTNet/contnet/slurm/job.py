@@ -1,0 +1,68 @@
+"""What submitit runs: a training that survives preemption, in every task of a job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+from submitit.helpers import DelayedSubmission
+
+from contnet.modeling.compat import quiet_known_noise
+
+__all__ = ["TrainingJob", "python_command"]
+
+# Both signals are held back until the job can take them: while Python imports, they would kill it.
+_HOLD_SIGNALS = (
+    "import os, signal, sys; "
+    "signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM)); "
+    "os.execv(sys.executable, [sys.executable] + sys.argv[1:])"
+)
+
+
+def python_command() -> str:
+    """The shell command that submitit must start Python with (``python=`` of its executors)."""
+    return shlex.join([sys.executable, "-I", "-S", "-c", _HOLD_SIGNALS])
+
+
+@dataclass
+class TrainingJob:
+    """A training, one task for each GPU; picklable, and the same object in every start.
+
+    It goes with ``srun --kill-on-bad-exit=1``, tasks in blocks (SLURM's default), ``sbatch
+    --requeue`` and submitit's ``signal_delay_s``.
+
+    Attributes:
+        argv: train_net.py's own arguments; paths are absolute, OUTPUT_DIR is among them. A start
+            after the first resumes by itself, another job in the same folder needs ``--resume``.
+        run_folder: OUTPUT_DIR; what concerns the job lies in its ``slurm`` folder.
+        max_requeues: how many starts may follow the first, for whatever reason.
+        hang_timeout: seconds without progress after which the job is given up.
+        interface: network interface for NCCL and gloo; "" for their own choice.
+        setup: "signal_delay", seconds from SLURM's first signal to the end (default 90, as
+            submitit's signal_delay_s); "beat", seconds between heartbeats (default 5, more with
+            many ranks).
+    """
+
+    argv: list[str]
+    run_folder: str
+    max_requeues: int = 20
+    hang_timeout: float = 1800
+    interface: str = ""
+    setup: dict = field(default_factory=dict)
+
+    def __call__(self) -> dict:
+        """Trains or evaluates; returns the last evaluation's metrics (on rank 0).
+
+        Raises:
+            SystemExit: when a signal ends this start.
+            UserError: for the user's mistakes, and if the job is not to be started again.
+        """
+        quiet_known_noise()  # before Detectron2 is imported
+        from contnet.slurm.attempt import Start
+
+        return Start(self).run()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit would run after a requeue of its own making."""
+        return DelayedSubmission(self)

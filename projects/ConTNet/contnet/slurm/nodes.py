@@ -1,0 +1,282 @@
+"""What SLURM says: states of jobs, and what its nodes have."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from contnet.slurm.settings import Settings
+from contnet.utils.errors import UserError
+
+__all__ = [
+    "Node",
+    "ask_slurm",
+    "check_request",
+    "check_shared",
+    "is_one_machine",
+    "read_nodes",
+    "read_states",
+]
+
+# States in which SLURM has done with a job.
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+    "TIMEOUT",
+}
+_PRIVATE_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+_PRIVATE_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
+
+
+def ask_slurm(*command: str) -> str:
+    """The output of a client of SLURM's.
+
+    Raises:
+        UserError: if there is no such program, or it fails; in SLURM's own words.
+    """
+    if shutil.which(command[0]) is None:
+        raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{command[0]} did not answer within 120 s, try later") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        said = "; ".join(line.strip() for line in lines[-2:]) or f"status {done.returncode}"
+        raise UserError(f"{command[0]} failed: {said}")
+    return done.stdout
+
+
+def read_states(job_ids: Iterable[str]) -> dict[str, str]:
+    """SLURM's states of jobs, the tasks of arrays each on its own; ended jobs are left out.
+
+    Args:
+        job_ids: as ``12``, or ``12_3`` for a task of an array; ``12`` then means all its tasks.
+    """
+    states = {}
+    for job_id in dict.fromkeys(each.partition("_")[0] for each in job_ids):
+        try:
+            answer = ask_slurm(
+                "squeue", "--noheader", "--array", f"--jobs={job_id}", "--format=%i|%T|%r"
+            )
+        except UserError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            continue
+        for line in answer.splitlines():
+            name, state, reason = (part.strip() for part in (line + "||").split("|")[:3])
+            if name and state not in _ENDED:
+                states[name] = f"{state} ({reason})" if state == "PENDING" and reason else state
+    return states
+
+
+@dataclass
+class Node:
+    """A node as one of its partitions has it.
+
+    Attributes:
+        partition: its name.
+        default: whether jobs go there that name no partition.
+        up: whether it takes jobs.
+        gpus: their number by type; "" where there are no types.
+        cpus: cores, or threads where SLURM counts those.
+        memory_gb: memory.
+        limit_hours: longest job, infinity if there is no limit.
+        name: its name in SLURM.
+        host: its name as a machine.
+    """
+
+    partition: str
+    default: bool
+    up: bool
+    gpus: dict[str, int]
+    cpus: int
+    memory_gb: float
+    limit_hours: float
+    name: str
+    host: str
+
+    def count_gpus(self, kind: str = "") -> int:
+        """GPUs of a type, or of all types."""
+        return self.gpus.get(kind, 0) if kind else sum(self.gpus.values())
+
+
+def _hours(text: str) -> float:
+    """Of SLURM's [days-]hours:minutes:seconds, which leaves out what it can from the left."""
+    if not re.fullmatch(r"(\d+-)?[\d:]+", text):
+        return float("inf")
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":") if part]
+    if days:
+        parts += [0] * (3 - len(parts))
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + part
+    return int(days or 0) * 24 + seconds / 3600
+
+
+def _number(text: str) -> float:
+    digits = re.match(r"\d+", text)
+    return float(digits.group()) if digits else 0.0
+
+
+def read_nodes() -> list[Node]:
+    """Every node of every partition, as sinfo tells.
+
+    Raises:
+        UserError: if SLURM does not answer.
+    """
+    nodes = []
+    answer = ask_slurm("sinfo", "--noheader", "--Node", "--format=%P|%a|%G|%c|%m|%l|%N|%n")
+    for line in answer.splitlines():
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) != 8:
+            continue
+        partition, state, gres, cpus, memory, limit, name, host = parts
+        gpus: dict[str, int] = {}
+        for kind, count in re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)(?!\w)", gres):
+            gpus[kind] = gpus.get(kind, 0) + int(count)
+        nodes.append(
+            Node(
+                partition=partition.removesuffix("*"),
+                default=partition.endswith("*"),
+                up=state == "up",
+                gpus=gpus,
+                cpus=int(_number(cpus)),
+                memory_gb=_number(memory) / 1024,
+                limit_hours=_hours(limit),
+                name=name,
+                host=host,
+            )
+        )
+    if not nodes:
+        raise UserError("sinfo shows no nodes that you may use")
+    return nodes
+
+
+def _choose(nodes: Sequence[Node], settings: Settings) -> list[Node]:
+    """The nodes of the partitions that were asked for, or of the default one."""
+    known = list(dict.fromkeys(node.partition for node in nodes))
+    wanted = [name for name in settings.partition.split(",") if name]
+    wanted = wanted or [node.partition for node in nodes if node.default]
+    if not wanted:
+        raise UserError(
+            f"this cluster has no default partition: add --partition, one of {', '.join(known)}"
+        )
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"there is no partition {name}; there are {', '.join(known)}")
+    chosen = [node for node in nodes if node.partition in wanted]
+    if not any(node.up for node in chosen):
+        raise UserError(f"partition {wanted[0]} takes no jobs now (sinfo shows it as not up)")
+    return chosen
+
+
+def _gpus(count: int, kind: str) -> str:
+    return f"{count} {kind + ' ' if kind else ''}GPU{'s' if count != 1 else ''}"
+
+
+def check_request(
+    nodes: Sequence[Node], settings: Settings, num_nodes: int, num_gpus: int, tasks: int
+) -> list[Node]:
+    """Checks that the cluster has what a job asks for.
+
+    Args:
+        nodes: of :func:`read_nodes`.
+        settings: partition, GPU type, memory, cores and time.
+        num_nodes: how many nodes.
+        num_gpus: GPUs on each of them, 0 for a job on CPUs.
+        tasks: processes on each of them.
+
+    Returns:
+        The nodes that the job may run on.
+
+    Raises:
+        UserError: for what no partition has.
+    """
+    chosen = _choose(nodes, settings)
+    kind = settings.gpu_type
+    if num_gpus and not (fit := [n for n in chosen if n.count_gpus(kind) >= num_gpus]):
+        most = max(node.count_gpus(kind) for node in chosen)
+        others = {n.partition for n in nodes if n.count_gpus(kind) >= num_gpus}
+        hint = f"; partition {', '.join(sorted(others))} has" if others else ""
+        raise UserError(
+            f"no node of partition {chosen[0].partition} has {_gpus(num_gpus, kind)}, at most "
+            f"{most}{hint}"
+        )
+    fit = [n for n in chosen if n.count_gpus(kind) >= num_gpus] if num_gpus else chosen
+    cpus = tasks * (settings.cpus_per_gpu or 1)
+    if not any(node.cpus >= cpus for node in fit):
+        raise UserError(
+            f"{tasks} processes x --cpus-per-gpu {settings.cpus_per_gpu or 1} are {cpus} cores; "
+            f"the nodes of partition {chosen[0].partition} have at most {max(n.cpus for n in fit)}"
+        )
+    if not any(node.memory_gb >= settings.mem_gb for node in fit):
+        raise UserError(
+            f"--mem-gb {settings.mem_gb:g}: the nodes of partition {chosen[0].partition} have at "
+            f"most {max(n.memory_gb for n in fit):.0f} GB"
+        )
+    fit = [n for n in fit if n.cpus >= cpus and n.memory_gb >= settings.mem_gb]
+    names = {node.name for node in fit}
+    if len(names) < num_nodes:
+        what = f"with {_gpus(num_gpus, kind)} " if num_gpus else ""
+        raise UserError(
+            f"--num-nodes is {num_nodes}, but partition {chosen[0].partition} has {len(names)} "
+            f"node{'s' if len(names) != 1 else ''} {what}that fit"
+        )
+    limit = max(node.limit_hours for node in fit)
+    if not settings.timeout_hours:
+        allowed = (
+            f" (partition {chosen[0].partition} allows up to {limit:g})" if limit < 1e9 else ""
+        )
+        raise UserError(
+            f"how long may the job run? Add --timeout-hours{allowed}; one that is not done by "
+            "then saves and comes back"
+        )
+    if settings.timeout_hours > limit:
+        raise UserError(
+            f"--timeout-hours is {settings.timeout_hours:g}, but partition {chosen[0].partition} "
+            f"allows {limit:g}; a job that is not done by then saves and comes back"
+        )
+    return fit
+
+
+def is_one_machine(nodes: Sequence[Node]) -> bool:
+    """Whether all nodes are this machine, so that they see its folders."""
+    here = socket.gethostname().partition(".")[0]
+    return {node.host.partition(".")[0] for node in nodes} == {here}
+
+
+def _file_system(path: Path) -> tuple[str, str]:
+    """Where a path is mounted, and the type of file system."""
+    best = ("/", "")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, point, kind, *_ = line.split()
+        point = point.replace("\\040", " ")
+        if path.is_relative_to(point) and len(point) >= len(best[0]):
+            best = (point, kind)
+    return best
+
+
+def check_shared(path: str | Path, what: str) -> None:
+    """Raises UserError if only this machine can see a path, as far as that can be told."""
+    real = Path(path).resolve()
+    point, kind = _file_system(real)
+    private = next((each for each in _PRIVATE_FOLDERS if real.is_relative_to(each)), None)
+    if private or kind in _PRIVATE_TYPES:
+        where = f"under {private}" if private else f"on {point}, a {kind}"
+        raise UserError(
+            f"{what} {path} is {where}, which every node has for itself: choose a folder that all "
+            "nodes share, or add --assume-shared if this one is"
+        )

@@ -1,0 +1,198 @@
+"""Several runs from one command line: products of values, and files of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from contnet.launch.arguments import config_parser
+from contnet.utils.errors import UserError
+
+__all__ = ["RunArguments", "expand_runs"]
+
+_CONFIG_FILE = "config-file"
+_LONGEST_NAME = 120
+
+
+@dataclass
+class RunArguments:
+    """What tells the runs of an array apart.
+
+    Attributes:
+        config_file: as it was typed.
+        opts: KEY VALUE KEY VALUE.
+        resume: go on from the last checkpoint.
+        eval_only: evaluate.
+        name: of the run's folder; "" for a run alone.
+    """
+
+    config_file: str
+    opts: list[str]
+    resume: bool = False
+    eval_only: bool = False
+    name: str = ""
+
+    @property
+    def values(self) -> dict[str, str]:
+        """By key, the last value that was given."""
+        given: dict[str, str] = {}
+        for key, value in zip(self.opts[::2], self.opts[1::2], strict=True):
+            given.pop(key, None)  # in the order of what counts, the last ones
+            given[key] = value
+        flags = {"resume": self.resume, "eval-only": self.eval_only}
+        set_flags = {name: "True" for name, value in flags.items() if value}
+        return {_CONFIG_FILE: self.config_file, **set_flags, **given}
+
+
+def _split_values(text: str) -> list[str]:
+    """Parts between the commas that no bracket or quote encloses."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not quote and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _parse_sweep(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    parts = _split_values(values)
+    if not key or not equals or not all(parts):
+        raise UserError(f"--sweep {text!r}: write KEY=VALUE,VALUE, as SOLVER.BASE_LR=0.01,0.02")
+    if double := [part for part in parts if parts.count(part) > 1]:
+        raise UserError(f"--sweep {text!r} has the value {double[0]} twice")
+    return key.removeprefix("--"), parts
+
+
+def _read_array(path: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and words of the lines that are not empty."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(f"--array {path} cannot be read: {reason}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        if words:
+            found.append((number, words))
+    if not found:
+        raise UserError(f"--array {path} has no line of arguments")
+    return found
+
+
+def _parse_line(words: Sequence[str], where: str) -> argparse.Namespace:
+    parser = config_parser("", "", required=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--eval-only", action="store_true")
+    try:
+        line = parser.parse_intermixed_args(words)
+    except UserError as error:
+        raise UserError(
+            f"{where}: {error}; a line may hold --config-file, --resume, --eval-only and KEY VALUE"
+        ) from error
+    if len(line.opts) % 2:
+        raise UserError(f"{where}: {line.opts[-1]!r} has no value, write KEY VALUE pairs")
+    return line
+
+
+def _every_run(args: argparse.Namespace) -> list[RunArguments]:
+    lines = [argparse.Namespace(config_file=None, opts=[], resume=False, eval_only=False)]
+    if args.array:
+        numbered = _read_array(args.array)
+        lines = [_parse_line(words, f"{args.array}, line {n}") for n, words in numbered]
+    sweeps = [_parse_sweep(text) for text in args.sweep]
+    keys = [key for key, _ in sweeps]
+    if double := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--sweep {double[0]} is given twice: list all its values in one")
+    runs = []
+    for line, *values in itertools.product(lines, *(values for _, values in sweeps)):
+        config_file = line.config_file or args.config_file
+        opts = [*args.opts, *line.opts]
+        for key, value in zip(keys, values, strict=True):
+            if key == _CONFIG_FILE:
+                config_file = value
+            else:
+                opts += [key, value]
+        resume, eval_only = args.resume or line.resume, args.eval_only or line.eval_only
+        runs.append(RunArguments(config_file, opts, resume, eval_only))
+    return runs
+
+
+def _safe(text: str) -> str:
+    """The same with signs alone that are harmless in the name of a folder."""
+    return re.sub(r"[^\w.+=-]+", "_", text).strip("_.") or "_"
+
+
+def _name_runs(runs: Sequence[RunArguments]) -> None:
+    values = [run.values for run in runs]
+    files = {run.config_file for run in runs}
+    if len({Path(file).stem for file in files}) == len(files):
+        for each in values:
+            each[_CONFIG_FILE] = Path(each[_CONFIG_FILE]).stem
+    keys = list(dict.fromkeys(key for each in values for key in each))
+    differing = [key for key in keys if len({each.get(key) for each in values}) > 1]
+    last = [key.rpartition(".")[2] for key in differing]
+    short = {
+        key: end if last.count(end) == 1 else key for key, end in zip(differing, last, strict=True)
+    }
+    for run, given in zip(runs, values, strict=True):
+        parts = [
+            ("" if key == _CONFIG_FILE else f"{short[key]}=") + _safe(given[key])
+            for key in differing
+            if key in given
+        ]
+        run.name = ",".join(parts) or "default"
+        if len(run.name) > _LONGEST_NAME:
+            digest = hashlib.sha256(run.name.encode()).hexdigest()[:8]
+            run.name = f"{run.name[:_LONGEST_NAME]},{digest}"
+
+
+def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
+    """The runs that a command line of ``--array`` and ``--sweep`` asks for, or the one run.
+
+    Args:
+        args: config_file, opts, resume, eval_only, ``array`` (a file or "") and ``sweep``.
+
+    Raises:
+        UserError: for a line or value that cannot be read, a run without config file, and runs
+            that do not differ.
+    """
+    if len(args.opts) % 2:
+        raise UserError(f"{args.opts[-1]!r} has no value, write KEY VALUE pairs")
+    runs = _every_run(args)
+    if missing := [run for run in runs if not run.config_file]:
+        which = f" (run {runs.index(missing[0]) + 1} of {len(runs)})" if len(runs) > 1 else ""
+        raise UserError(f"--config-file FILE is needed{which}, a yaml of configs/")
+    if not args.array and not args.sweep:
+        return runs
+    for number, run in enumerate(runs, 1):
+        if "OUTPUT_DIR" in run.opts[len(args.opts) :: 2]:
+            raise UserError(
+                f"run {number} of {len(runs)} has an OUTPUT_DIR of its own: give one to the whole "
+                "command, each run gets a folder in it"
+            )
+    _name_runs(runs)
+    names = [run.name for run in runs]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        first, second = [i for i, name in enumerate(names, 1) if name == double][:2]
+        raise UserError(
+            f"runs {first} and {second} of {len(runs)} do not differ, both would be {double}"
+        )
+    return runs

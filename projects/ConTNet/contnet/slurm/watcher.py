@@ -1,0 +1,318 @@
+"""The thread that watches over a rank of a job: signals, heartbeat, hangs, other ranks, lease.
+
+Python runs signal handlers in the main thread between two of its instructions, so a rank that
+waits in a collective would learn of a signal late or never. This thread learns of it at once,
+through the file descriptor into which the interpreter writes the number of each signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from contnet.slurm.cluster import Job
+from contnet.slurm.lease import Lease, StartFolder
+
+__all__ = ["SIGNALS", "Watcher", "lost_contact"]
+
+logger = logging.getLogger(__name__)
+
+# What SLURM sends ahead of the end, and what it sends at the end.
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+# How long a rank waits for its own end after another one's, in seconds.
+_LINGER = 10.0
+
+
+def _ignore(number: int, frame: object) -> None:
+    """A handler that only keeps the signal from killing; the watcher hears of it otherwise."""
+
+
+def _block_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _where_main_is() -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    if frame is None:
+        return "nowhere"
+    last = traceback.extract_stack(frame, limit=1)[0]
+    return f"{last.name}, {last.filename}:{last.lineno}"
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone."""
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or any(
+        sign in text
+        for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
+    )
+
+
+class Watcher(threading.Thread):
+    """Watches over this process until it ends.
+
+    Args:
+        job: this start of the job.
+        folder: of this start.
+        lease: of the run.
+        hang_timeout: seconds without progress after which the job is given up.
+        grace: seconds after a signal in which the training loop must have left.
+        beat: seconds between two heartbeats.
+        abandon: called on rank 0 if a signal came and the training loop cannot be waited for, with
+            the reason; writes the note ``leave`` and returns the exit status.
+
+    Attributes:
+        signals: those that have come, oldest first.
+        phase: "starting", "training", "evaluation", "leaving" or "ended".
+        iteration: the last one done, -1 before.
+        first_iteration: the last one that an earlier start had done.
+        max_iter: their number, 0 before it is known.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: StartFolder,
+        lease: Lease,
+        hang_timeout: float,
+        grace: float,
+        beat: float,
+        abandon: Callable[[str], int],
+    ):
+        super().__init__(name="contnet-watcher", daemon=True)
+        self.job = job
+        self.folder = folder
+        self.lease = lease
+        self.hang_timeout = hang_timeout
+        self.grace = grace
+        self.beat = beat
+        self.abandon = abandon
+        self.signals: list[str] = []
+        self.phase = "starting"
+        self.iteration = self.first_iteration = -1
+        self.max_iter = 0
+        self.ended = None
+        self._deadline = float("inf")
+        self._moved = time.monotonic()
+        self._death_seen = None
+        self._inbox, self._outbox = socket.socketpair()
+        self._inbox.setblocking(False)
+        self._outbox.setblocking(False)
+
+    def start(self) -> None:
+        """From the main thread: takes over the signals, those that wait already too."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        # Open to the end: it is written when nothing else can be done.
+        self._stacks = self.folder.rank_file(self.job.rank, ".stack").open("w")
+        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, _ignore)
+            signal.siginterrupt(number, False)
+        super().start()
+        # Loader workers get SLURM's signals, too, and must outlive them.
+        os.register_at_fork(after_in_child=_block_signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    # What the main thread says.
+
+    def progress(self, iteration: int | None = None) -> None:
+        """That something has been done, and, between two iterations, which one."""
+        self._moved = time.monotonic()
+        if iteration is not None:
+            self.iteration = iteration
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        self.progress()
+        self._wake()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While all there is to lose is an evaluation, a signal is answered at once."""
+        self.enter("evaluation")
+        try:
+            yield
+        finally:
+            self.enter("training")
+
+    def finish(self, how: str) -> None:
+        """The last word of this rank: "finished", "left" or "failed"."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        # Loader workers, which do not heed the signal that the interpreter would send them.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+        self.ended = how
+        self.enter("ended")
+        self.folder.beat(self._record())
+        # Should the interpreter not get to its end, for threads or processes that do not.
+        faulthandler.dump_traceback_later(6 * _LINGER, exit=True, file=self._stacks)
+
+    def fail(self, error: BaseException) -> None:
+        """Notes what ended this rank, and the job unless another rank has failed before."""
+        lost = lost_contact(error)
+        text = str(error).strip().splitlines()
+        self._note_death(
+            f"{type(error).__name__}: {text[0] if text else '(no message)'}",
+            details="".join(traceback.format_exception(error))[-8000:],
+            lost=lost,
+        )
+        self.finish("failed")
+
+    def _note_death(
+        self, reason: str, details: str, lost: bool = False, rank: int | None = None
+    ) -> None:
+        record = {
+            "rank": self.job.rank if rank is None else rank,
+            "iteration": self.iteration,
+            "phase": self.phase,
+            "reason": reason,
+            "details": details,
+            "lost": lost,
+        }
+        if self.folder.note("death", record):
+            logger.error(f"The job ends: {reason}")
+
+    # What the thread does.
+
+    def run(self) -> None:
+        while self.ended is None:
+            try:
+                self._look()
+            except OSError as error:  # a shared folder may fail for a while
+                logger.warning(f"The job's folder {self.folder.path}: {error}")
+            self._listen()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._outbox.send(b"\0")
+
+    def _listen(self) -> None:
+        if not select.select([self._inbox], [], [], self.beat)[0]:
+            return
+        for number in self._inbox.recv(4096):
+            if number in SIGNALS:
+                self._take(signal.Signals(number).name)
+
+    def _take(self, name: str) -> None:
+        first = not self.signals
+        self.signals.append(name)
+        if first:
+            logger.warning(
+                f"{name} after iteration {self.iteration} ({self.phase}): the job will save and "
+                "leave"
+            )
+            self._deadline = time.monotonic() + self.grace
+            with contextlib.suppress(OSError):
+                self.folder.note("signalled", {"rank": self.job.rank, "signal": name})
+
+    def _record(self) -> dict:
+        return {
+            "rank": self.job.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": self.phase,
+            "iteration": self.iteration,
+            "max_iter": self.max_iter,
+            "signals": self.signals,
+            "beat": self.beat,
+            "ended": self.ended,
+        }
+
+    def _look(self) -> None:
+        self.check_lease()
+        if self.ended is not None:
+            return
+        # If this thread cannot run, for a call that keeps the interpreter, this still does.
+        patience = self.hang_timeout + 2 * self.beat
+        faulthandler.dump_traceback_later(patience, exit=True, file=self._stacks)
+        self.folder.beat(self._record())
+        self._look_at_others()
+        self._look_at_progress()
+        if not self.signals and (note := self.folder.read("signalled")):
+            self._take(note["signal"])
+        # Where there is no SLURM that would end the other ranks, at any time.
+        if ("SIGTERM" in self.signals or self.job.cluster == "local") and self.phase != "leaving":
+            self._look_for_killed()
+        if self.signals:
+            self._answer_signal()
+
+    def check_lease(self) -> None:
+        """Ends this process at once if another start owns the run."""
+        if self.lease.lost():
+            print("a later start of the job owns the run: this one ends", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(3)
+
+    def dump_stacks(self) -> None:
+        """Adds the stacks of all threads to ``rank-<rank>.stack``."""
+        faulthandler.dump_traceback(file=self._stacks)
+        self._stacks.flush()
+
+    def _look_at_others(self) -> None:
+        death = self.folder.read("death")
+        if death is None:
+            return
+        if self._death_seen is None:
+            self._death_seen = time.monotonic()
+            logger.error(f"Rank {death['rank']} has failed: {death['reason']}")
+            self.dump_stacks()
+        elif time.monotonic() - self._death_seen > _LINGER:
+            os._exit(1)
+
+    def _look_for_killed(self) -> None:
+        """SIGTERM is also what SLURM sends when another rank was killed, which cannot say so."""
+        for rank, record in self.folder.ranks().items():
+            if record["host"] != socket.gethostname() or record["ended"]:
+                continue
+            try:
+                os.kill(record["pid"], 0)
+            except ProcessLookupError:
+                self._note_death(
+                    f"rank {rank} (process {record['pid']} on {record['host']}) ended without a "
+                    "word: killed, perhaps for want of memory?",
+                    details="",
+                    rank=rank,
+                )
+
+    def _look_at_progress(self) -> None:
+        still = time.monotonic() - self._moved
+        if still < self.hang_timeout or self._death_seen is not None:
+            return
+        self._note_death(
+            f"no progress for {still:.0f} s after iteration {self.iteration} ({self.phase}), in "
+            f"{_where_main_is()}",
+            details=f"stacks of all ranks: {self.folder.path}/rank-*.stack",
+        )
+
+    def _answer_signal(self) -> None:
+        if self.phase == "leaving":
+            return
+        if self.job.rank:
+            if self.folder.read("leave"):
+                os._exit(0)
+        elif self._only_evaluation_to_lose():
+            os._exit(self.abandon("a signal came in an evaluation, which will begin again"))
+        elif time.monotonic() > self._deadline:
+            os._exit(self.abandon(f"{self.grace:.0f} s were not enough to leave in order"))
+
+    def _only_evaluation_to_lose(self) -> bool:
+        """Whether to leave an evaluation at once: not if this start has done nothing before it.
+
+        Nor for SIGTERM alone, which also comes when another rank was killed.
+        """
+        advanced = self.iteration > self.first_iteration
+        return self.phase == "evaluation" and advanced and "SIGUSR2" in self.signals
