@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate
-from contnet.modeling.contnet import Attention, ConTBlock, ConTNet
+from contnet.modeling.block import ConTBlock
+from contnet.modeling.contnet import ConTNet
+from contnet.modeling.encoder import Attention
 from contnet.modeling.macs import operations_of_call
 
 __all__ = ["count_parts", "least_seconds", "measure_ceilings"]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks import checkpoint, evaluation, loading, network, pixels, scaling, start_up, step
 from benchmarks.timing import describe_machine
-from contnet.launch.distributed import print_error
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 
 __all__ = ["build_parser", "main"]
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contnet.modeling.contnet import Attention, ConTBlock, ConTNet, Encoder, PooledShortcut
+from contnet.modeling.block import ConTBlock, PooledShortcut
+from contnet.modeling.contnet import ConTNet
+from contnet.modeling.encoder import Attention, Encoder
 
 __all__ = ["IMAGE_UNIT", "run_plain"]
 

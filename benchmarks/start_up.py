@@ -27,9 +27,9 @@ from torch import distributed, multiprocessing
 
 from contnet.config import add_contnet_config
 from contnet.data.datasets.register import register_datasets
-from contnet.data.pipeline.annotations import examine_cityscapes, examine_coco, prepare_cityscapes
+from contnet.data.pipeline.annotations import load_dicts, prepare_cityscapes
 from contnet.data.pipeline.records import Records
-from contnet.data.validation.datasets import load_dicts
+from contnet.data.validation.examine import examine_cityscapes, examine_coco
 
 __all__ = ["add_arguments", "draw_cityscapes", "draw_coco", "run"]
 

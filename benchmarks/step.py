@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -17,6 +16,7 @@ from benchmarks.timing import alternate, print_ratios
 from contnet.config import load_config
 from contnet.engine.optimizer import build_optimizer
 from contnet.modeling.amp import autocast
+from contnet.modeling.build import build_model
 
 __all__ = ["add_arguments", "build_step", "random_batch", "run"]
 

@@ -21,12 +21,14 @@ from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
 from contnet.config import load_config
-from contnet.data.datasets.register import count_classes, register_datasets
+from contnet.data.datasets.register import register_datasets
 from contnet.data.findings import NOTE
 from contnet.data.pipeline import annotations
+from contnet.data.pipeline.annotations import load_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.pipeline.records import Records
-from contnet.data.validation.datasets import check_dataset, check_datasets, load_dicts
+from contnet.data.validation.classes import count_classes
+from contnet.data.validation.datasets import check_dataset, check_datasets
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "mask_rcnn_contti.yaml")

@@ -11,13 +11,9 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from contnet.config import add_contnet_config
-from contnet.modeling.backbone import (
-    NORMS,
-    ConTNetBackbone,
-    DivisibleFPN,
-    backbone_prefix,
-)
+from contnet.modeling.backbone import NORMS, ConTNetBackbone, backbone_prefix
 from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS, ConTNet, create_model
+from contnet.modeling.fpn import DivisibleFPN
 
 PYRAMIDS = {
     "build_contnet_fpn_backbone": ["p2", "p3", "p4", "p5", "p6"],

@@ -18,12 +18,8 @@ from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from PIL import Image
 
 import contnet.data.datasets.cityscapes_labels as preparation
-from contnet.data.datasets.cityscapes_labels import (
-    LABEL_FILES,
-    default_root,
-    main,
-    prepare_cityscapes,
-)
+from contnet.commands.prepare_cityscapes import main
+from contnet.data.datasets.cityscapes_labels import LABEL_FILES, default_root, prepare_cityscapes
 from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1

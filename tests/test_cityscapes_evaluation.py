@@ -33,10 +33,9 @@ from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.cityscapes import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    NumberedImages,
-    as_coco,
     match_instances,
 )
+from contnet.evaluation.cityscapes_coco import NumberedImages, as_coco
 from contnet.evaluation.coco import ArrayCOCOEvaluator
 from contnet.launch.distributed import launch_run
 from contnet.utils.errors import UserError

@@ -30,8 +30,8 @@ from contnet.data.datasets.register import register_datasets
 from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.trainer import Trainer
-from contnet.evaluation.build import check_best_metric
 from contnet.evaluation.classification import ClassificationEvaluator
+from contnet.evaluation.metrics import check_best_metric
 from contnet.launch.main import main
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError

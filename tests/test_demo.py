@@ -6,7 +6,8 @@ import pytest
 
 from contnet.commands import demo, demo_imagenet
 from contnet.commands.demo import REQUIRED_AP, main
-from contnet.data.datasets.shapes import CLASS_NAMES, make_shapes
+from contnet.data.datasets.shapes import make_shapes
+from contnet.data.datasets.shapes_drawing import CLASS_NAMES
 
 ONLY = ["SOLVER.RESCALE_INTERVAL", "False"]  # a warm-up longer than the run
 

@@ -20,12 +20,16 @@ from torchvision.datasets import ImageFolder
 
 from contnet.commands.doctor import main as doctor
 from contnet.config import load_config
-from contnet.data.datasets.imagenet import difference, read_image, read_set
-from contnet.data.datasets.register import count_classes, register_datasets
+from contnet.data.datasets.classes import difference
+from contnet.data.datasets.imagenet import read_set
+from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.findings import NOTE, Findings
+from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.pipeline.images import read_image
 from contnet.data.pipeline.loader import build_train_loader
-from contnet.data.validation.datasets import check_datasets, load_dicts
+from contnet.data.validation.classes import count_classes
+from contnet.data.validation.datasets import check_datasets
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.main import main
 from contnet.utils.errors import UserError

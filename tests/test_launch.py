@@ -16,10 +16,11 @@ from torch.distributed import TCPStore
 from contnet.launch import environment
 from contnet.launch.environment import Place, find_place, first_host, meet, ports
 from contnet.slurm.attempt import Start
+from contnet.slurm.attempt_folder import StartFolder, last_saved, record_requeue
 from contnet.slurm.cluster import Job, find_job
 from contnet.slurm.job import TrainingJob, python_command
-from contnet.slurm.lease import Lease, StartFolder, last_saved, record_requeue
-from contnet.slurm.records import describe_run
+from contnet.slurm.lease import Lease
+from contnet.slurm.report import describe_run
 from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write

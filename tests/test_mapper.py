@@ -14,8 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from contnet.config import add_contnet_config
-from contnet.data.pipeline.mappers import FastMapper
-from contnet.data.pipeline.transforms import build_train_mapper
+from contnet.data.pipeline.mappers import FastMapper, build_train_mapper
 from contnet.utils.seed import seed_everything
 
 HEIGHT, WIDTH = 90, 121

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from contnet.config import load_config
-from contnet.data.pipeline.transforms import build_train_mapper
+from contnet.data.pipeline.mappers import build_train_mapper
 from contnet.launch.main import main
 from contnet.modeling.pspnet import window_starts
 from contnet.utils.errors import UserError

@@ -10,7 +10,8 @@ from conftest import REPOSITORY, finish, metrics_of
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
-from contnet.data.datasets.register import learned_classes, register_datasets
+from contnet.data.datasets.classes import learned_classes
+from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import make_shapes
 from contnet.data.validation.datasets import check_datasets
 from contnet.launch.arguments import configure, parse_arguments

@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from contnet.report.page.page import page as report
-from contnet.report.page.page.page import Box, ReportImage, write_report
 from PIL import Image
+
+from contnet.report import page as report
+from contnet.report.page import write_report
+from contnet.report.pictures import Box, ReportImage
 
 CLASS_NAMES = ("circle", "<b>square</b>")
 VOID = {"meta", "link", "br", "img", "hr", "input"}

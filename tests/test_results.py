@@ -14,7 +14,7 @@ from torch import nn
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
-from contnet.evaluation.build import check_best_metric, main_metric
+from contnet.evaluation.metrics import check_best_metric, main_metric
 from contnet.evaluation.results import (
     forget_results_after,
     markdown_tables,

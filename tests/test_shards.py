@@ -18,9 +18,10 @@ from conftest import REPOSITORY
 from imagenet import class_name, make_imagenet
 from PIL import Image
 
+from contnet.commands.make_shards import main
 from contnet.data.datasets import shards
-from contnet.data.datasets.imagenet import Source, read_image, read_set
-from contnet.data.datasets.shard_writer import main, make_shards
+from contnet.data.datasets.imagenet import Source, read_set
+from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.datasets.shards import (
     index_shard,
     read_classes,
@@ -29,6 +30,7 @@ from contnet.data.datasets.shards import (
     shard_records,
 )
 from contnet.data.findings import ERROR, NOTE, Findings
+from contnet.data.pipeline.images import read_image
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 

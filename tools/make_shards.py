@@ -7,7 +7,7 @@ from contnet.modeling.compat import quiet_known_noise
 
 quiet_known_noise()  # before Detectron2 is imported
 
-from contnet.data.datasets.shard_writer import main  # noqa: E402
+from contnet.commands.make_shards import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from contnet.modeling.compat import quiet_known_noise
 
 quiet_known_noise()  # before Detectron2 is imported
 
-from contnet.data.datasets.cityscapes_labels import main  # noqa: E402
+from contnet.commands.prepare_cityscapes import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "add_contnet_config":
+        import contnet.modeling.build  # noqa: F401, fills Detectron2's registries
         from contnet.config import add_contnet_config
 
         return add_contnet_config

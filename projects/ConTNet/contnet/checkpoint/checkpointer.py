@@ -16,30 +16,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from contnet.checkpoint.background_writer import BackgroundWriter, Snapshot
-from contnet.checkpoint.key_mapping import (
-    convert_resnet_state_dict,
-    convert_state_dict,
-    is_resnet,
-    torchvision_name,
+from contnet.checkpoint.loading import (
+    check_classes,
+    check_pre_norm,
+    check_values,
+    conversion_advice,
+    translate_names,
 )
 from contnet.checkpoint.reading import (
     AVERAGED,
     LAST,
     METADATA,
-    bare_name,
     check_plain,
     class_names,
     pick_weights,
     read_safetensors,
     read_torch,
-    some,
 )
-from contnet.data.datasets.imagenet import difference
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
-from contnet.modeling.contnet import Encoder
 from contnet.utils.errors import UserError
 from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.utils.text import first_names
 
 __all__ = ["BEST", "Checkpointer"]
 
@@ -241,7 +239,6 @@ class Checkpointer(DetectionCheckpointer):
         return {**{name: value for name, value in content.items() if name != key}, "model": state}
 
     def _load_file(self, filename: str) -> dict:
-        self._file = filename
         if filename.endswith(".pkl"):
             check_plain(filename)
         loaded = super()._load_file(filename)
@@ -253,111 +250,17 @@ class Checkpointer(DetectionCheckpointer):
         ):
             raise UserError(
                 f"{filename} holds no weights: it must be tensors by name alone, or have them as "
-                f"{' or '.join(map(repr, LAST))}; {self._conversion()}"
+                f"{' or '.join(map(repr, LAST))}; {conversion_advice(filename)}"
             )
-        self._check_pre_norm(loaded.get(METADATA), filename)
+        self._file = filename
+        check_pre_norm(self.model, loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
-            loaded["model"] = self._detector_names(loaded["model"], filename)
-        self._check_values(loaded["model"], filename)
+            loaded["model"] = translate_names(self.model, state, filename)
+        check_values(self.model, loaded["model"], self._strict_prefix, filename)
         # Of another architecture the classes are the lesser trouble.
         if not self._strict_prefix and self.model.state_dict().keys() & loaded["model"].keys():
-            self._check_classes(loaded, filename)
+            check_classes(self.model, self.classes, class_names(loaded), filename)
         return loaded
-
-    def _detector_names(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        state = {bare_name(name): value for name, value in state.items()}
-        classifies = isinstance(self.model, ImageClassifier)
-        if not classifies:
-            state = {name.removeprefix("network."): value for name, value in state.items()}
-        if any(name.endswith("layer0.conv.conv.weight") for name in state):
-            return self._translated(filename, lambda: self._of_authors(state, filename))
-        if classifies:
-            if "stem.conv1.weight" in state:
-                state = {torchvision_name(name): value for name, value in state.items()}
-            prefix = backbone_prefix(self.model)
-            bare = not any(name.startswith(prefix) for name in state)
-            return self._under_backbone(state) if bare else state
-        if is_resnet(state):
-            return self._translated(filename, lambda: convert_resnet_state_dict(state))
-        if "stem.weight" not in state and "stem.conv1.weight" not in state:
-            return state
-        return self._under_backbone(state)
-
-    def _of_authors(self, state: Mapping[str, Tensor], filename: str) -> dict[str, Tensor]:
-        converted, report = convert_state_dict(state)
-        if left := report.unexpected:
-            self.logger.warning(
-                f"{filename}: {len(left)} tensors are no part of a ConTNet and are left out "
-                f"({some(left)})"
-            )
-        return converted
-
-    def _check_values(self, state: Mapping[str, Tensor], filename: str) -> None:
-        """Refuses damaged and quantised weights, which would load without a word."""
-        for name, own in self.model.state_dict().items():
-            if name not in state or not name.startswith(self._strict_prefix):
-                continue
-            value = torch.as_tensor(state[name])
-            if own.is_floating_point() and not value.is_floating_point():
-                raise UserError(
-                    f"{filename}: {name} holds {value.dtype}, as of quantised weights, where "
-                    f"{own.dtype} is needed: give weights that are not quantised"
-                )
-            if own.is_floating_point() and not value.isfinite().all():
-                raise UserError(
-                    f"{filename}: {name} is not finite: the file is damaged, or its training had "
-                    "diverged; give an earlier checkpoint, or copy the file again"
-                )
-
-    def _check_classes(self, loaded: Mapping, filename: str) -> None:
-        """Compares names, for labels are numbers that mean nothing without them."""
-        theirs = class_names(loaded)
-        if theirs is None or self.classes is None:
-            who = "the data set does" if theirs else f"{filename} does"
-            self.logger.warning(
-                f"{who} not name its classes: nothing shows whether the numbers of the data's "
-                "labels and of the weights' outputs mean the same"
-            )
-        elif differing := difference(self.classes, theirs):
-            raise UserError(
-                f"the data's {len(self.classes)} classes are not the {len(theirs)} that {filename} "
-                f"was trained on ({differing}): {self._renaming()}"
-            )
-
-    def _renaming(self) -> str:
-        if isinstance(self.model, ImageClassifier):
-            return (
-                "rename its class folders, or for a flat folder write the names in that order into "
-                "classes.txt in it"
-            )
-        return "give data that has these names in this order, or weights of a run on this data"
-
-    def _check_pre_norm(self, said: object, filename: str) -> None:
-        """Compares what a file of tools/convert_weights.py says, since tensors do not show it."""
-        options = said.get("options") if isinstance(said, Mapping) else None
-        theirs = options.get("pre_norm") if isinstance(options, Mapping) else None
-        ours = {each.pre_norm for each in self.model.modules() if isinstance(each, Encoder)}
-        if theirs is not None and ours - {theirs}:
-            raise UserError(
-                f"{filename} says that its ConTNet has pre_norm {theirs}: set "
-                f"MODEL.CONTNET.PRE_NORM {theirs}, or convert the weights again with or without "
-                "--pre-norm"
-            )
-
-    def _translated(self, filename: str, convert: Callable[[], dict]) -> dict[str, Tensor]:
-        try:
-            return self._under_backbone(convert())
-        except ValueError as error:
-            raise UserError(f"{filename}: {error}; {self._conversion()}") from error
-
-    def _under_backbone(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        prefix = backbone_prefix(self.model)
-        keep_head = isinstance(self.model, ImageClassifier)
-        return {
-            prefix + name: value
-            for name, value in state.items()
-            if keep_head or not name.startswith(("head.", "linear."))
-        }
 
     def _load_model(self, checkpoint: dict):
         given = [name.removeprefix("module.") for name in checkpoint["model"]]
@@ -375,7 +278,9 @@ class Checkpointer(DetectionCheckpointer):
             head = self.model.head_names()
             wanted = [name for name in wanted if name not in head]
             if new := [name for name in head if name in unfit]:
-                self.logger.info(f"The classifier's head starts from random weights: {some(new)}")
+                self.logger.info(
+                    f"The classifier's head starts from random weights: {first_names(new)}"
+                )
         misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
         absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
         absent = [name for name in wanted if name in absent and name not in misshapen]
@@ -384,26 +289,22 @@ class Checkpointer(DetectionCheckpointer):
         line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
         if misshapen or absent:
             line += f"; {len(absent)} are not in it" if absent else ""
-            line += f" ({some(absent)})" if absent else ""
+            line += f" ({first_names(absent)})" if absent else ""
             line += (
-                f"; {len(misshapen)} have another shape ({some(misshapen)})" if misshapen else ""
+                f"; {len(misshapen)} have another shape ({first_names(misshapen)})"
+                if misshapen
+                else ""
             )
             if not (self._strict_prefix and self.allow_missing):
                 raise UserError(f"{line}; {self._advice(given, misshapen, absent)}")
         self.logger.info(line)
         return incompatible
 
-    def _conversion(self) -> str:
-        return (
-            f"python tools/convert_weights.py {self._file} NEW.pth says what it holds, and makes "
-            "weights of a ConTNet or ResNet in it fit"
-        )
-
     def _advice(self, given: list[str], misshapen: list[str], absent: list[str]) -> str:
         if self._strict_prefix:
             return (
                 "give weights of this very backbone (variant and options), or allow it with "
-                f"MODEL.ALLOW_MISSING_WEIGHTS True; {self._conversion()}"
+                f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(self._file)}"
             )
         classifies = isinstance(self.model, ImageClassifier)
         if classifies and not absent and set(misshapen) <= set(self.model.head_names()):

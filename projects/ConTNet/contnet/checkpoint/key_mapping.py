@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from contnet.modeling.contnet import VARIANTS, create_model, relative_index
+from contnet.modeling.contnet import VARIANTS, create_model
+from contnet.modeling.patches import relative_index
 
 __all__ = [
     "ConversionReport",

@@ -17,9 +17,10 @@ from contnet.checkpoint.key_mapping import (
     revert_state_dict,
     torchvision_name,
 )
-from contnet.checkpoint.reading import bare_name, some
+from contnet.checkpoint.reading import bare_name
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
+from contnet.utils.text import first_names
 
 __all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 
@@ -114,7 +115,7 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
     if lacking or len(network.missing) == 1:
         raise UserError(
             f"its {network.variant} lacks {len(lacking or absent)} of {len(expected)} tensors: "
-            f"{some(lacking or absent)}"
+            f"{first_names(lacking or absent)}"
         )
     for name, value in network.tensors.items():
         if value.shape != expected[name].shape:
@@ -184,7 +185,7 @@ def _find_resnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Networ
         whole = timm.create_model(variant, num_classes=_whole_head(options)).state_dict()
     # An extra tensor, as that of a squeeze-and-excitation, means another function.
     if extra := [origins[name] for name in tensors if name not in whole]:
-        raise UserError(f"no plain {variant}, which has no {some(extra)}")
+        raise UserError(f"no plain {variant}, which has no {first_names(extra)}")
     network = Network(
         "resnet", form, variant, options, native, tensors, origins, dropped=[], missing=[]
     )

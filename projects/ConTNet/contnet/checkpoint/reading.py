@@ -25,7 +25,6 @@ __all__ = [
     "read_checkpoint",
     "read_safetensors",
     "read_torch",
-    "some",
 ]
 
 # Under this name a file of tools/convert_weights.py says what it holds.
@@ -174,11 +173,6 @@ def class_names(content: Mapping) -> list[str] | None:
         if isinstance(names, list) and names:
             return [str(name) for name in names]
     return None
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_checkpoint(path: str) -> dict:

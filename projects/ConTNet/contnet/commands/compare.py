@@ -26,9 +26,8 @@ from contnet.commands.options import check_positive
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import config_parser, configure
-from contnet.launch.distributed import print_error
 from contnet.modeling.macs import build_meta_model, count_operations, count_parameters
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
 
 __all__ = ["compare", "main", "table"]

@@ -33,9 +33,8 @@ from contnet.checkpoint.reading import (
     read_checkpoint,
 )
 from contnet.checkpoint.reference import RUNNERS
-from contnet.launch.distributed import print_error
 from contnet.modeling.contnet import create_model
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
 
 __all__ = ["TOLERANCE", "Result", "build_parser", "convert", "largest_difference", "main"]

@@ -23,19 +23,19 @@ from detectron2.data import (
     build_detection_test_loader,
     detection_utils,
 )
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.data.datasets.register import learned_classes
+from contnet.data.datasets.classes import learned_classes
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
-from contnet.data.validation.datasets import load_dicts
+from contnet.data.pipeline.annotations import load_dicts
 from contnet.engine.writers import METRICS_FILE
-from contnet.launch.distributed import print_error
 from contnet.launch.main import main as train
-from contnet.report.page.page import Box, ReportImage, write_report
-from contnet.utils.errors import UserError
+from contnet.modeling.build import build_model
+from contnet.report.page import write_report
+from contnet.report.pictures import Box, ReportImage
+from contnet.utils.errors import UserError, print_error
 
 __all__ = ["REQUIRED_AP", "main", "run_demo"]
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from contnet.data.datasets.shapes import crop_shapes, make_shapes
 from contnet.evaluation.results import read_results
-from contnet.launch.distributed import print_error
 from contnet.launch.main import main as train
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 
 __all__ = ["REQUIRED_TOP1", "main", "run_demo"]
 

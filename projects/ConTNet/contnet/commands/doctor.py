@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from PIL import Image
 from tqdm import tqdm
 
 from contnet.commands.options import add_workers_option, check_positive
-from contnet.data.datasets.imagenet import EVALUATOR_TYPE, FACT, inspect_image, read_set
-from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
-from contnet.data.validation.cityscapes import FILES, find_scenes, inspect_images
-from contnet.data.validation.coco import read_instances
-from contnet.data.validation.datasets import check_classes, check_dataset
-from contnet.data.validation.images import check_depth
+from contnet.data.datasets.cityscapes import FILES, find_scenes
+from contnet.data.datasets.classes import EVALUATOR_TYPE
+from contnet.data.datasets.imagenet import read_set
+from contnet.data.findings import ERROR, NOTE, Finding, Findings
+from contnet.data.validation.cityscapes import inspect_images
+from contnet.data.validation.classes import check_classes
+from contnet.data.validation.datasets import check_dataset
+from contnet.data.validation.images import FACT, find_listed, inspect_image, inspect_listed
 from contnet.launch.arguments import config_parser, configure
-from contnet.launch.distributed import print_error
 from contnet.modeling.compat import quiet_known_noise
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
+from contnet.utils.text import plural
 
 __all__ = ["build_parser", "diagnose", "main"]
 
@@ -38,54 +36,6 @@ official data sets and harmless oddities are NOTES: the exit status is 0.
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
 """
-_EXIF_ORIENTATION = 0x0112
-_EXIF_TURNED = range(5, 9)  # width and height change places
-
-
-class _Listed(NamedTuple):
-    """An image as an annotation file has it."""
-
-    path: str
-    width: object
-    height: object
-
-
-def _inspect_listed(image: _Listed, mode: str) -> list[Finding]:
-    """Decodes an image as training does; what is wrong with it."""
-    try:
-        # Detectron2 turns an image as its EXIF says.
-        height, width = read_image(image.path, mode).shape[:2]
-        with Image.open(image.path) as file:
-            orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
-            found = check_depth(file, image.path)
-    except Exception as error:  # decoders raise anything on a damaged file
-        return [Finding(ERROR, "images that cannot be read", f"{image.path} ({error})")]
-    sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
-    if (width, height) != (image.width, image.height):
-        what = "images of another size than their annotations say"
-        if orientation in _EXIF_TURNED and (height, width) == (image.width, image.height):
-            what = (
-                "images that their EXIF orientation turns when they are read, their annotations "
-                "are for the unturned ones: save the images without it"
-            )
-        return [*found, Finding(ERROR, what, sizes)]
-    if orientation != 1:
-        what = (
-            "images that their EXIF orientation turns when they are read: annotations must be for "
-            "the turned ones"
-        )
-        found.append(Finding(NOTE, what, image.path))
-    return found
-
-
-def _listed_images(name: str) -> list[_Listed]:
-    metadata = MetadataCatalog.get(name)
-    paths = []
-    for image in read_instances(metadata.json_file)["images"]:
-        path = os.path.join(metadata.image_root, str(image.get("file_name")))
-        if os.path.isfile(path):  # what is missing has been told
-            paths.append(_Listed(path, image.get("width"), image.get("height")))
-    return paths
 
 
 def _in_parallel(
@@ -102,8 +52,8 @@ def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -
     metadata = MetadataCatalog.get(name)
     kind = metadata.get("evaluator_type")
     if kind == "coco":
-        function = partial(_inspect_listed, mode=cfg.INPUT.FORMAT)
-        items = _listed_images(name)
+        function = partial(inspect_listed, mode=cfg.INPUT.FORMAT)
+        items = find_listed(name)
     elif kind in FILES:
         function = inspect_images
         items = find_scenes(metadata.image_dir, metadata.gt_dir, kind)

@@ -20,10 +20,10 @@ _HEAD = f"""# Model zoo
 Made by `python tools/model_zoo.py` from the configs and from [{RESULTS}]({RESULTS}).
 
 "Paper" is Yan et al., 2021, [arXiv 2104.13497](https://arxiv.org/abs/2104.13497); a dash means that
-it gives no figure. "Counted" is what `contnet/modeling/macs.py` finds in the models as they are built
-here: trained parameters, and multiply-adds of one image of the size named with each table, without
-and with the products of attention, which the paper leaves out. "Here" is what this repository has
-trained and measured on the whole data set. Speed and memory: not measured.
+it gives no figure. "Counted" is what `contnet/modeling/macs.py` finds in the models as they are
+built here: trained parameters, and multiply-adds (MACs) of one image of the size named with each
+table, without and with the products of attention, which the paper leaves out. "Here" is what this
+repository has trained and measured on the whole data set. Speed and memory: not measured.
 
 No weights are shipped. The paper's AP starts from backbones that were trained on ImageNet
 ([docs/weights.md](docs/weights.md)); what we ran on small sets of real images is in

@@ -1,7 +1,7 @@
-"""The configuration: our keys on top of Detectron2's, strict loading, and checks of the values."""
+"""The configuration: our keys on top of Detectron2's, read strictly."""
 
 from contnet.config.keys import add_contnet_config
 from contnet.config.reading import is_set, load_config
-from contnet.config.values import validate
+from contnet.config.values import check_values
 
-__all__ = ["add_contnet_config", "is_set", "load_config", "validate"]
+__all__ = ["add_contnet_config", "check_values", "is_set", "load_config"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from detectron2.config import CfgNode
 
 from contnet.utils.errors import UserError
 
-__all__ = ["flatten", "get_value", "nearest", "one_line"]
+__all__ = ["flatten", "get_value", "one_line"]
 
 
 def flatten(node: Mapping, like: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -32,11 +31,3 @@ def get_value(cfg: CfgNode, key: str) -> object:
 def one_line(message: str) -> UserError:
     """An error whose message has no line breaks, whatever it quotes."""
     return UserError(" ".join(message.split()))
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    """The word that is most like it; among keys, the last part counts most."""
-    upper = {name.upper(): name for name in words}
-    if near := difflib.get_close_matches(word.upper(), upper, n=1, cutoff=0.0):
-        return upper[near[0]]
-    return words[0]

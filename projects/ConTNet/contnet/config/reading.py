@@ -9,9 +9,10 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from contnet.config.keys import add_contnet_config
-from contnet.config.nodes import flatten, get_value, nearest, one_line
-from contnet.config.values import validate
+from contnet.config.nodes import flatten, get_value, one_line
+from contnet.config.values import check_values
 from contnet.utils.errors import UserError
+from contnet.utils.text import nearest
 
 __all__ = ["is_set", "load_config"]
 
@@ -135,7 +136,10 @@ def _substitute_sync_bn(cfg: CfgNode) -> None:
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file and overrides into a full config, checked and not frozen.
+    """Reads a config file and overrides into a full config, not frozen.
+
+    Whether its values suit the models is for
+    :func:`contnet.launch.model_config.check_model_config` to say.
 
     On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
 
@@ -156,7 +160,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         _assign(cfg, key, value, config_file)
     for key, value in _pairs(list(opts)):
         _assign(cfg, key, value, "overrides")
-    validate(cfg)
+    check_values(cfg)
     cfg.DATASETS.REGISTER = [
         [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["ERROR", "NOTE", "SHOWN", "Finding", "Findings", "plural"]
+__all__ = ["ERROR", "NOTE", "SHOWN", "Finding", "Findings"]
 
 ERROR = "ERROR"  # would stop or corrupt training
 NOTE = "NOTE"
@@ -13,12 +13,6 @@ _LOST = "LOST"  # an object that Detectron2 would leave out
 
 SHOWN = 5  # examples of a kind
 _HARMLESS = 1000  # one lost object in so many is a note
-
-
-def plural(number: int, what: str) -> str:
-    """``1 class``, ``2 classes``."""
-    ending = "es" if what.endswith("s") else "s"
-    return f"{number} {what}{ending if number != 1 else ''}"
 
 
 class Finding(NamedTuple):

@@ -14,15 +14,14 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.data.datasets.register import learned_classes
+from contnet.data.datasets.classes import learned_classes
+from contnet.data.pipeline.annotations import load_dicts
 from contnet.data.pipeline.loader import build_train_loader
-from contnet.data.validation.datasets import load_dicts
 from contnet.engine.hooks import (
     BestCheckpoint,
     Evaluation,
@@ -32,9 +31,11 @@ from contnet.engine.hooks import (
 )
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.writers import build_writers, forget_metrics_after, record_run
-from contnet.evaluation.build import evaluate, main_metric
+from contnet.evaluation.evaluate import evaluate
+from contnet.evaluation.metrics import main_metric
 from contnet.evaluation.results import forget_results_after
 from contnet.modeling.amp import autocast, grad_scaler
+from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.compat import fix_gradient_order, use_plain_focal_loss
 from contnet.utils.errors import UserError

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from contnet.config import is_set, load_config
-from contnet.data.datasets.register import class_key, count_classes, register_datasets
+from contnet.data.datasets.register import class_key, register_datasets
+from contnet.data.validation.classes import count_classes
+from contnet.launch.model_config import check_model_config
 from contnet.utils.errors import UserError
 
 __all__ = [
@@ -77,6 +79,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
             that gives the number of classes.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_model_config(cfg)
     register_datasets(cfg)
     names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     key = class_key(cfg, names[0]) if names else None

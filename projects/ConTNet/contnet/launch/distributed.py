@@ -15,16 +15,9 @@ from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from contnet.launch.environment import Place, find_place, meet
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 
-__all__ = ["launch_run", "print_error"]
-
-
-def print_error(error: UserError) -> None:
-    """Says what is wrong, in one line on the error stream."""
-    # PyTorch puts a loader worker's traceback before the message.
-    line = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
-    print(f"error: {line.strip()}", file=sys.stderr, flush=True)
+__all__ = ["launch_run"]
 
 
 def _share_cores(processes: int) -> None:

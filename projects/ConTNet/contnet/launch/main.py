@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.data.datasets.register import learned_classes
-from contnet.data.validation.datasets import load_dicts
+from contnet.data.datasets.classes import learned_classes
+from contnet.data.pipeline.annotations import load_dicts
 from contnet.engine.trainer import Trainer
-from contnet.evaluation.build import evaluate
+from contnet.evaluation.evaluate import evaluate
 from contnet.launch.arguments import configure, parse_arguments
-from contnet.launch.distributed import launch_run, print_error
+from contnet.launch.distributed import launch_run
 from contnet.launch.preflight import check_run, count_processes
+from contnet.modeling.build import build_model
 from contnet.modeling.compat import quiet_known_noise
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UserError, print_error
 
 __all__ = ["main", "run"]
 

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer
 from contnet.data.pipeline.annotations import prepare_cityscapes
 from contnet.data.pipeline.loader import images_per_pass
 from contnet.data.validation.datasets import check_datasets
-from contnet.evaluation.build import check_best_metric
+from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
 from contnet.launch.environment import find_place
 from contnet.modeling.pspnet import SEGMENTORS

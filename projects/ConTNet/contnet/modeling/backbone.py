@@ -1,29 +1,21 @@
-"""ConTNet as a Detectron2 backbone, and feature pyramids over it; importing this registers them.
-
-The pyramids are every pair of a bottom-up network and a top block, under conventional names:
-`build_contnet_fpn_backbone`, `build_retinanet_contnet_fpn_backbone` and so on.
-"""
+"""ConTNet as a Detectron2 backbone, and a dilated ResNet; importing this registers them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet, build_resnet_backbone
 from torch import Tensor, nn
 
 from contnet.modeling.classifier import ImageClassifier, contnet_options
 from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet
 
 __all__ = [
-    "BOTTOM_UPS",
     "NORMS",
-    "TOP_BLOCKS",
     "ConTNetBackbone",
-    "DivisibleFPN",
     "backbone_prefix",
     "build_contnet_backbone",
     "build_dilated_resnet_backbone",
@@ -98,15 +90,6 @@ class ConTNetBackbone(ConTNet, Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Features by name of images (N, C, H, W); a map of stride s has ceil(H / s) rows."""
         return self.forward_features(x, self.out_features)
-
-
-class DivisibleFPN(FPN):
-    """Detectron2's FPN, padding its images to what the bottom-up network needs, too."""
-
-    @property
-    def size_divisibility(self) -> int:
-        """The least that suits both the pyramid's sums and the bottom-up network."""
-        return math.lcm(super().size_divisibility, self.bottom_up.size_divisibility or 1)
 
 
 def backbone_prefix(model: nn.Module) -> str:
@@ -186,53 +169,3 @@ def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
         out_features=cfg.MODEL.RESNETS.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
-
-
-BOTTOM_UPS = {"contnet": build_contnet_backbone, "resnet": build_resnet_backbone}
-
-# By the prefix of the builder's name: a top block from the bottom-up network's shapes and the
-# pyramid's width.
-TOP_BLOCKS = {
-    "": lambda shapes, width: LastLevelMaxPool(),
-    "retinanet_": lambda shapes, width: LastLevelP6P7(shapes["res5"].channels, width, "res5"),
-    "fcos_": lambda shapes, width: LastLevelP6P7(width, width, "p5"),
-}
-
-
-def _make_fpn_builder(name: str, build_bottom_up: Callable, make_top_block: Callable) -> Callable:
-    def build(cfg: CfgNode, input_shape: ShapeSpec) -> DivisibleFPN:
-        bottom_up = build_bottom_up(cfg, input_shape)
-        shapes = bottom_up.output_shape()
-        in_features = cfg.MODEL.FPN.IN_FEATURES
-        width = cfg.MODEL.FPN.OUT_CHANNELS
-        # The top blocks of every detector here start at stride 32.
-        if missing := [feature for feature in (*in_features, "res5") if feature not in shapes]:
-            raise ValueError(
-                f"{name} needs the feature {missing[0]!r}, "
-                f"the bottom-up network gives {', '.join(shapes)}"
-            )
-        return DivisibleFPN(
-            bottom_up=bottom_up,
-            in_features=in_features,
-            out_channels=width,
-            norm=cfg.MODEL.FPN.NORM,
-            top_block=make_top_block(shapes, width),
-            fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-            square_pad=bottom_up.padding_constraints.get("square_size", 0),
-        )
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = "Builds a feature pyramid from ``cfg.MODEL.FPN`` and its bottom-up network."
-    return build
-
-
-def _register_pyramids() -> None:
-    for prefix, make_top_block in TOP_BLOCKS.items():
-        for bottom_up, build_bottom_up in BOTTOM_UPS.items():
-            name = f"build_{prefix}{bottom_up}_fpn_backbone"
-            if name not in BACKBONE_REGISTRY:
-                builder = _make_fpn_builder(name, build_bottom_up, make_top_block)
-                BACKBONE_REGISTRY.register(builder)
-
-
-_register_pyramids()

@@ -7,15 +7,13 @@ maps that are no multiple of the patch, and the dense taps, are ours (docs/netwo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
+
+from contnet.modeling.block import ConTBlock
+from contnet.modeling.encoder import Attention, Encoder, run_checkpointed
 
 __all__ = [
     "CHECKPOINTS",
@@ -23,10 +21,8 @@ __all__ = [
     "OUTPUT_STRIDES",
     "TAPS",
     "VARIANTS",
-    "ConTBlock",
     "ConTNet",
     "create_model",
-    "relative_index",
 ]
 
 FEATURES = ("res2", "res3", "res4", "res5")
@@ -34,9 +30,6 @@ TAPS = ("stage", "pre")
 OUTPUT_STRIDES = (32, 16, 8)
 # What activation checkpointing computes again: nothing, MLPs, whole blocks.
 CHECKPOINTS = ("", "mlp", "block")
-
-# Numbers of the tokens that a CPU encodes at once: what is computed from them stays in its cache.
-_CACHED = 400_000
 
 VARIANTS: dict[str, dict] = {
     "contnet_ti": {"depths": (1, 1, 1, 1), "dim": 48, "mlp_dims": (196, 392, 768, 768)},
@@ -50,327 +43,6 @@ VARIANTS: dict[str, dict] = {
         "last_drop_rate": 0.2,
     },
 }
-
-
-def relative_index(patch_size: int, cell_size: int) -> Tensor:
-    """Row of the relative bias table for every pair of tokens of a patch, int64 (P*P, P*P).
-
-    Tokens run through the patch cell after cell, as :func:`_partition` puts them.
-    """
-    axis = torch.arange(patch_size)
-    token = torch.cartesian_prod(axis, axis).view(1, patch_size, patch_size, 2)
-    token = _partition(token, patch_size, cell_size)[0]
-    offset = token[:, None] - token[None] + patch_size - 1
-    return offset[..., 0] * (2 * patch_size - 1) + offset[..., 1]
-
-
-def _is_multiple(size: int, of: int) -> bool:
-    """Whether ``size % of == 0``; where torch.export has free sizes, whether that is certain."""
-    fits = size % of == 0
-    # jit.trace has sizes as tensors; torch.compile of PyTorch 2.6 cannot go into the function.
-    return statically_known_true(fits) if isinstance(fits, torch.SymBool) else bool(fits)
-
-
-def _partition(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
-    """Cuts a map (N, H, W, C) into patches (N * H/P * W/P, P*P, C), cell after cell of each."""
-    n, h, w, c = x.shape
-    cells = patch_size // cell_size
-    x = x.reshape(n, h // patch_size, cells, cell_size, w // patch_size, cells, cell_size, c)
-    # Cells by columns: by rows, a map one patch wide is as contiguous as it was, and torch.export
-    # would make that a case of its own.
-    return x.permute(0, 1, 4, 2, 5, 6, 3, 7).reshape(-1, patch_size * patch_size, c)
-
-
-def _merge(x: Tensor, patch_size: int, cell_size: int, like: Tensor) -> Tensor:
-    """Puts patches back into a map of the shape of ``like`` (N, H, W, C)."""
-    n, h, w, c = like.shape
-    cells = patch_size // cell_size
-    x = x.reshape(n, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
-    return x.permute(0, 1, 3, 6, 2, 4, 5, 7).reshape(n, h, w, c)
-
-
-def _split_phases(x: Tensor, dilation: int) -> Tensor:
-    """Makes each grid of every ``dilation``-th pixel of (N, H, W, C) an image of its own.
-
-    Returns:
-        (N * dilation**2, H / dilation, W / dilation, C), the grids of an image side by side.
-    """
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // dilation, dilation, w // dilation, dilation, c)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h // dilation, w // dilation, c)
-
-
-def _join_phases(x: Tensor, dilation: int, like: Tensor) -> Tensor:
-    """Undoes :func:`_split_phases`; ``like`` has the joined shape (N, H, W, C)."""
-    n, h, w, c = like.shape
-    x = x.reshape(n, dilation, dilation, h // dilation, w // dilation, c)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(n, h, w, c)
-
-
-def _mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
-    """Mean of each pixel and the one ``dilation`` further; alone where that lies outside."""
-    size = x.shape[dim]
-    if size <= dilation:
-        return x
-    tail = x.narrow(dim, size - dilation, dilation)
-    following = torch.cat([x.narrow(dim, dilation, size - dilation), tail], dim)
-    return (x + following) / 2
-
-
-def _run_part(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs a part of a module, which may ask that its activations are computed again."""
-    if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
-        return checkpoint(part, *args, use_reentrant=False)
-    return part(*args)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention within each patch, with an optional relative position bias."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        patch_size: int,
-        cell_size: int,
-        relative: bool,
-        qkv_bias: bool,
-        drop: float,
-    ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.drop = drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop)
-        self.bias_table = None
-        if relative:
-            self.bias_table = nn.Parameter(torch.zeros((2 * patch_size - 1) ** 2, num_heads))
-            self.register_buffer("index", relative_index(patch_size, cell_size), persistent=False)
-
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """Attends within patches.
-
-        Args:
-            x: tokens (B, T, C).
-            real: bool (B, T), False for tokens that no query may look at; None for all True.
-        """
-        b, t, c = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, c // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if real is None else real[:, None, None, :]
-        if self.bias_table is not None:
-            bias = self.bias_table[self.index].permute(2, 0, 1)[None].to(q.dtype)
-            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-        drop = self.drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(b, t, c)))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear, with dropout after each half."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Encoder(nn.Module):
-    """The paper's STE: one transformer layer whose sequences are the patches of a map."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_dim: int,
-        patch_size: int,
-        cell_size: int,
-        relative: bool,
-        pre_norm: bool,
-        qkv_bias: bool,
-        drop: float,
-    ):
-        super().__init__()
-        self.patch_size = patch_size
-        self.cell_size = cell_size
-        self.pre_norm = pre_norm
-        self.grad_checkpointing = False
-        self.row_table = self.col_table = None
-        if not relative:
-            self.row_table = nn.Parameter(torch.zeros(1, patch_size, 1, dim // 2))
-            self.col_table = nn.Parameter(torch.zeros(1, 1, patch_size, dim // 2))
-        self.attn = Attention(dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop)
-        self.mlp = Mlp(dim, mlp_dim, drop)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-
-    def _position(self) -> Tensor:
-        shape = (1, self.patch_size, self.patch_size, -1)
-        tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
-        return _partition(tables, self.patch_size, self.cell_size)
-
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """Encodes each patch on its own.
-
-        Args:
-            x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
-            real: bool (B, T), False on padding; None where there is none.
-        """
-        tokens = x.reshape(-1, self.patch_size**2, x.shape[2])
-        if real is not None:
-            real = real.reshape(-1, self.patch_size**2)
-            # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
-            real = real | ~real.any(dim=1, keepdim=True)
-        if self.row_table is not None:
-            tokens = tokens + self._position()
-        if self.pre_norm:
-            tokens = tokens + self.attn(self.norm1(tokens), real)
-            tokens = tokens + _run_part(self, self.mlp, self.norm2(tokens))
-        else:
-            tokens = self.norm1(tokens + self.attn(tokens, real))
-            tokens = self.norm2(tokens + _run_part(self, self.mlp, tokens))
-        return tokens.reshape(x.shape)
-
-
-class Shortcut(nn.Conv2d):
-    """1x1 projection of the shortcut, at stride 1 or 2."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__(dim, out_dim, 1, bias=False)
-
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
-        return F.conv2d(x, self.weight, stride=stride)
-
-
-class PooledShortcut(nn.Module):
-    """The same with ``use_avgdown``: a 2x2 mean instead of every second pixel."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, 1, bias=False)
-
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
-        if stride == 2:
-            x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
-        else:
-            x = _mean_with_next(_mean_with_next(x, 2, dilation), 3, dilation)
-        return self.conv(x)
-
-
-class ConTBlock(nn.Module):
-    """Norm, ReLU, two encoders on patches, one convolution, and a shortcut around them.
-
-    Args:
-        dim, out_dim: channels in and out. Where they differ, the shortcut is a convolution of the
-            activated input, otherwise it is the raw input.
-        stride: 1 or 2, of the convolution and the shortcut.
-        kernel_size: of the convolution.
-        patch_sizes: of the two encoders, in pixels of the map, one a multiple of the other.
-        dilation: of the convolution and of a pooled shortcut.
-        patch_dilation: a patch takes every so many-th pixel; the map is cut into patches for each
-            of the ``patch_dilation**2`` grids of such pixels.
-        use_avgdown: average-pool in the shortcut, where it is a convolution.
-        encoder: the encoders' other arguments.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        *,
-        stride: int,
-        kernel_size: int,
-        patch_sizes: Sequence[int],
-        dilation: int,
-        patch_dilation: int,
-        use_avgdown: bool,
-        norm_layer: Callable[[int], nn.Module],
-        drop_path: float,
-        out_drop: float,
-        **encoder,
-    ):
-        super().__init__()
-        self.stride = stride
-        self.patch_dilation = patch_dilation
-        self.patch_size, self.cell_size = max(patch_sizes), min(patch_sizes)
-        self.norm = norm_layer(dim)
-        self.encoders = nn.ModuleList(
-            Encoder(dim, patch_size=size, cell_size=self.cell_size, **encoder)
-            for size in patch_sizes
-        )
-        padding = kernel_size // 2 * dilation
-        self.conv = nn.Conv2d(
-            dim, out_dim, kernel_size, stride, padding=padding, dilation=dilation, bias=False
-        )
-        self.shortcut = None
-        if out_dim != dim:
-            self.shortcut = (PooledShortcut if use_avgdown else Shortcut)(dim, out_dim)
-        self.drop_path = StochasticDepth(drop_path, "row")
-        self.out_drop = nn.Dropout(out_drop)
-
-    def _encode_patches(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        """Both encoders on patches (B, T, C); on a CPU as many at a time as its cache holds."""
-        if tokens.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return self._run_encoders(tokens, real)
-        count = max(1, _CACHED // (tokens.shape[1] * tokens.shape[2]))
-        parts = tokens.split(count)
-        masks = [None] * len(parts) if real is None else real.split(count)
-        return torch.cat([self._run_encoders(*each) for each in zip(parts, masks, strict=True)])
-
-    def _run_encoders(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        for encoder in self.encoders:
-            tokens = encoder(tokens, real)
-        return tokens
-
-    def _encode(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        unit = self.patch_size * self.patch_dilation
-        x = x.permute(0, 2, 3, 1)
-        real = None
-        if not (_is_multiple(h, unit) and _is_multiple(w, unit)):
-            full_h, full_w = (h + unit - 1) // unit * unit, (w + unit - 1) // unit * unit
-            x = F.pad(x, (0, 0, 0, full_w - w, 0, full_h - h))
-            rows = torch.arange(full_h, device=x.device) < h
-            cols = torch.arange(full_w, device=x.device) < w
-            real = (rows[:, None] & cols)[None, :, :, None]
-        whole = x
-        if self.patch_dilation > 1:
-            x = _split_phases(x, self.patch_dilation)
-            real = None if real is None else _split_phases(real, self.patch_dilation)
-        tokens = _partition(x, self.patch_size, self.cell_size)
-        if real is not None:
-            real = _partition(real, self.patch_size, self.cell_size).squeeze(2)
-            real = real.repeat(tokens.shape[0] // real.shape[0], 1)
-        x = _merge(self._encode_patches(tokens, real), self.patch_size, self.cell_size, x)
-        if self.patch_dilation > 1:
-            x = _join_phases(x, self.patch_dilation, whole)
-        return x.narrow(1, 0, h).narrow(2, 0, w).permute(0, 3, 1, 2)
-
-    def forward(self, x: Tensor, dense: bool = False) -> tuple[Tensor, Tensor]:
-        """Runs the block.
-
-        Args:
-            x: map (N, dim, H, W).
-            dense: convolve at stride 1, whatever the block's own stride.
-
-        Returns:
-            The output (N, out_dim, ceil(H / stride), ceil(W / stride)), and what the second encoder
-            made (N, dim, H, W), the input of the convolution.
-        """
-        stride = 1 if dense else self.stride
-        activated = F.relu(self.norm(x))
-        encoded = self._encode(activated)
-        conv = self.conv
-        residual = F.conv2d(encoded, conv.weight, None, stride, conv.padding, conv.dilation)
-        skip = x
-        if self.shortcut is not None:
-            skip = self.shortcut(activated, stride, conv.dilation[0])
-        return self.out_drop(self.drop_path(residual) + skip), encoded
 
 
 class ConTNet(nn.Module):
@@ -543,10 +215,10 @@ class ConTNet(nn.Module):
         """A stage's output, and the features ``name`` before down-sampling."""
         *blocks, last = stage
         for block in blocks:
-            x, _ = _run_part(self, block, x)
+            x, _ = run_checkpointed(self, block, x)
         if self.taps == "pre" and name != FEATURES[-1]:
-            return _run_part(self, last, x)
-        tap, _ = _run_part(self, last, x, True)
+            return run_checkpointed(self, last, x)
+        tap, _ = run_checkpointed(self, last, x, True)
         # A strided convolution is the stride-1 convolution sub-sampled.
         return tap[..., :: last.stride, :: last.stride], tap
 
@@ -580,7 +252,7 @@ class ConTNet(nn.Module):
                 x, features[name] = self._tapped_stage(name, stage, x)
             else:
                 for block in stage:
-                    x, _ = _run_part(self, block, x)
+                    x, _ = run_checkpointed(self, block, x)
         return features if wanted else x
 
     def forward_intermediates(

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from contnet.modeling.block import ConTBlock
+from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
-from contnet.modeling.contnet import Attention, ConTBlock
+from contnet.modeling.encoder import Attention
 from contnet.modeling.pspnet import PSPHead
 
 __all__ = ["build_meta_model", "count_operations", "count_parameters", "operations_of_call"]

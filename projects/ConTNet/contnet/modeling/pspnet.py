@@ -123,9 +123,9 @@ class PSPHead(nn.Module):
         logits = _enlarge(logits.float(), scale_factor=stride)
         logits = logits[..., : targets.shape[-2], : targets.shape[-1]]
         # cross_entropy's own mean is NaN where no pixel has a label.
-        real = (targets != self.ignore_value).sum().clamp(min=1)
+        valid = (targets != self.ignore_value).sum().clamp(min=1)
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")
-        return total / real
+        return total / valid
 
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None

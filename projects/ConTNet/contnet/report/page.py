@@ -6,67 +6,17 @@ It is made from plain data and knows nothing of models or data sets; the same in
 bytes.
 """
 
-import base64
-import io
-import math
-import re
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
 
+from contnet.report.curves import _ap_curve, _by_iteration, _columns, _loss_curve, _number, _series
+from contnet.report.pictures import _CLASS_COLOURS, ReportImage, _pair
 from contnet.utils.files import atomic_write
 
-__all__ = ["Box", "ReportImage", "write_report"]
-
-# Light enough for black text on top, and far apart from each other in lightness or hue.
-_CLASS_COLOURS = (
-    "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
-    "#b8c93a", "#e6b8a2",
-)  # fmt: skip
-# Mid-tones that stand out from white and from black.
-_LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
-_SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
-_LETTER_WIDTH = 0.62  # Of a monospaced letter, against its size.
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box to draw.
-
-    Attributes:
-        xyxy: left, top, right and bottom edge in pixels of the image.
-        class_index: index into the report's class names.
-        score: the detector's confidence in 0..1; None for ground truth.
-    """
-
-    xyxy: Sequence[float]
-    class_index: int
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class ReportImage:
-    """An image with its true boxes and the boxes that were found.
-
-    Attributes:
-        name: what the page calls the image, e.g. its file name.
-        image: uint8 RGB array of shape (H, W, 3).
-        ground_truth: the true boxes.
-        detections: the detector's boxes; give only those that should be seen.
-    """
-
-    name: str
-    image: np.ndarray
-    ground_truth: Sequence[Box]
-    detections: Sequence[Box]
+__all__ = ["write_report"]
 
 
 # ---------------------------------------------------------------------------
@@ -74,199 +24,14 @@ class ReportImage:
 # ---------------------------------------------------------------------------
 
 
-def _by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Merges the lines of one iteration; of two values of one key, the later line's holds."""
-    merged: dict[int, dict[str, float]] = {}
-    for line in metrics:
-        values = {key: value for key, value in line.items() if key != "iteration"}
-        merged.setdefault(int(line["iteration"]), {}).update(values)
-    return dict(sorted(merged.items()))
-
-
-def _series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
-    """The finite values of one key, as iterations and values."""
-    points = [(i, row[key]) for i, row in rows.items() if math.isfinite(row.get(key, math.nan))]
-    return [i for i, _ in points], [value for _, value in points]
-
-
-def _columns(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """The keys that the page shows, in its order: losses, then AP over all classes."""
-    keys = {key for row in rows.values() for key in row}
-    losses = sorted(key for key in keys if key.startswith("loss_"))
-    scores = sorted(key for key in keys if re.fullmatch(r"(bbox|segm)/AP[0-9a-z]*", key))
-    return [key for key in ("total_loss",) if key in keys] + losses + scores
-
-
-def _number(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
-    return str(value)
-
-
-def _running_median(values: list[float]) -> list[float]:
-    """The median over a centred window of about a twentieth of the series."""
-    reach = len(values) // 40
-    return [
-        statistics.median(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))
-    ]
-
-
 # ---------------------------------------------------------------------------
 # Curves
 # ---------------------------------------------------------------------------
 
 
-def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel("iteration", color=_SENTINEL)
-    axes.set_ylabel(ylabel, color=_SENTINEL)
-    axes.tick_params(colors=_SENTINEL, length=3)
-    axes.grid(color=_SENTINEL, alpha=0.15, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set(color=_SENTINEL, visible=side in ("left", "bottom"))
-    return figure, axes
-
-
-def _svg(figure: Figure, label: str) -> str:
-    """A figure as an inline <svg> in the page's text colour and font."""
-    if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=_SENTINEL)
-    stream = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    opening, body = re.search("<svg([^>]*)>(.*)", stream.getvalue(), re.DOTALL).groups()
-    view_box = re.search('viewBox="[^"]*"', opening).group()
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    body = body.replace(_SENTINEL, "currentColor")
-    return f'<svg role="img" aria-label="{escape(label)}" {view_box}>{body}'
-
-
-def _loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
-    """All losses: their running medians, and faintly each value of the total."""
-    figure, axes = _new_figure("loss")
-    keys = [key for key in _columns(rows) if key.startswith(("total_loss", "loss_"))]
-    for index, key in enumerate(keys):
-        x, y = _series(rows, key)
-        colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
-        if key == "total_loss":
-            axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-        width = 2.2 if key == "total_loss" else 1.2
-        marker = "o" if len(x) == 1 else None
-        axes.plot(x, _running_median(y), color=colour, linewidth=width, marker=marker, label=key)
-    axes.set_ylim(bottom=0)
-    return _svg(figure, "Loss against iteration")
-
-
-def _ap_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
-    figure, axes = _new_figure("AP")
-    keys = [key for key in _columns(rows) if re.fullmatch(r"(bbox|segm)/AP(50|75)?", key)]
-    for index, key in enumerate(keys):
-        x, y = _series(rows, key)
-        colour = _LINE_COLOURS[(index + 1) % len(_LINE_COLOURS)]
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=key)
-    axes.set_ylim(0, 100)
-    return _svg(figure, "Average precision against iteration")
-
-
 # ---------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------
-
-
-def _data_url(image: np.ndarray) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=92)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def _caption(box: Box, class_names: Sequence[str]) -> str:
-    name = class_names[box.class_index]
-    return name if box.score is None else f"{name} {box.score:.2f}"
-
-
-def _place_tag(
-    box: Box, size: tuple[float, float], limits: tuple[int, int], taken: list[tuple[float, ...]]
-) -> tuple[float, float]:
-    """The left top corner of a box's label: at the box, in the image, over no label if possible."""
-    (x0, y0, x1, y1), (width, height) = (float(v) for v in box.xyxy), size
-    places = []
-    for y in (y0 - height, y1, y0, y1 - height):
-        for x in (x0, x1 - width):
-            left, top = min(x, limits[0] - width), min(y, limits[1] - height)
-            places.append((max(left, 0.0), max(top, 0.0)))
-
-    def hidden(place: tuple[float, float]) -> float:
-        overlaps = (
-            max(min(place[0] + width, right) - max(place[0], left), 0)
-            * max(min(place[1] + height, bottom) - max(place[1], top), 0)
-            for left, top, right, bottom in taken
-        )
-        return sum(overlaps)
-
-    return min(places, key=hidden)
-
-
-def _drawn_boxes(boxes: Sequence[Box], names: Sequence[str], width: int, height: int) -> str:
-    """Boxes and, above them all, their labels, in units of the image's pixels."""
-    size = max(width, height) / 23
-    outlines, tags = [], []
-    taken: list[tuple[float, ...]] = []
-    for box in boxes:
-        x0, y0, x1, y1 = (float(v) for v in box.xyxy)
-        text = _caption(box, names)
-        colour = _CLASS_COLOURS[box.class_index % len(_CLASS_COLOURS)]
-        place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-        outlines.append(
-            f'<g class="box"><title>{escape(text)} at {x0:.0f}, {y0:.0f}, {x1:.0f}, {y1:.0f}'
-            f'</title><rect {place} class="halo"/><rect {place} stroke="{colour}"/></g>'
-        )
-        length = len(text) * _LETTER_WIDTH * size
-        tag_width, tag_height = length + 0.5 * size, 1.2 * size
-        left, top = _place_tag(box, (tag_width, tag_height), (width, height), taken)
-        taken.append((left, top, left + tag_width, top + tag_height))
-        tags.append(
-            f'<g class="tag"><rect x="{left:.1f}" y="{top:.1f}" width="{tag_width:.1f}" '
-            f'height="{tag_height:.1f}" rx="{0.15 * size:.1f}" fill="{colour}"/>'
-            f'<text x="{left + 0.25 * size:.1f}" y="{top + 0.93 * size:.1f}" '
-            f'font-size="{size:.1f}" textLength="{length:.1f}" '
-            f'lengthAdjust="spacingAndGlyphs">{escape(text)}</text></g>'
-        )
-    return "".join(outlines + tags)
-
-
-def _picture(
-    content: str, kind: str, item: ReportImage, boxes: Sequence[Box], names: Sequence[str]
-) -> str:
-    """One image with boxes and the caption that says what they are."""
-    height, width = item.image.shape[:2]
-    listed = ", ".join(_caption(box, names) for box in boxes) or "none"
-    drawn = _drawn_boxes(boxes, names, width, height)
-    count = "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
-    return (
-        f'<figure><svg class="picture" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{kind} of {escape(item.name)}: {escape(listed)}">{content}{drawn}</svg>'
-        f"<figcaption>{kind}: {count}</figcaption></figure>"
-    )
-
-
-def _pair(index: int, item: ReportImage, class_names: Sequence[str]) -> str:
-    """Ground truth and detections of one image, side by side."""
-    height, width = item.image.shape[:2]
-    content = (
-        f'<image id="image-{index}" width="{width}" height="{height}" '
-        f'href="{_data_url(item.image)}"/>'
-    )
-    again = f'<use href="#image-{index}"/>'
-    return (
-        f'<section class="pair" aria-label="{escape(item.name)}"><h3>{escape(item.name)}</h3>'
-        f'<div class="sides">'
-        + _picture(content, "Ground truth", item, item.ground_truth, class_names)
-        + _picture(again, "Detections", item, item.detections, class_names)
-        + "</div></section>\n"
-    )
 
 
 # ---------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.distributed import launch_run
 from contnet.launch.main import run
 from contnet.launch.preflight import check_run, count_processes
+from contnet.slurm.attempt_folder import StartFolder, last_saved, read_requeues, record_requeue
 from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job, find_job
 from contnet.slurm.job import TrainingJob
-from contnet.slurm.lease import Lease, StartFolder, last_saved, read_requeues, record_requeue
+from contnet.slurm.lease import Lease
 from contnet.slurm.preemption import Leave, prepare_trainer
 from contnet.slurm.watcher import Watcher, lost_contact
 from contnet.utils.errors import UserError

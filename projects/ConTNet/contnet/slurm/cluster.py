@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from contnet.slurm.client import _ask, job_state
 from contnet.utils.errors import UserError
 
 __all__ = ["LOCAL_REQUEUE_STATUS", "Job", "find_job"]
 
 # The exit status by which submitit's local executor knows that it shall start the tasks again.
 LOCAL_REQUEUE_STATUS = 144
-_PATIENCE = 20  # seconds for one question to SLURM
 
 
 @dataclass(frozen=True)
@@ -51,27 +49,6 @@ class Job:
         error = _ask("scontrol", "requeue", self.job_id)[1]
         if error:
             raise UserError(f"SLURM does not requeue job {self.job_id}: {error}")
-
-
-def _ask(*command: str) -> tuple[str, str]:
-    """A command's output, and what was wrong ("" for nothing)."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", str(error)
-    if answer.returncode:
-        return "", answer.stderr.strip() or f"{command[0]} ended with status {answer.returncode}"
-    return answer.stdout.strip(), ""
-
-
-def job_state(job_id: str) -> str:
-    """SLURM's word for a job's state, "" if it knows of none or does not answer."""
-    for attempt in range(3):
-        state, error = _ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "-o%T")
-        if not error or "Invalid job id" in error:
-            return state
-        time.sleep(attempt)
-    return ""
 
 
 def find_job(environ: Mapping[str, str] = os.environ) -> Job:

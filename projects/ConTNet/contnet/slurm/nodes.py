@@ -3,82 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
-import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from contnet.slurm.client import ask_slurm
 from contnet.slurm.settings import Settings
 from contnet.utils.errors import UserError
 
-__all__ = [
-    "Node",
-    "ask_slurm",
-    "check_request",
-    "check_shared",
-    "is_one_machine",
-    "read_nodes",
-    "read_states",
-]
+__all__ = ["Node", "check_request", "check_shared", "is_one_machine", "read_nodes"]
 
-# States in which SLURM has done with a job.
-_ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "REVOKED",
-    "TIMEOUT",
-}
 _PRIVATE_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _PRIVATE_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
-
-
-def ask_slurm(*command: str) -> str:
-    """The output of a client of SLURM's.
-
-    Raises:
-        UserError: if there is no such program, or it fails; in SLURM's own words.
-    """
-    if shutil.which(command[0]) is None:
-        raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} did not answer within 120 s, try later") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        said = "; ".join(line.strip() for line in lines[-2:]) or f"status {done.returncode}"
-        raise UserError(f"{command[0]} failed: {said}")
-    return done.stdout
-
-
-def read_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """SLURM's states of jobs, the tasks of arrays each on its own; ended jobs are left out.
-
-    Args:
-        job_ids: as ``12``, or ``12_3`` for a task of an array; ``12`` then means all its tasks.
-    """
-    states = {}
-    for job_id in dict.fromkeys(each.partition("_")[0] for each in job_ids):
-        try:
-            answer = ask_slurm(
-                "squeue", "--noheader", "--array", f"--jobs={job_id}", "--format=%i|%T|%r"
-            )
-        except UserError as error:
-            if "Invalid job id" not in str(error):
-                raise
-            continue
-        for line in answer.splitlines():
-            name, state, reason = (part.strip() for part in (line + "||").split("|")[:3])
-            if name and state not in _ENDED:
-                states[name] = f"{state} ({reason})" if state == "PENDING" and reason else state
-    return states
 
 
 @dataclass

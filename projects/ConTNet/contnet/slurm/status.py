@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from contnet.slurm.lease import StartFolder, read_json, read_requeues
+from contnet.slurm.attempt_folder import StartFolder, read_json, read_requeues
 
 __all__ = ["read_status"]
 

@@ -21,8 +21,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
+from contnet.slurm.attempt_folder import StartFolder
 from contnet.slurm.cluster import Job
-from contnet.slurm.lease import Lease, StartFolder
+from contnet.slurm.lease import Lease
 
 __all__ = ["SIGNALS", "Watcher", "lost_contact"]
 

@@ -12,11 +12,10 @@ The table of classes and the rules of drawing are those of cityscapesscripts.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -30,12 +29,10 @@ from cityscapesscripts.preparation.json2labelImg import createLabelImage
 from PIL import Image
 from tqdm import tqdm
 
-from contnet.commands.options import add_workers_option, check_positive
-from contnet.launch.distributed import print_error
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
-__all__ = ["LABEL_FILES", "default_root", "main", "prepare_cityscapes"]
+__all__ = ["LABEL_FILES", "default_root", "prepare_cityscapes"]
 
 _POLYGONS = "_polygons.json"
 
@@ -149,25 +146,3 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int
             f"{'; ...' if errors[3:] else ''}. Unpack these files again, then run this again"
         )
     return written, len(files) * len(LABEL_FILES) - written
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/prepare_cityscapes.py; its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=default_root(),
-        metavar="FOLDER",
-        help="holds gtFine and leftImg8bit (default %(default)s)",
-    )
-    add_workers_option(parser)
-    args = parser.parse_args(argv)
-    try:
-        check_positive(args, "workers")
-        written, kept = prepare_cityscapes(args.root, args.workers)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"{written} label files written, {kept} were there already")
-    return 0

@@ -1,11 +1,13 @@
-"""Records of Detectron2's form from the content of an annotation file of COCO's form.
+"""Annotation files of COCO's form: reading one, and making Detectron2's records of its content.
 
-They equal what Detectron2's ``load_coco_json`` makes of the file. That one reads it again; here the
-content that was checked is used.
+The records equal what Detectron2's ``load_coco_json`` makes of the file. That one reads it again;
+here the content that was checked is used.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
 from collections import defaultdict
@@ -14,11 +16,65 @@ from collections.abc import Iterator
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-__all__ = ["make_records"]
+from contnet.utils.errors import UserError
 
+__all__ = ["class_names", "is_whole", "make_records", "read_instances"]
+
+_LISTS = ("images", "annotations", "categories")
 _KEPT = ("iscrowd", "bbox", "keypoints", "category_id")
 
 logger = logging.getLogger(__name__)
+
+
+def read_instances(file: str) -> dict:
+    """Reads an annotation file.
+
+    Raises:
+        UserError: if it is missing or has not the form of COCO's.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk through COCO's millions of new objects again and again
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except OSError as error:
+        raise UserError(f"the annotation file {file} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the annotation file {file} is not valid JSON ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
+    for key in _LISTS:
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(
+                f"the annotation file {file} has not the form of COCO instances: {key!r} must be "
+                "there, a list of {...}"
+            )
+    return content
+
+
+def class_names(content: dict) -> list[str]:
+    """Names of the classes in the model's order, that of their ids.
+
+    Raises:
+        UserError: if there are none, or one has no number as its id or no name.
+    """
+    categories = content["categories"]
+    for category in categories:
+        if not is_whole(category.get("id")) or not isinstance(category.get("name"), str):
+            raise UserError(f"each category must have a whole number as id and a name: {category}")
+    if not categories:
+        raise UserError("its annotation file has no categories")
+    ids = [category["id"] for category in categories]
+    if double := [one for one in ids if ids.count(one) > 1]:
+        raise UserError(f"the category id {double[0]} occurs twice")
+    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value of JSON is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _mask(mask: list | dict) -> list | dict:
@@ -57,8 +113,7 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
     """Records in the order of the images' ids; classes count from 0 in the order of theirs.
 
     Args:
-        content: of :func:`contnet.data.validation.coco.read_instances`; its lists become part of the
-            records.
+        content: of :func:`read_instances`; its lists become part of the records.
         image_root: what goes before the names of the images.
 
     Raises:

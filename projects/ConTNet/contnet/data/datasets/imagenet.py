@@ -12,67 +12,47 @@ folder, or the key in a shard) and ``label``; those of shards also have ``offset
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import log_first_n
-from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from contnet.data.datasets.classes import difference
 from contnet.data.datasets.imagenet_labels import LABEL_FILES, find_label_file, read_labels
 from contnet.data.datasets.shards import (
     CLASSES_FILE,
     SHARD_ENDING,
     read_classes,
     read_index,
-    read_sample,
     read_stamp,
+    sample_name,
     shard_records,
 )
-from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.findings import ERROR, NOTE, Findings
 from contnet.utils.errors import UserError
+from contnet.utils.text import plural
 
 __all__ = [
     "EVALUATOR_TYPE",
-    "FACT",
-    "LABELS",
     "Content",
     "Source",
     "count_labels",
-    "difference",
-    "inspect_image",
-    "read_image",
     "read_set",
     "register_classification",
     "register_imagenet",
 ]
 
 EVALUATOR_TYPE = "classification"
-LABELS = "labels of images"  # what these sets have, where others have objects or label maps
-FACT = "FACT"  # of an image, to be counted
 _DOCTOR = "python tools/doctor.py with this config"
+_SHOWN = 3  # names of classes in messages
 _THREADS = 16  # that list folders; on network file systems they mostly wait
-_SHOWN = 3
-_MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK"}
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -161,21 +141,6 @@ def _list_class(folder: str) -> tuple[list[str], list[str]]:
     if found.folders:
         images.sort(key=os.path.split)
     return images, others
-
-
-def difference(classes: Sequence[str], expected: Sequence[str]) -> str:
-    """Says how two lists of classes differ, "" if they do not."""
-    here, there = set(classes), set(expected)
-    parts = []
-    for what, names in (("too many", here - there), ("missing", there - here)):
-        if names:
-            shown = ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            parts.append(f"{len(names)} {what}: {shown}")
-    if not parts and list(classes) != list(expected):
-        pairs = zip(classes, expected, strict=True)
-        number, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        parts.append(f"another order: number {number} is {one} instead of {other}")
-    return "; ".join(parts)
 
 
 def _read_folders(source: Source, found: _Listing, findings: Findings) -> Content:
@@ -280,7 +245,7 @@ def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content
         for record in records:
             if record["label"] >= len(classes):
                 what = f"labels beyond the {plural(len(classes), 'class')}"
-                findings.error(what, f"{_name(record)} {record['label']}")
+                findings.error(what, f"{sample_name(record)} {record['label']}")
     return Content(records, classes)
 
 
@@ -391,102 +356,6 @@ def count_labels(name: str, source: Source) -> int:
 # ------------------------------------------------------------------------------
 # Images
 # ------------------------------------------------------------------------------
-
-
-def _name(record: dict) -> str:
-    """How messages call an image: its path, or its shard and key."""
-    if "offset" in record:
-        return f"{record['file_name']} key {record['image_id']}"
-    return record["file_name"]
-
-
-def _open(record: dict) -> Image.Image:
-    """The image as it is stored, its pixels not yet decoded."""
-    if "offset" in record:
-        return Image.open(io.BytesIO(read_sample(record)))
-    return Image.open(record["file_name"])
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, or where EXIF is damaged."""
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow raises anything on damaged EXIF; the pixels may be whole
-        return 1
-    return value if value in _TURNS else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # grey in 16 bits; Pillow would cut values off at 255
-        values = np.asarray(image)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("its pixels are not of 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are no whole numbers")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns otherwise
-    return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    """Why an image cannot be decoded; Pillow's own words may name an address in memory."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is of no kind that Pillow knows"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _decode(record: dict) -> tuple[Image.Image, str, bool]:
-    """An image in RGB and upright; the mode in which it is stored; whether it was turned.
-
-    Raises:
-        UserError: naming the file, if it cannot be decoded whole.
-    """
-    try:
-        with _open(record) as image:
-            mode, turn = image.mode, _orientation(image)
-            image.load()
-            upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
-            return _to_rgb(upright), mode, turn in _TURNS
-    except Exception as error:  # decoders raise anything on a damaged file
-        raise UserError(
-            f"the image {_name(record)} cannot be read ({_reason(error)}): {_DOCTOR} lists all such"
-        ) from error
-
-
-def read_image(record: dict) -> Image.Image:
-    """Decodes an image.
-
-    Args:
-        record: with ``file_name``; with ``offset`` and ``size`` too it is in a shard.
-
-    Returns:
-        It in RGB, 8 bits each, turned as its EXIF says. Transparency is dropped.
-
-    Raises:
-        UserError: naming the file, if it cannot be decoded whole.
-    """
-    return _decode(record)[0]
-
-
-def inspect_image(record: dict) -> list[Finding]:
-    """Decodes an image for the doctor: errors, Pillow's warnings, and facts to be counted."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            _, mode, turned = _decode(record)
-        except UserError as error:
-            place = f"{_name(record)} ({_reason(error.__cause__)})"
-            return [Finding(ERROR, "images that cannot be read", place)]
-    what = "images that Pillow warns about, and reads"
-    found = [Finding(NOTE, what, f"{_name(record)} ({each.message})") for each in said]
-    if mode != "RGB":
-        found.append(Finding(FACT, f"stored as {_MODES.get(mode, mode)}"))
-    if turned:
-        found.append(Finding(FACT, "turned as EXIF says"))
-    return found
 
 
 # ------------------------------------------------------------------------------

@@ -1,47 +1,18 @@
-"""A user's own data sets, by DATASETS.REGISTER, and the number of classes that they ask for."""
+"""Registers ImageNet, and a user's own data sets by DATASETS.REGISTER."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from contnet.data.datasets.imagenet import (
-    EVALUATOR_TYPE,
-    LABELS,
-    Source,
-    count_labels,
-    register_classification,
-    register_imagenet,
-)
-from contnet.data.datasets.imagenet_labels import is_label_file
-from contnet.data.pipeline.annotations import examine_coco
-from contnet.modeling.pspnet import SEGMENTORS
+from contnet.config.values import REGISTER_FORM
+from contnet.data.datasets.classes import CLASS_KEYS, EVALUATOR_TYPE, LABELS
+from contnet.data.datasets.imagenet import Source, register_classification, register_imagenet
+from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
 from contnet.utils.errors import UserError
 
-__all__ = [
-    "CLASS_KEYS",
-    "class_key",
-    "count_classes",
-    "is_registered",
-    "learned_classes",
-    "register_datasets",
-]
-
-# By meta-architecture: the keys of the numbers of classes, by what a data set has.
-CLASS_KEYS: dict[str, dict[str, str]] = {
-    "GeneralizedRCNN": {"objects": "MODEL.ROI_HEADS.NUM_CLASSES"},
-    "RetinaNet": {"objects": "MODEL.RETINANET.NUM_CLASSES"},
-    "FCOS": {"objects": "MODEL.FCOS.NUM_CLASSES"},
-    "ImageClassifier": {LABELS: "MODEL.CLASSIFIER.NUM_CLASSES"},
-    **{name: {"label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES"} for name in SEGMENTORS},
-    "PanopticFPN": {
-        "objects": "MODEL.ROI_HEADS.NUM_CLASSES",
-        "label maps": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
-    },
-}
+__all__ = ["class_key", "is_classification", "is_registered", "register_datasets"]
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -50,10 +21,12 @@ def register_datasets(cfg: CfgNode) -> None:
     Nothing is read: a set's files are looked at when it is used.
 
     Raises:
-        UserError: for a name that stands for another data set.
+        UserError: for a name that stands for another data set, and a file without a folder.
     """
     register_imagenet()
     for name, *paths in cfg.DATASETS.REGISTER:
+        if len(paths) == 1 and paths[0].lower().endswith((".json", *LABEL_ENDINGS)):
+            raise UserError(f"DATASETS.REGISTER has {[name, *paths]!r}, {REGISTER_FORM}")
         if name not in DatasetCatalog.list():
             _register(name, paths)
         elif (taken := _paths(name)) != paths:
@@ -86,6 +59,11 @@ def is_registered(cfg: CfgNode, name: str) -> bool:
     return name in [entry[0] for entry in cfg.DATASETS.REGISTER]
 
 
+def is_classification(name: str) -> bool:
+    """Whether a registered data set is one to classify images."""
+    return MetadataCatalog.get(name).get("evaluator_type") == EVALUATOR_TYPE
+
+
 def class_key(cfg: CfgNode, name: str) -> str | None:
     """The key of the number of classes that a data set of DATASETS.REGISTER decides.
 
@@ -94,45 +72,5 @@ def class_key(cfg: CfgNode, name: str) -> str | None:
     """
     if not is_registered(cfg, name):
         return None
-    kind = LABELS if _is_classification(name) else "objects"
+    kind = LABELS if is_classification(name) else "objects"
     return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get(kind)
-
-
-def _is_classification(name: str) -> bool:
-    return MetadataCatalog.get(name).get("evaluator_type") == EVALUATOR_TYPE
-
-
-def count_classes(cfg: CfgNode, name: str) -> int:
-    """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
-
-    Args:
-        cfg: as for :func:`contnet.data.pipeline.annotations.examine_coco`.
-        name: of the data set.
-
-    Raises:
-        UserError: if that cannot be read.
-    """
-    if _is_classification(name):
-        return count_labels(name, MetadataCatalog.get(name).source)
-    try:
-        return len(examine_coco(cfg, name).findings.classes["objects"])
-    except UserError as error:
-        raise UserError(f"data set {name}: {error}") from error
-
-
-def learned_classes(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
-    """Names of the classes that the model tells apart, in the order of its outputs.
-
-    Args:
-        cfg: MODEL.META_ARCHITECTURE is read.
-        names: of loaded data sets, which agree about their classes.
-
-    Returns:
-        None where no data set names them, or the model has more than one kind of them.
-    """
-    kinds = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
-    if len(kinds) != 1:
-        return None
-    fact = "stuff_classes" if "label maps" in kinds else "thing_classes"
-    known = (MetadataCatalog.get(name).get(fact) for name in names)
-    return next((list(classes) for classes in known if classes), None)

@@ -1,5 +1,6 @@
-"""Makes shards (:mod:`contnet.data.datasets.shards`) of a folder of labelled images, for file systems that
-hate small files.
+"""Makes shards (:mod:`contnet.data.datasets.shards`) of a folder of labelled images.
+
+They are for file systems that are slow with many small files.
 
 The bytes of the images stay as they are. Their order is shuffled by a fixed seed, so that whoever
 reads shards from begin to end meets all classes. Beside the shards lie ``classes.txt``,
@@ -9,7 +10,6 @@ must be.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from contnet.commands.options import add_workers_option, check_positive
 from contnet.data.datasets.imagenet import Content, Source, read_set
 from contnet.data.datasets.shards import (
     CLASSES_FILE,
@@ -36,12 +35,11 @@ from contnet.data.datasets.shards import (
     read_stamp,
     write_index,
 )
-from contnet.data.findings import ERROR, Findings, plural
-from contnet.launch.distributed import print_error
+from contnet.data.findings import ERROR, Findings
 from contnet.utils.errors import UserError
 from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
 
-__all__ = ["SAMPLES_PER_SHARD", "main", "make_shards"]
+__all__ = ["SAMPLES_PER_SHARD", "make_shards"]
 
 SAMPLES_PER_SHARD = 5000  # of ImageNet, about 550 MB
 _SEED = 0
@@ -250,30 +248,3 @@ def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, 
             pool.shutdown(cancel_futures=True)  # no use to make the others first
             raise
     return made
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/make_shards.py; its exit status."""
-    parser = argparse.ArgumentParser(
-        description="Makes shards for WebDataset, and for training here, of class folders of "
-        "images; run again after an interruption, it goes on."
-    )
-    parser.add_argument("source", type=Path, metavar="SRC", help="holds a folder for each class")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
-    parser.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=SAMPLES_PER_SHARD,
-        metavar="N",
-        help="images in each shard (default %(default)s)",
-    )
-    add_workers_option(parser)
-    args = parser.parse_args(argv)
-    try:
-        check_positive(args, "samples_per_shard", "workers")
-        written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
-    return 0

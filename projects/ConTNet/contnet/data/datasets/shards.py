@@ -42,6 +42,7 @@ __all__ = [
     "read_index",
     "read_sample",
     "read_stamp",
+    "sample_name",
     "shard_records",
     "write_index",
 ]
@@ -363,3 +364,10 @@ def read_sample(record: dict) -> bytes:
     if len(data) < record["size"]:
         raise OSError(f"the shard ends {record['size'] - len(data)} bytes before the image does")
     return data
+
+
+def sample_name(record: dict) -> str:
+    """How messages call an image: its path, or its shard and key."""
+    if "offset" in record:
+        return f"{record['file_name']} key {record['image_id']}"
+    return record["file_name"]

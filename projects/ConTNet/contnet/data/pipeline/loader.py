@@ -21,9 +21,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from contnet.data.pipeline.mappers import NamedErrors, build_train_mapper
 from contnet.data.pipeline.records import Records
-from contnet.data.pipeline.transforms import build_train_mapper
-from contnet.data.validation.images import NamedErrors
 from contnet.utils.errors import UserError
 from contnet.utils.seed import seed_everything
 

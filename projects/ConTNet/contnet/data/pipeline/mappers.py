@@ -8,17 +8,27 @@ transformed together, without a copy of all annotations before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
 from PIL import Image
 from torch.nn import functional
 
-__all__ = ["FastMapper"]
+from contnet.data.pipeline.images import read_image
+from contnet.data.pipeline.transforms import (
+    _segmentation_augmentation,
+    build_classification_transform,
+)
+from contnet.modeling.pspnet import SEGMENTORS
+from contnet.utils.errors import UserError
+
+__all__ = ["ClassificationMapper", "FastMapper", "NamedErrors", "build_train_mapper"]
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -157,3 +167,55 @@ class FastMapper(DatasetMapper):
         """Whether masks are wanted as polygons and all are given as such."""
         shapes = [each.get("segmentation") for each in annotations]
         return self.instance_mask_format == "polygon" and all(isinstance(s, list) for s in shapes)
+
+
+class NamedErrors:
+    """A mapper that names the image that it cannot load.
+
+    Args:
+        mapper: makes a model input of a record.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> dict:
+        """What the mapper makes.
+
+        Raises:
+            UserError: if the image, or a file that belongs to it, is damaged, missing, or of
+                another size than the record says.
+        """
+        try:
+            return self.mapper(record)
+        # Pillow has a SyntaxError for some damages of PNG.
+        except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{record.get('file_name')} cannot be loaded ({type(error).__name__}: {error}): "
+                "python tools/doctor.py with this config tells all that is wrong"
+            ) from error
+
+
+class ClassificationMapper:
+    """Makes an input of ImageClassifier from a record of a classification data set.
+
+    Args:
+        cfg: INPUT is read.
+        is_train: with augmentation.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool):
+        self.transform = build_classification_transform(cfg, is_train)
+
+    def __call__(self, record: dict) -> dict:
+        """The record, with ``image``: uint8 (3, H, W), RGB."""
+        return {**record, "image": torch.as_tensor(self.transform(read_image(record)))}
+
+
+def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
+    """The mapper from a data set dict to a model input, with the model's augmentation."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return ClassificationMapper(cfg, is_train=True)
+    if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
+        return FastMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
+    return FastMapper(cfg, is_train=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
@@ -12,15 +11,7 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from contnet.data.datasets.imagenet import read_image
-from contnet.data.pipeline.mappers import FastMapper
-from contnet.modeling.pspnet import SEGMENTORS
-
-__all__ = [
-    "ClassificationMapper",
-    "build_classification_transform",
-    "build_train_mapper",
-]
+__all__ = ["build_classification_transform"]
 
 
 def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
@@ -39,22 +30,6 @@ def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
             ),
         )
     return augmentations
-
-
-class ClassificationMapper:
-    """Makes an input of ImageClassifier from a record of a classification data set.
-
-    Args:
-        cfg: INPUT is read.
-        is_train: with augmentation.
-    """
-
-    def __init__(self, cfg: CfgNode, is_train: bool):
-        self.transform = build_classification_transform(cfg, is_train)
-
-    def __call__(self, record: dict) -> dict:
-        """The record, with ``image``: uint8 (3, H, W), RGB."""
-        return {**record, "image": torch.as_tensor(self.transform(read_image(record)))}
 
 
 def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], object]:
@@ -87,12 +62,3 @@ def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Im
         # Leaves normalisation, and erasing after it, to the model.
         use_prefetcher=True,
     )
-
-
-def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
-    """The mapper from a data set dict to a model input, with the model's augmentation."""
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        return ClassificationMapper(cfg, is_train=True)
-    if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
-        return FastMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
-    return FastMapper(cfg, is_train=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +16,15 @@ from cityscapesscripts.helpers.labels import id2label, name2label
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from contnet.data.findings import ERROR, NOTE, Finding, Findings, plural
+from contnet.data.datasets.cityscapes import FILES, IMAGE_SUFFIX, Scene, find_scenes
+from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.coco import is_far, is_size
 from contnet.data.validation.images import check_depth
 from contnet.utils.files import file_names
+from contnet.utils.text import plural
 
-__all__ = ["FILES", "Scene", "check_layout", "find_scenes", "inspect_images"]
+__all__ = ["check_layout", "inspect_images"]
 
-# What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
-FILES = {
-    "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
-    "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png", "instanceIds.png"),
-}
-_IMAGE = "_leftImg8bit.png"
 _COUNTS = {"train": 2975, "val": 500, "test": 1525}
 _SIZE = (2048, 1024)
 _PREPARE = "run python tools/prepare_cityscapes.py"
@@ -42,35 +37,6 @@ _TRAIN_IDS = {label.trainId for label in id2label.values() if 0 <= label.trainId
 # Classes that detectors learn.
 _THINGS = {x.name for x in id2label.values() if x.hasInstances and not x.ignoreInEval}
 _WITH_INSTANCES = {number for number in _LABELS if id2label[number].hasInstances}
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An image and its label files.
-
-    Attributes:
-        image: path of the image.
-        labels: paths by the end of their name, such as "labelIds.png".
-    """
-
-    image: Path
-    labels: dict[str, Path]
-
-
-def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
-    """The images of a split, in order.
-
-    Args:
-        image_dir: ``leftImg8bit/SPLIT``.
-        gt_dir: ``gtFine/SPLIT``.
-        kind: a key of ``FILES``.
-    """
-    scenes = []
-    for image in sorted(Path(image_dir).glob(f"*/*{_IMAGE}")):
-        stem = Path(gt_dir, image.parent.name, image.name.removesuffix(_IMAGE))
-        labels = {end: Path(f"{stem}_gtFine_{end}") for end in FILES[kind]}
-        scenes.append(Scene(image, labels))
-    return scenes
 
 
 def _listing(folder: str) -> set[Path]:
@@ -93,7 +59,7 @@ def check_layout(
     scenes = find_scenes(image_dir, gt_dir, kind)
     findings.facts.append(plural(len(scenes), "image"))
     if not scenes:
-        findings.error(f"there are no images CITY/NAME{_IMAGE} in {image_dir}")
+        findings.error(f"there are no images CITY/NAME{IMAGE_SUFFIX} in {image_dir}")
         return
     official = _COUNTS.get(Path(image_dir).name)
     if official == len(scenes):
@@ -123,8 +89,10 @@ def _check_strays(image_dir: str, findings: Findings) -> None:
     for city in sorted(Path(image_dir).glob("*")):
         files = file_names(city)
         for path in sorted(city.iterdir()) if city.is_dir() else [city]:
-            if not path.name.endswith(_IMAGE):
-                findings.error(f"files that are no images *{_IMAGE}: move them away", str(path))
+            if not path.name.endswith(IMAGE_SUFFIX):
+                findings.error(
+                    f"files that are no images *{IMAGE_SUFFIX}: move them away", str(path)
+                )
             elif path.name not in files:
                 findings.error("images that are missing, or links to nowhere", str(path))
 

@@ -6,19 +6,17 @@ object that it leaves out is one unless it is rare (COCO's own file has two boxe
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from contnet.data.findings import Findings, plural
-from contnet.utils.errors import UserError
+from contnet.data.datasets.coco import class_names, is_whole
+from contnet.data.findings import Findings
+from contnet.utils.text import plural
 
-__all__ = ["Use", "check_instances", "class_names", "is_far", "is_size", "read_instances"]
+__all__ = ["Use", "check_instances", "is_far", "is_size"]
 
 _IDS = ("id", "image_id", "category_id")
-_LISTS = ("images", "annotations", "categories")
 # COCO's own boxes reach out by rounding.
 _ROUNDING = 1.0
 
@@ -40,64 +38,14 @@ class Use:
     bitmasks: bool
 
 
-def read_instances(file: str) -> dict:
-    """Reads an annotation file.
-
-    Raises:
-        UserError: if it is missing or has not the form of COCO's.
-    """
-    collecting = gc.isenabled()
-    gc.disable()  # it would walk through COCO's millions of new objects again and again
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except OSError as error:
-        raise UserError(f"the annotation file {file} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the annotation file {file} is not valid JSON ({error})") from error
-    finally:
-        if collecting:
-            gc.enable()
-    for key in _LISTS:
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(
-                f"the annotation file {file} has not the form of COCO instances: {key!r} must be "
-                "there, a list of {...}"
-            )
-    return content
-
-
-def class_names(content: dict) -> list[str]:
-    """Names of the classes in the model's order, that of their ids.
-
-    Raises:
-        UserError: if there are none, or one has no number as its id or no name.
-    """
-    categories = content["categories"]
-    for category in categories:
-        if not _is_whole(category.get("id")) or not isinstance(category.get("name"), str):
-            raise UserError(f"each category must have a whole number as id and a name: {category}")
-    if not categories:
-        raise UserError("its annotation file has no categories")
-    ids = [category["id"] for category in categories]
-    if double := [one for one in ids if ids.count(one) > 1]:
-        raise UserError(f"the category id {double[0]} occurs twice")
-    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
-
-
 def is_size(width: object, height: object) -> bool:
     """Whether two values can be an image's width and height."""
-    return _is_whole(width) and _is_whole(height) and min(width, height) > 0
+    return is_whole(width) and is_whole(height) and min(width, height) > 0
 
 
 def is_far(low: float, high: float, side: int) -> bool:
     """Whether coordinates leave an image by more than half of its side."""
     return low < -0.5 * side or high > 1.5 * side
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Iterable) -> bool:

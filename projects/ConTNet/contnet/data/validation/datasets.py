@@ -1,4 +1,4 @@
-"""Data sets as a config uses them: checked without opening images, and loaded.
+"""Checks data sets as a config uses them, without opening images.
 
 A training makes these checks before it starts; tools/doctor.py makes them too, and decodes the
 images.
@@ -9,28 +9,24 @@ from __future__ import annotations
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.data.datasets.imagenet import EVALUATOR_TYPE, LABELS, difference, read_set
-from contnet.data.datasets.register import CLASS_KEYS, is_registered
-from contnet.data.datasets.shards import CLASSES_FILE
-from contnet.data.findings import ERROR, Findings, plural
-from contnet.data.pipeline.annotations import (
-    examine_cityscapes,
-    examine_coco,
-    load_records,
-    sorted_scenes,
-)
-from contnet.data.pipeline.records import Records
-from contnet.data.validation.cityscapes import FILES
+from contnet.data.datasets.cityscapes import FILES
+from contnet.data.datasets.classes import EVALUATOR_TYPE, LABELS
+from contnet.data.datasets.imagenet import read_set
+from contnet.data.datasets.register import is_registered
+from contnet.data.findings import ERROR, Findings
+from contnet.data.validation.classes import check_classes
+from contnet.data.validation.examine import examine_cityscapes, examine_coco
 from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
+from contnet.utils.text import plural
 
-__all__ = ["check_classes", "check_dataset", "check_datasets", "load_dicts"]
+__all__ = ["check_dataset", "check_datasets"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -190,71 +186,6 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     return findings
 
 
-def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
-    """Adds errors where data sets have other classes than the model, or than each other.
-
-    Args:
-        cfg: MODEL is read.
-        found: of all data sets of a run, by name.
-    """
-    keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
-    first: dict[str, tuple[str, list[str]]] = {}
-    for name, findings in found.items():
-        for kind, classes in findings.classes.items():
-            # Of a model that needs objects and label maps, each set has one of the two.
-            if keys and kind not in keys and (len(keys) == 1 or kind == LABELS):
-                needs = " and ".join(keys)
-                findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
-                continue
-            if not findings.named:
-                _check_unnamed(cfg, keys.get(kind), len(classes), findings)
-                continue
-            earlier, expected = first.setdefault(kind, (name, classes))
-            if classes != expected:
-                findings.error(
-                    f"its classes ({_shown(classes)}) are not those of {earlier} "
-                    f"({_shown(expected)}): names and their order must agree, "
-                    f"{difference(classes, expected)}"
-                )
-            elif kind in keys:
-                _check_number(cfg, keys[kind], len(classes), findings)
-    for findings in found.values():
-        if not findings.named and LABELS in first:
-            findings.error(
-                f"its classes have no names, but those of {first[LABELS][0]} have, so that their "
-                f"order cannot be compared: write {CLASSES_FILE} into its folder, one class a line "
-                "in the order of the labels"
-            )
-
-
-def _shown(classes: Sequence[str]) -> str:
-    return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    node = cfg
-    for part in key.split("."):
-        node = node.get(part, {})
-    return node
-
-
-def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
-    """Of a set that has labels without names, whose last classes may have no image."""
-    if key is None or _value(cfg, key) == number:
-        return
-    said = f"its labels go up to {number - 1}, but {key} is {_value(cfg, key)}"
-    if _value(cfg, key) < number:
-        findings.error(f"{said}: set it to {number}")
-    else:
-        findings.note(said)
-
-
-def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
-    node = _value(cfg, key)
-    if node != number:
-        findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
-
-
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     """Makes the checks of a run's data sets that need no image.
 
@@ -268,38 +199,3 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
         name, line = errors[0]
         more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
         raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
-
-
-def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
-    """Loads data sets that :func:`check_datasets` has passed; all processes call it together.
-
-    Args:
-        cfg: DATASETS.CACHE_DIR and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
-        names: of registered data sets.
-        train: leave out images without annotations, if the config says so.
-
-    Returns:
-        Detectron2's data set dicts: records that processes share, where all of these data sets
-        have such, otherwise a list.
-
-    Raises:
-        UserError: if one cannot be loaded.
-    """
-    filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    every = []
-    for name in names:
-        try:
-            dicts = load_records(cfg, name, filter_empty)
-            if dicts is None:
-                dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-                if MetadataCatalog.get(name).get("evaluator_type") in FILES:
-                    dicts = sorted_scenes(dicts)
-            every.append(dicts)
-        except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
-            raise UserError(
-                f"data set {name} cannot be loaded ({type(error).__name__}: {error}): {_DOCTOR} "
-                "with this config tells what is wrong"
-            ) from error
-    if every and all(isinstance(dicts, Records) for dicts in every):
-        return Records([file for dicts in every for file in dicts.files], filter_empty)
-    return [record for dicts in every for record in dicts]

@@ -1,0 +1,41 @@
+"""The command line of tools/make_shards.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from contnet.commands.options import add_workers_option, check_positive
+from contnet.data.datasets.shard_writer import SAMPLES_PER_SHARD, make_shards
+from contnet.utils.errors import UserError, print_error
+from contnet.utils.text import plural
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/make_shards.py; its exit status."""
+    parser = argparse.ArgumentParser(
+        description="Makes shards for WebDataset, and for training here, of class folders of "
+        "images; run again after an interruption, it goes on."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="holds a folder for each class")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=SAMPLES_PER_SHARD,
+        metavar="N",
+        help="images in each shard (default %(default)s)",
+    )
+    add_workers_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        check_positive(args, "samples_per_shard", "workers")
+        written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
+    except UserError as error:
+        print_error(error)
+        return 1
+    print(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
+    return 0

@@ -1,0 +1,102 @@
+"""Whether data sets have the classes of the model, and of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from contnet.data.datasets.classes import CLASS_KEYS, LABELS, difference
+from contnet.data.datasets.imagenet import count_labels
+from contnet.data.datasets.register import is_classification
+from contnet.data.datasets.shards import CLASSES_FILE
+from contnet.data.findings import Findings
+from contnet.data.validation.examine import examine_coco
+from contnet.utils.errors import UserError
+from contnet.utils.text import plural
+
+__all__ = ["check_classes", "count_classes"]
+
+
+def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
+    """Adds errors where data sets have other classes than the model, or than each other.
+
+    Args:
+        cfg: MODEL is read.
+        found: of all data sets of a run, by name.
+    """
+    keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+    first: dict[str, tuple[str, list[str]]] = {}
+    for name, findings in found.items():
+        for kind, classes in findings.classes.items():
+            # Of a model that needs objects and label maps, each set has one of the two.
+            if keys and kind not in keys and (len(keys) == 1 or kind == LABELS):
+                needs = " and ".join(keys)
+                findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
+                continue
+            if not findings.named:
+                _check_unnamed(cfg, keys.get(kind), len(classes), findings)
+                continue
+            earlier, expected = first.setdefault(kind, (name, classes))
+            if classes != expected:
+                findings.error(
+                    f"its classes ({_shown(classes)}) are not those of {earlier} "
+                    f"({_shown(expected)}): names and their order must agree, "
+                    f"{difference(classes, expected)}"
+                )
+            elif kind in keys:
+                _check_number(cfg, keys[kind], len(classes), findings)
+    for findings in found.values():
+        if not findings.named and LABELS in first:
+            findings.error(
+                f"its classes have no names, but those of {first[LABELS][0]} have, so that their "
+                f"order cannot be compared: write {CLASSES_FILE} into its folder, one class a line "
+                "in the order of the labels"
+            )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part, {})
+    return node
+
+
+def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
+    """Of a set that has labels without names, whose last classes may have no image."""
+    if key is None or _value(cfg, key) == number:
+        return
+    said = f"its labels go up to {number - 1}, but {key} is {_value(cfg, key)}"
+    if _value(cfg, key) < number:
+        findings.error(f"{said}: set it to {number}")
+    else:
+        findings.note(said)
+
+
+def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
+    node = _value(cfg, key)
+    if node != number:
+        findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
+
+
+def count_classes(cfg: CfgNode, name: str) -> int:
+    """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
+
+    Args:
+        cfg: as for :func:`contnet.data.pipeline.annotations.examine_coco`.
+        name: of the data set.
+
+    Raises:
+        UserError: if that cannot be read.
+    """
+    if is_classification(name):
+        return count_labels(name, MetadataCatalog.get(name).source)
+    try:
+        return len(examine_coco(cfg, name).findings.classes["objects"])
+    except UserError as error:
+        raise UserError(f"data set {name}: {error}") from error

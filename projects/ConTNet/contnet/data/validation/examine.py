@@ -1,0 +1,117 @@
+"""Checks of annotations, kept with the records so that unchanged files are checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from contnet.data.datasets.coco import read_instances
+from contnet.data.findings import ERROR, Findings
+from contnet.data.pipeline.annotation_cache import AnnotationCache, open_cache, release_memory
+from contnet.data.pipeline.annotation_sources import image_names
+from contnet.data.pipeline.records import RecordFile
+from contnet.data.validation.cityscapes import check_layout
+from contnet.data.validation.coco import Use, check_instances
+
+__all__ = ["Examined", "examine_cityscapes", "examine_coco"]
+
+
+# Raise it when the same annotations would give other findings.
+_CHECKS_FORMAT = 1
+
+
+class Examined(NamedTuple):
+    """What is known of an annotation file of COCO's form.
+
+    Attributes:
+        findings: of its checks.
+        images: names of its images, as the file has them.
+        objects: number of its annotations.
+    """
+
+    findings: Findings
+    images: list[str]
+    objects: int
+
+
+def _key(use: Use) -> tuple:
+    return _CHECKS_FORMAT, asdict(use)
+
+
+def _examine(content: dict, use: Use) -> Examined:
+    found = Findings()
+    check_instances(content, use, found)
+    return Examined(found, image_names(content), len(content["annotations"]))
+
+
+def _recall(cache: AnnotationCache, use: Use) -> Examined | None:
+    found = cache.recall(*_key(use))
+    if found is None or not cache.has_records():
+        return None
+    file = RecordFile(cache.path)
+    return Examined(found, file.names, file.facts["objects"])
+
+
+def _examine_anew(cache: AnnotationCache, use: Use, writable: bool) -> Examined:
+    content = read_instances(cache.source.json_file)
+    examined = _examine(content, use)
+    sound = writable and not examined.findings.lines(ERROR)
+    if sound and (cache.has_records() or cache.keep(*cache.source.convert(content))):
+        cache.remember(examined.findings, *_key(use))
+    return examined
+
+
+def examine_coco(cfg: CfgNode, name: str) -> Examined:
+    """Checks the annotation file of a data set, unless it has passed the same checks before.
+
+    Its records are kept at the same time, so that the file is read once.
+
+    Args:
+        cfg: DATASETS, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        name: of a data set of COCO's form.
+
+    Raises:
+        UserError: if the file cannot be read, or its categories cannot be used.
+    """
+    use = Use(
+        trained=name in cfg.DATASETS.TRAIN,
+        evaluated=name in cfg.DATASETS.TEST,
+        masks=cfg.MODEL.MASK_ON,
+        bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
+    )
+    cache = open_cache(cfg, name)
+    if cache is None:
+        return _examine(read_instances(MetadataCatalog.get(name).json_file), use)
+    if known := _recall(cache, use):
+        return known
+    with cache.lock() as writable:
+        if known := _recall(cache, use):  # from a process that was faster
+            return known
+        examined = _examine_anew(cache, use, writable)
+    release_memory()
+    return examined
+
+
+def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
+    """Checks folders and polygons, unless the same ones have passed before.
+
+    Args:
+        cfg: DATASETS is read.
+        name: of a data set in Cityscapes' layout, whose folders exist.
+    """
+    cache = open_cache(cfg, name)
+    trained = name in cfg.DATASETS.TRAIN
+    use = Use(trained=trained, evaluated=False, masks=False, bitmasks=False)
+    if cache and (found := cache.recall(*_key(use))):
+        return found
+    found, metadata = Findings(), MetadataCatalog.get(name)
+    folders = metadata.image_dir, metadata.gt_dir
+    check_layout(*folders, metadata.evaluator_type, found, trained)
+    if cache and cache.source.digest() == cache.digest:
+        with cache.lock() as writable:
+            if writable:
+                cache.remember(found, *_key(use))
+    return found

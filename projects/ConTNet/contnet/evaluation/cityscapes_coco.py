@@ -1,0 +1,93 @@
+"""Cityscapes' instances as COCO's metrics see them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from iopath.common.file_io import file_lock
+
+from contnet.utils.files import atomic_write
+
+__all__ = ["NumberedImages", "as_coco"]
+
+
+def _numbers(name: str) -> dict[str, int]:
+    """A number for each image id, which Detectron2 makes of the file's name."""
+    images = sorted(Path(MetadataCatalog.get(name).image_dir).glob("*/*.png"))
+    return {path.name: number for number, path in enumerate(images, 1)}
+
+
+def _digest(name: str) -> str:
+    """A digest of what the objects of a data set are made from."""
+    metadata = MetadataCatalog.get(name)
+    content = hashlib.sha256(repr([metadata.thing_classes, _numbers(name)]).encode())
+    for file in sorted(Path(metadata.gt_dir).glob("*/*_gtFine_polygons.json")):
+        content.update(f"{file.name} {file.stat().st_size}".encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def as_coco(name: str, folder: str) -> str:
+    """Describes a Cityscapes data set of instances to Detectron2's ``COCOEvaluator``.
+
+    Writes its objects in COCO's format to ``annotations-DIGEST.json``, unless the same objects are
+    there already; files of other objects are removed. May be called by several processes.
+
+    Args:
+        name: of a registered data set whose metadata has ``image_dir`` and ``gt_dir``.
+        folder: for the file.
+
+    Returns:
+        The name to give to the evaluator.
+    """
+    file = Path(folder, f"annotations-{_digest(name)}.json").absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(file)):
+        if not file.exists():
+            content, numbers = convert_to_coco_dict(name), _numbers(name)
+            for image in content["images"]:
+                image["id"] = numbers[image["id"]]
+            for item in content.get("annotations", ()):
+                item["image_id"] = numbers[item["image_id"]]
+            with atomic_write(file, "w") as target:
+                json.dump(content, target)
+    if comm.is_main_process():
+        for other in file.parent.glob("annotations-*"):
+            if not other.name.startswith(file.name):
+                other.unlink()
+    # Metadata of its own: Detectron2 would note the file in the data set's, and never look again.
+    things = MetadataCatalog.get(name).thing_classes
+    MetadataCatalog.get(str(file)).set(json_file=str(file), thing_classes=things)
+    return str(file)
+
+
+class NumberedImages(DatasetEvaluator):
+    """Passes images to an evaluator under the numbers of :func:`as_coco`.
+
+    Cityscapes' image ids are texts, and COCO's tools expect numbers.
+
+    Args:
+        evaluator: made for what :func:`as_coco` returned.
+        name: of the data set.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, name: str):
+        self._evaluator = evaluator
+        self._numbers = _numbers(name)
+
+    def reset(self) -> None:
+        self._evaluator.reset()
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        numbered = [{**image, "image_id": self._numbers[image["image_id"]]} for image in inputs]
+        self._evaluator.process(numbered, outputs)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """As of the evaluator."""
+        return self._evaluator.evaluate()

@@ -1,0 +1,85 @@
+"""The names of metrics, before and after an evaluation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from contnet.evaluation.classification import ranks
+from contnet.evaluation.coco import COCO_METRICS, coco_tasks
+from contnet.utils.errors import UserError
+
+__all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
+
+# The one number of a data set: the first of these that its evaluators give.
+MAIN_METRICS = (
+    "cityscapes/AP",
+    "segm/AP",
+    "bbox/AP",
+    "sem_seg/IoU",
+    "sem_seg/mIoU",
+    "classification/top1",
+)
+
+
+def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
+    """What an evaluator will give, where that can be told before it has run."""
+    metadata = MetadataCatalog.get(name)
+    kind = metadata.get("evaluator_type")
+    if kind not in ("coco", "cityscapes_instance", "cityscapes_sem_seg", "classification"):
+        return []
+    things = metadata.get("thing_classes", [])
+    metrics = [*COCO_METRICS, *(f"AP-{each}" for each in things if len(things) > 1)]
+    known = {f"{task}/{metric}" for task in coco_tasks(cfg) or [] for metric in metrics}
+    if kind == "cityscapes_instance" and cfg.MODEL.MASK_ON:
+        known |= {f"cityscapes/{metric}" for metric in ("AP", "AP50")}
+        known |= {f"cityscapes/{metric}-{each}" for metric in ("AP", "AP50") for each in things}
+    elif kind == "cityscapes_sem_seg":
+        known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
+        known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
+    elif kind == "classification":
+        known = {f"classification/top{rank}" for rank in ranks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
+    prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    return sorted(prefix + metric for metric in known)
+
+
+def _check_metric(wanted: str, metrics: Iterable[str]) -> None:
+    metrics = list(metrics)
+    if not wanted or wanted in metrics:
+        return
+    near = difflib.get_close_matches(wanted, metrics, n=1)
+    hint = f", the nearest is {near[0]}" if near else ""
+    main = ", ".join(name for name in metrics if "-" not in name.rpartition("/")[2])
+    raise UserError(f"TEST.BEST_METRIC is {wanted!r}{hint}; there are {main or 'no metrics'}")
+
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Checks TEST.BEST_METRIC before any evaluation, as far as the evaluators are known.
+
+    Raises:
+        UserError: naming the metrics that there are.
+    """
+    known = [_known_metrics(cfg, name) for name in cfg.DATASETS.TEST]
+    if all(known):
+        _check_metric(cfg.TEST.BEST_METRIC, [metric for each in known for metric in each])
+
+
+def main_metric(cfg: CfgNode, metrics: Iterable[str]) -> str:
+    """The metric that says which weights are best, "" if there is none.
+
+    Args:
+        cfg: TEST.BEST_METRIC, or by default the first data set's main metric.
+        metrics: names of all that an evaluation gave, as metrics.json has them.
+
+    Raises:
+        UserError: if TEST.BEST_METRIC is not one of them.
+    """
+    if cfg.TEST.BEST_METRIC:
+        _check_metric(cfg.TEST.BEST_METRIC, metrics)
+        return cfg.TEST.BEST_METRIC
+    prefix = f"{cfg.DATASETS.TEST[0]}/" if len(cfg.DATASETS.TEST) > 1 else ""
+    given = set(metrics)
+    return next((prefix + name for name in MAIN_METRICS if prefix + name in given), "")

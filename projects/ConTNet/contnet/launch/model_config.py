@@ -1,0 +1,265 @@
+"""Checks of config values that depend on models: names of parts, and what a network can be."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import timm
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+
+import contnet.modeling.build  # noqa: F401, fills the registries
+from contnet.config.keys import add_contnet_config
+from contnet.config.nodes import flatten, get_value, one_line
+from contnet.config.values import check_choice, is_number
+from contnet.data.pipeline.transforms import build_classification_transform
+from contnet.modeling.backbone import NORMS
+from contnet.modeling.classifier import OPTION_KEYS
+from contnet.modeling.contnet import CHECKPOINTS, FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
+from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
+from contnet.modeling.fpn import BOTTOM_UPS, TOP_BLOCKS
+from contnet.modeling.pspnet import SEGMENTORS
+from contnet.modeling.tta import tta_class
+from contnet.utils.text import nearest
+
+__all__ = ["check_model_config"]
+
+CHOICES = {
+    "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
+    "MODEL.CONTNET.CHECKPOINT": CHECKPOINTS,
+    "MODEL.CONTNET.TAPS": TAPS,
+    "MODEL.CONTNET.NORM": NORMS,
+    "MODEL.CONTNET.OUTPUT_STRIDE": OUTPUT_STRIDES,
+    "MODEL.RESNETS.OUTPUT_STRIDE": OUTPUT_STRIDES,
+    "MODEL.FCOS.BOX_LOSS": BOX_LOSSES,
+    "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
+}
+
+# Names that builders look up.
+PARTS = {
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
+}
+
+# What Detectron2 makes norms of, in all parts but ConTNet.
+PART_NORMS = (
+    "",
+    "BN",
+    "FrozenBN",
+    "SyncBN",
+    "nnSyncBN",
+    "naiveSyncBN",
+    "naiveSyncBN_N",
+    "GN",
+    "LN",
+)
+
+# What an ImageClassifier makes no use of, beside some keys of MODEL.CONTNET: starts of keys.
+_DETECTOR_KEYS = (
+    "MODEL.BACKBONE.",
+    "MODEL.MASK_ON",
+    "MODEL.RESNETS.",
+    "INPUT.CROP.",
+    "INPUT.MAX_SIZE_",
+    "INPUT.MIN_SIZE_",
+)
+# Of these, what configs/Base.yaml sets for all models.
+_BASE_KEYS = ("MODEL.RESNETS.OUT_FEATURES", "MODEL.RESNETS.STRIDE_IN_1X1")
+# What does what somebody may have meant by some of these.
+_INSTEAD = {
+    "INPUT.MIN_SIZE_TEST": " (INPUT.CLASSIFIER.RESIZE_TEST and CROP_TEST are the sizes)",
+    "INPUT.MIN_SIZE_TRAIN": " (INPUT.CLASSIFIER.SIZE is the size)",
+    "MODEL.BACKBONE.NAME": " (MODEL.CLASSIFIER.NAME chooses the network)",
+    "MODEL.CONTNET.VARIANT": " (MODEL.CLASSIFIER.NAME chooses the network)",
+    "MODEL.RESNETS.DEPTH": " (MODEL.CLASSIFIER.NAME chooses the network)",
+}
+
+
+def _check_choices(cfg: CfgNode) -> None:
+    for key, legal in CHOICES.items():
+        check_choice(cfg, key, legal)
+    for key, registry in PARTS.items():
+        # Detectron2's default, for heads that need none.
+        if key != "MODEL.ROI_BOX_HEAD.NAME" or get_value(cfg, key):
+            check_choice(cfg, key, (name for name, _ in registry))
+    for key, _ in flatten(cfg, cfg):
+        if key.endswith(".NORM") and key not in CHOICES:
+            check_choice(cfg, key, PART_NORMS)
+
+
+def _check_network(cfg: CfgNode) -> None:
+    node = cfg.MODEL.CONTNET
+    for key in ("DROP_RATE", "LAST_DROP_RATE"):
+        if not is_number(node[key]) or not (node[key] == -1 or 0 <= node[key] < 1):
+            raise one_line(
+                f"MODEL.CONTNET.{key} is {node[key]!r}, it must be in [0, 1), or -1 for the "
+                "variant's own"
+            )
+    if node.FREEZE_AT not in range(len(FEATURES) + 2):
+        raise one_line(f"MODEL.CONTNET.FREEZE_AT is {node.FREEZE_AT!r}, it must be 0 to 5")
+    names = node.OUT_FEATURES
+    if not names or not set(names) <= set(FEATURES) or len(set(names)) < len(names):
+        raise one_line(
+            f"MODEL.CONTNET.OUT_FEATURES is {names!r}, it must be some of {', '.join(FEATURES)}"
+        )
+
+
+def _check_pyramid(cfg: CfgNode) -> None:
+    bottom_ups = {
+        f"build_{prefix}{name}_fpn_backbone": name for prefix in TOP_BLOCKS for name in BOTTOM_UPS
+    }
+    bottom_up = bottom_ups.get(cfg.MODEL.BACKBONE.NAME)
+    if bottom_up is None:
+        return
+    key = BOTTOM_UPS[bottom_up].out_features_key
+    given = list(get_value(cfg, key))
+    wanted = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not wanted or wanted != list(FEATURES[-len(wanted) :]):
+        raise one_line(
+            f"MODEL.FPN.IN_FEATURES is {wanted!r}, it must be the last of {', '.join(FEATURES)}, "
+            "in this order"
+        )
+    if missing := [name for name in wanted if name not in given]:
+        raise one_line(
+            f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not give"
+        )
+
+
+def _check_fcos(cfg: CfgNode) -> None:
+    width = cfg.MODEL.FPN.OUT_CHANNELS
+    grouped = cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN"
+    # With one channel a group, a map of one pixel has no variance.
+    if grouped and (width % 32 or width < 64):
+        raise one_line(
+            f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple of "
+            "32 from 64"
+        )
+
+
+def _check_segmentation(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS:
+        return
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if head.NAME == "PSPHead" and len(head.IN_FEATURES) != 2:
+        raise one_line(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES!r}, PSPHead takes two: the "
+            "auxiliary classifier's and the main one"
+        )
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    return cfg
+
+
+def _check_unused(cfg: CfgNode) -> None:
+    """Refuses settings of detectors in a classifier's config, where they would do nothing."""
+    name = cfg.MODEL.CLASSIFIER.NAME
+    used = OPTION_KEYS if name in VARIANTS else ()
+    unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
+    unused += [key for key, _ in flatten(cfg, cfg) if key.startswith(_DETECTOR_KEYS)]
+    for key in unused:
+        # None of its layers are frozen, whatever the default says.
+        idle = 0 if key == "MODEL.BACKBONE.FREEZE_AT" else get_value(_defaults(), key)
+        if (value := get_value(cfg, key)) != idle and key not in _BASE_KEYS:
+            raise one_line(
+                f"{key} is {value!r}, which does nothing to the classifier {name}: set it "
+                f"{idle!r}{_INSTEAD.get(key, '')}"
+            )
+
+
+def _check_classifier(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
+        return
+    node, images = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFIER
+    if not timm.is_model(node.NAME):
+        raise one_line(
+            f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
+            f"{nearest(node.NAME, timm.list_models())}"
+        )
+    if node.NAME in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
+        raise one_line(
+            "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
+            f"{node.NAME} takes its options from MODEL.CONTNET"
+        )
+    _check_unused(cfg)
+    for entry in node.OPTIONS:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise one_line(
+                f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
+                "[['dynamic_img_size', True]]"
+            )
+    if cfg.INPUT.FORMAT != "RGB":
+        raise one_line(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
+    if images.CROP_TEST > images.RESIZE_TEST:
+        raise one_line(
+            f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
+            f"{images.RESIZE_TEST}: crops would have borders"
+        )
+    if images.AUTO_AUGMENT and images.COLOR_JITTER:
+        raise one_line(
+            f"INPUT.CLASSIFIER.COLOR_JITTER is {images.COLOR_JITTER}, which does nothing with "
+            f'AUTO_AUGMENT {images.AUTO_AUGMENT!r}: set one of them 0.0 or ""'
+        )
+    for key in ("SCALE", "RATIO"):
+        pair = images[key]
+        if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1]:
+            raise one_line(
+                f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be the least and the greatest"
+            )
+    try:
+        build_classification_transform(cfg, is_train=True)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise one_line(
+            f"INPUT.CLASSIFIER.AUTO_AUGMENT is {images.AUTO_AUGMENT!r}, which timm cannot read "
+            f"({error}): write rand-m9-mstd0.5-inc1, original, or another of its policies"
+        ) from error
+
+
+def _check_tta(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS or tta_class(architecture) is None:
+        raise one_line(
+            f"TEST.AUG.ENABLED: there is no test-time augmentation for {architecture} (nor with "
+            "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it False"
+        )
+    sizes = cfg.TEST.AUG.MIN_SIZES
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise one_line(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
+
+
+def check_model_config(cfg: CfgNode) -> None:
+    """Checks values that depend on what models there are and what they can be.
+
+    Args:
+        cfg: of :func:`contnet.config.load_config`.
+
+    Raises:
+        UserError: for the first illegal value, naming its key and what is legal.
+    """
+    _check_choices(cfg)
+    _check_network(cfg)
+    _check_pyramid(cfg)
+    _check_fcos(cfg)
+    _check_segmentation(cfg)
+    _check_classifier(cfg)
+    _check_tta(cfg)

@@ -1,0 +1,134 @@
+"""Transformers on patches: cutting a map into patches, attention, encoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from contnet.modeling.patches import partition_patches, relative_index
+
+__all__ = ["Attention", "Encoder"]
+
+
+def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a part of a module, which may ask that its activations are computed again."""
+    if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
+        return checkpoint(part, *args, use_reentrant=False)
+    return part(*args)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each patch, with an optional relative position bias."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        patch_size: int,
+        cell_size: int,
+        relative: bool,
+        qkv_bias: bool,
+        drop: float,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.drop = drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
+        self.bias_table = None
+        if relative:
+            self.bias_table = nn.Parameter(torch.zeros((2 * patch_size - 1) ** 2, num_heads))
+            self.register_buffer("index", relative_index(patch_size, cell_size), persistent=False)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Attends within patches.
+
+        Args:
+            x: tokens (B, T, C).
+            valid: bool (B, T), False for tokens that no query may look at; None for all True.
+        """
+        b, t, c = x.shape
+        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if valid is None else valid[:, None, None, :]
+        if self.bias_table is not None:
+            bias = self.bias_table[self.index].permute(2, 0, 1)[None].to(q.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        drop = self.drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(b, t, c)))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, with dropout after each half."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Encoder(nn.Module):
+    """The paper's STE: one transformer layer whose sequences are the patches of a map."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        patch_size: int,
+        cell_size: int,
+        relative: bool,
+        pre_norm: bool,
+        qkv_bias: bool,
+        drop: float,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.cell_size = cell_size
+        self.pre_norm = pre_norm
+        self.grad_checkpointing = False
+        self.row_table = self.col_table = None
+        if not relative:
+            self.row_table = nn.Parameter(torch.zeros(1, patch_size, 1, dim // 2))
+            self.col_table = nn.Parameter(torch.zeros(1, 1, patch_size, dim // 2))
+        self.attn = Attention(dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop)
+        self.mlp = Mlp(dim, mlp_dim, drop)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def _position(self) -> Tensor:
+        shape = (1, self.patch_size, self.patch_size, -1)
+        tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
+        return partition_patches(tables, self.patch_size, self.cell_size)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Encodes each patch on its own.
+
+        Args:
+            x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
+            valid: bool (B, T), False on padding; None where there is none.
+        """
+        tokens = x.reshape(-1, self.patch_size**2, x.shape[2])
+        if valid is not None:
+            valid = valid.reshape(-1, self.patch_size**2)
+            # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
+            valid = valid | ~valid.any(dim=1, keepdim=True)
+        if self.row_table is not None:
+            tokens = tokens + self._position()
+        if self.pre_norm:
+            tokens = tokens + self.attn(self.norm1(tokens), valid)
+            tokens = tokens + run_checkpointed(self, self.mlp, self.norm2(tokens))
+        else:
+            tokens = self.norm1(tokens + self.attn(tokens, valid))
+            tokens = self.norm2(tokens + run_checkpointed(self, self.mlp, tokens))
+        return tokens.reshape(x.shape)

@@ -1,0 +1,126 @@
+"""Feature pyramids over bottom-up networks; importing this registers them.
+
+They are every pair of a bottom-up network and a top block, under conventional names:
+`build_contnet_fpn_backbone`, `build_retinanet_contnet_fpn_backbone` and so on. A further network or
+top block gets its pyramids by :func:`register_bottom_up` or :func:`register_top_block`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+
+from contnet.modeling.backbone import build_contnet_backbone
+
+__all__ = [
+    "BOTTOM_UPS",
+    "TOP_BLOCKS",
+    "BottomUp",
+    "DivisibleFPN",
+    "register_bottom_up",
+    "register_top_block",
+]
+
+# Makes a top block from the bottom-up network's shapes and the pyramid's width.
+TopBlockMaker = Callable[[Mapping[str, ShapeSpec], int], nn.Module]
+
+
+class BottomUp(NamedTuple):
+    """A network that pyramids are built over.
+
+    Attributes:
+        build: its builder, as Detectron2's registry of backbones takes it.
+        out_features_key: the config key that lists its features.
+    """
+
+    build: Callable[[CfgNode, ShapeSpec], Backbone]
+    out_features_key: str
+
+
+class DivisibleFPN(FPN):
+    """Detectron2's FPN, padding its images to what the bottom-up network needs, too."""
+
+    @property
+    def size_divisibility(self) -> int:
+        """The least that suits both the pyramid's sums and the bottom-up network."""
+        return math.lcm(super().size_divisibility, self.bottom_up.size_divisibility or 1)
+
+
+# By the names in builders' names: "resnet" of build_resnet_fpn_backbone, and the prefix
+# "retinanet_" of build_retinanet_resnet_fpn_backbone.
+BOTTOM_UPS: dict[str, BottomUp] = {}
+TOP_BLOCKS: dict[str, TopBlockMaker] = {}
+
+
+def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlockMaker) -> Callable:
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> DivisibleFPN:
+        bottom_up = build_bottom_up(cfg, input_shape)
+        shapes = bottom_up.output_shape()
+        in_features = cfg.MODEL.FPN.IN_FEATURES
+        width = cfg.MODEL.FPN.OUT_CHANNELS
+        # The top blocks of every detector here start at stride 32.
+        if missing := [feature for feature in (*in_features, "res5") if feature not in shapes]:
+            raise ValueError(
+                f"{name} needs the feature {missing[0]!r}, "
+                f"the bottom-up network gives {', '.join(shapes)}"
+            )
+        return DivisibleFPN(
+            bottom_up=bottom_up,
+            in_features=in_features,
+            out_channels=width,
+            norm=cfg.MODEL.FPN.NORM,
+            top_block=make_top_block(shapes, width),
+            fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+            square_pad=bottom_up.padding_constraints.get("square_size", 0),
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = "Builds a feature pyramid from ``cfg.MODEL.FPN`` and its bottom-up network."
+    return build
+
+
+def _register_pyramids() -> None:
+    """Registers the pairs that are new; Detectron2 has those of its own ResNet."""
+    for prefix, make_top_block in TOP_BLOCKS.items():
+        for name, bottom_up in BOTTOM_UPS.items():
+            builder = f"build_{prefix}{name}_fpn_backbone"
+            if builder not in BACKBONE_REGISTRY:
+                BACKBONE_REGISTRY.register(_make_builder(builder, bottom_up.build, make_top_block))
+
+
+def register_bottom_up(name: str, bottom_up: BottomUp) -> None:
+    """Registers a pyramid over a network for each top block.
+
+    Args:
+        name: as in ``build_NAME_fpn_backbone``.
+        bottom_up: the network, which gives ``res5``.
+    """
+    BOTTOM_UPS[name] = bottom_up
+    _register_pyramids()
+
+
+def register_top_block(prefix: str, make_top_block: TopBlockMaker) -> None:
+    """Registers a pyramid with a top block over each network.
+
+    Args:
+        prefix: as in ``build_PREFIXcontnet_fpn_backbone``, with an underscore at its end.
+        make_top_block: makes it from the bottom-up network's shapes and the pyramid's width.
+    """
+    TOP_BLOCKS[prefix] = make_top_block
+    _register_pyramids()
+
+
+register_bottom_up("contnet", BottomUp(build_contnet_backbone, "MODEL.CONTNET.OUT_FEATURES"))
+register_bottom_up("resnet", BottomUp(build_resnet_backbone, "MODEL.RESNETS.OUT_FEATURES"))
+register_top_block("", lambda shapes, width: LastLevelMaxPool())
+register_top_block(
+    "retinanet_", lambda shapes, width: LastLevelP6P7(shapes["res5"].channels, width, "res5")
+)
+register_top_block("fcos_", lambda shapes, width: LastLevelP6P7(width, width, "p5"))

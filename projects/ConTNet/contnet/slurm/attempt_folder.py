@@ -1,0 +1,99 @@
+"""What an attempt of a job leaves in the slurm folder of its run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from contnet.utils.files import atomic_write
+
+__all__ = ["StartFolder", "last_saved", "read_json", "read_requeues", "record_requeue"]
+
+# A note of another start under the same number (a cluster that counts from the beginning again).
+_STALE = 300.0
+
+
+def read_json(path: Path):
+    """A file's content, None if it is not there or cannot be read now."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: Path, value: object) -> None:
+    """For heartbeats: whole or not there, but not forced to the disk each time."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+class StartFolder:
+    """Heartbeats and notes of one start of a job."""
+
+    def __init__(self, run_folder: str | Path, job_id: str, restart: int):
+        self.path = Path(run_folder, "slurm", "starts", f"{job_id}-{restart:03d}")
+        self.opened = time.time()
+
+    def rank_file(self, rank: int, suffix: str) -> Path:
+        return self.path / f"rank-{rank:05d}{suffix}"
+
+    def beat(self, record: dict) -> None:
+        """Replaces the heartbeat of ``record["rank"]``."""
+        _write_json(self.rank_file(record["rank"], ".json"), {**record, "time": time.time()})
+
+    def ranks(self) -> dict[int, dict]:
+        """The last heartbeat of each rank."""
+        found = [read_json(path) for path in sorted(self.path.glob("rank-*.json"))]
+        return {record["rank"]: record for record in found if record}
+
+    def note(self, name: str, record: dict) -> bool:
+        """Writes a note that no rank has written yet; whether this was the first."""
+        path = self.path / f"{name}.json"
+        own = self.path / f"{name}-{record['rank']:05d}.new"
+        own.write_text(json.dumps({**record, "time": time.time()}))
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            if self.read(name) is not None:
+                return False
+            os.replace(own, path)
+            return True
+        finally:
+            own.unlink(missing_ok=True)
+        return True
+
+    def read(self, name: str, any_age: bool = False) -> dict | None:
+        """A note, None if there is none of this start."""
+        record = read_json(self.path / f"{name}.json")
+        if record is None or any_age or record["time"] > self.opened - _STALE:
+            return record
+        return None
+
+
+def _requeues_file(run_folder: str | Path) -> Path:
+    return Path(run_folder, "slurm", "requeues.json")
+
+
+def read_requeues(run_folder: str | Path) -> list[dict]:
+    """The starts that a signal ended, the oldest first."""
+    return read_json(_requeues_file(run_folder)) or []
+
+
+def record_requeue(run_folder: str | Path, record: dict) -> None:
+    """Appends to them."""
+    records = [*read_requeues(run_folder), {**record, "time": time.time()}]
+    with atomic_write(_requeues_file(run_folder), "w") as file:
+        json.dump(records, file, indent=1)
+
+
+def last_saved(run_folder: str | Path) -> int:
+    """The iteration of the last complete checkpoint; -1: none; the final one counts as endless."""
+    try:
+        name = Path(run_folder, "last_checkpoint").read_text().strip()
+    except OSError:
+        return -1
+    digits = name.removeprefix("model_").removesuffix(".pth")
+    return int(digits) if digits.isdigit() else 2**62

@@ -1,0 +1,135 @@
+"""The jobs of submissions: which are alive, and how to end them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from contnet.slurm.client import ask_slurm, read_states
+from contnet.slurm.records import _write_submissions, last_submission, read_submissions
+from contnet.slurm.status import read_status
+from contnet.utils.errors import UserError
+
+__all__ = ["cancel", "check_free", "end_local", "live_states", "process_start"]
+
+# Seconds that processes of this machine have to save and end.
+_PATIENCE = 30
+
+
+def process_start(number: int) -> str:
+    """When a process of this machine started, in ticks since the machine did; "" if it is gone."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _is_alive(record: dict) -> bool:
+    """Whether the process of a local submission is there, and not another of its number."""
+    start = process_start(int(record["job_id"]))
+    return bool(start) and start == record["process_start"]
+
+
+def live_states(record: dict) -> dict[str, str]:
+    """The jobs of a submission that have not ended, with SLURM's name of their state.
+
+    Raises:
+        UserError: if SLURM does not answer, or the job runs on another machine without SLURM.
+    """
+    job_id = record["job_id"]
+    if record["cluster"] == "slurm":
+        states = read_states([job_id])
+        return {
+            name: state
+            for name, state in states.items()
+            if name == job_id or name.startswith(f"{job_id}_")
+        }
+    if record["host"] != socket.gethostname():
+        status = read_status(record["run_folder"])
+        if status.get("state") in ("starting", "running") and status["age"] < 120:
+            return {job_id: f"RUNNING on {record['host']}"}
+        return {}
+    return {job_id: "RUNNING"} if _is_alive(record) else {}
+
+
+def check_free(folder: str | Path) -> None:
+    """Raises UserError if a job that has not ended uses a run folder."""
+    records = read_submissions(folder)
+    states = live_states(records[-1]) if records else {}
+    if states:
+        name, state = next(iter(states.items()))
+        raise UserError(
+            f"run folder {folder} is in use by job {name} ({state}): wait, or end it by "
+            f"--cancel {folder}, or choose another OUTPUT_DIR"
+        )
+
+
+def _may_save(record: dict) -> bool:
+    """Whether a job of this machine has anything to lose yet."""
+    status = read_status(record["run_folder"])
+    return status.get("job_id") == record["job_id"] and status["state"] == "running"
+
+
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    """Returns when a condition no longer holds, or after so many seconds."""
+    until = time.monotonic() + seconds
+    while condition() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def end_local(records: Sequence[dict]) -> None:
+    """Ends jobs of this machine: those that train save first, if the time allows."""
+    alive = [record for record in records if _is_alive(record)]
+    for record in alive:
+        os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
+    _wait_while(lambda: any(map(_is_alive, filter(_may_save, alive))), _PATIENCE)
+    for record in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads a group of its own
+    _wait_while(lambda: any(map(_is_alive, alive)), 5)
+
+
+def _end_sweep(record: dict) -> None:
+    """Ends the process that starts the runs of a sweep here, which then ends those."""
+    os.kill(int(record["job_id"]), signal.SIGTERM)
+    _wait_while(lambda: _is_alive(record), _PATIENCE + 10)
+    folders = [Path(record["run_folder"], name) for name in record["runs"]]
+    end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
+
+
+def _mark_cancelled(folder: str | Path) -> None:
+    records = read_submissions(folder)
+    if records:
+        records[-1]["cancelled"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        _write_submissions(folder, records)
+
+
+def cancel(folder: str | Path) -> None:
+    """Ends the jobs of a run folder, or of the folder of a sweep, and says which.
+
+    Raises:
+        UserError: if there is none to end.
+    """
+    record = last_submission(folder)
+    states = live_states(record)
+    if not states:
+        raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
+    runs = {Path(folder, name): job_id for name, job_id in record["runs"].items()}
+    if record["cluster"] == "slurm":
+        ask_slurm("scancel", record["job_id"])
+        marked = [run for run, job_id in runs.items() if job_id in states]
+    elif record["host"] != socket.gethostname():
+        raise UserError(f"job {record['job_id']} runs on {record['host']}: cancel it there")
+    else:
+        marked = [run for run in runs if any(map(_is_alive, read_submissions(run)[-1:]))]
+        _end_sweep(record) if runs else end_local([record])
+    for each in (folder, *marked):
+        _mark_cancelled(each)
+    for name, state in states.items():
+        print(f"cancelled job {name} (it was {state})")

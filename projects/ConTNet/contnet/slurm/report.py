@@ -1,0 +1,210 @@
+"""Says how submitted runs do."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from contnet.engine.writers import METRICS_FILE
+from contnet.slurm.jobs import live_states
+from contnet.slurm.records import last_submission, read_submissions
+from contnet.slurm.status import read_status
+from contnet.utils.errors import UserError
+
+__all__ = ["describe_run", "follow", "iterations_done", "last_metrics", "print_status"]
+
+# What stands before messages that say all; others come with a traceback.
+_OUR_ERROR = f"{UserError.__name__}: "
+
+
+def last_metrics(folder: str | Path) -> dict:
+    """The newest line of metrics.json, {} if there is none."""
+    path = Path(folder, METRICS_FILE)
+    if not path.exists():
+        return {}
+    for line in reversed(path.read_text().splitlines()):
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # half written
+            continue
+        if "total_loss" in metrics:
+            return metrics
+    return {}
+
+
+def iterations_done(folder: str | Path) -> int:
+    """How many iterations a run has done, as its job or else metrics.json says."""
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
+
+
+def _status_of_last(folder: str | Path, record: dict) -> dict:
+    """What the job of a run's last submission has left; {} if it did not come to that."""
+    status = read_status(folder) if Path(folder).is_dir() else {}
+    return status if status.get("job_id") == record.get("job_id", status.get("job_id")) else {}
+
+
+def _last_words(record: dict, lines: int = 10) -> str:
+    """What a job said that ended before Python did: its set-up, or SLURM."""
+    for path in (Path(record["log"]), Path(record["job_folder"], "start.log")):
+        if path.exists() and (text := path.read_text(errors="replace").strip()):
+            return "\n".join(text.splitlines()[-lines:])
+    return ""
+
+
+def describe_run(folder: str | Path, state: str = "") -> str:
+    """The state of a run in a few words.
+
+    Args:
+        folder: of the run.
+        state: SLURM's, if its job has not ended.
+    """
+    if state:
+        return state.lower()
+    record = (read_submissions(folder) or [{}])[-1]
+    status = _status_of_last(folder, record)
+    if status.get("state", "finished") == "finished" and (
+        status or Path(folder, "model_final.pth").exists()
+    ):
+        return "finished"
+    leave = status.get("leave") or {}
+    if "cancelled" in record:
+        return f"cancelled{': ' * bool(leave)}{leave.get('reason', '')}"
+    if death := status.get("death"):
+        reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
+        return f"failed: {reason} (rank {death['rank']})"
+    if leave and leave["requeued"]:
+        return f"ended without a word when it was to start again; before that: {leave['reason']}"
+    if leave:
+        return f"stopped: {leave['reason']}"
+    if status:
+        return f"ended without a word, last sign of life {_ago(status['age'])}"
+    if Path(folder, METRICS_FILE).exists():
+        return "not finished"
+    return "never started"
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _print_run(folder: Path, record: dict, state: str) -> None:
+    status = _status_of_last(folder, record)
+    print(f"run      {folder}")
+    print(
+        f"job      {record['job_id']} on {record['cluster']}, submitted {record['time']} from "
+        f"{record['host']}, {record['nodes']} x {record['tasks']} processes"
+    )
+    described = describe_run(folder, state)
+    print(f"state    {described}")
+    if status.get("max_iter"):
+        print(
+            f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, start number "
+            f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
+        )
+    metrics = last_metrics(folder)
+    if metrics:
+        print(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
+    for each in status.get("requeues", ()):
+        print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
+    death = status.get("death")
+    told = "cancelled" in record or (death and death["reason"].startswith(_OUR_ERROR))
+    if death and death.get("details") and not told:
+        print(death["details"])
+    if not status and not state and described != "finished" and (words := _last_words(record)):
+        print(words)
+    print(f"log      {record['log']}")
+
+
+def print_status(folder: str | Path) -> None:
+    """Prints how the job of a run folder does, or those of a sweep's folder.
+
+    Raises:
+        UserError: if nothing was submitted from the folder, or SLURM does not answer.
+    """
+    record = last_submission(folder)
+    states = live_states(record)
+    if not record["runs"]:
+        _print_run(Path(folder), record, states.get(record["job_id"], ""))
+        return
+    print(f"sweep    {folder}, job {record['job_id']} on {record['cluster']}, {record['time']}")
+    width = max(map(len, record["runs"]))
+    for name, job_id in record["runs"].items():
+        run = Path(folder, name)
+        state = _state_of_run(run, job_id, states)
+        job = f"  job {job_id}" if job_id else ""
+        done = iterations_done(run)
+        print(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
+
+
+def _state_of_run(run: Path, job_id: str, states: dict[str, str]) -> str:
+    if job_id in states:
+        return states[job_id]
+    records = read_submissions(run)
+    return next(iter(live_states(records[-1]).values()), "") if records else ""
+
+
+def follow(folder: str | Path, poll: float = 5.0) -> bool:
+    """Prints the log of a run's job as it grows, until the job has ended or the user leaves.
+
+    For the folder of a sweep, prints each change of a run's state instead.
+
+    Args:
+        folder: of the run or sweep.
+        poll: seconds between two looks at the job's state.
+
+    Returns:
+        Whether all that was run has finished.
+    """
+    try:
+        return _follow(folder, poll)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the job goes on, end it by --cancel {folder}")
+        return True
+
+
+class _Tail:
+    """Prints what is added to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.place = 0
+
+    def show(self) -> None:
+        if self.path.exists():
+            with open(self.path, errors="replace") as file:
+                file.seek(self.place)
+                print(file.read(), end="", flush=True)
+                self.place = file.tell()
+
+
+def _follow(folder: str | Path, poll: float) -> bool:
+    record = last_submission(folder)
+    runs = {name: Path(folder, name) for name in record["runs"]} or {"": Path(folder)}
+    seen: dict[str, str] = {}
+    tail = None if record["runs"] else _Tail(Path(record["log"]))
+    while True:
+        states = live_states(record)
+        described = {
+            name: describe_run(run, states.get(record["runs"].get(name, record["job_id"]), ""))
+            for name, run in runs.items()
+        }
+        until = time.monotonic() + (poll if states else 0)
+        while True:
+            if tail:
+                tail.show()
+            if time.monotonic() >= until:
+                break
+            time.sleep(min(0.5, poll))
+        for name, text in described.items():
+            if seen.get(name) != text:
+                print(
+                    f"[{time.strftime('%H:%M:%S')}] {name or record['job_id']}: {text}", flush=True
+                )
+        seen = described
+        if not states:
+            return all(text == "finished" for text in described.values())

@@ -1,0 +1,93 @@
+"""The runs of a submission, read and checked before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+
+from contnet.launch.arguments import configure
+from contnet.launch.preflight import check_inputs, check_output
+from contnet.slurm.jobs import check_free
+from contnet.slurm.sweep import RunArguments, expand_runs
+from contnet.utils.errors import UserError
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """A run of a submission: what was asked for, its whole config, and its folder."""
+
+    arguments: RunArguments
+    cfg: CfgNode
+    folder: Path
+
+
+def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: CfgNode) -> Path:
+    """OUTPUT_DIR of a run alone; of an array, the folder that its runs' folders lie in."""
+    if (len(runs) == 1 and not runs[0].name) or "OUTPUT_DIR" in args.opts[::2]:
+        return Path(cfg.OUTPUT_DIR).expanduser().absolute()
+    if args.array:
+        return Path("output", Path(args.array).stem).absolute()
+    return Path(f"{cfg.OUTPUT_DIR}_sweep").expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _own_datasets():
+    """Forgets the data sets that are registered within, whose names other runs may use anew."""
+    before = set(DatasetCatalog.list())
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - before:
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name)
+
+
+def _check_content(cfg: CfgNode, arguments: RunArguments, processes: int, seen: set) -> None:
+    """The checks of train_net.py; of what runs have in common, the data sets, once."""
+    relevant = cfg.clone()
+    relevant.OUTPUT_DIR = relevant.MODEL.WEIGHTS = ""
+    for key in ("BASE_LR", "MAX_ITER", "STEPS", "WEIGHT_DECAY", "WARMUP_ITERS"):
+        relevant.SOLVER.pop(key)
+    relevant.SEED = 0
+    key = (relevant.dump(), arguments.eval_only)
+    check_inputs(cfg, argparse.Namespace(**asdict(arguments)), processes, data=key not in seen)
+    seen.add(key)
+
+
+def _prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
+    """Reads and checks every run; nothing is written."""
+    expanded = expand_runs(args)
+    processes = args.num_gpus * args.num_machines
+    base, runs, seen = None, [], set()
+    for number, arguments in enumerate(expanded, 1):
+        try:
+            with _own_datasets():
+                copy = argparse.Namespace(**asdict(arguments), notes=())
+                cfg = DefaultTrainer.auto_scale_workers(configure(copy), processes)
+                base = base or _base_folder(args, expanded, cfg)
+                cfg.OUTPUT_DIR = str(base / arguments.name)
+                weights = cfg.MODEL.WEIGHTS
+                if weights and "://" not in weights:
+                    cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
+                for note in copy.notes:
+                    print(note)
+                _check_content(cfg, arguments, processes, seen)
+                check_free(cfg.OUTPUT_DIR)
+                check_output(cfg, argparse.Namespace(**asdict(arguments)), make=False)
+        except UserError as error:
+            if not arguments.name:
+                raise
+            which = f"run {number} of {len(expanded)} ({arguments.name})"
+            raise UserError(f"{which}: {error}") from error
+        runs.append(Run(arguments, cfg, Path(cfg.OUTPUT_DIR)))
+    return base, runs

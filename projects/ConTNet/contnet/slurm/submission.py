@@ -1,0 +1,293 @@
+"""A submission: what is decided, what is written, what is sent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from contnet.data.pipeline.loader import images_per_pass
+from contnet.engine.writers import COMMIT_VARIABLE, git_commit
+from contnet.slurm.executors import local_executor, sbatch_text, slurm_executor, submit_jobs
+from contnet.slurm.job import TrainingJob, python_command
+from contnet.slurm.jobs import end_local, live_states, process_start
+from contnet.slurm.records import add_submission, slurm_folder
+from contnet.slurm.report import describe_run, follow
+from contnet.slurm.runs import Run
+from contnet.slurm.settings import Settings
+from contnet.slurm.snapshot import list_code, take_snapshot
+from contnet.utils.errors import UserError
+
+__all__ = ["Submission"]
+
+
+@dataclass
+class Submission:
+    """All that is decided before anything is written."""
+
+    args: argparse.Namespace
+    settings: Settings
+    cluster: str
+    base: Path
+    runs: list[Run]
+    folder: Path  # of this submission, below base/slurm
+    command: list[str]
+
+    @property
+    def is_array(self) -> bool:
+        return bool(self.runs[0].arguments.name)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs on each node."""
+        return 0 if self.runs[0].cfg.MODEL.DEVICE == "cpu" else self.args.num_gpus
+
+    @property
+    def parallel(self) -> int:
+        """Runs at a time."""
+        wanted = self.args.max_parallel or (1 if self.cluster == "local" else len(self.runs))
+        return min(wanted, len(self.runs))
+
+    @property
+    def code(self) -> str:
+        """What goes on PYTHONPATH."""
+        root, _, _, path = list_code()
+        return str((root if self.args.no_snapshot else self.folder / "code") / path)
+
+    def config_file(self, run: Run) -> Path:
+        """Where the whole config of a run is kept."""
+        return self.folder / f"{run.arguments.name or 'config'}.yaml"
+
+    def job(self, run: Run) -> TrainingJob:
+        """What is called in every task."""
+        flags = {"--resume": run.arguments.resume, "--eval-only": run.arguments.eval_only}
+        return TrainingJob(
+            argv=[
+                *("--config-file", str(self.config_file(run))),
+                *("--num-gpus", str(self.args.num_gpus)),
+                *(flag for flag, given in flags.items() if given),
+                *("OUTPUT_DIR", str(run.folder)),
+            ],
+            run_folder=str(run.folder),
+            max_requeues=self.settings.max_requeues,
+            hang_timeout=self.settings.hang_timeout,
+            interface=self.settings.interface,
+            setup={"signal_delay": self.settings.signal_delay},
+        )
+
+    def environment(self) -> dict[str, str]:
+        """What the job must find. Paths keep the meaning that they have here."""
+        datasets = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        paths = [self.code, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        return {
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path),
+            # Otherwise a package in the folder where the job starts would go before the snapshot.
+            "PYTHONSAFEPATH": "1",
+            "DETECTRON2_DATASETS": os.path.abspath(datasets),
+            COMMIT_VARIABLE: git_commit(),
+        }
+
+    def python(self) -> str:
+        """The command that starts Python."""
+        words = shlex.split(python_command())
+        return shlex.join([self.settings.python or words[0], *words[1:]])
+
+    def slurm_executor(self):
+        """submitit's, with everything set."""
+        return slurm_executor(
+            self.folder,
+            self.settings,
+            name=self.base.name if self.is_array else Path(self.runs[0].arguments.config_file).stem,
+            nodes=self.args.num_machines,
+            tasks=self.args.num_gpus,
+            gpus=self.gpus,
+            environment=self.environment(),
+            python=self.python(),
+            parallel=self.parallel,
+        )
+
+    def local_executor(self, slot: int = 0):
+        """The one for this machine; ``slot`` counts the runs that go on at a time."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+            str(index) for index in range(torch.cuda.device_count() if self.gpus else 0)
+        )
+        first = slot * self.gpus
+        return local_executor(
+            self.folder,
+            self.settings,
+            tasks=self.args.num_gpus,
+            gpus=visible.split(",")[first : first + self.gpus] if self.gpus else [],
+            environment=self.environment(),
+            python=self.python(),
+        )
+
+    def log(self, job_id: str) -> Path:
+        """Of the first task of a job."""
+        return self.folder / f"{job_id}_0_log.out"
+
+    def record(self, job_id: str, run_folder: Path, runs: dict[str, str] | None = None) -> dict:
+        """What submission.json says of it."""
+        return {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "cluster": self.cluster,
+            "host": socket.gethostname(),
+            "job_id": job_id,
+            "runs": runs or {},
+            "run_folder": str(run_folder),
+            "job_folder": str(self.folder),
+            "log": str(self.log(job_id)),
+            "command": self.command,
+            "folder": str(Path.cwd()),
+            "git_commit": git_commit(),
+            "code": self.code,
+            "nodes": self.args.num_machines,
+            "tasks": self.args.num_gpus,
+            "settings": asdict(self.settings),
+            "process_start": process_start(int(job_id)) if self.cluster == "local" else "",
+        }
+
+
+def _next_folder(base: Path) -> Path:
+    folder = slurm_folder(base)
+    numbers = [int(p.name.removeprefix("submission")) for p in folder.glob("submission[0-9]*")]
+    return folder / f"submission{max(numbers, default=0) + 1}"
+
+
+def _describe(plan: Submission) -> None:
+    args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
+    where = "SLURM" if plan.cluster == "slurm" else "this machine"
+    device = "GPU" if plan.gpus else "process"
+    nodes, tasks = args.num_machines, args.num_gpus
+    print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
+    if not runs[0].arguments.eval_only:
+        images = images_per_pass(cfg, nodes * tasks)
+        solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
+        print(
+            f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
+            f"images x {solver.ACCUMULATE} passes; learning rate {solver.BASE_LR:g}, "
+            f"{solver.MAX_ITER} iterations"
+        )
+    if plan.is_array:
+        print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
+        for run in runs:
+            print(f"  {run.arguments.name}")
+    else:
+        print(f"run folder {plan.base}")
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
+        print(
+            "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
+            f"{workers}) share what the cluster gives, often one core"
+        )
+    _describe_code(plan)
+
+
+def _describe_code(plan: Submission) -> None:
+    if plan.args.no_snapshot:
+        print(f"code {plan.code}, as it will be when the job starts (--no-snapshot)")
+        return
+    root, files, large, _ = list_code()
+    print(f"code: a copy of {len(files)} files of {root}, commit {git_commit() or 'unknown'}")
+    if large:
+        print(f"  left out, for they are larger than 20 MiB: {', '.join(large[:5])}")
+
+
+def _dry_run(plan: Submission) -> None:
+    print("dry run: nothing is submitted or written")
+    print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
+    if plan.cluster == "slurm":
+        print(f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.runs))}")
+    else:
+        lines = [f"export {name}={shlex.quote(v)}" for name, v in plan.environment().items()]
+        print("\n".join(["would run here, with", *lines, *plan.settings.setup]))
+        print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
+    for run in plan.runs:
+        print(f"{run.arguments.name or 'training'}: {shlex.join(plan.job(run).argv)}")
+    settings = plan.settings
+    network = f", on network {settings.interface}" if settings.interface else ""
+    print(
+        f"requeued at most {settings.max_requeues} times, given up after "
+        f"{settings.hang_timeout:g} s without progress{network}"
+    )
+
+
+def _write_files(plan: Submission) -> None:
+    try:
+        plan.folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"another submission into {plan.base} is going on: wait for it, then try again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{plan.folder} cannot be made ({error.strerror})") from error
+    if not plan.args.no_snapshot:
+        take_snapshot(plan.folder / "code")
+    for run in plan.runs:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        plan.config_file(run).write_text(run.cfg.dump())
+
+
+def _record(plan: Submission, job_ids: Sequence[str]) -> None:
+    for run, job_id in zip(plan.runs, job_ids, strict=True):
+        add_submission(run.folder, plan.record(job_id, run.folder))
+    if plan.is_array:
+        names = [run.arguments.name for run in plan.runs]
+        first = job_ids[0].partition("_")[0]
+        runs = dict(zip(names, job_ids, strict=True))
+        add_submission(plan.base, plan.record(first, plan.base, runs))
+
+
+def _run_queue(plan: Submission) -> bool:
+    """Runs an array on this machine, some runs at a time; stays until all have ended."""
+    waiting, slots, jobs = list(plan.runs), {}, {}
+    names = {run.arguments.name: "" for run in plan.runs}
+    add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by --cancel
+    try:
+        while waiting or slots:
+            for slot in sorted(set(range(plan.parallel)) - set(slots))[: len(waiting)]:
+                run = waiting.pop(0)
+                (job_id,) = submit_jobs(plan.local_executor(slot), [plan.job(run)])
+                jobs[slot] = (run, plan.record(job_id, run.folder))
+                add_submission(run.folder, jobs[slot][1])
+                slots[slot] = run
+                print(f"{run.arguments.name}: started, process {job_id}", flush=True)
+            time.sleep(1)
+            for slot, run in list(slots.items()):
+                if not live_states(jobs[slot][1]):
+                    del slots[slot]
+                    print(f"{run.arguments.name}: {describe_run(run.folder)}", flush=True)
+    except KeyboardInterrupt:
+        end_local([jobs[slot][1] for slot in slots])
+        raise UserError("interrupted: the runs that were going on are cancelled") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return all(describe_run(run.folder) == "finished" for run in plan.runs)
+
+
+def _send(plan: Submission) -> bool:
+    """Writes and submits; returns whether all is well."""
+    _write_files(plan)
+    if plan.cluster == "local" and plan.is_array:
+        return _run_queue(plan)
+    try:
+        executor = plan.slurm_executor() if plan.cluster == "slurm" else plan.local_executor()
+        job_ids = submit_jobs(executor, [plan.job(run) for run in plan.runs])
+    except UserError:
+        shutil.rmtree(plan.folder)
+        raise
+    _record(plan, job_ids)
+    kind = "job" if plan.cluster == "slurm" else "process"
+    number = job_ids[0].partition("_")[0]
+    print(f"submitted {kind} {number}; logs in {plan.folder}")
+    print(f"how it does: python tools/submit.py --status {shlex.quote(str(plan.base))}")
+    return not plan.args.watch or follow(plan.base)

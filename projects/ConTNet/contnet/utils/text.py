@@ -1,0 +1,27 @@
+"""Words of messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+__all__ = ["first_names", "nearest", "plural"]
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The word that is most like it; among keys, the last part counts most."""
+    upper = {name.upper(): name for name in words}
+    if near := difflib.get_close_matches(word.upper(), upper, n=1, cutoff=0.0):
+        return upper[near[0]]
+    return words[0]
+
+
+def plural(number: int, what: str) -> str:
+    """``1 class``, ``2 classes``."""
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{ending if number != 1 else ''}"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
