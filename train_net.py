@@ -3,9 +3,9 @@
 
 import sys
 
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 
-quiet_known_noise()  # also in spawned processes, which run this file again
+silence_known_warnings()  # also in spawned processes, which run this file again
 
 from contnet.launch.main import main  # noqa: E402
 

@@ -62,7 +62,7 @@ class _Training:
                 model,
                 str(own),
                 background=background,
-                changed_by=optimizer,
+                model_optimizer=optimizer,
                 optimizer=optimizer,
             )
 

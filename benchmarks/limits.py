@@ -12,7 +12,7 @@ from benchmarks.timing import alternate
 from contnet.modeling.block import ConTBlock
 from contnet.modeling.contnet import ConTNet
 from contnet.modeling.encoder import Attention
-from contnet.modeling.macs import operations_of_call
+from contnet.modeling.macs import macs_of_call
 
 __all__ = ["count_parts", "least_seconds", "measure_ceilings"]
 
@@ -57,7 +57,7 @@ def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int,
         place = ".".join(name.split(".")[:2]) if name.startswith("stages") else name
 
         def count(module: nn.Module, args: tuple, out: Tensor, place: str = place) -> None:
-            for kind, number in operations_of_call(module, args[0], out):
+            for kind, number in macs_of_call(module, args[0], out):
                 if kind in _COUNTED:
                     done, moved = parts[f"{place} {kind}"]
                     moved += _moved(module, args[0], out)

@@ -19,7 +19,7 @@ import contnet
 from benchmarks.limits import count_parts, least_seconds, measure_ceilings
 from benchmarks.plain import IMAGE_UNIT, run_plain
 from benchmarks.timing import alternate, print_ratios
-from contnet.modeling.contnet import CHECKPOINTS, VARIANTS
+from contnet.modeling.contnet import GRAD_CHECKPOINTING_MODES, VARIANTS
 from contnet.utils.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward")
     parser.add_argument(
-        "--checkpointing", choices=CHECKPOINTS, default="", help="what ConTNet computes again"
+        "--checkpointing",
+        choices=GRAD_CHECKPOINTING_MODES,
+        default="",
+        help="what ConTNet computes again",
     )
     parser.add_argument(
         "--optimized", action="store_true", help="contnet.optimize_for_inference as well"

@@ -27,7 +27,7 @@ from torch import distributed, multiprocessing
 
 from contnet.config import add_contnet_config
 from contnet.data.datasets.register import register_datasets
-from contnet.data.pipeline.annotations import load_dicts, prepare_cityscapes
+from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
 from contnet.data.pipeline.records import Records
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
 
@@ -155,7 +155,7 @@ def _pss() -> int:
 def _load(cfg: CfgNode, ours: bool) -> Records | DatasetFromList:
     """The data set call of a run's rank."""
     if ours:
-        return load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+        return load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
     return DatasetFromList(get_detection_dataset_dicts(cfg.DATASETS.TRAIN), copy=False)
 
 
@@ -247,8 +247,8 @@ def _times(cfg: CfgNode) -> Iterator[tuple[str, float]]:
     """What a start spends on the polygons, part by part."""
     parts = {
         "checks": partial(examine_cityscapes, cfg, _SCENES),
-        "reading": partial(prepare_cityscapes, cfg, [_SCENES]),
-        "data set call": partial(load_dicts, cfg, [_SCENES], train=True),
+        "reading": partial(cache_cityscapes, cfg, [_SCENES]),
+        "data set call": partial(load_dataset_dicts, cfg, [_SCENES], train=True),
     }
     for name, part in parts.items():
         start = time.perf_counter()

@@ -24,7 +24,7 @@ from contnet.config import load_config
 from contnet.data.datasets.register import register_datasets
 from contnet.data.findings import NOTE
 from contnet.data.pipeline import annotations
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.pipeline.records import Records
 from contnet.data.validation.classes import count_classes
@@ -149,7 +149,7 @@ class Drawn:
         self.file.write_text(json.dumps(content))
 
     def load(self, train: bool = False) -> Records | list:
-        return load_dicts(self.cfg, ["drawn"], train)
+        return load_dataset_dicts(self.cfg, ["drawn"], train)
 
     def kept(self, ending: str = "records") -> list[Path]:
         return sorted(self.cache.glob(f"*.{ending}"))
@@ -235,7 +235,7 @@ def test_scenes_are_those_of_detectron2(scenes, name):
     _, cfg = scenes
     expected = scenes_of_detectron2(name)
     for _ in range(2):
-        records = load_dicts(cfg, [name], train=True)
+        records = load_dataset_dicts(cfg, [name], train=True)
         assert isinstance(records, Records)
         assert described(records[:]) == described(expected)
 
@@ -254,7 +254,7 @@ def test_scenes_come_in_the_same_order_on_every_file_system(scenes, monkeypatch,
 
     loader = "detectron2.data.datasets.cityscapes.PathManager.ls"
     monkeypatch.setattr(loader, list_backwards)
-    files = [record["file_name"] for record in load_dicts(cfg, [name], train=False)]
+    files = [record["file_name"] for record in load_dataset_dicts(cfg, [name], train=False)]
     assert files == sorted(files) and len(files) > 1
     assert listings
 
@@ -267,7 +267,7 @@ def test_several_sets_follow_each_other(drawn, tmp_path):
     drawn.cfg.DATASETS.REGISTER.append(["other", str(file), "elsewhere"])
     register_datasets(drawn.cfg)
     for train in (False, True):
-        records = load_dicts(drawn.cfg, ["drawn", "other"], train)
+        records = load_dataset_dicts(drawn.cfg, ["drawn", "other"], train)
         expected = [
             each
             for name in ("drawn", "other")
@@ -344,7 +344,7 @@ def _rank(rank: int, world_size: int, cfg, folder: str, results) -> None:
     counts, plain = [0], json.load
     json.load = lambda *args, **kwargs: counts.__setitem__(0, counts[0] + 1) or plain(*args)
     count_classes(cfg, "drawn")  # before the processes know each other, in a real start
-    records = load_dicts(cfg, ["drawn"], train=True)
+    records = load_dataset_dicts(cfg, ["drawn"], train=True)
     results.put((counts[0], type(records), records[:]))
 
 
@@ -393,12 +393,12 @@ def test_another_content_of_the_same_size_and_time_is_seen(usable):
 
 def test_other_polygons_of_the_same_size_and_time_are_seen(scenes):
     root, cfg = scenes
-    first = load_dicts(cfg, SCENES[:1], train=True)[:]
+    first = load_dataset_dicts(cfg, SCENES[:1], train=True)[:]
     file = sorted(root.glob("gtFine/train/*/*_polygons.json"))[0]
     text = file.read_text()
     assert "person" in text
     _same_times(file, lambda: file.write_text(text.replace('"person"', '"rider" ')))
-    second = load_dicts(cfg, SCENES[:1], train=True)[:]
+    second = load_dataset_dicts(cfg, SCENES[:1], train=True)[:]
     assert second != first
     assert second == scenes_of_detectron2(SCENES[0])
 
@@ -406,14 +406,14 @@ def test_other_polygons_of_the_same_size_and_time_are_seen(scenes):
 def test_new_scenes_are_seen(scenes):
     root, cfg = scenes
     check_datasets(cfg, [SCENES[0]])
-    before = len(load_dicts(cfg, SCENES[:1], train=True))
+    before = len(load_dataset_dicts(cfg, SCENES[:1], train=True))
     image = sorted(root.glob("leftImg8bit/train/*/*.png"))[0]
     shutil.copy(image, image.with_name("drawnham_000077_000019_leftImg8bit.png"))
     with pytest.raises(UserError, match="images without polygons"):
         check_datasets(cfg, [SCENES[0]])
     labels = root / "gtFine" / "train" / image.parent.name / "drawnham_000077_000019_gtFine"
     write_polygons(Path(f"{labels}_polygons.json"), draw_scene(np.random.default_rng(1)))
-    assert len(load_dicts(cfg, SCENES[:1], train=True)) == before + 1
+    assert len(load_dataset_dicts(cfg, SCENES[:1], train=True)) == before + 1
 
 
 def test_other_code_does_not_find_what_older_code_made(usable, monkeypatch):

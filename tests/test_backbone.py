@@ -247,7 +247,7 @@ def test_options_reach_the_network():
         "QKV_BIAS": False,
         "DROP_PATH_RATE": 0.2,
         "LAST_DROP_RATE": 0.3,
-        "CHECKPOINT": "mlp",
+        "GRAD_CHECKPOINTING": "mlp",
     }
     cfg = _cfg(*(item for key, v in opts.items() for item in (f"MODEL.CONTNET.{key}", v)))
     with torch.device("meta"):

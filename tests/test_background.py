@@ -97,7 +97,7 @@ class Training:
     def checkpointer(self, folder, background):
         folder.mkdir(exist_ok=True)
         extras = {"trainer": self, "scheduler": self.scheduler, "ema": self.average}
-        options = {"background": background, "changed_by": self.optimizer}
+        options = {"background": background, "model_optimizer": self.optimizer}
         return Checkpointer(self.model, str(folder), **options, **extras)
 
 
@@ -193,16 +193,16 @@ def test_best_and_numbered_of_one_moment_are_copied_once(tmp_path, monkeypatch):
     training = Training()
     checkpointer = training.checkpointer(tmp_path, background=True)
     with held_writes(monkeypatch):
-        checkpointer.save(BEST, moment=4)
+        checkpointer.save(BEST, iteration=4)
         training.step()
-        checkpointer.save("model_0000004", moment=4)  # does not wait for the first
+        checkpointer.save("model_0000004", iteration=4)  # does not wait for the first
     checkpointer.wait()
     files = [tmp_path / f"{name}.pth" for name in (BEST, "model_0000004")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
     monkeypatch.undo()
-    checkpointer.save("model_0000005", moment=5)
-    checkpointer.save("model_0000006", moment=5, more=1)
+    checkpointer.save("model_0000005", iteration=5)
+    checkpointer.save("model_0000006", iteration=5, more=1)
     checkpointer.wait()
     nested = [torch.load(tmp_path / f"model_000000{i}.pth")["trainer"]["nested"] for i in (4, 5)]
     assert [each["float"] for each in nested] == [0.5, 1.5]
@@ -214,7 +214,7 @@ def test_only_the_newest_stay(tmp_path):
     checkpointer = Checkpointer(model, str(tmp_path), keep=2, background=True)
     for i in range(4):
         nn.init.constant_(model.weight, i)
-        checkpointer.save(f"model_{i:07d}", moment=i)
+        checkpointer.save(f"model_{i:07d}", iteration=i)
     file = checkpointer.get_checkpoint_file()  # waits, as all that reads does
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last_checkpoint",
@@ -255,11 +255,11 @@ def full_disk(monkeypatch):
 @pytest.mark.parametrize("ask", ["wait", "check", "save", "load"])
 def test_an_error_is_raised_once_by_whatever_comes_next(tmp_path, full_disk, ask):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), background=True)
-    checkpointer.save("model_0000001", moment=1)
+    checkpointer.save("model_0000001", iteration=1)
     asks = {
         "wait": checkpointer.wait,
         "check": checkpointer.check,
-        "save": lambda: checkpointer.save("model_0000002", moment=2),
+        "save": lambda: checkpointer.save("model_0000002", iteration=2),
         "load": lambda: checkpointer.load("model_0000001.pth"),
     }
     if ask == "check":
@@ -267,7 +267,7 @@ def test_an_error_is_raised_once_by_whatever_comes_next(tmp_path, full_disk, ask
     with pytest.raises(UserError, match=r"model_0000001\.pth cannot be written: .*unexpected pos"):
         asks[ask]()
     assert not list(tmp_path.iterdir())
-    checkpointer.save("model_0000003", moment=3)
+    checkpointer.save("model_0000003", iteration=3)
     checkpointer.wait()
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
 
@@ -276,8 +276,8 @@ def test_nothing_is_written_after_an_error(tmp_path, full_disk):
     """Else a resume would know a best checkpoint that is not there."""
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), background=True)
     full_disk.ready.clear()
-    checkpointer.save(BEST, moment=1)
-    checkpointer.save("model_0000001", moment=1)
+    checkpointer.save(BEST, iteration=1)
+    checkpointer.save("model_0000001", iteration=1)
     full_disk.ready.set()
     with pytest.raises(UserError, match=r"model_best\.pth cannot be written"):
         checkpointer.wait()

@@ -137,7 +137,7 @@ def test_channels_last_is_the_same_function():
 
 
 def test_contnets_take_their_options_from_their_node():
-    keys = "RELATIVE True USE_AVGDOWN True QKV_BIAS False PRE_NORM True CHECKPOINT block"
+    keys = "RELATIVE True USE_AVGDOWN True QKV_BIAS False PRE_NORM True GRAD_CHECKPOINTING block"
     opts = [word if i % 2 else f"MODEL.CONTNET.{word}" for i, word in enumerate(keys.split())]
     network = build_model(config(*opts, "MODEL.CONTNET.DROP_PATH_RATE", "0.3")).network
     names = network.state_dict().keys()
@@ -407,7 +407,7 @@ def test_a_resnet_in_detectron2s_names_becomes_a_classifier(tmp_path):
     assert "stem.conv1.weight" in state
     torch.save(state, tmp_path / "a.pth")
     model = build_model(config(leaf="res18"))
-    Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
+    Checkpointer(model).load_checkpoint(str(tmp_path / "a.pth"))
     own = network.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in model.network.state_dict().items())
 
@@ -418,7 +418,7 @@ def test_the_authors_checkpoint_gives_their_logits(tmp_path, wrapped):
     state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
     torch.save({"model": state, "epoch": 3} if wrapped else theirs.state_dict(), tmp_path / "a.pth")
     model = build_model(config()).eval()
-    Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
+    Checkpointer(model).load_checkpoint(str(tmp_path / "a.pth"))
     inputs = batch(size=224)
     with torch.no_grad():
         found = torch.stack([each["logits"] for each in model(inputs)])
@@ -431,7 +431,7 @@ def test_bare_weights_of_timm_load_whole(tmp_path, leaf, name):
     network = timm.create_model(name, num_classes=CLASSES)
     torch.save(network.state_dict(), tmp_path / "a.pth")
     model = build_model(config(leaf=leaf))
-    Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
+    Checkpointer(model).load_checkpoint(str(tmp_path / "a.pth"))
     own = network.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in model.network.state_dict().items())
 
@@ -446,7 +446,7 @@ def test_another_number_of_classes_keeps_all_but_the_head(tmp_path, said):
     assert torch.equal(model.network.stem.weight, network.stem.weight)
     assert "head starts from random weights" in said()
     with pytest.raises(UserError, match=r"another shape .*; its head is for another number of cla"):
-        Checkpointer(model).load_whole(str(tmp_path / "a.pth"))
+        Checkpointer(model).load_checkpoint(str(tmp_path / "a.pth"))
 
 
 def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):
@@ -525,7 +525,7 @@ def test_a_run_trains_evaluates_and_tells_the_accuracy(command, imagenet_root, t
     assert "| classification |" in output
 
 
-@pytest.mark.parametrize("batch", ["3", "6 SOLVER.ACCUMULATE 2"])
+@pytest.mark.parametrize("batch", ["3", "6 SOLVER.GRAD_ACCUM_STEPS 2"])
 def test_an_odd_batch_cannot_be_mixed(tmp_path, capsys, batch):
     opts = f"MODEL.CLASSIFIER.CUTMIX_ALPHA 1.0 OUTPUT_DIR {tmp_path} SOLVER.IMS_PER_BATCH {batch}"
     assert main(["--config-file", LEAF, *SMALL, *RUN, *opts.split()]) == 1
@@ -628,5 +628,5 @@ def test_a_resume_on_other_classes_is_refused(imagenet_root, trained, tmp_path):
 def test_weights_that_do_not_name_their_classes_are_told(tmp_path, said):
     model = build_model(config())
     Checkpointer(model, str(tmp_path)).save("a")
-    Checkpointer(model, classes=["a", "b"]).load_whole(str(tmp_path / "a.pth"))
+    Checkpointer(model, classes=["a", "b"]).load_checkpoint(str(tmp_path / "a.pth"))
     assert f"{tmp_path}/a.pth does not name its classes" in said()

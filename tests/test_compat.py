@@ -23,7 +23,7 @@ from detectron2.structures import Boxes
 from torch import nn
 from torch.distributed import HashStore
 
-from contnet.modeling.compat import KNOWN_WARNINGS, give_in1d, quiet_known_noise
+from contnet.modeling.compat import KNOWN_WARNINGS, restore_in1d, silence_known_warnings
 from contnet.utils.errors import UserError
 
 pinned = pytest.mark.skipif(
@@ -96,7 +96,7 @@ def caught(make, monkeypatch, quiet):
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         if quiet:
-            quiet_known_noise()
+            silence_known_warnings()
         make(monkeypatch)
     return [(w.category, str(w.message)) for w in record]
 
@@ -153,9 +153,9 @@ def test_the_same_text_of_another_category_is_not(monkeypatch):
 
 def test_filters_are_not_added_twice():
     with warnings.catch_warnings():
-        quiet_known_noise()
+        silence_known_warnings()
         filters = list(warnings.filters)
-        quiet_known_noise()
+        silence_known_warnings()
         assert warnings.filters == filters
 
 
@@ -193,7 +193,7 @@ def loop_records():
 )
 def test_tracebacks_are_shown_for_bugs_only(loop_records, error, shown):
     with warnings.catch_warnings():
-        quiet_known_noise()
+        silence_known_warnings()
     with pytest.raises(type(error)):
         Failing(error).train(0, 1)
     assert any(record.exc_info for record in loop_records) == shown
@@ -232,7 +232,7 @@ def test_advice_about_tracing_is_silent(tracing_lines, quiet):
     """Without the filter it is shown: fails when Detectron2's pooler no longer brings it about."""
     if quiet:
         with warnings.catch_warnings():
-            quiet_known_noise()
+            silence_known_warnings()
     pooler = ROIPooler(2, scales=[0.25], sampling_ratio=0, pooler_type="ROIAlignV2")
     pooler([torch.zeros(1, 1, 8, 8)], [Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))])
     assert [line[:13] for line in tracing_lines] == ([] if quiet else ["is_fx_tracing"])
@@ -252,7 +252,7 @@ def test_cityscapesscripts_still_needs_in1d():
 def test_in1d_is_given_to_one_module():
     module, before = ModuleType("theirs"), set(vars(np))
     module.np = np
-    give_in1d(module)
+    restore_in1d(module)
     assert module.np.in1d([[1, 2], [3, 4]], [2, 5]).reshape(2, 2).tolist() == [[0, 1], [0, 0]]
     assert module.np.in1d([1, 2], [2], invert=True).tolist() == [True, False]
     assert module.np.unique is np.unique and set(vars(np)) == before

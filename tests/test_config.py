@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from contnet.config import add_contnet_config, load_config, validate
+from contnet.config import add_contnet_config, check_values, load_config
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.utils.errors import UserError
 
@@ -188,7 +188,7 @@ def test_defaults_are_detectron2s():
                 assert node[key] == value, key
 
     check(cfg, plain)
-    validate(cfg)
+    check_values(cfg)
 
 
 def test_overrides_win_and_are_decoded(tmp_path):
@@ -334,8 +334,8 @@ def test_wrong_overrides(opts, message):
         ("SOLVER.BACKBONE_MULTIPLIER", "0", r"in \(0, inf\)"),
         ("SOLVER.ADAMW_BETAS", "(0.9,)", "two numbers"),
         ("SOLVER.ADAMW_BETAS", "(0.9, 1.0)", "two numbers"),
-        ("SOLVER.ACCUMULATE", "0", "whole number from 1"),
-        ("SOLVER.ACCUMULATE", "3", "no multiple of SOLVER.ACCUMULATE 3"),
+        ("SOLVER.GRAD_ACCUM_STEPS", "0", "whole number from 1"),
+        ("SOLVER.GRAD_ACCUM_STEPS", "3", "no multiple of SOLVER.GRAD_ACCUM_STEPS 3"),
         ("SOLVER.EMA.DECAY", "1.0", r"in \(0, 1\)"),
         ("SOLVER.MAX_ITER", "0", "whole number from 1"),
         ("SOLVER.STEPS", "(8, 6)", "rising"),
@@ -353,7 +353,7 @@ def test_illegal_values(key, value, message):
 
 def test_validate_may_be_called_again():
     cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"))
-    validate(cfg)
+    check_values(cfg)
     cfg.SOLVER.NESTEROV, cfg.SOLVER.MOMENTUM = True, 0.0
     with pytest.raises(UserError, match="needs a SOLVER"):
-        validate(cfg)
+        check_values(cfg)

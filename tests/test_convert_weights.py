@@ -258,10 +258,10 @@ def make_detector(leaf, *options):
     return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*small, *options]))
 
 
-def save_run(model, folder, averaged=False):
+def save_run(model, folder, ema=False):
     """A checkpoint as a run leaves it; the average's weights are twice the last ones."""
-    extras = {"ema": ModelEmaV3(model)} if averaged else {}
-    if averaged:
+    extras = {"ema": ModelEmaV3(model)} if ema else {}
+    if ema:
         with torch.no_grad():
             for value in extras["ema"].module.parameters():
                 value.mul_(2)
@@ -283,7 +283,7 @@ def test_a_classifier_of_ours(convert, tmp_path):
 @pytest.mark.parametrize("option", ["", "--last"])
 def test_averaged_weights_are_taken_unless_told_otherwise(convert, tmp_path, option):
     network = contnet.create_model("contnet_ti", num_classes=7)
-    file = save_run(Classifier(network), tmp_path, averaged=True)
+    file = save_run(Classifier(network), tmp_path, ema=True)
     path, lines = convert(file, *option.split())
     factor = 1 if option else 2
     expected = dict(network.named_parameters())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from contnet.config import load_config
-from contnet.modeling.macs import build_meta_model, count_operations, count_parameters
+from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZE = (896, 1344)
@@ -16,7 +16,7 @@ def _counted(name, *opts, size=SIZE):
     """Parameters in M, and G multiply-adds without and of attention products."""
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts)
     model = build_meta_model(cfg)
-    operations = count_operations(cfg, model, size)
+    operations = count_macs(cfg, model, size)
     attention = operations.pop("attention", 0)
     return count_parameters(model), operations.total(), attention
 

@@ -62,7 +62,7 @@ def _error(capsys, *argv: str) -> str:
         (["--num-gpus", "0"], ["--num-gpus"]),
         (["--num-machines", "2"], ["--dist-url"]),
         (["--machine-rank", "1"], ["--machine-rank 1"]),
-        (["SOLVER.ACCUMULATE", "3"], ["SOLVER.IMS_PER_BATCH 2", "SOLVER.ACCUMULATE 3"]),
+        (["SOLVER.GRAD_ACCUM_STEPS", "3"], ["SOLVER.IMS_PER_BATCH 2", "SOLVER.GRAD_ACCUM_STEPS 3"]),
         (["--num-gpus", "4"], ["SOLVER.IMS_PER_BATCH 2", "choose a multiple of 4"]),
         (["--resum"], ["--resum"]),
         (["--eval-only"], ["MODEL.WEIGHTS", "--resume"]),

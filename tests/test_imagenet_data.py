@@ -25,7 +25,7 @@ from contnet.data.datasets.imagenet import read_set
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.findings import NOTE, Findings
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.images import read_image
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.validation.classes import count_classes
@@ -64,7 +64,7 @@ def config(*options: str) -> CfgNode:
 
 def load(cfg: CfgNode, name: str) -> list[dict]:
     check_datasets(cfg, [name])
-    return load_dicts(cfg, [name], train=True)
+    return load_dataset_dicts(cfg, [name], train=True)
 
 
 def flatten(root: Path) -> dict[str, str]:
@@ -267,8 +267,8 @@ def test_own_sets_decide_the_number_of_classes(root):
     assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
     assert args.notes == (f"{KEY} 3: the number of classes of mine_train",)
     check_datasets(cfg, ["mine_train", "mine_val"])
-    assert len(load_dicts(cfg, ["mine_train"], train=True)) == 9
-    assert len(load_dicts(cfg, ["mine_val"], train=False)) == 6
+    assert len(load_dataset_dicts(cfg, ["mine_train"], train=True)) == 9
+    assert len(load_dataset_dicts(cfg, ["mine_val"], train=False)) == 6
     assert count_classes(cfg, "mine_val") == 3
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'elsewhere']]"])
@@ -433,7 +433,7 @@ def test_what_is_left_out_is_told_once(root, caplog):
     (_first(root) / "0.JPEG").rename(_first(root) / "0.jfif")
     cfg = config()
     for _ in range(2):
-        assert len(load_dicts(cfg, ["imagenet_train"], train=True)) == 8
+        assert len(load_dataset_dicts(cfg, ["imagenet_train"], train=True)) == 8
     (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert line.getMessage().startswith("imagenet_train: files that are no images by their names")
     assert "0.jfif" in line.getMessage()
@@ -443,7 +443,7 @@ def test_loading_stops_too(root):
     _lost_class(root)
     cfg = config()
     with pytest.raises(UserError, match=r"data set imagenet_val: its class folders are not those"):
-        load_dicts(cfg, ["imagenet_val"], train=False)
+        load_dataset_dicts(cfg, ["imagenet_val"], train=False)
 
 
 def test_numbers_for_classes_are_not_guessed(root):

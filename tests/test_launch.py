@@ -14,9 +14,15 @@ import pytest
 from torch.distributed import TCPStore
 
 from contnet.launch import environment
-from contnet.launch.environment import Place, find_place, first_host, meet, ports
-from contnet.slurm.attempt import Start
-from contnet.slurm.attempt_folder import StartFolder, last_saved, record_requeue
+from contnet.launch.environment import (
+    DistributedEnvironment,
+    find_environment,
+    first_host,
+    ports,
+    rendezvous,
+)
+from contnet.slurm.attempt import Attempt
+from contnet.slurm.attempt_folder import AttemptFolder, last_saved_iteration, record_requeue
 from contnet.slurm.cluster import Job, find_job
 from contnet.slurm.job import TrainingJob, python_command
 from contnet.slurm.lease import Lease
@@ -68,27 +74,27 @@ def test_first_host(nodes, host):
     ("environ", "place"),
     [
         ({}, None),
-        (STEP, Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.0")),
+        (STEP, DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.0")),
         (
             {**STEP, "SLURM_RESTART_COUNT": "2"},
-            Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.2"),
+            DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.2"),
         ),
         (
             {**STEP, "SLURM_STEP_LAUNCHER_PORT": "4000"},
-            Place("slurm", 3, 4, 1, 2, "gpu07", "77.0.0.4000"),
+            DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.0.4000"),
         ),
         # An interactive shell: of salloc, of srun --pty, and a batch script.
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, None),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
-        (LOCAL, Place("local", 1, 2, 1, 2, "127.0.0.1", "99.0.0")),
+        (LOCAL, DistributedEnvironment("local", 1, 2, 1, 2, "127.0.0.1", "99.0.0")),
         ({**LOCAL, "SUBMITIT_LOCAL_NTASKS": "1"}, None),
-        (TORCHRUN, Place("torchrun", 1, 2, 0, 1)),
-        ({**STEP, **TORCHRUN}, Place("torchrun", 1, 2, 0, 1)),
+        (TORCHRUN, DistributedEnvironment("torchrun", 1, 2, 0, 1)),
+        ({**STEP, **TORCHRUN}, DistributedEnvironment("torchrun", 1, 2, 0, 1)),
     ],
 )
 def test_place(environ, place):
-    assert find_place(environ) == place
+    assert find_environment(environ) == place
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_place(environ, place):
 )
 def test_partial_settings(environ, message):
     with pytest.raises(UserError, match=message) as error:
-        find_place(environ)
+        find_environment(environ)
     assert "\n" not in str(error.value)
 
 
@@ -121,8 +127,8 @@ def _meet_all(start, size=3):
     stores = {}
 
     def join(rank):
-        place = Place("slurm", rank, size, rank, size, "127.0.0.1", start)
-        stores[rank] = meet(place, patience=60)
+        place = DistributedEnvironment("slurm", rank, size, rank, size, "127.0.0.1", start)
+        stores[rank] = rendezvous(place, patience=60)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
     for thread in reversed(threads):  # rank 0 last
@@ -150,9 +156,9 @@ def test_ranks_meet_though_ports_are_taken(monkeypatch):
 
 
 def test_nobody_to_meet():
-    place = Place("slurm", 1, 2, 0, 1, "127.0.0.1", "12345.6.0")
+    place = DistributedEnvironment("slurm", 1, 2, 0, 1, "127.0.0.1", "12345.6.0")
     with pytest.raises(UserError, match=r"found no rank 0 on 127\.0\.0\.1"):
-        meet(place, patience=0.5)
+        rendezvous(place, patience=0.5)
 
 
 def test_ports_differ_between_jobs_and_steps():
@@ -163,7 +169,7 @@ def test_ports_differ_between_jobs_and_steps():
 
 
 def test_signals_wait_until_the_job_can_take_them(tmp_path):
-    job = TrainingJob(["--help"], str(tmp_path), setup={"beat": 1})
+    job = TrainingJob(["--help"], str(tmp_path), heartbeat_interval=1)
     assert pickle.loads(pickle.dumps(job)) == job
     code = (
         "import signal, sys; print('up', flush=True); sys.stdin.read(); "
@@ -204,7 +210,7 @@ def test_lease_passes_to_a_later_start_alone(tmp_path):
 def test_lease_of_another_job(tmp_path):
     first, second = _lease(tmp_path, "5", 3), _lease(tmp_path, "6", 0)
     first.take(patience=0)
-    folder = StartFolder(tmp_path, "5", 3)
+    folder = AttemptFolder(tmp_path, "5", 3)
     folder.path.mkdir(parents=True)
     alive = folder.rank_file(0, ".json")
     alive.write_text(json.dumps({"rank": 0, "time": time.time() + 1000}))
@@ -227,11 +233,11 @@ def test_guarded_writes(tmp_path, monkeypatch):
 
 
 def test_last_saved(tmp_path):
-    assert last_saved(tmp_path) == -1
+    assert last_saved_iteration(tmp_path) == -1
     (tmp_path / "last_checkpoint").write_text("model_0000012.pth")
-    assert last_saved(tmp_path) == 12
+    assert last_saved_iteration(tmp_path) == 12
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    assert last_saved(tmp_path) > 10**9
+    assert last_saved_iteration(tmp_path) > 10**9
 
 
 def test_no_requeue_without_progress(tmp_path, monkeypatch):
@@ -240,26 +246,26 @@ def test_no_requeue_without_progress(tmp_path, monkeypatch):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "last_checkpoint").write_text("model_0000012.pth")
     record_requeue(tmp_path, {"job_id": "99", "restart": 0, "iteration": 12, "reason": ""})
-    start = Start(TrainingJob([], str(tmp_path)))
+    start = Attempt(TrainingJob([], str(tmp_path)))
     assert start.job.restart == 1
     assert "nothing was saved since the last requeue, after iteration 12" in start._reason_to_stop()
     (tmp_path / "last_checkpoint").write_text("model_0000013.pth")
     assert not start._reason_to_stop()
-    start = Start(TrainingJob([], str(tmp_path), max_requeues=1))
+    start = Attempt(TrainingJob([], str(tmp_path), max_requeues=1))
     assert "the last one allowed" in start._reason_to_stop()
 
 
 def _beat(folder, rank, **more):
-    folder.beat(
+    folder.write_heartbeat(
         {"rank": rank, "host": "h", "pid": rank + 7, "iteration": 4, "max_iter": 9}
-        | {"phase": "training", "beat": 30, "ended": None, **more}
+        | {"phase": "training", "heartbeat_interval": 30, "ended": None, **more}
     )
 
 
 def test_status(tmp_path):
     assert read_status(tmp_path) == {}
     _lease(tmp_path, "5", 0).take(patience=0)
-    folder = StartFolder(tmp_path, "5", 0)
+    folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
     assert read_status(tmp_path)["state"] == "starting"
     _beat(folder, 1)
@@ -270,31 +276,31 @@ def test_status(tmp_path):
     assert status["ranks"][1]["pid"] == 8 and 0 <= status["age"] < 60
 
     note = {"rank": 0, "reason": "gloo: closed by peer", "lost": True}
-    assert folder.note("death", note) and not folder.note("death", {**note, "rank": 1})
+    assert folder.note("failure", note) and not folder.note("failure", {**note, "rank": 1})
     _beat(folder, 0, ended="failed")
     status = read_status(tmp_path)
-    assert status["state"] == "failed" and status["death"]["rank"] == 1
-    assert "rank 1 (process 8 on h) ended without a word" in status["death"]["reason"]
+    assert status["state"] == "failed" and status["failure"]["rank"] == 1
+    assert "rank 1 (process 8 on h) ended without a word" in status["failure"]["reason"]
 
 
 def test_a_silent_run(tmp_path):
     _lease(tmp_path, "5", 0).take(patience=0)
-    folder = StartFolder(tmp_path, "5", 0)
+    folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
-    _beat(folder, 0, beat=0.01)
+    _beat(folder, 0, heartbeat_interval=0.01)
     time.sleep(0.1)
     assert read_status(tmp_path)["state"] == "silent"
     assert describe_run(tmp_path).startswith("ended without a word, last sign of life")
 
 
 def test_stale_notes_are_not_this_starts(tmp_path):
-    folder = StartFolder(tmp_path, "5", 0)
+    folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
-    file = folder.path / "death.json"
+    file = folder.path / "failure.json"
     file.write_text(json.dumps({"rank": 0, "reason": "long ago", "time": time.time() - 9999}))
-    assert folder.read("death") is None
-    assert folder.note("death", {"rank": 1, "reason": "now"})
-    assert folder.read("death")["reason"] == "now"
+    assert folder.read("failure") is None
+    assert folder.note("failure", {"rank": 1, "reason": "now"})
+    assert folder.read("failure")["reason"] == "now"
 
 
 def _fake_slurm(folder, state):
@@ -320,7 +326,7 @@ def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, stat
     run = tmp_path / "run"
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
     more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(run)]
-    job = TrainingJob(["--config-file", config, *SMALL, *more], str(run), setup={"beat": 0.2})
+    job = TrainingJob(["--config-file", config, *SMALL, *more], str(run), heartbeat_interval=0.2)
     code = f"from contnet.slurm.job import TrainingJob; {job!r}()"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -341,9 +347,9 @@ def test_a_signalled_job_in_one_process(coco_root, tmp_path, state, number, stat
         time.sleep(0.1)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == status, out[-3000:]
-    leave = read_status(run)["leave"]
+    leave = read_status(run)["exit"]
     assert said in leave["reason"], out[-3000:]
-    assert last_saved(run) == leave["iteration"] >= 0
+    assert last_saved_iteration(run) == leave["iteration"] >= 0
     calls = tmp_path / "bin" / "calls"
     assert leave["requeued"] == calls.exists() == (status == 0)
     if calls.exists():
@@ -355,7 +361,7 @@ def test_the_network_interface(tmp_path, monkeypatch):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "other")
     monkeypatch.setattr("contnet.utils.files._guards", {})
     (tmp_path / "slurm").mkdir()
-    Start(TrainingJob([], str(tmp_path)))._begin()
+    Attempt(TrainingJob([], str(tmp_path)))._begin()
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "other"
-    Start(TrainingJob([], str(tmp_path), interface="ib0"))._begin()
+    Attempt(TrainingJob([], str(tmp_path), interface="ib0"))._begin()
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

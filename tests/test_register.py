@@ -10,7 +10,7 @@ from conftest import REPOSITORY, finish, metrics_of
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
-from contnet.data.datasets.classes import learned_classes
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import make_shapes
 from contnet.data.validation.datasets import check_datasets
@@ -209,14 +209,14 @@ def _boxes_only(root: Path, target: Path) -> list[str]:
 )
 def test_learned_classes_are_those_of_the_models_outputs(leaf, name, expected):
     cfg = load_config(str(REPOSITORY / "configs" / f"{leaf}.yaml"))
-    found = learned_classes(cfg, [name])
+    found = dataset_class_names(cfg, [name])
     assert (found and (len(found), found[0])) == expected
-    assert learned_classes(cfg, []) is None
+    assert dataset_class_names(cfg, []) is None
 
 
 def test_two_kinds_of_classes_are_not_named(monkeypatch):
     cfg = load_config(LEAF, ["MODEL.META_ARCHITECTURE", "PanopticFPN"])
-    assert learned_classes(cfg, ["coco_2017_val_panoptic_separated"]) is None
+    assert dataset_class_names(cfg, ["coco_2017_val_panoptic_separated"]) is None
 
 
 def test_boxes_without_masks(drawn, tmp_path):

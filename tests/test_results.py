@@ -16,10 +16,10 @@ from contnet.config import load_config
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
 from contnet.evaluation.metrics import check_best_metric, main_metric
 from contnet.evaluation.results import (
-    forget_results_after,
     markdown_tables,
     read_results,
     record_results,
+    truncate_results,
 )
 from contnet.utils.errors import UserError
 
@@ -61,10 +61,10 @@ def test_no_table_of_classes_without_any():
 # --- results.json --------------------------------------------------------------------------------
 
 
-def record(folder, iteration, value, dataset="val", weights=None, averaged=False):
+def record(folder, iteration, value, dataset="val", weights=None, ema=False):
     """One evaluation of one data set."""
     results = {dataset: {"bbox": {"AP": value}}}
-    record_results(folder, results, iteration=iteration, weights=weights, averaged=averaged)
+    record_results(folder, results, iteration=iteration, weights=weights, ema=ema)
 
 
 def values_of(folder):
@@ -74,7 +74,7 @@ def values_of(folder):
 
 def test_records_are_strict_json(tmp_path):
     results = {"val": {"bbox": {"AP": NAN, "AP50": np.float32(2.5), "n": 3}, "speed": math.inf}}
-    record_results(tmp_path, results, iteration=4, weights=None, averaged=True)
+    record_results(tmp_path, results, iteration=4, weights=None, ema=True)
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -84,7 +84,7 @@ def test_records_are_strict_json(tmp_path):
         "iteration": 4,
         "dataset": "val",
         "weights": None,
-        "averaged": True,
+        "ema": True,
         "metrics": {"bbox": {"AP": None, "AP50": 2.5, "n": 3.0}, "speed": None},
     }
 
@@ -93,20 +93,20 @@ def test_the_later_of_two_equal_evaluations_stays(tmp_path):
     record(tmp_path, 4, 1.0)
     record(tmp_path, 9, 2.0)
     record(tmp_path, 9, 3.0, weights="model_final.pth")
-    record(tmp_path, 9, 4.0, weights="model_final.pth", averaged=True)
+    record(tmp_path, 9, 4.0, weights="model_final.pth", ema=True)
     record(tmp_path, 9, 5.0, dataset="test")
     record(tmp_path, 9, 6.0)
     assert values_of(tmp_path) == [(4, 1.0), (9, 3.0), (9, 4.0), (9, 5.0), (9, 6.0)]
 
 
 def test_a_resume_forgets_what_it_will_evaluate_again(tmp_path):
-    forget_results_after(tmp_path, 3)
+    truncate_results(tmp_path, 3)
     assert not (tmp_path / "results.json").exists()
     for iteration in (4, 9, 14):
         record(tmp_path, iteration, 1.0)
     record(tmp_path, 99, 2.0, weights="other.pth")
     record(tmp_path, None, 3.0, weights="foreign.pth")
-    forget_results_after(tmp_path, 9)
+    truncate_results(tmp_path, 9)
     assert values_of(tmp_path) == [(4, 1.0), (9, 1.0), (99, 2.0), (None, 3.0)]
 
 
@@ -201,7 +201,7 @@ class Loop(TrainerBase):
         self.evaluation = Evaluation(1, evaluate, lambda scalars: metric)
         self.register_hooks([self.evaluation])
         if self.checkpointer.has_checkpoint():
-            self.checkpointer.load_whole(self.checkpointer.get_checkpoint_file(), resume=True)
+            self.checkpointer.load_checkpoint(self.checkpointer.get_checkpoint_file(), resume=True)
             self.start_iter = self.iter + 1
         self.register_hooks(
             [

@@ -20,7 +20,7 @@ from PIL import Image
 
 from contnet.commands.make_shards import main
 from contnet.data.datasets import shards
-from contnet.data.datasets.imagenet import Source, read_set
+from contnet.data.datasets.imagenet import ClassificationSource, read_set
 from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.datasets.shards import (
     index_shard,
@@ -62,7 +62,7 @@ def records_of(folder: Path) -> list[dict]:
 
 def read_all(folder: Path) -> tuple[list[dict], list[str], list[str]]:
     findings = Findings()
-    content = read_set(Source(str(folder)), findings)
+    content = read_set(ClassificationSource(str(folder)), findings)
     return content.records, findings.lines(ERROR), findings.lines(NOTE)
 
 
@@ -468,7 +468,7 @@ def test_lost_shards_and_labels_are_told(made):
 
 def test_val_must_have_the_classes_of_train(made, source):
     names = [class_name(label) for label in range(3)]
-    val = Source(str(made), train_dir=str(source))
+    val = ClassificationSource(str(made), train_dir=str(source))
     findings = Findings()
     assert read_set(val, findings).classes == names and not findings.lines(ERROR)
     (made / "classes.txt").write_text("\n".join([names[1], names[0], names[2]]) + "\n")

@@ -22,7 +22,7 @@ from contnet.commands.results import results_table
 from contnet.config import load_config
 from contnet.launch.arguments import parse_arguments
 from contnet.slurm import snapshot
-from contnet.slurm.attempt_folder import last_saved
+from contnet.slurm.attempt_folder import last_saved_iteration
 from contnet.slurm.executors import local_executor, submit_jobs
 from contnet.slurm.jobs import process_start
 from contnet.slurm.nodes import check_request, read_nodes
@@ -553,7 +553,7 @@ def test_results_table(slurm, here, capsys):
     assert submit("--sweep", "SEED=1,2,3", *GPU, "OUTPUT_DIR", "out") == 0
     done, failed = here / "out" / "SEED=1", here / "out" / "SEED=2"
     scores = {"bbox": {"AP": 12.3456, "AP50": 30.0, "AP-person": 5.0}}
-    result = {"dataset": "coco_2017_val", "weights": None, "averaged": False, "metrics": scores}
+    result = {"dataset": "coco_2017_val", "weights": None, "ema": False, "metrics": scores}
     (done / "results.json").write_text(json.dumps([{**result, "iteration": 9}]))
     (done / "metrics.json").write_text('{"iteration": 9, "total_loss": 1.5}\n')
     (done / "model_final.pth").write_text("")
@@ -698,7 +698,7 @@ def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, c
     (start,) = json.loads((out / "run.json").read_text())
     assert start["processes"] == 2
     (record,) = read_submissions(out)
-    assert "from the setup" in (out / "slurm" / "submission1" / "start.log").read_text()
+    assert "from the setup" in (out / "slurm" / "submission1" / "setup.log").read_text()
     assert record["code"].startswith(str(out))
     assert main(["--status", "out"]) == 0
     shown = capsys.readouterr().out
@@ -732,8 +732,8 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     # It has saved what it had done, and does not come back.
     status = read_status(out)
     saved = f"saved after iteration {status['iteration']}; not requeued"
-    assert status["state"] == "stopped" and saved in status["leave"]["reason"]
-    assert last_saved(out) == status["iteration"] and not status["requeues"]
+    assert status["state"] == "stopped" and saved in status["exit"]["reason"]
+    assert last_saved_iteration(out) == status["iteration"] and not status["requeues"]
     assert main(["--status", "out"]) == 0
     assert f"state    cancelled: {saved}" in capsys.readouterr().out
     assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
@@ -748,7 +748,7 @@ def test_starts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
     start = "open('starts', 'a').write('x'); import sys; sys.exit(144)"
     (job_id,) = submit_jobs(executor, [partial(exec, start)])
     wait_for(lambda: not process_start(int(job_id)))
-    assert (no_slurm / "starts").read_text() == 8 * "x"
+    assert (no_slurm / "attempts").read_text() == 8 * "x"
 
 
 @pytest.mark.slow

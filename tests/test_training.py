@@ -87,7 +87,7 @@ def checkpoints_of(folder):
 @pytest.fixture(scope="module")
 def averaged(train_net, tmp_path_factory):
     """Folder and output of a whole run by train_net.py, with averaged weights, without a seed."""
-    folder = tmp_path_factory.mktemp("averaged")
+    folder = tmp_path_factory.mktemp("ema")
     options = f"SOLVER.MAX_ITER 5 SEED -1 OUTPUT_DIR {folder}".split()
     process = train_net(f"--config-file {LEAF}", *options, *PERIODS, *EMA, *MANY_BOXES)
     return folder, finish(process)
@@ -223,7 +223,7 @@ def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_
     for _ in range(2):  # the second one replaces the first
         found = evaluate(folder, "MODEL.WEIGHTS", weights, *EMA)
     trained, evaluated = json.loads((folder / "results.json").read_text())
-    facts = {"iteration": 4, "dataset": "coco_2017_val", "averaged": True}
+    facts = {"iteration": 4, "dataset": "coco_2017_val", "ema": True}
     assert trained == {**facts, "weights": None, "metrics": trained["metrics"]}
     assert evaluated == {**facts, "weights": weights, "metrics": trained["metrics"]}
     metrics = trained["metrics"]["bbox"]
@@ -324,7 +324,8 @@ def test_resume_without_a_checkpoint_says_where_it_starts(tmp_path):
 
 # A recipe for four GPUs.
 RECIPE = words("""SOLVER.REFERENCE_WORLD_SIZE 4 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 2
-SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 SOLVER.EMA.ENABLED True MODEL.CONTNET.CHECKPOINT block""")
+SOLVER.STEPS (1,) SOLVER.BASE_LR 0.01 SOLVER.EMA.ENABLED True
+MODEL.CONTNET.GRAD_CHECKPOINTING block""")
 
 
 @pytest.fixture(scope="module")
@@ -391,16 +392,16 @@ def train(trainer):
 
 def test_two_accumulated_batches_equal_the_joined_batch(tmp_path):
     options = words("SOLVER.IMS_PER_BATCH 4 SOLVER.WARMUP_ITERS 0 SOLVER.BASE_LR 0.1")
-    options += words("DATALOADER.ASPECT_RATIO_GROUPING False SOLVER.ACCUMULATE")
+    options += words("DATALOADER.ASPECT_RATIO_GROUPING False SOLVER.GRAD_ACCUM_STEPS")
     joined, parts = (trainer_of(tmp_path, *options, str(n)) for n in (1, 2))
-    start = {k: v.clone() for k, v in joined.bare_model.state_dict().items()}
+    start = {k: v.clone() for k, v in joined.unwrapped_model.state_dict().items()}
     losses = train(joined), train(parts)
-    (together,), two = ([ids for ids, _ in t.bare_model.seen] for t in (joined, parts))
+    (together,), two = ([ids for ids, _ in t.unwrapped_model.seen] for t in (joined, parts))
     assert [len(ids) for ids in two] == [2, 2]
     assert together == two[0] + two[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    ours = parts.bare_model.state_dict()
-    for name, value in joined.bare_model.state_dict().items():
+    ours = parts.unwrapped_model.state_dict()
+    for name, value in joined.unwrapped_model.state_dict().items():
         step = (value - start[name]).abs().max().item()
         assert (ours[name] - value).abs().max() <= 1e-3 * step + 1e-7, name
     assert any(not torch.equal(value, start[name]) for name, value in ours.items())
@@ -413,10 +414,10 @@ class Averaging(HookBase):
         self.decay = decay
 
     def before_train(self):
-        self.mean = {k: v.clone() for k, v in self.trainer.bare_model.state_dict().items()}
+        self.mean = {k: v.clone() for k, v in self.trainer.unwrapped_model.state_dict().items()}
 
     def after_step(self):
-        for name, value in self.trainer.bare_model.state_dict().items():
+        for name, value in self.trainer.unwrapped_model.state_dict().items():
             self.mean[name] = self.decay * self.mean[name] + (1 - self.decay) * value
 
 
@@ -429,7 +430,7 @@ def test_averaged_weights_follow_the_formula(tmp_path):
     found = trainer.average.module.state_dict()
     assert found.keys() == expected.mean.keys()
     moved = False
-    for name, value in trainer.bare_model.state_dict().items():
+    for name, value in trainer.unwrapped_model.state_dict().items():
         torch.testing.assert_close(found[name], expected.mean[name], rtol=1e-5, atol=1e-6)
         moved |= not torch.equal(found[name], value)
     assert moved
@@ -439,15 +440,15 @@ def test_averaged_weights_follow_the_formula(tmp_path):
 def test_mixed_precision_on_the_cpu(tmp_path, dtype):
     options = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype, "SOLVER.MAX_ITER", "8"]
     trainer = trainer_of(tmp_path, *options)
-    before = {k: v.clone() for k, v in trainer.bare_model.state_dict().items()}
+    before = {k: v.clone() for k, v in trainer.unwrapped_model.state_dict().items()}
     loss = train(trainer)
     exact = train(trainer_of(tmp_path, "SOLVER.MAX_ITER", "8"))
     assert loss == pytest.approx(exact, rel=0.1)
-    after = trainer.bare_model.state_dict()
+    after = trainer.unwrapped_model.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(before[name], value) for name, value in after.items())
-    assert trainer.bare_model.seen[0][1] == getattr(torch, dtype)
-    assert {p.dtype for p in trainer.bare_model.parameters()} == {torch.float32}
+    assert trainer.unwrapped_model.seen[0][1] == getattr(torch, dtype)
+    assert {p.dtype for p in trainer.unwrapped_model.parameters()} == {torch.float32}
     assert bool(trainer.state_dict()["grad_scaler"]) == (dtype == "float16")
 
 
@@ -467,11 +468,11 @@ def test_loss_normalizer_is_saved_and_restored(tmp_path):
     options += ["MODEL.FPN.IN_FEATURES", "('res3', 'res4', 'res5')"]
     trainer = trainer_of(tmp_path, *options)
     train(trainer)
-    moved = trainer.bare_model.loss_normalizer
+    moved = trainer.unwrapped_model.loss_normalizer
     assert moved != 100  # what it starts from
     trainer.checkpointer.save("model_0000000")
     trainer.checkpointer.wait()  # it writes in the background
     other = trainer_of(tmp_path, *options)
-    assert not hasattr(other.bare_model, "loss_normalizer")
+    assert not hasattr(other.unwrapped_model, "loss_normalizer")
     other.load(resume=True)
-    assert other.bare_model.loss_normalizer == moved
+    assert other.unwrapped_model.loss_normalizer == moved

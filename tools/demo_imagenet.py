@@ -3,9 +3,9 @@
 
 import sys
 
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 
-quiet_known_noise()  # before Detectron2 is imported
+silence_known_warnings()  # before Detectron2 is imported
 
 from contnet.commands.demo_imagenet import main  # noqa: E402
 

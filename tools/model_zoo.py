@@ -3,9 +3,9 @@
 
 from pathlib import Path
 
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 
-quiet_known_noise()  # before Detectron2 is imported
+silence_known_warnings()  # before Detectron2 is imported
 
 from contnet.commands.model_zoo import ZOO, make_zoo  # noqa: E402
 

@@ -64,7 +64,12 @@ class Lab:
     def job(self, name: str, *options: str, **settings) -> ToyJob:
         """A job of the run ``name``; further settings are a :class:`ToyJob`'s."""
         run = self.folder / name
-        values = {"setup": {"beat": 0.5, "signal_delay": 30}, "hang_timeout": 120.0, **settings}
+        values = {
+            "heartbeat_interval": 0.5,
+            "signal_delay": 30,
+            "hang_timeout": 120.0,
+            **settings,
+        }
         return ToyJob(arguments(run, *options), str(run), **values)
 
     def submit(self, *jobs: ToyJob, nodes: int, tasks: int, minutes: int = 10, **parameters):
@@ -106,7 +111,7 @@ class Lab:
         def done():
             status = read_status(self.folder / name)
             ready = status and status["restart"] == restart and status["iteration"] >= iteration
-            assert not status or not status["death"], status["death"]
+            assert not status or not status["failure"], status["failure"]
             return status if ready else None
 
         return self.until(f"{name} to do iteration {iteration} of start {restart}", done)

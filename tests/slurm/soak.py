@@ -133,7 +133,7 @@ class Soak:
             left -= self._disturb(name, job, left, until)
             state = self.lab.until_over(job)
             status = read_status(self.lab.folder / name)
-            reason = (status.get("death") or status.get("leave") or {}).get("reason", "")
+            reason = (status.get("failure") or status.get("exit") or {}).get("reason", "")
             self._say(name, f"{state} {reason}")
             resume = ("--resume",)
         self.starts += len(starts_of(self.lab.folder / name))

@@ -24,7 +24,7 @@ def test_rank_killed_in_training(lab, reference, coco_root):
     job = lab.submit(lab.job("killed", *SAVES, faults={"kill": (1, 15)}), nodes=2, tasks=1)
     status = lab.until_state("killed", "failed")
     assert lab.until_over(job) == "FAILED"
-    assert "rank 1" in status["death"]["reason"], status["death"]
+    assert "rank 1" in status["failure"]["reason"], status["failure"]
     run = run_here(lab.folder / "killed", coco_root, *SAVES, "--resume", processes=2)
     assert starts_of(run) == [0, 10]
     same_training(run, reference(2))
@@ -56,14 +56,14 @@ def test_crash_on_one_rank(lab):
     for name, reason in reasons.items():
         status = lab.until_state(name, "failed")
         assert lab.until_over(others[name]) == "FAILED"
-        assert status["death"]["rank"] == 1 and reason in status["death"]["reason"]
+        assert status["failure"]["rank"] == 1 and reason in status["failure"]["reason"]
         assert status["restart"] == 0 and not status["requeues"]
     status = lab.until_state("crash", "failed")
     assert lab.until_over(job) == "FAILED"
-    death = status["death"]
-    assert (death["rank"], death["iteration"]) == (1, 4)
-    assert death["reason"] == "ValueError: a fault of this rank's own"
-    assert "_misbehave" in death["details"]
+    failure = status["failure"]
+    assert (failure["rank"], failure["iteration"]) == (1, 4)
+    assert failure["reason"] == "ValueError: a fault of this rank's own"
+    assert "_misbehave" in failure["details"]
     assert status["restart"] == 0 and not status["requeues"]
     assert "a fault of this rank's own" in str(job.task(1).exception())
 
@@ -73,7 +73,7 @@ def test_hung_rank_is_reported_with_stacks(lab):
     job = lab.submit(job, nodes=1, tasks=2)
     status = lab.until_state("hung", "failed")
     assert lab.until_over(job) == "FAILED"
-    assert "no progress for" in status["death"]["reason"] and status["death"]["iteration"] == 4
+    assert "no progress for" in status["failure"]["reason"] and status["failure"]["iteration"] == 4
     stacks = [Path(status["folder"], f"rank-0000{rank}.stack").read_text() for rank in (0, 1)]
     assert "backward" in stacks[0] and "_misbehave" in stacks[1]
 
@@ -81,7 +81,11 @@ def test_hung_rank_is_reported_with_stacks(lab):
 def test_no_time_to_save(lab, reference):
     """A rank hangs in a collective, the other in its step: neither can leave when told to."""
     job = lab.job(
-        "stuck", *SAVES, faults={"sleep": (1, 15)}, setup={"beat": 0.5, "signal_delay": 8}
+        "stuck",
+        *SAVES,
+        faults={"sleep": (1, 15)},
+        heartbeat_interval=0.5,
+        signal_delay=8,
     )
     job = lab.submit(job, nodes=1, tasks=2)
     lab.until_iteration("stuck", 14)

@@ -84,7 +84,7 @@ def test_time_limit_and_the_bound_of_requeues(lab, reference):
     lab.until_iteration("bound", 8, restart=1)
     lab.cluster.ask("scancel", "--signal=USR2", bounded.job_id)
     status = lab.until_state("bound", "stopped")
-    assert "the last one allowed" in status["leave"]["reason"]
+    assert "the last one allowed" in status["exit"]["reason"]
     assert lab.until_over(bounded) == "FAILED"
     assert "the last one allowed" in str(bounded.exception())
 
@@ -105,7 +105,7 @@ def test_cancelled_jobs_do_not_come_back(lab, reference, coco_root):
     lab.cluster.ask("scancel", job.job_id)
     assert lab.until_over(job) == "CANCELLED"
     status = lab.until_state("cancelled", "stopped")
-    assert not status["requeues"] and status["leave"]["iteration"] == status["iteration"] >= 5
+    assert not status["requeues"] and status["exit"]["iteration"] == status["iteration"] >= 5
     time.sleep(12)  # a requeue would have begun
     assert lab.slurm_state(job) == "CANCELLED"
     # What was saved in those seconds is what a later run goes on from.

@@ -64,19 +64,20 @@ class Snapshot:
         self._tensors: list[Tensor] = []
         self._numbers: dict[int, tuple[int, Tensor]] = {}  # of a tensor's identity; the tensor
         self._storages: dict[int, UntypedStorage] = {}  # of a source's identity
-        self._late: set[int] = set()  # identities of sources
+        self._deferred: set[int] = set()  # identities of sources
         self._rest: list[tuple[UntypedStorage, UntypedStorage]] = []  # source, copy
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, data: object, late: Iterable[Tensor] = ()) -> None:
+    def take(self, data: object, deferred: Iterable[Tensor] = ()) -> None:
         """Copies ``data``, over what was copied before; buffers of the same size are used again.
 
         Args:
             data: what pickle takes. Tensors that are no plain dense ones are copied by it.
-            late: of its tensors, those that stay as they are until :meth:`finish` has copied them.
+            deferred: of its tensors, those that stay as they are until :meth:`finish` has copied
+                them.
         """
         self._forget()
-        self._late = {t.untyped_storage()._cdata for t in late if t.device.type == "cpu"}
+        self._deferred = {t.untyped_storage()._cdata for t in deferred if t.device.type == "cpu"}
         file = io.BytesIO()
         _Pickler(file, self._keep).dump(data)
         self._pickled = file.getvalue()
@@ -85,7 +86,7 @@ class Snapshot:
             self._copied = torch.cuda.Event()
             self._copied.record()
         # Identities mean nothing once the state may change.
-        self._numbers, self._storages, self._late = {}, {}, set()
+        self._numbers, self._storages, self._deferred = {}, {}, set()
 
     def finish(self) -> None:
         """Copies what :meth:`take` has left; another thread may do so."""
@@ -112,7 +113,7 @@ class Snapshot:
         if source._cdata not in self._storages:
             device = source.device.type
             copy = self._buffer(len(self._storages), device, source.nbytes())
-            if source._cdata in self._late:
+            if source._cdata in self._deferred:
                 self._rest.append((source, copy))
             else:
                 _bytes(copy).copy_(_bytes(source), non_blocking=device == "cuda")

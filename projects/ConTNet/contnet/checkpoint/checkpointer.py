@@ -61,8 +61,8 @@ class Checkpointer(DetectionCheckpointer):
         background: return from :meth:`save` once the state is copied, and write it in a thread.
             Takes host memory of the size of a checkpoint (for a GPU up to twice, for page-locked
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
-        changed_by: in the background, the optimiser in whose step alone its parameters and its
-            state change: the thread copies these, too, and the next step waits until it has.
+        model_optimizer: in the background, the optimiser in whose step alone its parameters and
+            its state change: the thread copies these, too, and the next step waits until it has.
         classes: names of the data's classes, in order; None where nothing tells them. A whole
             checkpoint that was trained on others is refused.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
@@ -76,7 +76,7 @@ class Checkpointer(DetectionCheckpointer):
         allow_missing: bool = False,
         keep: int = 3,
         background: bool = False,
-        changed_by: Optimizer | None = None,
+        model_optimizer: Optimizer | None = None,
         classes: Sequence[str] | None = None,
         **checkpointables,
     ):
@@ -86,25 +86,25 @@ class Checkpointer(DetectionCheckpointer):
         self.background = background
         self._writer = BackgroundWriter()
         self._snapshot = Snapshot()
-        self._moment = None  # of the snapshot
+        self._copied_iteration = None  # of the snapshot
         self._copying: Future | None = None
-        self._optimizer = changed_by
-        if background and changed_by is not None:
-            changed_by.register_step_pre_hook(self._await_copy)
+        self._optimizer = model_optimizer
+        if background and model_optimizer is not None:
+            model_optimizer.register_step_pre_hook(self._await_copy)
         self.classes = classes
         self._strict_prefix = ""
         self._file = ""
 
-    def save(self, name: str, *, moment: int | None = None, **kwargs) -> None:
+    def save(self, name: str, *, iteration: int | None = None, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
 
-        In the background, files are written in the order of the calls, and one of another moment
+        In the background, files are written in the order of the calls, and one of another iteration
         waits for all before.
 
         Args:
             name: ``BEST`` is not what a resume goes on from; any other is.
-            moment: calls with the same one, and without kwargs, save the same state, which need be
-                copied only once.
+            iteration: calls with the same one, and without kwargs, save the same state, which need
+                be copied only once.
             **kwargs: more to save.
 
         Raises:
@@ -118,16 +118,16 @@ class Checkpointer(DetectionCheckpointer):
         if not self.background:
             self._write(path, partial(self._state, **kwargs))
             return
-        if kwargs or moment is None or moment != self._moment:
+        if kwargs or iteration is None or iteration != self._copied_iteration:
             self.wait()
-            self._moment = None
-            self._snapshot.take(self._state(**kwargs), self._late_tensors())
+            self._copied_iteration = None
+            self._snapshot.take(self._state(**kwargs), self._deferred_tensors())
             self._copying = self._writer.submit(self._snapshot.finish)
-            self._moment = None if kwargs else moment
+            self._copied_iteration = None if kwargs else iteration
         self.check()
         self._writer.submit(self._write, path, self._snapshot.read)
 
-    def _late_tensors(self) -> Iterator[Tensor]:
+    def _deferred_tensors(self) -> Iterator[Tensor]:
         """What may be copied until the optimiser's next step."""
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
@@ -212,7 +212,7 @@ class Checkpointer(DetectionCheckpointer):
                 "give the file that tools/convert_weights.py makes of it"
             )
 
-    def load_whole(self, path: str, resume: bool = False) -> dict:
+    def load_checkpoint(self, path: str, resume: bool = False) -> dict:
         """Loads a checkpoint that must give every tensor of the model.
 
         Args:

@@ -14,7 +14,7 @@ from contnet.checkpoint.key_mapping import (
     is_resnet,
     torchvision_name,
 )
-from contnet.checkpoint.reading import bare_name
+from contnet.checkpoint.reading import strip_wrapper_prefix
 from contnet.data.datasets.classes import difference
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 def conversion_advice(path: str) -> str:
     """What may help with a file that does not fit."""
     return (
-        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of a "
-        "ConTNet or ResNet in it fit"
+        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of "
+        "a ConTNet or ResNet in it fit"
     )
 
 
@@ -84,7 +84,7 @@ def translate_names(model: nn.Module, state: Mapping[str, Tensor], path: str) ->
     Raises:
         UserError: if it is a network whose tensors do not fit together.
     """
-    state = {bare_name(name): value for name, value in state.items()}
+    state = {strip_wrapper_prefix(name): value for name, value in state.items()}
     classifies = isinstance(model, ImageClassifier)
     if not classifies:
         state = {name.removeprefix("network."): value for name, value in state.items()}

@@ -17,7 +17,7 @@ from contnet.checkpoint.key_mapping import (
     revert_state_dict,
     torchvision_name,
 )
-from contnet.checkpoint.reading import bare_name
+from contnet.checkpoint.reading import strip_wrapper_prefix
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
@@ -207,7 +207,7 @@ def find_network(state: Mapping, pre_norm: bool = False) -> Network:
     """
     bare, odd = {}, []
     for name, value in state.items():
-        short = bare_name(str(name))
+        short = strip_wrapper_prefix(str(name))
         if not isinstance(value, Tensor) or short == _AVERAGES:
             odd.append(str(name))
         elif short in bare:

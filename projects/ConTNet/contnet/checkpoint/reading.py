@@ -18,13 +18,13 @@ __all__ = [
     "AVERAGED",
     "LAST",
     "METADATA",
-    "bare_name",
     "check_plain",
     "class_names",
     "pick_weights",
     "read_checkpoint",
     "read_safetensors",
     "read_torch",
+    "strip_wrapper_prefix",
 ]
 
 # Under this name a file of tools/convert_weights.py says what it holds.
@@ -160,7 +160,7 @@ def pick_weights(content: Mapping, keys: Sequence[str]) -> tuple[Mapping, str, l
     return content, "", []
 
 
-def bare_name(name: str) -> str:
+def strip_wrapper_prefix(name: str) -> str:
     """A tensor's name without what DistributedDataParallel and torch.compile put before it."""
     return _WRAPPERS.sub("", name)
 

@@ -26,7 +26,7 @@ from contnet.commands.options import check_positive
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import config_parser, configure
-from contnet.modeling.macs import build_meta_model, count_operations, count_parameters
+from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
 
@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace, plan: _Plan) -> dict:
         row["memory_mb"] = memory
     model = build_meta_model(cfg)
     size = cfg.INPUT.CLASSIFIER.CROP_TEST
-    operations = count_operations(cfg, model, (size, size))
+    operations = count_macs(cfg, model, (size, size))
     attention = operations.pop("attention", 0.0)
     kept = operations["convolution"] + operations["linear"]
     return {

@@ -27,9 +27,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.data.datasets.classes import learned_classes
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.writers import METRICS_FILE
 from contnet.launch.main import main as train
 from contnet.modeling.build import build_model
@@ -69,9 +69,9 @@ def _detections(instances: Instances) -> list[Box]:
 def _pictures(cfg: CfgNode) -> list[ReportImage]:
     """Detections of the trained model beside the ground truth, on the first validation images."""
     model = build_model(cfg).eval()
-    records = load_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
-    checkpointer = Checkpointer(model, classes=learned_classes(cfg, cfg.DATASETS.TEST))
-    checkpointer.load_whole(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
+    records = load_dataset_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
+    checkpointer = Checkpointer(model, classes=dataset_class_names(cfg, cfg.DATASETS.TEST))
+    checkpointer.load_checkpoint(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
     loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
     pictures = []
     with torch.no_grad():

@@ -15,15 +15,14 @@ from tqdm import tqdm
 
 from contnet.commands.options import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes import FILES, find_scenes
-from contnet.data.datasets.classes import EVALUATOR_TYPE
-from contnet.data.datasets.imagenet import read_set
+from contnet.data.datasets.imagenet import EVALUATOR_TYPE, read_set
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.datasets import check_dataset
 from contnet.data.validation.images import FACT, find_listed, inspect_image, inspect_listed
 from contnet.launch.arguments import config_parser, configure
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.text import plural
 
@@ -118,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
-    quiet_known_noise()
+    silence_known_warnings()
     try:
         args = build_parser().parse_intermixed_args(argv)
         check_positive(args, "workers")

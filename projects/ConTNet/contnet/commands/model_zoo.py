@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from contnet.config import load_config
-from contnet.modeling.macs import build_meta_model, count_operations, count_parameters
+from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.utils.errors import UserError
 
 __all__ = ["RESULTS", "ZOO", "make_zoo"]
@@ -82,7 +82,7 @@ def _figures(result: dict) -> str:
 def _row(table: dict, name: str, configs: Path) -> str:
     cfg = load_config(str(configs / f"{name}.yaml"))
     model = build_meta_model(cfg)
-    operations = count_operations(cfg, model, tuple(table["size"]))
+    operations = count_macs(cfg, model, tuple(table["size"]))
     attention = operations.pop("attention", 0.0)
     total = sum(operations[kind] for kind in table.get("kinds", operations))
     paper, here = table["paper"].get(name, {}), table["here"].get(name, {})

@@ -42,7 +42,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
     # Activation checkpointing, what to compute again in the backward pass to save memory: "" for
     # nothing, "mlp" for the encoders' MLPs, "block" for whole blocks.
-    cfg.MODEL.CONTNET.CHECKPOINT = ""
+    cfg.MODEL.CONTNET.GRAD_CHECKPOINTING = ""
 
     # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
     cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
@@ -84,8 +84,8 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
     # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
-    # drop rates and CHECKPOINT; the others are refused, they would do nothing); any other model
-    # that timm can build has timm's defaults.
+    # drop rates and GRAD_CHECKPOINTING; the others are refused, they would do nothing); any other
+    # model that timm can build has timm's defaults.
     cfg.MODEL.CLASSIFIER = CfgNode()
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
@@ -121,9 +121,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # value or norm: Detectron2's, each parameter's gradient on its own. full_model: scale all
     # gradients so that their common norm (of NORM_TYPE) is at most CLIP_VALUE.
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "value"
-    # Forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH stays the number of
-    # images per optimiser step, over all processes and passes.
-    cfg.SOLVER.ACCUMULATE = 1
+    # Gradient accumulation: forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH
+    # stays the number of images per optimiser step, over all processes and passes.
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 1
     # Keep an exponential moving average of the weights and evaluate it.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False

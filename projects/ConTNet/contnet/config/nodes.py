@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 
 from contnet.utils.errors import UserError
 
-__all__ = ["flatten", "get_value", "one_line"]
+__all__ = ["config_error", "flatten", "get_value"]
 
 
 def flatten(node: Mapping, like: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -28,6 +28,6 @@ def get_value(cfg: CfgNode, key: str) -> object:
     return cfg
 
 
-def one_line(message: str) -> UserError:
+def config_error(message: str) -> UserError:
     """An error whose message has no line breaks, whatever it quotes."""
     return UserError(" ".join(message.split()))

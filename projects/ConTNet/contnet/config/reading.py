@@ -9,7 +9,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from contnet.config.keys import add_contnet_config
-from contnet.config.nodes import flatten, get_value, one_line
+from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.values import check_values
 from contnet.utils.errors import UserError
 from contnet.utils.text import nearest
@@ -22,7 +22,7 @@ def _read_yaml(config_file: str) -> dict:
     if not config_file:
         raise UserError("no config file is given, give one of configs/ with --config-file")
     if not os.path.isfile(config_file):
-        raise one_line(f"the config file {config_file} does not exist")
+        raise config_error(f"the config file {config_file} does not exist")
     try:
         content = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
     except yaml.YAMLError as error:
@@ -30,23 +30,23 @@ def _read_yaml(config_file: str) -> dict:
         place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
         problem = getattr(error, "problem", None) or str(error)
         hint = "write plain values" if "tag:" in problem else "mend the yaml there"
-        raise one_line(f"{place}: {problem}; {hint}") from error
+        raise config_error(f"{place}: {problem}; {hint}") from error
     except RecursionError as error:
-        raise one_line(f"{config_file}: its _BASE_ includes itself") from error
+        raise config_error(f"{config_file}: its _BASE_ includes itself") from error
     except UnicodeDecodeError as error:
-        raise one_line(f"{config_file} or its _BASE_ is no UTF-8 text") from error
+        raise config_error(f"{config_file} or its _BASE_ is no UTF-8 text") from error
     except OSError as error:
         name = error.filename or error
-        raise one_line(
+        raise config_error(
             f"{config_file}: cannot read its _BASE_ {name}: {error.strerror or 'no such file'}"
         ) from error
     except (AssertionError, AttributeError, TypeError) as error:
         reason = str(error) if isinstance(error, AssertionError) else "must hold KEY: value lines"
-        raise one_line(f"{config_file}, with its _BASE_: {reason}") from error
+        raise config_error(f"{config_file}, with its _BASE_: {reason}") from error
     if not isinstance(content, dict):
-        raise one_line(f"{config_file} holds {content!r}, it must hold KEY: value lines")
+        raise config_error(f"{config_file} holds {content!r}, it must hold KEY: value lines")
     if content.get("VERSION", 2) != 2:
-        raise one_line(f"{config_file} has VERSION {content['VERSION']!r}, only 2 can be read")
+        raise config_error(f"{config_file} has VERSION {content['VERSION']!r}, only 2 can be read")
     return content
 
 
@@ -56,8 +56,8 @@ def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
     if key not in known:
         parents = {name.rpartition(".")[0] for name in known}
         if key in parents:
-            raise one_line(f"{where}: {key} is a group of keys, it has no value of its own")
-        raise one_line(
+            raise config_error(f"{where}: {key} is a group of keys, it has no value of its own")
+        raise config_error(
             f"{where}: there is no key {key}, the nearest is {nearest(key, list(known))}"
         )
     default = known[key]
@@ -76,7 +76,7 @@ def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
         if get_value(cfg, key) is not None or default is None or isinstance(default, float):
             return
     kind = type(default).__name__
-    raise one_line(f"{where}: {key} is {value!r}, it must be of type {kind}, as {default!r}")
+    raise config_error(f"{where}: {key} is {value!r}, it must be of type {kind}, as {default!r}")
 
 
 def _as_float(value: object) -> object:
@@ -95,11 +95,11 @@ def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, object]]:
     form = "write KEY VALUE pairs, as SOLVER.BASE_LR 0.01"
     for key in opts[::2]:
         if "=" in str(key):
-            raise one_line(f"overrides: {key!r} is one word, {form}")
+            raise config_error(f"overrides: {key!r} is one word, {form}")
         if not isinstance(key, str) or key.startswith("-"):
-            raise one_line(f"overrides: {key!r} stands where a key should, {form}")
+            raise config_error(f"overrides: {key!r} stands where a key should, {form}")
     if len(opts) % 2:
-        raise one_line(f"overrides: {opts[-1]!r} has no value, {form}")
+        raise config_error(f"overrides: {opts[-1]!r} has no value, {form}")
     return zip(opts[::2], opts[1::2], strict=True)
 
 

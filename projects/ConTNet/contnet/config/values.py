@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from detectron2.config import CfgNode
 
-from contnet.config.nodes import get_value, one_line
+from contnet.config.nodes import config_error, get_value
 
 __all__ = ["REGISTER_FORM", "check_choice", "check_values", "is_number"]
 
@@ -46,7 +46,7 @@ COUNTS = {
     "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1,
     "MODEL.PSP_HEAD.AUX_CONVS_DIM": 1,
     "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.GRAD_ACCUM_STEPS": 1,
     "SOLVER.CHECKPOINTS_KEPT": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.IMS_PER_BATCH": 1,
@@ -101,14 +101,14 @@ def check_choice(cfg: CfgNode, key: str, legal: Iterable) -> None:
     legal = list(legal)
     if (value := get_value(cfg, key)) not in legal:
         names = ", ".join(str(each) or "''" for each in legal)
-        raise one_line(f"{key} is {value!r}, it must be one of {names}")
+        raise config_error(f"{key} is {value!r}, it must be one of {names}")
 
 
 def _check_numbers(cfg: CfgNode) -> None:
     for key, least in COUNTS.items():
         value = get_value(cfg, key)
         if not isinstance(value, int) or value < least:
-            raise one_line(f"{key} is {value!r}, it must be a whole number from {least}")
+            raise config_error(f"{key} is {value!r}, it must be a whole number from {least}")
     for key, interval in RANGES.items():
         value = get_value(cfg, key)
         low, high = map(float, interval[1:-1].split(","))
@@ -118,7 +118,7 @@ def _check_numbers(cfg: CfgNode) -> None:
             or (value == high and interval[-1] == "]")
         )
         if not inside:
-            raise one_line(f"{key} is {value!r}, it must be in {interval}")
+            raise config_error(f"{key} is {value!r}, it must be in {interval}")
 
 
 def _check_sizes(cfg: CfgNode) -> None:
@@ -126,14 +126,14 @@ def _check_sizes(cfg: CfgNode) -> None:
     sizes = node.MIN_SIZE_TRAIN
     sizes = [sizes] if isinstance(sizes, int) else list(sizes)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise one_line(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, it must be whole numbers from 1")
+        raise config_error(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, it must be whole numbers from 1")
     if node.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
-        raise one_line(
+        raise config_error(
             f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, INPUT.MIN_SIZE_TRAIN_SAMPLING range takes the "
             "least and the greatest"
         )
     if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
-        raise one_line(
+        raise config_error(
             "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be of one length, they have "
             f"{len(cfg.MODEL.PIXEL_MEAN)} and {len(cfg.MODEL.PIXEL_STD)} values"
         )
@@ -143,11 +143,11 @@ def _check_windows(cfg: CfgNode) -> None:
     window = cfg.TEST.SLIDING_WINDOW
     for key in ("SIZE", "STRIDE"):
         if len(window[key]) != 2 or not all(isinstance(n, int) and n > 0 for n in window[key]):
-            raise one_line(
+            raise config_error(
                 f"TEST.SLIDING_WINDOW.{key} is {window[key]!r}, it must be a height and a width"
             )
     if any(step > side for step, side in zip(window.STRIDE, window.SIZE, strict=True)):
-        raise one_line(
+        raise config_error(
             f"TEST.SLIDING_WINDOW.STRIDE {window.STRIDE!r} exceeds SIZE {window.SIZE!r}: windows "
             "would leave gaps"
         )
@@ -158,35 +158,35 @@ def _check_solver(cfg: CfgNode) -> None:
     if solver.REFERENCE_WORLD_SIZE < 0 or (
         solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE
     ):
-        raise one_line(
+        raise config_error(
             f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}, it must divide "
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, or be 0"
         )
-    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
-        raise one_line(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of SOLVER.ACCUMULATE "
-            f"{solver.ACCUMULATE}, it counts the images of all passes"
+    if solver.IMS_PER_BATCH % solver.GRAD_ACCUM_STEPS:
+        raise config_error(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of "
+            f"SOLVER.GRAD_ACCUM_STEPS {solver.GRAD_ACCUM_STEPS}, it counts the images of all passes"
         )
     betas = solver.ADAMW_BETAS
     if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
-        raise one_line(f"SOLVER.ADAMW_BETAS is {betas!r}, it must be two numbers in [0, 1)")
+        raise config_error(f"SOLVER.ADAMW_BETAS is {betas!r}, it must be two numbers in [0, 1)")
     steps = list(solver.STEPS)
     if not all(isinstance(step, int) for step in steps) or steps != sorted(set(steps)):
-        raise one_line(f"SOLVER.STEPS is {solver.STEPS!r}, it must be rising iterations")
+        raise config_error(f"SOLVER.STEPS is {solver.STEPS!r}, it must be rising iterations")
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and solver.MAX_ITER in steps:
-        raise one_line(
+        raise config_error(
             f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
             "end does nothing, leave it out"
         )
     if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
-        raise one_line(
+        raise config_error(
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
             f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
         )
     if solver.NESTEROV and solver.MOMENTUM == 0:
-        raise one_line("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
+        raise config_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:
-        raise one_line(
+        raise config_error(
             f"SOLVER.BASE_LR_END {solver.BASE_LR_END} is above SOLVER.BASE_LR {solver.BASE_LR}"
         )
 
@@ -196,10 +196,10 @@ def _check_register(cfg: CfgNode) -> None:
     for entry in cfg.DATASETS.REGISTER:
         parts = list(entry) if isinstance(entry, (list, tuple)) else []
         if len(parts) not in (2, 3) or not all(isinstance(p, str) and p for p in parts):
-            raise one_line(f"DATASETS.REGISTER has {entry!r}, {REGISTER_FORM}")
+            raise config_error(f"DATASETS.REGISTER has {entry!r}, {REGISTER_FORM}")
         names.append(parts[0])
     if double := [name for name in names if names.count(name) > 1]:
-        raise one_line(f"DATASETS.REGISTER has the name {double[0]!r} twice")
+        raise config_error(f"DATASETS.REGISTER has the name {double[0]!r} twice")
 
 
 def check_values(cfg: CfgNode) -> None:

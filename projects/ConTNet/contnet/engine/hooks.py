@@ -21,8 +21,8 @@ from contnet.utils.files import check_may_write
 __all__ = [
     "BestCheckpoint",
     "Evaluation",
-    "ModelAverage",
     "PeriodicCheckpoint",
+    "UpdateEMA",
     "WriteMetrics",
     "is_due",
 ]
@@ -35,14 +35,14 @@ def is_due(iteration: int, period: int, max_iter: int) -> bool:
     return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
 
 
-class ModelAverage(HookBase):
+class UpdateEMA(HookBase):
     """Updates the exponential moving average of the weights."""
 
-    def __init__(self, average: ModelEmaV3):
-        self.average = average
+    def __init__(self, ema: ModelEmaV3):
+        self.ema = ema
 
     def after_step(self) -> None:
-        self.average.update(self.trainer.bare_model)
+        self.ema.update(self.trainer.unwrapped_model)
 
 
 class Evaluation(HookBase):
@@ -141,7 +141,7 @@ class PeriodicCheckpoint(HookBase):
             return
         final = iteration + 1 == self.trainer.max_iter
         name = "model_final" if final else f"model_{iteration:07d}"
-        self.checkpointer.save(name, moment=iteration)
+        self.checkpointer.save(name, iteration=iteration)
 
     def after_train(self) -> None:
         try:
@@ -168,4 +168,4 @@ class BestCheckpoint(HookBase):
         best = self.evaluation.best
         if best.get("iteration") == self.trainer.iter:
             logger.info(f"The best {best['metric']} so far: {best['value']:.2f}")
-            self.checkpointer.save(BEST, moment=self.trainer.iter)
+            self.checkpointer.save(BEST, iteration=self.trainer.iter)

@@ -19,21 +19,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.data.datasets.classes import learned_classes
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.engine.hooks import (
     BestCheckpoint,
     Evaluation,
-    ModelAverage,
     PeriodicCheckpoint,
+    UpdateEMA,
     WriteMetrics,
 )
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
-from contnet.engine.writers import build_writers, forget_metrics_after, record_run
+from contnet.engine.writers import build_writers, record_run, truncate_metrics
 from contnet.evaluation.evaluate import evaluate
 from contnet.evaluation.metrics import main_metric
-from contnet.evaluation.results import forget_results_after
+from contnet.evaluation.results import truncate_results
 from contnet.modeling.amp import autocast, grad_scaler
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
@@ -73,41 +73,42 @@ def distribute(model: nn.Module, device: str) -> nn.Module:
 class Trainer(SimpleTrainer):
     """Trains what a config describes.
 
-    The random state of an iteration depends on (seed, iteration, rank) alone and the data stream's
-    position is counted, so a checkpoint taken between two iterations is all that a resume needs.
+    The random state of an iteration depends on (seed, iteration, rank) alone and the position of
+    the batch sampler is counted, so a checkpoint taken between two iterations is all that a resume
+    needs.
 
     Args:
         cfg: the config.
-        seed: of the training stream and of all random state, the same on all ranks.
+        seed: of the order of images and of all random state, the same on all ranks.
     """
 
     def __init__(self, cfg: CfgNode, seed: int):
         use_plain_focal_loss()
-        dicts = load_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
-        self.classes = learned_classes(cfg, cfg.DATASETS.TRAIN)
-        self.bare_model = build_model(cfg)
-        optimizer = build_optimizer(cfg, self.bare_model)
+        dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
+        self.classes = dataset_class_names(cfg, cfg.DATASETS.TRAIN)
+        self.unwrapped_model = build_model(cfg)
+        optimizer = build_optimizer(cfg, self.unwrapped_model)
         loader = build_train_loader(cfg, dicts, seed)
-        super().__init__(distribute(self.bare_model, cfg.MODEL.DEVICE), loader, optimizer)
+        super().__init__(distribute(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
         self.cfg = cfg
-        self.stream = loader.batch_sampler
-        self.accumulate = cfg.SOLVER.ACCUMULATE
+        self.batch_sampler = loader.batch_sampler
+        self.grad_accum_steps = cfg.SOLVER.GRAD_ACCUM_STEPS
         self.scaler = grad_scaler(cfg)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.start_iter = 0
-        self.average = None
-        self.unfinished = None
+        self.ema = None
+        self.pending_evaluation = None
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
-            self.average = ModelEmaV3(self.bare_model, decay=cfg.SOLVER.EMA.DECAY)
-            extras["ema"] = self.average
+            self.ema = ModelEmaV3(self.unwrapped_model, decay=cfg.SOLVER.EMA.DECAY)
+            extras["ema"] = self.ema
         self.checkpointer = Checkpointer(
-            self.bare_model,
+            self.unwrapped_model,
             cfg.OUTPUT_DIR,
             allow_missing=cfg.MODEL.ALLOW_MISSING_WEIGHTS,
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             background=cfg.SOLVER.CHECKPOINT_BACKGROUND,
-            changed_by=optimizer,
+            model_optimizer=optimizer,
             classes=self.classes,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),
@@ -119,7 +120,7 @@ class Trainer(SimpleTrainer):
             [
                 hooks.IterationTimer(),
                 hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
-                None if self.average is None else ModelAverage(self.average),
+                None if self.ema is None else UpdateEMA(self.ema),
                 self.evaluation,
             ]
         )
@@ -129,7 +130,7 @@ class Trainer(SimpleTrainer):
 
         Test-time augmentation takes so long that it waits for the last iteration.
         """
-        model = self.bare_model if self.average is None else self.average.module
+        model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         return evaluate(self.cfg, model, iteration=self.iter, tta=tta)
 
@@ -138,20 +139,22 @@ class Trainer(SimpleTrainer):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
             file = self.checkpointer.get_checkpoint_file()
-            self.unfinished = self.checkpointer.load_whole(file, resume=True).get("unfinished")
+            self.pending_evaluation = self.checkpointer.load_checkpoint(file, resume=True).get(
+                "unfinished"
+            )
             self.start_iter = self.iter + 1
         elif weights:
             self.checkpointer.load_backbone(weights)
-            if self.average is not None:
-                self.average.set(self.bare_model)
+            if self.ema is not None:
+                self.ema.set(self.unwrapped_model)
         else:
             self._warn_of_random_weights()
 
     def _warn_of_random_weights(self) -> None:
-        if isinstance(self.bare_model, ImageClassifier):
+        if isinstance(self.unwrapped_model, ImageClassifier):
             logger.info("MODEL.WEIGHTS is empty: the classifier starts from random weights")
             return
-        frozen = any(not p.requires_grad for p in self.bare_model.backbone.parameters())
+        frozen = any(not p.requires_grad for p in self.unwrapped_model.backbone.parameters())
         advice = "; its frozen layers will stay random: set FREEZE_AT to 0" if frozen else ""
         logger.warning(
             "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet "
@@ -160,15 +163,15 @@ class Trainer(SimpleTrainer):
 
     def fit(self) -> dict:
         """Trains from ``start_iter`` to the end; returns the last evaluation's metrics."""
-        if self.start_iter >= self.max_iter and self.unfinished is None:
+        if self.start_iter >= self.max_iter and self.pending_evaluation is None:
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
             return {}
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
-            done = self.start_iter - 1 - (self.unfinished is not None)
-            forget_metrics_after(self.cfg.OUTPUT_DIR, done)
-            forget_results_after(self.cfg.OUTPUT_DIR, done)
-            record_run(self.cfg, self.stream.seed, self.start_iter)
+            done = self.start_iter - 1 - (self.pending_evaluation is not None)
+            truncate_metrics(self.cfg.OUTPUT_DIR, done)
+            truncate_results(self.cfg.OUTPUT_DIR, done)
+            record_run(self.cfg, self.batch_sampler.seed, self.start_iter)
         self.register_hooks([*self._output_hooks(), *self.last_hooks])
         self.train(self.start_iter, self.max_iter)
         return self.evaluation.results
@@ -184,7 +187,7 @@ class Trainer(SimpleTrainer):
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
 
-    def save_unfinished(self, name: str) -> None:
+    def save_before_evaluation(self, name: str) -> None:
         """Saves between the step of an iteration and its evaluation, which a resume then begins."""
         latest = self.storage.latest()
         scalars = {key: float(value) for key, (value, i) in latest.items() if i == self.iter}
@@ -192,31 +195,35 @@ class Trainer(SimpleTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self.unfinished is None:
+        if self.pending_evaluation is None:
             return
         self.iter = self.storage.iter = self.start_iter - 1
-        self.storage.put_scalars(**self.unfinished, smoothing_hint=False)
+        self.storage.put_scalars(**self.pending_evaluation, smoothing_hint=False)
         for hook in self._hooks[self._hooks.index(self.evaluation) :]:
             hook.after_step()
 
     def _batches_done(self) -> int:
-        return self.stream.batches + (self.iter + 1 - self.start_iter) * self.accumulate
+        return (
+            self.batch_sampler.batches + (self.iter + 1 - self.start_iter) * self.grad_accum_steps
+        )
 
     def run_step(self) -> None:
-        """One optimiser step, over SOLVER.ACCUMULATE forward and backward passes."""
+        """One optimiser step, over SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
         start = time.perf_counter()
-        batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
+        batches = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
         data_time = time.perf_counter() - start
-        seed_everything(self.stream.seed, self.iter, comm.get_rank())
+        seed_everything(self.batch_sampler.seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            for name, loss in self._backward(batch, last=i + 1 == self.accumulate).items():
-                sums[name] = sums.get(name, 0) + loss / self.accumulate
+            for name, loss in self._backward(batch, last=i + 1 == self.grad_accum_steps).items():
+                sums[name] = sums.get(name, 0) + loss / self.grad_accum_steps
         self.after_backward()
         self._write_metrics(sums, data_time)
         self.storage.put_scalar(
-            "images_seen", self.stream.images_before(self._batches_done()), smoothing_hint=False
+            "images_seen",
+            self.batch_sampler.images_before(self._batches_done()),
+            smoothing_hint=False,
         )
         if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
@@ -226,11 +233,11 @@ class Trainer(SimpleTrainer):
 
     def _backward(self, batch: list[dict], last: bool) -> dict[str, Tensor]:
         """Adds a batch's gradients, which processes exchange after the last one; its losses."""
-        waiting = not last and self.model is not self.bare_model
+        waiting = not last and self.model is not self.unwrapped_model
         with self.model.no_sync() if waiting else contextlib.nullcontext():
             with autocast(self.cfg):
                 losses = self._losses(batch)
-                total = sum(losses.values()) / self.accumulate
+                total = sum(losses.values()) / self.grad_accum_steps
             self._check_finite(total, losses, batch)
             self.scaler.scale(total).backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -257,17 +264,17 @@ class Trainer(SimpleTrainer):
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        state["stream"] = self.stream.state_dict(self._batches_done())
+        state["stream"] = self.batch_sampler.state_dict(self._batches_done())
         state["grad_scaler"] = self.scaler.state_dict()
-        state["loss_normalizers"] = _loss_normalizers(self.bare_model)
+        state["loss_normalizers"] = _loss_normalizers(self.unwrapped_model)
         if self.classes:
             state["classes"] = self.classes
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.stream.load_state_dict(state_dict["stream"])
+        self.batch_sampler.load_state_dict(state_dict["stream"])
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         for name, value in state_dict["loss_normalizers"].items():
-            self.bare_model.get_submodule(name).loss_normalizer = value
+            self.unwrapped_model.get_submodule(name).loss_normalizer = value

@@ -24,9 +24,9 @@ __all__ = [
     "METRICS_FILE",
     "RUN_FILE",
     "build_writers",
-    "forget_metrics_after",
     "git_commit",
     "record_run",
+    "truncate_metrics",
 ]
 
 # Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
@@ -37,7 +37,7 @@ RUN_FILE = "run.json"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "fvcore")
 
 
-def forget_metrics_after(output_dir: str, iteration: int) -> None:
+def truncate_metrics(output_dir: str, iteration: int) -> None:
     """Drops the lines of metrics.json that a resumed run is going to write again.
 
     Args:
@@ -104,7 +104,7 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
 
     Args:
         cfg: OUTPUT_DIR and MODEL.DEVICE are read.
-        seed: of the training stream and of all random state.
+        seed: of the order of images and of all random state.
         start_iter: the first iteration of this start.
     """
     path = Path(cfg.OUTPUT_DIR, RUN_FILE)

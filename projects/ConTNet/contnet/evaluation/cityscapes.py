@@ -28,7 +28,7 @@ from detectron2.utils import comm
 from PIL import Image
 from tabulate import tabulate
 
-from contnet.modeling.compat import give_in1d
+from contnet.modeling.compat import restore_in1d
 from contnet.utils.errors import UserError
 
 __all__ = ["CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator", "match_instances"]
@@ -241,7 +241,7 @@ class CityscapesSemSegEvaluator(_Evaluator):
 
     def __init__(self, name: str):
         super().__init__(name, "labelIds")
-        give_in1d(official_classes)
+        restore_in1d(official_classes)
         self._args = copy.copy(official_classes.args)
         official_classes.generateMatrix(self._args)  # It also sets evalLabels.
 

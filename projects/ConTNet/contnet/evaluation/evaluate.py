@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.mappers import ClassificationMapper, NamedErrors
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
@@ -42,7 +42,7 @@ def _build_test_loader(
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
     return build_detection_test_loader(
-        load_dicts(cfg, [name], train=False) if dicts is None else dicts,
+        load_dataset_dicts(cfg, [name], train=False) if dicts is None else dicts,
         mapper=NamedErrors(mapper or DatasetMapper(cfg, is_train=False)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=batch_size,
@@ -109,11 +109,9 @@ def evaluate(
                 logger.info(f"Results:\n\n{markdown_tables(name, metrics)}\n")
             results[name] = metrics
     if comm.is_main_process():
-        averaged = cfg.SOLVER.EMA.ENABLED
+        ema = cfg.SOLVER.EMA.ENABLED
         if given := {name: metrics for name, metrics in results.items() if metrics}:
-            record_results(
-                cfg.OUTPUT_DIR, given, iteration=iteration, weights=weights, averaged=averaged
-            )
+            record_results(cfg.OUTPUT_DIR, given, iteration=iteration, weights=weights, ema=ema)
     if len(results) == 1:
         (results,) = results.values()
     if comm.is_main_process():

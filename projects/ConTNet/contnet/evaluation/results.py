@@ -13,18 +13,18 @@ from contnet.utils.files import atomic_write
 
 __all__ = [
     "RESULTS_FILE",
-    "forget_results_after",
     "markdown_table",
     "markdown_tables",
     "read_results",
     "record_results",
+    "truncate_results",
 ]
 
 RESULTS_FILE = "results.json"
 # "AP-person", and "min(IoU, B-Iou)-road".
 _OF_A_CLASS = re.compile(r"([^-(]*(?:\([^)]*\))?)-(.+)")
 # What tells records apart: of two that agree in all of these, the later one stays.
-_KEYS = ("iteration", "dataset", "weights", "averaged")
+_KEYS = ("iteration", "dataset", "weights", "ema")
 
 
 def _cell(value: object) -> str:
@@ -103,7 +103,7 @@ def record_results(
     *,
     iteration: int | None,
     weights: str | None,
-    averaged: bool,
+    ema: bool,
 ) -> None:
     """Adds an evaluation to results.json.
 
@@ -112,14 +112,14 @@ def record_results(
         results: metrics by data set and task.
         iteration: the last one that trained the weights; None if that is not known.
         weights: the file of an evaluation alone; None for one of a training.
-        averaged: whether the weights were the moving average.
+        ema: whether the weights were their moving average.
     """
     added = [
         {
             "iteration": iteration,
             "dataset": dataset,
             "weights": weights,
-            "averaged": averaged,
+            "ema": ema,
             "metrics": _plain(metrics),
         }
         for dataset, metrics in results.items()
@@ -129,7 +129,7 @@ def record_results(
     _write(output_dir, kept + added)
 
 
-def forget_results_after(output_dir: str, iteration: int) -> None:
+def truncate_results(output_dir: str, iteration: int) -> None:
     """Drops what a resumed run is going to evaluate again; evaluations alone stay.
 
     Args:

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from contnet.launch.environment import Place, find_place, meet
+from contnet.launch.environment import DistributedEnvironment, find_environment, rendezvous
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["launch_run"]
@@ -38,38 +38,42 @@ def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
         sys.exit(1)
 
 
-def _choose_gpu(place: Place) -> None:
+def _choose_gpu(env: DistributedEnvironment) -> None:
     present = torch.cuda.device_count()
     if present == 1:  # also where each task is given its own
         torch.cuda.set_device(0)
-    elif place.local_size > present:
+    elif env.local_size > present:
         raise UserError(
-            f"{place.launcher} started {place.local_size} processes here, but this machine has "
+            f"{env.launcher} started {env.local_size} processes here, but this machine has "
             f"{present} GPUs"
         )
     else:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(env.local_rank)
 
 
 def _run_in_place(
-    place: Place, function: Callable, args: argparse.Namespace, on_cpu: bool, timeout: float
+    env: DistributedEnvironment,
+    function: Callable,
+    args: argparse.Namespace,
+    on_cpu: bool,
+    timeout: float,
 ) -> None:
-    if args.num_gpus not in (1, place.local_size):
+    if args.num_gpus not in (1, env.local_size):
         raise UserError(
-            f"--num-gpus is {args.num_gpus}, but {place.launcher} started {place.local_size} "
+            f"--num-gpus is {args.num_gpus}, but {env.launcher} started {env.local_size} "
             "processes per machine: it must start one for each GPU"
         )
     if not on_cpu:
-        _choose_gpu(place)
+        _choose_gpu(env)
     options = {"timeout": timedelta(seconds=timeout)}
-    if place.launcher != "torchrun":
-        store = distributed.PrefixStore("run", meet(place, timeout=timeout))
-        options |= {"store": store, "rank": place.rank, "world_size": place.world_size}
+    if env.launcher != "torchrun":
+        store = distributed.PrefixStore("run", rendezvous(env, timeout=timeout))
+        options |= {"store": store, "rank": env.rank, "world_size": env.world_size}
     distributed.init_process_group("gloo" if on_cpu else "nccl", **options)
     try:
-        comm.create_local_process_group(place.local_size)
+        comm.create_local_process_group(env.local_size)
         if on_cpu:
-            _share_cores(place.local_size)
+            _share_cores(env.local_size)
         function(args)
     finally:
         distributed.destroy_process_group()
@@ -95,8 +99,8 @@ def launch_run(
     if on_cpu:
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if place := find_place():
-        _run_in_place(place, function, args, on_cpu, timeout)
+    if env := find_environment():
+        _run_in_place(env, function, args, on_cpu, timeout)
         return
     if args.num_gpus * args.num_machines == 1:
         function(args)

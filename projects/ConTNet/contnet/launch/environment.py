@@ -21,7 +21,7 @@ from torch.distributed import DistError, TCPStore
 
 from contnet.utils.errors import UserError
 
-__all__ = ["Place", "find_place", "first_host", "meet", "ports"]
+__all__ = ["DistributedEnvironment", "find_environment", "first_host", "ports", "rendezvous"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = (
@@ -42,15 +42,15 @@ _ANSWER_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """One process among those of a run.
+class DistributedEnvironment:
+    """What a launcher says of one process among those of a run.
 
     Attributes:
         launcher: what started it: "torchrun", "slurm" or "local".
         rank, world_size: of all processes.
         local_rank, local_size: of those on this machine.
-        host: name of rank 0's machine; "" under torchrun, which brings its own meeting point.
-        start: names this start of the run, as no other start is named.
+        host: name of rank 0's machine; "" under torchrun, which brings its own rendezvous.
+        attempt: names this attempt of the run, as no other is named.
     """
 
     launcher: str
@@ -59,7 +59,7 @@ class Place:
     local_rank: int
     local_size: int
     host: str = ""
-    start: str = ""
+    attempt: str = ""
 
 
 def _need(environ: Mapping[str, str], names: tuple[str, ...], sign: str) -> list[str]:
@@ -79,13 +79,13 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-def _torchrun(environ: Mapping[str, str]) -> Place:
+def _torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
     values = _need(environ, _TORCHRUN, "RANK")
     rank, world_size, local_rank, local_size = map(int, values[:4])
-    return Place("torchrun", rank, world_size, local_rank, local_size)
+    return DistributedEnvironment("torchrun", rank, world_size, local_rank, local_size)
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
+def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment | None:
     sign = "SLURM_STEP_ID" if "SLURM_STEP_ID" in environ else "SLURM_STEP_NUM_TASKS"
     job, step, tasks, nodes, per_node, rank, local_rank = _need(environ, _SLURM, sign)
     rank, world_size, local_rank = int(rank), int(tasks), int(local_rank)
@@ -102,28 +102,30 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
         raise UserError(
             "SLURM dealt the tasks out to the nodes in turn: start them with --distribution=block"
         )
-    start = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+    attempt = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     # Two clusters may count the same jobs on the same machines; srun's port is one of their steps.
     if srun := environ.get("SLURM_STEP_LAUNCHER_PORT"):
-        start += f".{srun}"
-    return Place("slurm", rank, world_size, local_rank, local_size, first_host(nodes), start)
+        attempt += f".{srun}"
+    return DistributedEnvironment(
+        "slurm", rank, world_size, local_rank, local_size, first_host(nodes), attempt
+    )
 
 
-def _local(environ: Mapping[str, str]) -> Place | None:
+def _local(environ: Mapping[str, str]) -> DistributedEnvironment | None:
     job, tasks, rank = _need(environ, _LOCAL, "SUBMITIT_EXECUTOR local")
     if tasks == "1":
         return None
     # The executor's process is the parent of all tasks, and a restart has the same parent: what
-    # an earlier start left behind has ended before the next one begins.
+    # an earlier attempt left behind has ended before the next one begins.
     rank, tasks = int(rank), int(tasks)
-    return Place("local", rank, tasks, rank, tasks, "127.0.0.1", f"{job}.0.0")
+    return DistributedEnvironment("local", rank, tasks, rank, tasks, "127.0.0.1", f"{job}.0.0")
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place; None where nothing has started several.
+def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment | None:
+    """The environment of this process; None where no launcher has started several.
 
-    A shell inside an allocation (salloc, or ``srun --pty``) is such a place, too: what is typed
-    there starts its own processes.
+    None also in a shell inside an allocation (salloc, or ``srun --pty``): what is typed there
+    starts its own processes.
 
     Raises:
         UserError: if some of the variables are missing, or the tasks are spread in a way that
@@ -138,9 +140,9 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
-def ports(start: str) -> list[int]:
-    """Where rank 0 of a start may listen, first choice first; a function of job and step alone."""
-    job, step = start.split(".")[:2]
+def ports(attempt: str) -> list[int]:
+    """Where rank 0 of an attempt may listen, in order; a function of job and step alone."""
+    job, step = attempt.split(".")[:2]
     first = int(job) * 37 + int(step) * 7919
     return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
 
@@ -159,53 +161,55 @@ def _serve(server: socket.socket, answer: bytes) -> None:
             connection.sendall(answer)
 
 
-def _open_store(place: Place) -> TCPStore:
+def _open_store(env: DistributedEnvironment) -> TCPStore:
     """Rank 0: answers on the first port that nobody else has where the store is."""
-    for port in ports(place.start):
+    for port in ports(env.attempt):
         try:
             server = _listen(port)
         except OSError:
             continue
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        answer = f"{_GREETING} {place.start} {store.port}\n".encode()
+        answer = f"{_GREETING} {env.attempt} {store.port}\n".encode()
         threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
         return store
-    raise UserError(f"all of the ports {ports(place.start)} of {socket.gethostname()} are taken")
+    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
 
 
-def _find_store(place: Place, port: int) -> TCPStore:
-    """The other ranks: what does not answer by the name of this very start is something else."""
-    with socket.create_connection((place.host, port), timeout=_ANSWER_TIMEOUT) as connection:
+def _find_store(env: DistributedEnvironment, port: int) -> TCPStore:
+    """The other ranks: what does not answer by the name of this very attempt is something else."""
+    with socket.create_connection((env.host, port), timeout=_ANSWER_TIMEOUT) as connection:
         words = connection.makefile().readline(200).split()
-    if words[:2] != [_GREETING, place.start]:
+    if words[:2] != [_GREETING, env.attempt]:
         raise ConnectionError(f"port {port} is something else's")
-    return TCPStore(place.host, int(words[2]), is_master=False, wait_for_workers=False)
+    return TCPStore(env.host, int(words[2]), is_master=False, wait_for_workers=False)
 
 
-def meet(place: Place, patience: float = 600.0, timeout: float = 1800.0) -> TCPStore:
-    """A store that all processes of this start share, on a port that they agree on.
+def rendezvous(
+    env: DistributedEnvironment, join_timeout: float = 600.0, timeout: float = 1800.0
+) -> TCPStore:
+    """A store that all processes of this attempt share, on a port that they agree on.
 
     Rank 0 answers on the first free port of a list that follows from the job's number; the others
-    go through the list until they are answered by the name of their start.
+    go through the list until they are answered by the name of their attempt.
 
     Args:
-        place: under SLURM or the local executor.
-        patience: how long to look for rank 0, in seconds: nodes do not start together.
+        env: under SLURM or the local executor.
+        join_timeout: how long to look for rank 0, in seconds: nodes do not start together.
         timeout: of the store's later operations, in seconds.
 
     Raises:
         UserError: if it cannot be found.
     """
-    if place.rank == 0:
-        store = _open_store(place)
+    if env.rank == 0:
+        store = _open_store(env)
         store.set_timeout(timedelta(seconds=timeout))
         return store
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + join_timeout
     reason = ""
     while time.monotonic() < deadline:
-        for port in ports(place.start):
+        for port in ports(env.attempt):
             try:
-                store = _find_store(place, port)
+                store = _find_store(env, port)
             except (OSError, ValueError, DistError) as error:
                 reason = str(error).partition("\n")[0]
                 continue
@@ -213,7 +217,7 @@ def meet(place: Place, patience: float = 600.0, timeout: float = 1800.0) -> TCPS
             return store
         time.sleep(0.2)
     raise UserError(
-        f"rank {place.rank} on {socket.gethostname()} found no rank 0 on {place.host}, ports "
-        f"{ports(place.start)}, in {patience:.0f} s ({reason}): does the name resolve, does a "
+        f"rank {env.rank} on {socket.gethostname()} found no rank 0 on {env.host}, ports "
+        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): does the name resolve, does a "
         "firewall stand between the nodes, did rank 0 start?"
     )

@@ -14,15 +14,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.data.datasets.classes import learned_classes
-from contnet.data.pipeline.annotations import load_dicts
+from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import evaluate
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.distributed import launch_run
 from contnet.launch.preflight import check_run, count_processes
 from contnet.modeling.build import build_model
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["main", "run"]
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def _setup(args: argparse.Namespace) -> CfgNode:
-    quiet_known_noise()
+    silence_known_warnings()
     cfg = DefaultTrainer.auto_scale_workers(configure(args), comm.get_world_size())
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
@@ -53,12 +53,12 @@ def _iteration(rest: dict) -> int | None:
 
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
-    dicts = {name: load_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=learned_classes(cfg, dicts))
+    dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=dataset_class_names(cfg, dicts))
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
-    rest = checkpointer.load_whole(file)
+    rest = checkpointer.load_checkpoint(file)
     if cfg.SOLVER.EMA.ENABLED:
         if "ema" not in rest:
             raise UserError(f"{file} has no averaged weights: set SOLVER.EMA.ENABLED False")
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status. Mistakes of the user's are one line on the error stream and status 1.
     """
-    quiet_known_noise()
+    silence_known_warnings()
     try:
         args = parse_arguments(argv)
         cfg = DefaultTrainer.auto_scale_workers(configure(args), count_processes(args))

@@ -19,12 +19,18 @@ from detectron2.modeling import (
 
 import contnet.modeling.build  # noqa: F401, fills the registries
 from contnet.config.keys import add_contnet_config
-from contnet.config.nodes import flatten, get_value, one_line
+from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.values import check_choice, is_number
 from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.modeling.backbone import NORMS
 from contnet.modeling.classifier import OPTION_KEYS
-from contnet.modeling.contnet import CHECKPOINTS, FEATURES, OUTPUT_STRIDES, TAPS, VARIANTS
+from contnet.modeling.contnet import (
+    FEATURES,
+    GRAD_CHECKPOINTING_MODES,
+    OUTPUT_STRIDES,
+    TAPS,
+    VARIANTS,
+)
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
 from contnet.modeling.fpn import BOTTOM_UPS, TOP_BLOCKS
 from contnet.modeling.pspnet import SEGMENTORS
@@ -35,7 +41,7 @@ __all__ = ["check_model_config"]
 
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
-    "MODEL.CONTNET.CHECKPOINT": CHECKPOINTS,
+    "MODEL.CONTNET.GRAD_CHECKPOINTING": GRAD_CHECKPOINTING_MODES,
     "MODEL.CONTNET.TAPS": TAPS,
     "MODEL.CONTNET.NORM": NORMS,
     "MODEL.CONTNET.OUTPUT_STRIDE": OUTPUT_STRIDES,
@@ -106,15 +112,15 @@ def _check_network(cfg: CfgNode) -> None:
     node = cfg.MODEL.CONTNET
     for key in ("DROP_RATE", "LAST_DROP_RATE"):
         if not is_number(node[key]) or not (node[key] == -1 or 0 <= node[key] < 1):
-            raise one_line(
+            raise config_error(
                 f"MODEL.CONTNET.{key} is {node[key]!r}, it must be in [0, 1), or -1 for the "
                 "variant's own"
             )
     if node.FREEZE_AT not in range(len(FEATURES) + 2):
-        raise one_line(f"MODEL.CONTNET.FREEZE_AT is {node.FREEZE_AT!r}, it must be 0 to 5")
+        raise config_error(f"MODEL.CONTNET.FREEZE_AT is {node.FREEZE_AT!r}, it must be 0 to 5")
     names = node.OUT_FEATURES
     if not names or not set(names) <= set(FEATURES) or len(set(names)) < len(names):
-        raise one_line(
+        raise config_error(
             f"MODEL.CONTNET.OUT_FEATURES is {names!r}, it must be some of {', '.join(FEATURES)}"
         )
 
@@ -130,12 +136,12 @@ def _check_pyramid(cfg: CfgNode) -> None:
     given = list(get_value(cfg, key))
     wanted = list(cfg.MODEL.FPN.IN_FEATURES)
     if not wanted or wanted != list(FEATURES[-len(wanted) :]):
-        raise one_line(
+        raise config_error(
             f"MODEL.FPN.IN_FEATURES is {wanted!r}, it must be the last of {', '.join(FEATURES)}, "
             "in this order"
         )
     if missing := [name for name in wanted if name not in given]:
-        raise one_line(
+        raise config_error(
             f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not give"
         )
 
@@ -145,7 +151,7 @@ def _check_fcos(cfg: CfgNode) -> None:
     grouped = cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN"
     # With one channel a group, a map of one pixel has no variance.
     if grouped and (width % 32 or width < 64):
-        raise one_line(
+        raise config_error(
             f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple of "
             "32 from 64"
         )
@@ -156,7 +162,7 @@ def _check_segmentation(cfg: CfgNode) -> None:
         return
     head = cfg.MODEL.SEM_SEG_HEAD
     if head.NAME == "PSPHead" and len(head.IN_FEATURES) != 2:
-        raise one_line(
+        raise config_error(
             f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES!r}, PSPHead takes two: the "
             "auxiliary classifier's and the main one"
         )
@@ -179,7 +185,7 @@ def _check_unused(cfg: CfgNode) -> None:
         # None of its layers are frozen, whatever the default says.
         idle = 0 if key == "MODEL.BACKBONE.FREEZE_AT" else get_value(_defaults(), key)
         if (value := get_value(cfg, key)) != idle and key not in _BASE_KEYS:
-            raise one_line(
+            raise config_error(
                 f"{key} is {value!r}, which does nothing to the classifier {name}: set it "
                 f"{idle!r}{_INSTEAD.get(key, '')}"
             )
@@ -190,44 +196,44 @@ def _check_classifier(cfg: CfgNode) -> None:
         return
     node, images = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFIER
     if not timm.is_model(node.NAME):
-        raise one_line(
+        raise config_error(
             f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
             f"{nearest(node.NAME, timm.list_models())}"
         )
     if node.NAME in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
-        raise one_line(
+        raise config_error(
             "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
             f"{node.NAME} takes its options from MODEL.CONTNET"
         )
     _check_unused(cfg)
     for entry in node.OPTIONS:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise one_line(
+            raise config_error(
                 f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
                 "[['dynamic_img_size', True]]"
             )
     if cfg.INPUT.FORMAT != "RGB":
-        raise one_line(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
+        raise config_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
     if images.CROP_TEST > images.RESIZE_TEST:
-        raise one_line(
+        raise config_error(
             f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
             f"{images.RESIZE_TEST}: crops would have borders"
         )
     if images.AUTO_AUGMENT and images.COLOR_JITTER:
-        raise one_line(
+        raise config_error(
             f"INPUT.CLASSIFIER.COLOR_JITTER is {images.COLOR_JITTER}, which does nothing with "
             f'AUTO_AUGMENT {images.AUTO_AUGMENT!r}: set one of them 0.0 or ""'
         )
     for key in ("SCALE", "RATIO"):
         pair = images[key]
         if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1]:
-            raise one_line(
+            raise config_error(
                 f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be the least and the greatest"
             )
     try:
         build_classification_transform(cfg, is_train=True)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise one_line(
+        raise config_error(
             f"INPUT.CLASSIFIER.AUTO_AUGMENT is {images.AUTO_AUGMENT!r}, which timm cannot read "
             f"({error}): write rand-m9-mstd0.5-inc1, original, or another of its policies"
         ) from error
@@ -238,13 +244,13 @@ def _check_tta(cfg: CfgNode) -> None:
         return
     architecture = cfg.MODEL.META_ARCHITECTURE
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS or tta_class(architecture) is None:
-        raise one_line(
+        raise config_error(
             f"TEST.AUG.ENABLED: there is no test-time augmentation for {architecture} (nor with "
             "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it False"
         )
     sizes = cfg.TEST.AUG.MIN_SIZES
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise one_line(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
+        raise config_error(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
 
 
 def check_model_config(cfg: CfgNode) -> None:

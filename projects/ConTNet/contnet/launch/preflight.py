@@ -12,12 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from contnet.data.pipeline.annotations import prepare_cityscapes
-from contnet.data.pipeline.loader import images_per_pass
+from contnet.data.pipeline.annotations import cache_cityscapes
+from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.datasets import check_datasets
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
-from contnet.launch.environment import find_place
+from contnet.launch.environment import find_environment
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
 
@@ -29,8 +29,8 @@ _RECIPE_GPUS = 8
 
 def count_processes(args: argparse.Namespace) -> int:
     """Processes of the run on all machines."""
-    place = find_place()
-    return place.world_size if place else args.num_gpus * args.num_machines
+    env = find_environment()
+    return env.world_size if env else args.num_gpus * args.num_machines
 
 
 def check_device(cfg: CfgNode, num_gpus: int) -> None:
@@ -103,7 +103,9 @@ def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _scaled(cfg: CfgNode, processes: int) -> str:
     """How the recipe would look on so many processes; "" if it cannot be scaled."""
     solver = cfg.SOLVER
-    if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (_RECIPE_GPUS * solver.ACCUMULATE):
+    if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (
+        _RECIPE_GPUS * solver.GRAD_ACCUM_STEPS
+    ):
         return ""
     cfg = cfg.clone()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = _RECIPE_GPUS
@@ -115,7 +117,7 @@ def _scaled(cfg: CfgNode, processes: int) -> str:
 
 def _check_batch(cfg: CfgNode, processes: int) -> None:
     try:
-        images = images_per_pass(cfg, processes)
+        images = micro_batch_size(cfg, processes)
     except UserError as error:
         raise UserError(f"{error}{_scaled(cfg, processes)}") from error
     node = cfg.MODEL.CLASSIFIER
@@ -165,8 +167,8 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: b
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, processes)
     # Of the processes that others start on a machine, one reads the annotation files.
-    place = find_place()
-    if data and (place is None or place.local_rank == 0):
+    env = find_environment()
+    if data and (env is None or env.local_rank == 0):
         check_datasets(cfg, datasets)
     if not args.eval_only:
         check_best_metric(cfg)
@@ -183,6 +185,6 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     check_device(cfg, args.num_gpus)
     check_inputs(cfg, args, count_processes(args))
     check_output(cfg, args)
-    place = find_place()
-    if place is None or place.local_rank == 0:
-        prepare_cityscapes(cfg, _datasets(cfg, args))
+    env = find_environment()
+    if env is None or env.local_rank == 0:
+        cache_cityscapes(cfg, _datasets(cfg, args))

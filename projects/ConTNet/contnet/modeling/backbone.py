@@ -128,7 +128,7 @@ def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackb
         "freeze_at": node.FREEZE_AT,
     }
     backbone = ConTNetBackbone(**options)
-    backbone.set_grad_checkpointing(node.CHECKPOINT)
+    backbone.set_grad_checkpointing(node.GRAD_CHECKPOINTING)
     return backbone
 
 

@@ -33,7 +33,7 @@ _ARGUMENT_KEYS = (
     "DROP_PATH_RATE",
 )
 # What a classifier's ConTNet depends on. The others of MODEL.CONTNET are of backbones alone.
-OPTION_KEYS = (*_ARGUMENT_KEYS, "CHECKPOINT")
+OPTION_KEYS = (*_ARGUMENT_KEYS, "GRAD_CHECKPOINTING")
 
 
 @META_ARCH_REGISTRY.register()
@@ -183,5 +183,5 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
         return network
     options = contnet_options(cfg)
     network = timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
-    network.set_grad_checkpointing(cfg.MODEL.CONTNET.CHECKPOINT)
+    network.set_grad_checkpointing(cfg.MODEL.CONTNET.GRAD_CHECKPOINTING)
     return network

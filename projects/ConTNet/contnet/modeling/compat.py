@@ -1,8 +1,8 @@
 """Cures for what breaks, or makes noise, in the libraries below us on a current stack.
 
 Each says what it works around; tests/test_compat.py fails when the pinned libraries no longer need
-it. Nothing here is applied on import: entry points call :func:`quiet_known_noise`, scripts before
-they import the rest, for some of the noise is made by importing Detectron2.
+it. Nothing here is applied on import: entry points call :func:`silence_known_warnings`, scripts
+before they import the rest, for importing Detectron2 warns already.
 """
 
 import logging
@@ -18,8 +18,8 @@ from contnet.utils.errors import UserError
 __all__ = [
     "KNOWN_WARNINGS",
     "fix_gradient_order",
-    "give_in1d",
-    "quiet_known_noise",
+    "restore_in1d",
+    "silence_known_warnings",
     "use_plain_focal_loss",
 ]
 
@@ -74,7 +74,7 @@ _LOG_FILTERS: dict[str, type[logging.Filter]] = {
 }
 
 
-def quiet_known_noise() -> None:
+def silence_known_warnings() -> None:
     """Silences exactly the warnings of ``KNOWN_WARNINGS``, and two kinds of lines in logs."""
     for category, message, _ in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
@@ -84,7 +84,7 @@ def quiet_known_noise() -> None:
             logger.addFilter(kind())
 
 
-def give_in1d(module: ModuleType) -> None:
+def restore_in1d(module: ModuleType) -> None:
     """Gives one module the function ``np.in1d``, which cityscapesscripts calls and numpy 2.4 lacks.
 
     Args:

@@ -16,8 +16,8 @@ from contnet.modeling.block import ConTBlock
 from contnet.modeling.encoder import Attention, Encoder, run_checkpointed
 
 __all__ = [
-    "CHECKPOINTS",
     "FEATURES",
+    "GRAD_CHECKPOINTING_MODES",
     "OUTPUT_STRIDES",
     "TAPS",
     "VARIANTS",
@@ -29,7 +29,7 @@ FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
 OUTPUT_STRIDES = (32, 16, 8)
 # What activation checkpointing computes again: nothing, MLPs, whole blocks.
-CHECKPOINTS = ("", "mlp", "block")
+GRAD_CHECKPOINTING_MODES = ("", "mlp", "block")
 
 VARIANTS: dict[str, dict] = {
     "contnet_ti": {"depths": (1, 1, 1, 1), "dim": 48, "mlp_dims": (196, 392, 768, 768)},
@@ -188,7 +188,7 @@ class ConTNet(nn.Module):
             ValueError: for anything else.
         """
         part = "block" if enable is True else enable or ""
-        if part not in CHECKPOINTS:
+        if part not in GRAD_CHECKPOINTING_MODES:
             raise ValueError(f"enable is {enable!r}, it must be a bool, 'mlp' or 'block'")
         self.grad_checkpointing = part == "block"
         for module in self.modules():

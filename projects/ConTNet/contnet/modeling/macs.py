@@ -27,7 +27,7 @@ from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.encoder import Attention
 from contnet.modeling.pspnet import PSPHead
 
-__all__ = ["build_meta_model", "count_operations", "count_parameters", "operations_of_call"]
+__all__ = ["build_meta_model", "count_macs", "count_parameters", "macs_of_call"]
 
 _PROPOSALS = 1000
 _MASKS = 100
@@ -43,7 +43,7 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
         return build_model(cfg).eval()
 
 
-def operations_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
+def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
     """Multiply-adds of one call of a module, without its children's, by kind."""
     if isinstance(module, nn.Conv2d):
         bias = 0 if module.bias is None else out.numel()
@@ -111,7 +111,7 @@ def _count_operators(network: nn.Module, image: Tensor) -> Counter[str]:
     return total
 
 
-def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
+def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
     """Counts one image's multiply-adds.
 
     Args:
@@ -128,7 +128,7 @@ def count_operations(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> C
     total: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple, out: Tensor) -> None:
-        for kind, number in operations_of_call(module, args[0], out):
+        for kind, number in macs_of_call(module, args[0], out):
             total[kind] += number / 1e9
 
     handles = [

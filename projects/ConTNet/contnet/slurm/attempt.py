@@ -1,8 +1,8 @@
-"""One start of a job, in one of its tasks.
+"""One attempt of a job, in one of its tasks: it starts or resumes the training.
 
-A start that was signalled ends with ``scontrol requeue``, which we call ourselves once the
+An attempt that was signalled ends with ``scontrol requeue``, which we call ourselves once the
 checkpoint is on the disk. submitit's own way runs inside the signal handler of one rank, before the
-ranks can save anything together, and counts requeues by how long a start has run.
+ranks can save anything together, and counts requeues by how long an attempt has run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -22,16 +23,20 @@ from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.distributed import launch_run
 from contnet.launch.main import run
 from contnet.launch.preflight import check_run, count_processes
-from contnet.slurm.attempt_folder import StartFolder, last_saved, read_requeues, record_requeue
+from contnet.slurm.attempt_folder import (
+    AttemptFolder,
+    last_saved_iteration,
+    read_requeues,
+    record_requeue,
+)
 from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job, find_job
-from contnet.slurm.job import TrainingJob
 from contnet.slurm.lease import Lease
-from contnet.slurm.preemption import Leave, prepare_trainer
+from contnet.slurm.preemption import Preempted, prepare_trainer
 from contnet.slurm.watcher import Watcher, lost_contact
 from contnet.utils.errors import UserError
 from contnet.utils.files import guard_writes
 
-__all__ = ["Start"]
+__all__ = ["Attempt"]
 
 # Exit status of a process that SIGTERM ended.
 _TERMINATED = 143
@@ -47,38 +52,51 @@ def _find_job(run_folder: str) -> Job:
     return replace(job, restart=earlier)
 
 
-class Start:
+class Attempt:
     """Runs a job's training in this task, and decides at the end whether it goes on.
 
-    Args:
-        settings: of the job.
+    The arguments are those of :class:`contnet.slurm.job.TrainingJob`.
     """
 
-    def __init__(self, settings: TrainingJob):
-        self.settings = settings
-        self.job = _find_job(settings.run_folder)
-        self.folder = StartFolder(settings.run_folder, self.job.job_id, self.job.restart)
-        self.lease = Lease(settings.run_folder, self.job)
+    def __init__(
+        self,
+        *,
+        argv: Sequence[str],
+        run_folder: str,
+        max_requeues: int,
+        hang_timeout: float,
+        interface: str,
+        signal_delay: float,
+        heartbeat_interval: float,
+    ):
+        self.argv = argv
+        self.run_folder = run_folder
+        self.max_requeues = max_requeues
+        self.hang_timeout = hang_timeout
+        self.interface = interface
+        self.job = _find_job(run_folder)
+        self.folder = AttemptFolder(run_folder, self.job.job_id, self.job.restart)
+        self.lease = Lease(run_folder, self.job)
         self.metrics = {}
         self._lock = Lock()
         self.watcher = Watcher(
             self.job,
             self.folder,
             self.lease,
-            hang_timeout=settings.hang_timeout,
-            grace=0.75 * settings.setup.get("signal_delay", 90),
-            beat=max(settings.setup.get("beat", 5), self.job.world_size / 16),
+            hang_timeout=hang_timeout,
+            grace=0.75 * signal_delay,
+            heartbeat_interval=max(heartbeat_interval, self.job.world_size / 16),
             abandon=self._abandon,
         )
 
     def run(self) -> dict:
-        """See :class:`TrainingJob`."""
+        """Trains or evaluates, as ``TrainingJob`` says; returns the last evaluation's metrics."""
         self.watcher.start()
         try:
             self._begin()
             self._train()
-        except Leave:
-            self._leave()
+        except Preempted:
+            self._exit()
         except BaseException as error:
             if lost_contact(error) and self._node_is_gone():
                 sys.exit(self._end("a node does not answer any more"))
@@ -99,68 +117,68 @@ class Start:
             return False
         end = time.monotonic() + _NODE_SILENCE + (10 if self.job.rank else 0)
         while time.monotonic() < end:
-            if self.watcher.signals or self.folder.read("death"):
+            if self.watcher.signals or self.folder.read("failure"):
                 return False
             time.sleep(0.2)
         return self.job.rank == 0
 
     def _begin(self) -> None:
-        if self.job.restart > self.settings.max_requeues:
+        if self.job.restart > self.max_requeues:
             raise UserError(
                 f"job {self.job.job_id} has been started {self.job.restart + 1} times and may be "
-                f"requeued {self.settings.max_requeues} times: submit it again to go on"
+                f"requeued {self.max_requeues} times: submit it again to go on"
             )
         guard_writes(self.folder.path.name, self.watcher.check_lease)
         self.watcher.check_lease()
         if self.job.rank == 0:
-            self.lease.take(patience=12 * self.watcher.beat)
-        if self.settings.interface:
+            self.lease.take(timeout=12 * self.watcher.heartbeat_interval)
+        if self.interface:
             for library in ("NCCL", "GLOO"):
-                os.environ[f"{library}_SOCKET_IFNAME"] = self.settings.interface
+                os.environ[f"{library}_SOCKET_IFNAME"] = self.interface
 
     def _train(self) -> None:
-        args = parse_arguments(self.settings.argv)
+        args = parse_arguments(self.argv)
         args.resume = args.resume or self.job.restart > 0
         cfg = DefaultTrainer.auto_scale_workers(configure(args), count_processes(args))
         check_run(cfg, args)
         if args.eval_only:
             self.watcher.enter("evaluation")
         # Longer than the watcher waits, who can say more about a hang.
-        timeout = self.settings.hang_timeout + 60
+        timeout = self.hang_timeout + 60
         launch_run(self._function, args, torch.device(cfg.MODEL.DEVICE).type, timeout)
 
     def _function(self, args: argparse.Namespace) -> None:
         self.metrics = run(args, partial(prepare_trainer, watcher=self.watcher))
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         """After the checkpoint: rank 0 decides, the others wait for its word."""
         if self.job.rank == 0:
             status = self._end(f"saved after iteration {self.watcher.iteration}")
         else:
             status = self._await_end()
         self.watcher.finish("left")
-        note = self.folder.read("leave") or {"reason": ""}
+        note = self.folder.read("exit") or {"reason": ""}
         if status == 1:
             raise UserError(note["reason"])
         sys.exit(status)
 
     def _await_end(self) -> int:
-        while (note := self.folder.read("leave")) is None:
+        while (note := self.folder.read("exit")) is None:
             time.sleep(0.2)  # the watcher ends this process if rank 0 dies
         return note["status"] if note["status"] != LOCAL_REQUEUE_STATUS else 0
 
     def _abandon(self, reason: str) -> int:
         """On rank 0, in the watcher's thread: the training loop cannot be waited for."""
-        return 1 if self.folder.read("death") else self._end(reason)
+        return 1 if self.folder.read("failure") else self._end(reason)
 
     def _end(self, reason: str) -> int:
         """Requeues the job if it may go on; notes the decision; returns the exit status."""
         with self._lock:
-            if note := self.folder.read("leave"):
+            if note := self.folder.read("exit"):
                 return note["status"]
             status, outcome = self._requeue(reason)
             self.folder.note(
-                "leave",
+                "exit",
                 {
                     "rank": 0,
                     "iteration": self.watcher.iteration,
@@ -184,10 +202,10 @@ class Start:
         record = {
             "job_id": self.job.job_id,
             "restart": self.job.restart,
-            "iteration": last_saved(self.settings.run_folder),
+            "iteration": last_saved_iteration(self.run_folder),
             "reason": reason,
         }
-        record_requeue(self.settings.run_folder, record)
+        record_requeue(self.run_folder, record)
         try:
             self.job.requeue()
         except UserError as error:
@@ -195,14 +213,14 @@ class Start:
         return (LOCAL_REQUEUE_STATUS if self.job.cluster == "local" else 0), "requeued"
 
     def _reason_to_stop(self) -> str:
-        if self.job.restart >= self.settings.max_requeues:
+        if self.job.restart >= self.max_requeues:
             return f"not requeued: this was requeue {self.job.restart}, the last one allowed"
         earlier = [
             record
-            for record in read_requeues(self.settings.run_folder)
+            for record in read_requeues(self.run_folder)
             if record["job_id"] == self.job.job_id
         ]
-        if earlier and last_saved(self.settings.run_folder) <= earlier[-1]["iteration"]:
+        if earlier and last_saved_iteration(self.run_folder) <= earlier[-1]["iteration"]:
             return (
                 "not requeued: nothing was saved since the last requeue, after iteration "
                 f"{earlier[-1]['iteration']}; give the job more time, or save more often"

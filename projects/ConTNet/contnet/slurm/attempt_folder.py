@@ -1,4 +1,11 @@
-"""What an attempt of a job leaves in the slurm folder of its run."""
+"""What a job leaves in the ``slurm`` folder of its run.
+
+``lease.json`` names the attempt that owns the run; ``requeues.json`` lists those that a signal
+ended; ``attempts/<job>-<restart>`` has, for each attempt, a heartbeat of every rank
+(``rank-00000.json``), the stacks of a hung one (``rank-00000.stack``), and notes that are written
+once: ``failure.json`` by the rank that failed first, ``exit.json`` by rank 0 when it has decided
+how the attempt ends, and ``signalled.json``. Every file is either whole or not there.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +16,20 @@ from pathlib import Path
 
 from contnet.utils.files import atomic_write
 
-__all__ = ["StartFolder", "last_saved", "read_json", "read_requeues", "record_requeue"]
+__all__ = [
+    "AttemptFolder",
+    "last_saved_iteration",
+    "read_json",
+    "read_requeues",
+    "record_requeue",
+    "write_json",
+]
 
-# A note of another start under the same number (a cluster that counts from the beginning again).
+# A note of another attempt under the same number (a cluster that counts from the beginning again).
 _STALE = 300.0
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> object:
     """A file's content, None if it is not there or cannot be read now."""
     try:
         return json.loads(path.read_text())
@@ -23,26 +37,27 @@ def read_json(path: Path):
         return None
 
 
-def _write_json(path: Path, value: object) -> None:
-    """For heartbeats: whole or not there, but not forced to the disk each time."""
+def write_json(path: Path, value: object) -> None:
+    """Writes a file whole or not at all; not forced to the disk, for heartbeats are many."""
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(value))
     os.replace(temporary, path)
 
 
-class StartFolder:
-    """Heartbeats and notes of one start of a job."""
+class AttemptFolder:
+    """Heartbeats and notes of one attempt of a job."""
 
     def __init__(self, run_folder: str | Path, job_id: str, restart: int):
-        self.path = Path(run_folder, "slurm", "starts", f"{job_id}-{restart:03d}")
+        self.path = Path(run_folder, "slurm", "attempts", f"{job_id}-{restart:03d}")
         self.opened = time.time()
 
     def rank_file(self, rank: int, suffix: str) -> Path:
+        """Where a rank writes."""
         return self.path / f"rank-{rank:05d}{suffix}"
 
-    def beat(self, record: dict) -> None:
+    def write_heartbeat(self, record: dict) -> None:
         """Replaces the heartbeat of ``record["rank"]``."""
-        _write_json(self.rank_file(record["rank"], ".json"), {**record, "time": time.time()})
+        write_json(self.rank_file(record["rank"], ".json"), {**record, "time": time.time()})
 
     def ranks(self) -> dict[int, dict]:
         """The last heartbeat of each rank."""
@@ -66,7 +81,7 @@ class StartFolder:
         return True
 
     def read(self, name: str, any_age: bool = False) -> dict | None:
-        """A note, None if there is none of this start."""
+        """A note, None if there is none of this attempt."""
         record = read_json(self.path / f"{name}.json")
         if record is None or any_age or record["time"] > self.opened - _STALE:
             return record
@@ -78,7 +93,7 @@ def _requeues_file(run_folder: str | Path) -> Path:
 
 
 def read_requeues(run_folder: str | Path) -> list[dict]:
-    """The starts that a signal ended, the oldest first."""
+    """The attempts that a signal ended, the oldest first."""
     return read_json(_requeues_file(run_folder)) or []
 
 
@@ -89,7 +104,7 @@ def record_requeue(run_folder: str | Path, record: dict) -> None:
         json.dump(records, file, indent=1)
 
 
-def last_saved(run_folder: str | Path) -> int:
+def last_saved_iteration(run_folder: str | Path) -> int:
     """The iteration of the last complete checkpoint; -1: none; the final one counts as endless."""
     try:
         name = Path(run_folder, "last_checkpoint").read_text().strip()

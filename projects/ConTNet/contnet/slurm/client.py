@@ -9,8 +9,10 @@ from collections.abc import Iterable
 
 from contnet.utils.errors import UserError
 
-__all__ = ["ask_slurm", "job_state", "read_states"]
+__all__ = ["SHORT_TIMEOUT", "ask_slurm", "job_state", "read_states"]
 
+# Seconds for a question that a job asks about itself.
+SHORT_TIMEOUT = 20
 # States in which SLURM has done with a job.
 _ENDED = {
     "BOOT_FAIL",
@@ -25,8 +27,12 @@ _ENDED = {
 }
 
 
-def ask_slurm(*command: str) -> str:
+def ask_slurm(*command: str, timeout: float = 120) -> str:
     """The output of a client of SLURM's.
+
+    Args:
+        command: the program and its arguments.
+        timeout: seconds that it may take.
 
     Raises:
         UserError: if there is no such program, or it fails; in SLURM's own words.
@@ -34,9 +40,9 @@ def ask_slurm(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} did not answer within 120 s, try later") from error
+        raise UserError(f"{command[0]} did not answer within {timeout:g} s, try later") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = "; ".join(line.strip() for line in lines[-2:]) or f"status {done.returncode}"
@@ -67,25 +73,16 @@ def read_states(job_ids: Iterable[str]) -> dict[str, str]:
     return states
 
 
-_PATIENCE = 20  # seconds for one question to SLURM
-
-
-def _ask(*command: str) -> tuple[str, str]:
-    """A command's output, and what was wrong ("" for nothing)."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", str(error)
-    if answer.returncode:
-        return "", answer.stderr.strip() or f"{command[0]} ended with status {answer.returncode}"
-    return answer.stdout.strip(), ""
-
-
 def job_state(job_id: str) -> str:
     """SLURM's word for a job's state, "" if it knows of none or does not answer."""
     for attempt in range(3):
-        state, error = _ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "-o%T")
-        if not error or "Invalid job id" in error:
-            return state
-        time.sleep(attempt)
+        try:
+            return ask_slurm(
+                *("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "-o%T"),
+                timeout=SHORT_TIMEOUT,
+            ).strip()
+        except UserError as error:
+            if "Invalid job id" in str(error):
+                return ""
+            time.sleep(attempt)
     return ""

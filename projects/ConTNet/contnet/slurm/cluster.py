@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from contnet.slurm.client import _ask, job_state
+from contnet.slurm.client import SHORT_TIMEOUT, ask_slurm, job_state
 from contnet.utils.errors import UserError
 
 __all__ = ["LOCAL_REQUEUE_STATUS", "Job", "find_job"]
@@ -17,12 +17,12 @@ LOCAL_REQUEUE_STATUS = 144
 
 @dataclass(frozen=True)
 class Job:
-    """A start of a job, seen from one of its tasks.
+    """An attempt of a job, seen from one of its tasks.
 
     Attributes:
         cluster: "slurm", "local" (submitit's local executor), or "" for neither.
         job_id: as SLURM's commands take it, "12_3" for a task of an array.
-        restart: starts of this job before this one.
+        restart: attempts of this job before this one.
         rank, world_size: of this task.
     """
 
@@ -37,7 +37,7 @@ class Job:
         return job_state(self.job_id) if self.cluster == "slurm" else "RUNNING"
 
     def requeue(self) -> None:
-        """Has SLURM end this start and begin another; the local executor goes by our exit status.
+        """Has SLURM end this attempt and begin another; the local executor goes by our exit status.
 
         Raises:
             UserError: if the cluster cannot or will not.
@@ -46,9 +46,10 @@ class Job:
             return
         if not self.cluster:
             raise UserError("nothing here can start the training again")
-        error = _ask("scontrol", "requeue", self.job_id)[1]
-        if error:
-            raise UserError(f"SLURM does not requeue job {self.job_id}: {error}")
+        try:
+            ask_slurm("scontrol", "requeue", self.job_id, timeout=SHORT_TIMEOUT)
+        except UserError as error:
+            raise UserError(f"SLURM does not requeue job {self.job_id}: {error}") from error
 
 
 def find_job(environ: Mapping[str, str] = os.environ) -> Job:

@@ -40,11 +40,11 @@ class DetachedExecutor(LocalExecutor):
     """Runs tasks on this machine; they outlive the terminal.
 
     Args:
-        folder: for pickles and logs; what the set-up says goes to ``start.log``.
+        folder: for pickles and logs; what the set-up says goes to ``setup.log``.
         environment: of the tasks, on top of this process's own.
         setup: shell commands before the start.
         python: the command that starts Python.
-        starts: how often the tasks are started, the first time and when they ask for it.
+        attempts: how often the tasks are started, the first time and when they ask for it.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class DetachedExecutor(LocalExecutor):
         environment: Mapping[str, str],
         setup: Sequence[str],
         python: str,
-        starts: int,
+        attempts: int,
     ):
         super().__init__(folder, max_num_timeout=_UNBOUNDED, python=python)
         self.environment = dict(environment)
         self.setup = list(setup)
-        self.starts = starts
+        self.attempts = attempts
 
     def _submit_command(self, command: str) -> LocalJob:
         tasks = self.parameters["tasks_per_node"]
@@ -76,9 +76,9 @@ class DetachedExecutor(LocalExecutor):
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
         }
-        controller = [sys.executable, "-c", _CONTROLLER, str(self.folder), str(self.starts)]
+        controller = [sys.executable, "-c", _CONTROLLER, str(self.folder), str(self.attempts)]
         script = "\n".join([*self.setup, f"exec {shlex.join(controller)}"])
-        with open(self.folder / "start.log", "ab") as log:
+        with open(self.folder / "setup.log", "ab") as log:
             process = subprocess.Popen(
                 ["bash", "-c", script],
                 env=environment,
@@ -190,7 +190,7 @@ def local_executor(
         {**environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)},
         list(map(_guarded, settings.setup)),
         _python(settings, python),
-        starts=settings.max_requeues + 1,
+        attempts=settings.max_requeues + 1,
     )
     executor.update_parameters(
         nodes=1,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 from submitit.helpers import DelayedSubmission
 
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 
 __all__ = ["TrainingJob", "python_command"]
 
@@ -27,21 +27,21 @@ def python_command() -> str:
 
 @dataclass
 class TrainingJob:
-    """A training, one task for each GPU; picklable, and the same object in every start.
+    """A training, one task for each GPU; picklable, and the same object in every attempt.
 
     It goes with ``srun --kill-on-bad-exit=1``, tasks in blocks (SLURM's default), ``sbatch
     --requeue`` and submitit's ``signal_delay_s``.
 
     Attributes:
-        argv: train_net.py's own arguments; paths are absolute, OUTPUT_DIR is among them. A start
-            after the first resumes by itself, another job in the same folder needs ``--resume``.
+        argv: train_net.py's own arguments; paths are absolute, OUTPUT_DIR is among them. An
+            attempt after the first resumes by itself, another job in the same folder needs
+            ``--resume``.
         run_folder: OUTPUT_DIR; what concerns the job lies in its ``slurm`` folder.
-        max_requeues: how many starts may follow the first, for whatever reason.
+        max_requeues: how many attempts may follow the first, for whatever reason.
         hang_timeout: seconds without progress after which the job is given up.
         interface: network interface for NCCL and gloo; "" for their own choice.
-        setup: "signal_delay", seconds from SLURM's first signal to the end (default 90, as
-            submitit's signal_delay_s); "beat", seconds between heartbeats (default 5, more with
-            many ranks).
+        signal_delay: seconds from SLURM's first signal to the end, as submitit's signal_delay_s.
+        heartbeat_interval: seconds between heartbeats; with many ranks they are fewer.
     """
 
     argv: list[str]
@@ -49,19 +49,20 @@ class TrainingJob:
     max_requeues: int = 20
     hang_timeout: float = 1800
     interface: str = ""
-    setup: dict = field(default_factory=dict)
+    signal_delay: float = 90
+    heartbeat_interval: float = 5
 
     def __call__(self) -> dict:
         """Trains or evaluates; returns the last evaluation's metrics (on rank 0).
 
         Raises:
-            SystemExit: when a signal ends this start.
+            SystemExit: when a signal ends this attempt.
             UserError: for the user's mistakes, and if the job is not to be started again.
         """
-        quiet_known_noise()  # before Detectron2 is imported
-        from contnet.slurm.attempt import Start
+        silence_known_warnings()  # before Detectron2 is imported
+        from contnet.slurm.attempt import Attempt
 
-        return Start(self).run()
+        return Attempt(**asdict(self)).run()
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit would run after a requeue of its own making."""

@@ -1,11 +1,4 @@
-"""What a job leaves in the ``slurm`` folder of its run.
-
-``lease.json`` names the start that owns the run; ``requeues.json`` lists those that a signal ended;
-``starts/<job>-<restart>`` has, for each start, a heartbeat of every rank (``rank-00000.json``), the
-stacks of a hung one (``rank-00000.stack``), and notes that are written once: ``death.json`` by the
-rank that failed first, ``leave.json`` by rank 0 when it has decided how the start ends, and
-``signalled.json``. Every file is either whole or not there.
-"""
+"""The lease of a run's folder: which attempt of which job may write into it."""
 
 from __future__ import annotations
 
@@ -13,9 +6,9 @@ import time
 from pathlib import Path
 
 from contnet.slurm.attempt_folder import (
-    StartFolder,
-    _write_json,
+    AttemptFolder,
     read_json,
+    write_json,
 )
 from contnet.slurm.client import job_state
 from contnet.slurm.cluster import Job
@@ -25,14 +18,14 @@ __all__ = ["Lease"]
 
 
 class Lease:
-    """Says which start of which job may write into a run's folder.
+    """Says which attempt of which job may write into a run's folder.
 
     SLURM starts a job again when it loses touch with a node, whose tasks may live on; the later
-    start takes the lease, and the earlier one, which asks before each file, ends.
+    attempt takes the lease, and the earlier one, which asks before each file, ends.
 
     Args:
         run_folder: of the run.
-        job: this start.
+        job: this attempt.
     """
 
     def __init__(self, run_folder: str | Path, job: Job):
@@ -45,7 +38,7 @@ class Lease:
         return (lease["job_id"], lease["restart"]) == (self.job.job_id, self.job.restart)
 
     def lost(self) -> bool:
-        """Whether another start owns the run now; True also if a later one did before us."""
+        """Whether another attempt owns the run now; True also if a later one did before us."""
         lease = read_json(self.path)
         if lease is None:
             return False
@@ -55,18 +48,18 @@ class Lease:
         later = lease["job_id"] == self.job.job_id and lease["restart"] > self.job.restart
         return self._held or later
 
-    def take(self, patience: float) -> None:
+    def take(self, timeout: float) -> None:
         """Takes the lease, from another job only once that has ended.
 
         Args:
-            patience: seconds without a heartbeat after which another job counts as ended.
+            timeout: seconds without a heartbeat after which another job counts as ended.
 
         Raises:
             UserError: if the other job is alive.
         """
         begun = time.time()
-        while not self._free(patience):
-            if time.time() - begun > patience:
+        while not self._free(timeout):
+            if time.time() - begun > timeout:
                 owner = read_json(self.path) or {}
                 raise UserError(
                     f"{self.run_folder} belongs to job {owner.get('job_id')}, which is alive: "
@@ -75,15 +68,15 @@ class Lease:
             time.sleep(1)
         self._write(released=False)
 
-    def _free(self, patience: float) -> bool:
+    def _free(self, timeout: float) -> bool:
         lease = read_json(self.path)
         if lease is None or lease["released"] or lease["job_id"] == self.job.job_id:
             return True
         if self.job.cluster == lease["cluster"] == "slurm":
             return job_state(lease["job_id"]) not in ("RUNNING", "COMPLETING", "SUSPENDED")
-        ranks = StartFolder(self.run_folder, lease["job_id"], lease["restart"]).ranks()
-        beats = [lease["time"], *(rank["time"] for rank in ranks.values())]
-        return time.time() - max(beats) > patience
+        ranks = AttemptFolder(self.run_folder, lease["job_id"], lease["restart"]).ranks()
+        signs = [lease["time"], *(rank["time"] for rank in ranks.values())]
+        return time.time() - max(signs) > timeout
 
     def release(self) -> None:
         """At the end of the job, so that the next one need not wait."""
@@ -91,7 +84,7 @@ class Lease:
             self._write(released=True)
 
     def _write(self, released: bool) -> None:
-        _write_json(
+        write_json(
             self.path,
             {
                 "cluster": self.job.cluster,

@@ -11,10 +11,10 @@ from contnet.engine.hooks import is_due
 from contnet.engine.trainer import Trainer
 from contnet.slurm.watcher import Watcher
 
-__all__ = ["Leave", "prepare_trainer"]
+__all__ = ["Preempted", "prepare_trainer"]
 
 
-class Leave(BaseException):
+class Preempted(BaseException):
     """Ends the training loop, of all ranks, after the checkpoint of a signalled job."""
 
 
@@ -49,7 +49,7 @@ class _Vote:
 class _Preemption(HookBase):
     """The last of all hooks: saves and leaves when a rank was signalled.
 
-    At least one iteration is done in each start, so that signals alone cannot keep a job from
+    At least one iteration is done in each attempt, so that signals alone cannot keep a job from
     going forward.
     """
 
@@ -71,11 +71,11 @@ class _Preemption(HookBase):
         evaluated = is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter)
         saved = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
         if (leaving or evaluated) and not saved:
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}", moment=trainer.iter)
+            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         if leaving:
             trainer.checkpointer.wait()
             self.watcher.enter("leaving")
-            raise Leave
+            raise Preempted
         self.vote.ask(bool(self.watcher.signals))
 
 
@@ -84,7 +84,7 @@ def _guard_evaluation(trainer: Trainer, watcher: Watcher) -> None:
     evaluate = trainer.evaluation.function
 
     def guarded() -> dict:
-        trainer.save_unfinished(f"model_{trainer.iter:07d}")
+        trainer.save_before_evaluation(f"model_{trainer.iter:07d}")
         trainer.checkpointer.wait()
         comm.synchronize()
         watcher.progress(trainer.iter)
@@ -97,9 +97,9 @@ def _guard_evaluation(trainer: Trainer, watcher: Watcher) -> None:
 def prepare_trainer(trainer: Trainer, watcher: Watcher) -> None:
     """Lets a watcher follow a trainer that is about to start, and end it."""
     _guard_evaluation(trainer, watcher)
-    models = [trainer.bare_model]
-    if trainer.average is not None:
-        models.append(trainer.average.module)
+    models = [trainer.unwrapped_model]
+    if trainer.ema is not None:
+        models.append(trainer.ema.module)
     for model in models:
         # By the backbone, where there is one: test-time augmentation calls it, too.
         seen = getattr(model, "backbone", model)

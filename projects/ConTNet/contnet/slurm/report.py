@@ -47,7 +47,7 @@ def _status_of_last(folder: str | Path, record: dict) -> dict:
 
 def _last_words(record: dict, lines: int = 10) -> str:
     """What a job said that ended before Python did: its set-up, or SLURM."""
-    for path in (Path(record["log"]), Path(record["job_folder"], "start.log")):
+    for path in (Path(record["log"]), Path(record["job_folder"], "setup.log")):
         if path.exists() and (text := path.read_text(errors="replace").strip()):
             return "\n".join(text.splitlines()[-lines:])
     return ""
@@ -68,16 +68,18 @@ def describe_run(folder: str | Path, state: str = "") -> str:
         status or Path(folder, "model_final.pth").exists()
     ):
         return "finished"
-    leave = status.get("leave") or {}
+    exit_note = status.get("exit") or {}
     if "cancelled" in record:
-        return f"cancelled{': ' * bool(leave)}{leave.get('reason', '')}"
-    if death := status.get("death"):
-        reason = " ".join(death["reason"].removeprefix(_OUR_ERROR).split())
-        return f"failed: {reason} (rank {death['rank']})"
-    if leave and leave["requeued"]:
-        return f"ended without a word when it was to start again; before that: {leave['reason']}"
-    if leave:
-        return f"stopped: {leave['reason']}"
+        return f"cancelled{': ' * bool(exit_note)}{exit_note.get('reason', '')}"
+    if failure := status.get("failure"):
+        reason = " ".join(failure["reason"].removeprefix(_OUR_ERROR).split())
+        return f"failed: {reason} (rank {failure['rank']})"
+    if exit_note and exit_note["requeued"]:
+        return (
+            f"ended without a word when it was to start again; before that: {exit_note['reason']}"
+        )
+    if exit_note:
+        return f"stopped: {exit_note['reason']}"
     if status:
         return f"ended without a word, last sign of life {_ago(status['age'])}"
     if Path(folder, METRICS_FILE).exists():
@@ -103,7 +105,7 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
     print(f"state    {described}")
     if status.get("max_iter"):
         print(
-            f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, start number "
+            f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, attempt "
             f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
         )
     metrics = last_metrics(folder)
@@ -111,10 +113,10 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
         print(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
     for each in status.get("requeues", ()):
         print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
-    death = status.get("death")
-    told = "cancelled" in record or (death and death["reason"].startswith(_OUR_ERROR))
-    if death and death.get("details") and not told:
-        print(death["details"])
+    failure = status.get("failure")
+    told = "cancelled" in record or (failure and failure["reason"].startswith(_OUR_ERROR))
+    if failure and failure.get("details") and not told:
+        print(failure["details"])
     if not status and not state and described != "finished" and (words := _last_words(record)):
         print(words)
     print(f"log      {record['log']}")

@@ -5,57 +5,57 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from contnet.slurm.attempt_folder import StartFolder, read_json, read_requeues
+from contnet.slurm.attempt_folder import AttemptFolder, read_json, read_requeues
 
 __all__ = ["read_status"]
 
-# Heartbeats that are missing before a start counts as silent.
+# Heartbeats that are missing before an attempt counts as silent.
 _MISSED = 6
 
 
-def _state(ranks: dict[int, dict], death: dict | None, leave: dict | None, age: float) -> str:
+def _state(ranks: dict[int, dict], failure: dict | None, exit_note: dict | None, age: float) -> str:
     main = ranks.get(0, {})
-    if death:
+    if failure:
         return "failed"
-    if leave:
-        return "requeued" if leave["requeued"] else "stopped"
+    if exit_note:
+        return "requeued" if exit_note["requeued"] else "stopped"
     if main.get("ended") == "finished":
         return "finished"
-    if age > _MISSED * main.get("beat", 10):
+    if age > _MISSED * main.get("heartbeat_interval", 10):
         return "silent"
     return "running" if main.get("phase", "starting") != "starting" else "starting"
 
 
-def _with_silent_ranks(death: dict, ranks: dict[int, dict]) -> dict:
+def _with_silent_ranks(failure: dict, ranks: dict[int, dict]) -> dict:
     """Names the rank that fell silent first, where one has only noticed that another is gone."""
     silent = sorted((r["time"], rank) for rank, r in ranks.items() if not r["ended"])
-    if not death.get("lost") or not silent:
-        return death
+    if not failure.get("lost") or not silent:
+        return failure
     rank = ranks[silent[0][1]]
     reason = (
         f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}) ended without a word: "
-        f"killed, perhaps for want of memory? Rank {death['rank']} noticed: {death['reason']}"
+        f"killed, perhaps for want of memory? Rank {failure['rank']} noticed: {failure['reason']}"
     )
-    return {**death, "rank": rank["rank"], "reason": reason}
+    return {**failure, "rank": rank["rank"], "reason": reason}
 
 
 def read_status(run_folder: str | Path) -> dict:
-    """The state of a run's last start.
+    """The state of a run's last attempt.
 
     Returns:
         ``{}`` if no job has run here; otherwise
 
-        - cluster ("slurm", "local"), job_id, restart (from 0): the last start;
+        - cluster ("slurm", "local"), job_id, restart (from 0): the last attempt;
         - state: "starting", "running", "requeued", "stopped" (a signal ended it and it was not
-          requeued: ``leave`` says why), "finished", "failed" (``death`` says why), or "silent" (no
+          requeued: ``exit`` says why), "finished", "failed" (``failure`` says why), or "silent" (no
           heartbeat for long, and no reason either: killed as a whole, or its node is gone);
         - iteration, max_iter: the last one done by rank 0 (-1: none), and their number (0: not
           known yet);
         - age: seconds since the freshest heartbeat;
         - ranks: by rank, {"time", "age", "host", "pid", "phase", "iteration", "ended", ...};
-        - death: None, or {"rank", "iteration", "phase", "reason", "details", "time"} of the rank
+        - failure: None, or {"rank", "iteration", "phase", "reason", "details", "time"} of the rank
           that failed first;
-        - leave: None, or {"requeued", "reason", "iteration", "time"};
+        - exit: None, or {"requeued", "reason", "iteration", "time"};
         - requeues: those of all jobs of the run so far, each {"job_id", "restart", "iteration",
           "reason", "time"};
         - folder: of heartbeats and stacks.
@@ -63,25 +63,25 @@ def read_status(run_folder: str | Path) -> dict:
     lease = read_json(Path(run_folder, "slurm", "lease.json"))
     if lease is None:
         return {}
-    start = StartFolder(run_folder, lease["job_id"], lease["restart"])
-    ranks = start.ranks()
+    attempt = AttemptFolder(run_folder, lease["job_id"], lease["restart"])
+    ranks = attempt.ranks()
     now = time.time()
     for record in ranks.values():
         record["age"] = now - record["time"]
     age = min((record["age"] for record in ranks.values()), default=now - lease["time"])
-    death, leave = start.read("death", any_age=True), start.read("leave", any_age=True)
+    failure, exit_note = attempt.read("failure", any_age=True), attempt.read("exit", any_age=True)
     main = ranks.get(0, {})
     return {
         "cluster": lease["cluster"],
         "job_id": lease["job_id"],
         "restart": lease["restart"],
-        "state": _state(ranks, death, leave, age),
+        "state": _state(ranks, failure, exit_note, age),
         "iteration": main.get("iteration", -1),
         "max_iter": main.get("max_iter", 0),
         "age": age,
         "ranks": ranks,
-        "death": death and _with_silent_ranks(death, ranks),
-        "leave": leave,
+        "failure": failure and _with_silent_ranks(failure, ranks),
+        "exit": exit_note,
         "requeues": read_requeues(run_folder),
-        "folder": str(start.path),
+        "folder": str(attempt.path),
     }

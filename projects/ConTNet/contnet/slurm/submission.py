@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from contnet.data.pipeline.loader import images_per_pass
+from contnet.data.pipeline.loader import micro_batch_size
 from contnet.engine.writers import COMMIT_VARIABLE, git_commit
 from contnet.slurm.executors import local_executor, sbatch_text, slurm_executor, submit_jobs
 from contnet.slurm.job import TrainingJob, python_command
@@ -81,7 +81,7 @@ class Submission:
             max_requeues=self.settings.max_requeues,
             hang_timeout=self.settings.hang_timeout,
             interface=self.settings.interface,
-            setup={"signal_delay": self.settings.signal_delay},
+            signal_delay=self.settings.signal_delay,
         )
 
     def environment(self) -> dict[str, str]:
@@ -169,11 +169,11 @@ def _describe(plan: Submission) -> None:
     nodes, tasks = args.num_machines, args.num_gpus
     print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
     if not runs[0].arguments.eval_only:
-        images = images_per_pass(cfg, nodes * tasks)
+        images = micro_batch_size(cfg, nodes * tasks)
         solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
         print(
             f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
-            f"images x {solver.ACCUMULATE} passes; learning rate {solver.BASE_LR:g}, "
+            f"images x {solver.GRAD_ACCUM_STEPS} passes; learning rate {solver.BASE_LR:g}, "
             f"{solver.MAX_ITER} iterations"
         )
     if plan.is_array:

@@ -12,7 +12,7 @@ import torch
 
 from contnet.launch.arguments import add_run_options, check_counts, config_parser
 from contnet.launch.preflight import check_device
-from contnet.modeling.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 from contnet.slurm.jobs import cancel, check_free
 from contnet.slurm.nodes import check_request, check_shared, is_one_machine, read_nodes
 from contnet.slurm.report import follow, print_status
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 if the run was submitted (and, where it was followed, has finished).
         Mistakes of the user's are one line on the error stream and status 1.
     """
-    quiet_known_noise()
+    silence_known_warnings()
     try:
         args = parse_submission(argv)
         if args.cancel:

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from contnet.slurm.attempt_folder import StartFolder
+from contnet.slurm.attempt_folder import AttemptFolder
 from contnet.slurm.cluster import Job
 from contnet.slurm.lease import Lease
 
@@ -65,31 +65,31 @@ class Watcher(threading.Thread):
     """Watches over this process until it ends.
 
     Args:
-        job: this start of the job.
-        folder: of this start.
+        job: this attempt of the job.
+        folder: of this attempt.
         lease: of the run.
         hang_timeout: seconds without progress after which the job is given up.
         grace: seconds after a signal in which the training loop must have left.
-        beat: seconds between two heartbeats.
+        heartbeat_interval: seconds between two heartbeats.
         abandon: called on rank 0 if a signal came and the training loop cannot be waited for, with
-            the reason; writes the note ``leave`` and returns the exit status.
+            the reason; writes the note ``exit`` and returns the exit status.
 
     Attributes:
         signals: those that have come, oldest first.
         phase: "starting", "training", "evaluation", "leaving" or "ended".
         iteration: the last one done, -1 before.
-        first_iteration: the last one that an earlier start had done.
+        first_iteration: the last one that an earlier attempt had done.
         max_iter: their number, 0 before it is known.
     """
 
     def __init__(
         self,
         job: Job,
-        folder: StartFolder,
+        folder: AttemptFolder,
         lease: Lease,
         hang_timeout: float,
         grace: float,
-        beat: float,
+        heartbeat_interval: float,
         abandon: Callable[[str], int],
     ):
         super().__init__(name="contnet-watcher", daemon=True)
@@ -98,7 +98,7 @@ class Watcher(threading.Thread):
         self.lease = lease
         self.hang_timeout = hang_timeout
         self.grace = grace
-        self.beat = beat
+        self.heartbeat_interval = heartbeat_interval
         self.abandon = abandon
         self.signals: list[str] = []
         self.phase = "starting"
@@ -107,7 +107,7 @@ class Watcher(threading.Thread):
         self.ended = None
         self._deadline = float("inf")
         self._moved = time.monotonic()
-        self._death_seen = None
+        self._failure_seen = None
         self._inbox, self._outbox = socket.socketpair()
         self._inbox.setblocking(False)
         self._outbox.setblocking(False)
@@ -158,7 +158,7 @@ class Watcher(threading.Thread):
             child.kill()
         self.ended = how
         self.enter("ended")
-        self.folder.beat(self._record())
+        self.folder.write_heartbeat(self._record())
         # Should the interpreter not get to its end, for threads or processes that do not.
         faulthandler.dump_traceback_later(6 * _LINGER, exit=True, file=self._stacks)
 
@@ -166,14 +166,14 @@ class Watcher(threading.Thread):
         """Notes what ended this rank, and the job unless another rank has failed before."""
         lost = lost_contact(error)
         text = str(error).strip().splitlines()
-        self._note_death(
+        self._record_failure(
             f"{type(error).__name__}: {text[0] if text else '(no message)'}",
             details="".join(traceback.format_exception(error))[-8000:],
             lost=lost,
         )
         self.finish("failed")
 
-    def _note_death(
+    def _record_failure(
         self, reason: str, details: str, lost: bool = False, rank: int | None = None
     ) -> None:
         record = {
@@ -184,7 +184,7 @@ class Watcher(threading.Thread):
             "details": details,
             "lost": lost,
         }
-        if self.folder.note("death", record):
+        if self.folder.note("failure", record):
             logger.error(f"The job ends: {reason}")
 
     # What the thread does.
@@ -202,7 +202,7 @@ class Watcher(threading.Thread):
             self._outbox.send(b"\0")
 
     def _listen(self) -> None:
-        if not select.select([self._inbox], [], [], self.beat)[0]:
+        if not select.select([self._inbox], [], [], self.heartbeat_interval)[0]:
             return
         for number in self._inbox.recv(4096):
             if number in SIGNALS:
@@ -214,7 +214,7 @@ class Watcher(threading.Thread):
         if first:
             logger.warning(
                 f"{name} after iteration {self.iteration} ({self.phase}): the job will save and "
-                "leave"
+                "exit"
             )
             self._deadline = time.monotonic() + self.grace
             with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ class Watcher(threading.Thread):
             "iteration": self.iteration,
             "max_iter": self.max_iter,
             "signals": self.signals,
-            "beat": self.beat,
+            "heartbeat_interval": self.heartbeat_interval,
             "ended": self.ended,
         }
 
@@ -238,9 +238,9 @@ class Watcher(threading.Thread):
         if self.ended is not None:
             return
         # If this thread cannot run, for a call that keeps the interpreter, this still does.
-        patience = self.hang_timeout + 2 * self.beat
+        patience = self.hang_timeout + 2 * self.heartbeat_interval
         faulthandler.dump_traceback_later(patience, exit=True, file=self._stacks)
-        self.folder.beat(self._record())
+        self.folder.write_heartbeat(self._record())
         self._look_at_others()
         self._look_at_progress()
         if not self.signals and (note := self.folder.read("signalled")):
@@ -252,9 +252,9 @@ class Watcher(threading.Thread):
             self._answer_signal()
 
     def check_lease(self) -> None:
-        """Ends this process at once if another start owns the run."""
+        """Ends this process at once if another attempt owns the run."""
         if self.lease.lost():
-            print("a later start of the job owns the run: this one ends", file=sys.stderr)
+            print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
             sys.stderr.flush()
             os._exit(3)
 
@@ -264,14 +264,14 @@ class Watcher(threading.Thread):
         self._stacks.flush()
 
     def _look_at_others(self) -> None:
-        death = self.folder.read("death")
-        if death is None:
+        failure = self.folder.read("failure")
+        if failure is None:
             return
-        if self._death_seen is None:
-            self._death_seen = time.monotonic()
-            logger.error(f"Rank {death['rank']} has failed: {death['reason']}")
+        if self._failure_seen is None:
+            self._failure_seen = time.monotonic()
+            logger.error(f"Rank {failure['rank']} has failed: {failure['reason']}")
             self.dump_stacks()
-        elif time.monotonic() - self._death_seen > _LINGER:
+        elif time.monotonic() - self._failure_seen > _LINGER:
             os._exit(1)
 
     def _look_for_killed(self) -> None:
@@ -282,7 +282,7 @@ class Watcher(threading.Thread):
             try:
                 os.kill(record["pid"], 0)
             except ProcessLookupError:
-                self._note_death(
+                self._record_failure(
                     f"rank {rank} (process {record['pid']} on {record['host']}) ended without a "
                     "word: killed, perhaps for want of memory?",
                     details="",
@@ -291,9 +291,9 @@ class Watcher(threading.Thread):
 
     def _look_at_progress(self) -> None:
         still = time.monotonic() - self._moved
-        if still < self.hang_timeout or self._death_seen is not None:
+        if still < self.hang_timeout or self._failure_seen is not None:
             return
-        self._note_death(
+        self._record_failure(
             f"no progress for {still:.0f} s after iteration {self.iteration} ({self.phase}), in "
             f"{_where_main_is()}",
             details=f"stacks of all ranks: {self.folder.path}/rank-*.stack",
@@ -303,7 +303,7 @@ class Watcher(threading.Thread):
         if self.phase == "leaving":
             return
         if self.job.rank:
-            if self.folder.read("leave"):
+            if self.folder.read("exit"):
                 os._exit(0)
         elif self._only_evaluation_to_lose():
             os._exit(self.abandon("a signal came in an evaluation, which will begin again"))
@@ -311,7 +311,7 @@ class Watcher(threading.Thread):
             os._exit(self.abandon(f"{self.grace:.0f} s were not enough to leave in order"))
 
     def _only_evaluation_to_lose(self) -> bool:
-        """Whether to leave an evaluation at once: not if this start has done nothing before it.
+        """Whether to leave an evaluation at once: not if this attempt has done nothing before it.
 
         Nor for SIGTERM alone, which also comes when another rank was killed.
         """

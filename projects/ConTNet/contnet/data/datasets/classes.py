@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["CLASS_KEYS", "LABELS", "difference", "learned_classes"]
+__all__ = ["CLASS_KEYS", "LABELS", "dataset_class_names", "difference"]
 
 # What classification sets have, where others have objects or label maps.
 LABELS = "labels of images"
@@ -29,7 +29,7 @@ CLASS_KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def learned_classes(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
+def dataset_class_names(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
     """Names of the classes that the model tells apart, in the order of its outputs.
 
     Args:

@@ -31,7 +31,7 @@ from contnet.data.datasets.shards import (
     SHARD_ENDING,
     read_classes,
     read_index,
-    read_stamp,
+    read_manifest,
     sample_name,
     shard_records,
 )
@@ -41,8 +41,8 @@ from contnet.utils.text import plural
 
 __all__ = [
     "EVALUATOR_TYPE",
-    "Content",
-    "Source",
+    "ClassificationSet",
+    "ClassificationSource",
     "count_labels",
     "read_set",
     "register_classification",
@@ -56,7 +56,7 @@ _THREADS = 16  # that list folders; on network file systems they mostly wait
 
 
 @dataclass(frozen=True)
-class Source:
+class ClassificationSource:
     """Where a set lies.
 
     Attributes:
@@ -73,7 +73,7 @@ class Source:
 
 
 @dataclass
-class Content:
+class ClassificationSet:
     """What is in a set.
 
     Attributes:
@@ -143,7 +143,9 @@ def _list_class(folder: str) -> tuple[list[str], list[str]]:
     return images, others
 
 
-def _read_folders(source: Source, found: _Listing, findings: Findings) -> Content:
+def _read_folders(
+    source: ClassificationSource, found: _Listing, findings: Findings
+) -> ClassificationSet:
     classes = _train_classes(source) or found.folders
     if differing := difference(found.folders, classes):
         findings.error(f"its class folders are not those of {source.train_dir} ({differing})")
@@ -168,7 +170,7 @@ def _read_folders(source: Source, found: _Listing, findings: Findings) -> Conten
             records += [
                 {"file_name": path, "image_id": path[start:], "label": label} for path in images
             ]
-    return Content(records, list(classes))
+    return ClassificationSet(records, list(classes))
 
 
 # ------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _read_folders(source: Source, found: _Listing, findings: Findings) -> Conten
 
 
 def _label_order(
-    source: Source, labels: dict[str, str], told: list[str] | None, file: str
+    source: ClassificationSource, labels: dict[str, str], told: list[str] | None, file: str
 ) -> list[str]:
     """The classes of a flat folder in their order."""
     names = sorted(set(labels.values()))
@@ -190,7 +192,9 @@ def _label_order(
     return order
 
 
-def _read_flat(source: Source, found: _Listing, findings: Findings) -> Content:
+def _read_flat(
+    source: ClassificationSource, found: _Listing, findings: Findings
+) -> ClassificationSet:
     file = source.label_file or (find_label_file(source.home) if source.home else None)
     if file is None:
         cure = (
@@ -218,12 +222,14 @@ def _read_flat(source: Source, found: _Listing, findings: Findings) -> Content:
             records.append({"file_name": path, "image_id": image, "label": numbers[name]})
     if unused:
         findings.note(f"{plural(unused, 'label')} in {file} without an image in the folder")
-    return Content(records, list(classes), file)
+    return ClassificationSet(records, list(classes), file)
 
 
-def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content:
+def _read_shards(
+    source: ClassificationSource, found: _Listing, findings: Findings
+) -> ClassificationSet:
     records = shard_records(source.image_dir, read_index(source.image_dir, found.shards))
-    stamp = read_stamp(source.image_dir)
+    stamp = read_manifest(source.image_dir)
     if stamp and stamp["images"] != len(records):
         raise UserError(
             f"the shards in {source.image_dir} hold {len(records)} images of {stamp['images']}: "
@@ -246,10 +252,10 @@ def _read_shards(source: Source, found: _Listing, findings: Findings) -> Content
             if record["label"] >= len(classes):
                 what = f"labels beyond the {plural(len(classes), 'class')}"
                 findings.error(what, f"{sample_name(record)} {record['label']}")
-    return Content(records, classes)
+    return ClassificationSet(records, classes)
 
 
-_LAYOUTS: dict[str, Callable[[Source, _Listing, Findings], Content]] = {
+_LAYOUTS: dict[str, Callable[[ClassificationSource, _Listing, Findings], ClassificationSet]] = {
     "folders": _read_folders,
     "images": _read_flat,
     "shards": _read_shards,
@@ -270,7 +276,7 @@ def _choose(folder: str, found: _Listing) -> str:
     return next(iter(present))
 
 
-def _train_classes(source: Source) -> list[str] | None:
+def _train_classes(source: ClassificationSource) -> list[str] | None:
     """The classes of the training set in order, None where nothing tells them."""
     if not source.train_dir or not os.path.isdir(source.train_dir):
         return None
@@ -279,7 +285,9 @@ def _train_classes(source: Source) -> list[str] | None:
     return found.folders if layout == "folders" else read_classes(source.train_dir)
 
 
-def _check_use(source: Source, content: Content, findings: Findings) -> None:
+def _check_use(
+    source: ClassificationSource, content: ClassificationSet, findings: Findings
+) -> None:
     """Facts and doubts about the whole."""
     names = content.classes
     number = content.number_of_classes
@@ -297,7 +305,7 @@ def _check_use(source: Source, content: Content, findings: Findings) -> None:
             findings.note("classes without images", names[label] if names else str(label))
 
 
-def read_set(source: Source, findings: Findings) -> Content:
+def read_set(source: ClassificationSource, findings: Findings) -> ClassificationSet:
     """What a set holds; no image is opened.
 
     Args:
@@ -315,17 +323,17 @@ def read_set(source: Source, findings: Findings) -> Content:
         content = _LAYOUTS[layout](source, found, findings)
     except UserError as error:
         findings.error(str(error))
-        return Content()
+        return ClassificationSet()
     except OSError as error:
         findings.error(f"{error.filename} cannot be read ({error.strerror})")
-        return Content()
+        return ClassificationSet()
     if not findings.lines(ERROR) and not content.records:
         findings.error(f"there are no images in {source.image_dir}")
     _check_use(source, content, findings)
     return content
 
 
-def count_labels(name: str, source: Source) -> int:
+def count_labels(name: str, source: ClassificationSource) -> int:
     """The number of classes of a set, without listing its images if that is possible.
 
     Args:
@@ -363,7 +371,7 @@ def count_labels(name: str, source: Source) -> int:
 # ------------------------------------------------------------------------------
 
 
-def _load(name: str, source: Source) -> list[dict]:
+def _load(name: str, source: ClassificationSource) -> list[dict]:
     findings = Findings()
     if not os.path.isdir(source.image_dir):
         raise UserError(f"data set {name}: there is no folder {os.path.abspath(source.image_dir)}")
@@ -384,7 +392,7 @@ def _load(name: str, source: Source) -> list[dict]:
     return content.records
 
 
-def register_classification(name: str, source: Source) -> None:
+def register_classification(name: str, source: ClassificationSource) -> None:
     """Registers a set with Detectron2; nothing is read before it is used.
 
     Its metadata are ``evaluator_type``, ``image_dir``, ``source``, ``label_file`` where one is
@@ -406,8 +414,8 @@ def register_imagenet() -> None:
     home = os.path.join(root, "imagenet")
     train = os.path.join(home, "train")
     sources = {
-        "imagenet_train": Source(train),
-        "imagenet_val": Source(os.path.join(home, "val"), home=home, train_dir=train),
+        "imagenet_train": ClassificationSource(train),
+        "imagenet_val": ClassificationSource(os.path.join(home, "val"), home=home, train_dir=train),
     }
     for name, source in sources.items():
         if name in DatasetCatalog.list():

@@ -7,8 +7,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from contnet.config.values import REGISTER_FORM
-from contnet.data.datasets.classes import CLASS_KEYS, EVALUATOR_TYPE, LABELS
-from contnet.data.datasets.imagenet import Source, register_classification, register_imagenet
+from contnet.data.datasets.classes import CLASS_KEYS, LABELS
+from contnet.data.datasets.imagenet import (
+    EVALUATOR_TYPE,
+    ClassificationSource,
+    register_classification,
+    register_imagenet,
+)
 from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
 from contnet.utils.errors import UserError
 
@@ -40,7 +45,7 @@ def _register(name: str, paths: list[str]) -> None:
     """Registers an entry of DATASETS.REGISTER, whose paths tell its kind."""
     *file, folder = paths
     if not file or is_label_file(file[0]):
-        register_classification(name, Source(folder, *file))
+        register_classification(name, ClassificationSource(folder, *file))
     else:
         register_coco_instances(name, {}, file[0], folder)
 

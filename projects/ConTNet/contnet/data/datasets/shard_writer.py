@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from contnet.data.datasets.imagenet import Content, Source, read_set
+from contnet.data.datasets.imagenet import ClassificationSet, ClassificationSource, read_set
 from contnet.data.datasets.shards import (
     CLASSES_FILE,
     INDEX_FILE,
+    MANIFEST_FILE,
     SHARD_ENDING,
-    STAMP_FILE,
     Shard,
     index_shard,
-    read_stamp,
+    read_manifest,
     write_index,
 )
 from contnet.data.findings import ERROR, Findings
@@ -60,11 +60,11 @@ class _Plan:
     samples: list[_Sample]
 
 
-def _read_source(folder: Path) -> Content:
+def _read_source(folder: Path) -> ClassificationSet:
     home = folder.resolve().parent
-    source = Source(str(folder))
+    source = ClassificationSource(str(folder))
     if folder.resolve().name == "val":
-        source = Source(str(folder), home=str(home), train_dir=str(home / "train"))
+        source = ClassificationSource(str(folder), home=str(home), train_dir=str(home / "train"))
     findings = Findings()
     content = read_set(source, findings)
     if errors := findings.lines(ERROR):
@@ -88,7 +88,7 @@ def _samples(records: Sequence[dict]) -> list[_Sample]:
     return samples
 
 
-def _stamp(content: Content, samples_per_shard: int) -> dict:
+def _stamp(content: ClassificationSet, samples_per_shard: int) -> dict:
     digest = hashlib.sha256()
     for record in content.records:
         digest.update(os.fsencode(f"{record['label']} {record['image_id']}\0"))
@@ -105,23 +105,23 @@ def _claim(target: Path, stamp: dict, names: Sequence[str]) -> None:
     """Makes the target folder, or goes on in one that was begun with the same stamp."""
     target.mkdir(parents=True, exist_ok=True)
     present = sorted(os.listdir(target))
-    begun = read_stamp(str(target)) if STAMP_FILE in present else None
+    begun = read_manifest(str(target)) if MANIFEST_FILE in present else None
     if begun is not None and begun != stamp:
         differing = ", ".join(key for key in stamp if begun.get(key) != stamp[key])
         raise UserError(
             f"{target} holds shards of other images or options ({differing}): give an empty folder"
         )
-    ours = {STAMP_FILE, CLASSES_FILE, INDEX_FILE, *names}
+    ours = {MANIFEST_FILE, CLASSES_FILE, INDEX_FILE, *names}
     others = [
         name
         for name in present
         if name.removesuffix(TEMPORARY_SUFFIX) not in ours and not name.startswith(INDEX_FILE)
     ]
-    if others or (begun is None and set(present) - {STAMP_FILE + TEMPORARY_SUFFIX}):
+    if others or (begun is None and set(present) - {MANIFEST_FILE + TEMPORARY_SUFFIX}):
         name = (others or present)[0]
         raise UserError(f"{target} holds other things, such as {name}: give an empty folder")
     if begun is None:
-        with atomic_write(target / STAMP_FILE, "w") as file:
+        with atomic_write(target / MANIFEST_FILE, "w") as file:
             json.dump(stamp, file, indent=1)
 
 
@@ -174,7 +174,7 @@ def _make(plan: _Plan) -> tuple[Shard, bool]:
     return index_shard(plan.path), True
 
 
-def _plans(content: Content, target: Path, samples_per_shard: int) -> list[_Plan]:
+def _plans(content: ClassificationSet, target: Path, samples_per_shard: int) -> list[_Plan]:
     samples = _samples(content.records)
     order = np.random.default_rng(_SEED).permutation(len(samples))
     shuffled = [samples[i] for i in order]

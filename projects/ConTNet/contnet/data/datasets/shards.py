@@ -34,14 +34,14 @@ from contnet.utils.files import atomic_write
 __all__ = [
     "CLASSES_FILE",
     "INDEX_FILE",
+    "MANIFEST_FILE",
     "SHARD_ENDING",
-    "STAMP_FILE",
     "Shard",
     "index_shard",
     "read_classes",
     "read_index",
+    "read_manifest",
     "read_sample",
-    "read_stamp",
     "sample_name",
     "shard_records",
     "write_index",
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.txt"
 INDEX_FILE = "index.npz"
-STAMP_FILE = "shards.json"  # of shards that tools/make_shards.py makes
+MANIFEST_FILE = "shards.json"  # of shards that tools/make_shards.py makes
 SHARD_ENDING = ".tar"
 
 _FORMAT = 1  # of the index
@@ -315,13 +315,13 @@ def read_classes(folder: str) -> list[str] | None:
     return names
 
 
-def read_stamp(folder: str) -> dict | None:
+def read_manifest(folder: str) -> dict | None:
     """What ``shards.json`` says of a folder that tools/make_shards.py made, None without it.
 
     Raises:
         UserError: if it is damaged.
     """
-    path = Path(folder, STAMP_FILE)
+    path = Path(folder, MANIFEST_FILE)
     try:
         stamp = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(stamp["images"], int):

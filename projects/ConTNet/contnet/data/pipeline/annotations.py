@@ -16,7 +16,7 @@ from contnet.data.pipeline.annotation_sources import CityscapesSource, find_sour
 from contnet.data.pipeline.records import RecordFile, Records
 from contnet.utils.errors import UserError
 
-__all__ = ["cache_cityscapes", "load_dicts", "load_records"]
+__all__ = ["cache_cityscapes", "load_dataset_dicts", "load_records"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
     return records
 
 
-def load_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
+def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
     """Loads data sets that :func:`check_datasets` has passed; all processes call it together.
 
     Args:

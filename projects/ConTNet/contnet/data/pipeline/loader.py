@@ -1,4 +1,4 @@
-"""The training stream: an endless, resumable sequence of batches.
+"""The loader of training batches: an endless, resumable sequence.
 
 Detectron2's sampler gives the order and its aspect-ratio grouping makes the batches, but of small
 records, in the main process; workers then load whole batches. So the order depends neither on the
@@ -26,7 +26,7 @@ from contnet.data.pipeline.records import Records
 from contnet.utils.errors import UserError
 from contnet.utils.seed import seed_everything
 
-__all__ = ["TrainingStream", "build_train_loader", "images_per_pass"]
+__all__ = ["TrainingBatchSampler", "build_train_loader", "micro_batch_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +37,29 @@ class SeededDataset(Dataset):
     Args:
         dicts: Detectron2's data set dicts; a list is serialised, records are so already.
         mapper: makes a model input from one.
-        stream: gives the seed; positions are its.
+        batch_sampler: gives the seed; positions are its.
     """
 
     def __init__(
-        self, dicts: Sequence[dict], mapper: Callable[[dict], dict], stream: TrainingStream
+        self,
+        dicts: Sequence[dict],
+        mapper: Callable[[dict], dict],
+        batch_sampler: TrainingBatchSampler,
     ):
         self.dicts = dicts if isinstance(dicts, Records) else DatasetFromList(dicts, copy=False)
         self.mapper = NamedErrors(mapper)
-        self.stream = stream
+        self.batch_sampler = batch_sampler
 
     def __len__(self) -> int:
         return len(self.dicts)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         position, index = item
-        seed_everything(self.stream.seed, position)
+        seed_everything(self.batch_sampler.seed, position)
         return self.mapper(self.dicts[index])
 
 
-class TrainingStream(Sampler):
+class TrainingBatchSampler(Sampler):
     """Batches of (position, index) for this rank, without end.
 
     Args:
@@ -81,7 +84,7 @@ class TrainingStream(Sampler):
         self.seed = seed
         self.make_sampler = make_sampler
         self.group = group
-        self.start = 0  # images of all ranks before this stream's first one
+        self.start = 0  # images of all ranks before the first one here
         self.batches = 0  # batches of this rank to leave out after that
 
     def _records(self) -> Iterator[dict]:
@@ -133,18 +136,19 @@ class TrainingStream(Sampler):
         )
 
 
-def images_per_pass(cfg: CfgNode, processes: int) -> int:
+def micro_batch_size(cfg: CfgNode, processes: int) -> int:
     """Images that each process sees in one forward pass.
 
     Raises:
         UserError: if SOLVER.IMS_PER_BATCH does not divide over processes and passes.
     """
-    parts = processes * cfg.SOLVER.ACCUMULATE
+    parts = processes * cfg.SOLVER.GRAD_ACCUM_STEPS
     size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, parts)
     if rest or size == 0:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide over {processes} "
-            f"processes x SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}: choose a multiple of {parts}"
+            f"processes x SOLVER.GRAD_ACCUM_STEPS {cfg.SOLVER.GRAD_ACCUM_STEPS}: choose a multiple "
+            f"of {parts}"
         )
     return size
 
@@ -183,23 +187,23 @@ def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[..., Sampler
 
 
 def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLoader:
-    """The loader of this rank's training batches; its ``batch_sampler`` is the stream.
+    """The loader of this rank's training batches; its ``batch_sampler`` can be resumed.
 
     Args:
-        cfg: SOLVER.IMS_PER_BATCH, SOLVER.ACCUMULATE, DATALOADER and INPUT are read.
+        cfg: SOLVER.IMS_PER_BATCH, SOLVER.GRAD_ACCUM_STEPS, DATALOADER and INPUT are read.
         dicts: Detectron2's data set dicts.
         seed: of order and augmentation, the same on all ranks.
 
     Raises:
         UserError: if the batch does not divide over the processes, or for an unknown sampler.
     """
-    batch_size = images_per_pass(cfg, comm.get_world_size())
+    batch_size = micro_batch_size(cfg, comm.get_world_size())
     group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     make_sampler = _sampler_maker(cfg, dicts)
-    stream = TrainingStream(_Shapes(dicts, group), batch_size, seed, make_sampler, group)
+    sampler = TrainingBatchSampler(_Shapes(dicts, group), batch_size, seed, make_sampler, group)
     return DataLoader(
-        SeededDataset(dicts, build_train_mapper(cfg), stream),
-        batch_sampler=stream,
+        SeededDataset(dicts, build_train_mapper(cfg), sampler),
+        batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,
         # Its own generator: starting workers must not draw from the training's random state.
