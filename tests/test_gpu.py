@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from benchmarks.plain import run_plain
 from conftest import finish
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from test_config import CONFIGS, LEAVES, TINY, _random_batch
-from test_plain import difference, images, randomised
+from leaves import CONFIGS, LEAVES, TINY, random_batch
+from networks import difference, images, randomised
 
 import contnet
+from benchmarks.plain import run_plain
 from contnet.config import load_config
+from contnet.modeling.build import build_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +87,7 @@ def test_leaves_train_a_step_in_mixed_precision(name):
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), [*TINY, "MODEL.DEVICE", "cuda"])
     model = build_model(cfg).train()
     with EventStorage(), torch.autocast("cuda", torch.bfloat16):
-        losses = model(_random_batch(cfg))
+        losses = model(random_batch(cfg))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values()), losses
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

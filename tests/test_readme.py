@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import main as benchmarks
 from conftest import REPOSITORY, finish
 
 from benchmarks import compare_checkouts
+from benchmarks import main as benchmarks
 from contnet.commands import compare, demo, doctor
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table

@@ -22,7 +22,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from contnet.commands.options import check_positive
+from contnet.commands.parsing import check_positive
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import config_parser, configure
@@ -46,7 +46,7 @@ _OPTIONS = {
 }
 _KEYS = {"network", "seed", "memory_mb"}
 _CURE = "remove it, and the finished trainings are read again"
-_REPOSITORY = Path(__file__).resolve().parents[3]
+_REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def _train(options: Sequence[str], folder: Path, num_gpus: int) -> float | None:

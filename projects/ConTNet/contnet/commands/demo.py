@@ -134,7 +134,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/demo.py; status 1 if the box AP is below ``REQUIRED_AP``."""
-    repository = Path(__file__).resolve().parents[3]
+    repository = Path(__file__).resolve().parents[4]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="FOLDER")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")

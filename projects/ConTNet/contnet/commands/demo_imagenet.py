@@ -49,7 +49,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/demo_imagenet.py; status 1 if top-1 is below ``REQUIRED_TOP1``."""
-    repository = Path(__file__).resolve().parents[3]
+    repository = Path(__file__).resolve().parents[4]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("output/demo_imagenet"), metavar="FOLDER"

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from contnet.commands.options import add_workers_option, check_positive
+from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes import FILES, find_scenes
 from contnet.data.datasets.imagenet import EVALUATOR_TYPE, read_set
 from contnet.data.findings import ERROR, NOTE, Finding, Findings

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contnet.commands.options import add_workers_option, check_positive
+from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.shard_writer import SAMPLES_PER_SHARD, make_shards
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.text import plural

@@ -10,7 +10,7 @@ from contnet.config import load_config
 from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.utils.errors import UserError
 
-__all__ = ["RESULTS", "ZOO", "make_zoo"]
+__all__ = ["RESULTS", "ZOO", "main", "make_zoo"]
 
 RESULTS = "docs/results.yaml"
 ZOO = "MODEL_ZOO.md"
@@ -145,3 +145,11 @@ def make_zoo(repository: Path) -> str:
             if not (configs / f"{name}.yaml").is_file():
                 raise UserError(f"{RESULTS}: there is no configs/{name}.yaml")
     return "\n".join([_HEAD, *(_section(table, configs) for table in tables)])
+
+
+def main() -> int:
+    """Entry point of tools/model_zoo.py; writes the page into this repository."""
+    repository = Path(__file__).resolve().parents[4]
+    (repository / ZOO).write_text(make_zoo(repository))
+    print(f"wrote {repository / ZOO}")
+    return 0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contnet.commands.options import add_workers_option, check_positive
+from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes_labels import default_root, prepare_cityscapes
 from contnet.utils.errors import UserError, print_error
 

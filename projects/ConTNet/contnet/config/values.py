@@ -16,8 +16,6 @@ REGISTER_FORM = (
     "[['mine', 'mine.json', 'images']], and for classification of [name, folder] or "
     "[name, label file .txt or .csv, folder]"
 )
-
-
 CHOICES = {
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),

@@ -2,7 +2,7 @@
 
 pycocotools matches image by image and class by class in Python. Here the detections of a rank (the
 best of each image and class, then the second, ...) are matched together, for all thresholds and
-ranges of area at once. tests/test_coco_evaluation.py compares the two.
+ranges of area at once. tests/evaluation/test_coco.py compares the two.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Cures for what breaks, or makes noise, in the libraries below us on a current stack.
 
-Each says what it works around; tests/test_compat.py fails when the pinned libraries no longer need
-it. Nothing here is applied on import: entry points call :func:`silence_known_warnings`, scripts
-before they import the rest, for importing Detectron2 warns already.
+Each says what it works around; tests/modeling/test_compat.py fails when the pinned libraries no
+longer need it. Nothing here is applied on import: entry points call :func:`silence_known_warnings`,
+scripts before they import the rest, for importing Detectron2 warns already.
 """
 
 import logging

@@ -13,6 +13,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+__all__ = ["ap_curve", "by_iteration", "format_number", "loss_curve", "series", "shown_columns"]
+
 # Mid-tones that stand out from white and from black.
 _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
 
@@ -20,7 +22,7 @@ _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12
 _SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
 
 
-def _by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
     """Merges the lines of one iteration; of two values of one key, the later line's holds."""
     merged: dict[int, dict[str, float]] = {}
     for line in metrics:
@@ -29,13 +31,13 @@ def _by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str,
     return dict(sorted(merged.items()))
 
 
-def _series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
+def series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
     """The finite values of one key, as iterations and values."""
     points = [(i, row[key]) for i, row in rows.items() if math.isfinite(row.get(key, math.nan))]
     return [i for i, _ in points], [value for _, value in points]
 
 
-def _columns(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
+def shown_columns(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
     """The keys that the page shows, in its order: losses, then AP over all classes."""
     keys = {key for row in rows.values() for key in row}
     losses = sorted(key for key in keys if key.startswith("loss_"))
@@ -43,7 +45,8 @@ def _columns(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
     return [key for key in ("total_loss",) if key in keys] + losses + scores
 
 
-def _number(value: object) -> str:
+def format_number(value: object) -> str:
+    """A value of a table, with few digits."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
     return str(value)
@@ -85,12 +88,12 @@ def _svg(figure: Figure, label: str) -> str:
     return f'<svg role="img" aria-label="{escape(label)}" {view_box}>{body}'
 
 
-def _loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
+def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
     """All losses: their running medians, and faintly each value of the total."""
     figure, axes = _new_figure("loss")
-    keys = [key for key in _columns(rows) if key.startswith(("total_loss", "loss_"))]
+    keys = [key for key in shown_columns(rows) if key.startswith(("total_loss", "loss_"))]
     for index, key in enumerate(keys):
-        x, y = _series(rows, key)
+        x, y = series(rows, key)
         colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
         if key == "total_loss":
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
@@ -101,11 +104,12 @@ def _loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
     return _svg(figure, "Loss against iteration")
 
 
-def _ap_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
+def ap_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
+    """Average precision over all classes."""
     figure, axes = _new_figure("AP")
-    keys = [key for key in _columns(rows) if re.fullmatch(r"(bbox|segm)/AP(50|75)?", key)]
+    keys = [key for key in shown_columns(rows) if re.fullmatch(r"(bbox|segm)/AP(50|75)?", key)]
     for index, key in enumerate(keys):
-        x, y = _series(rows, key)
+        x, y = series(rows, key)
         colour = _LINE_COLOURS[(index + 1) % len(_LINE_COLOURS)]
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=key)
     axes.set_ylim(0, 100)

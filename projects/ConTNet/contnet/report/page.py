@@ -12,8 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from contnet.report.curves import _ap_curve, _by_iteration, _columns, _loss_curve, _number, _series
-from contnet.report.pictures import _CLASS_COLOURS, ReportImage, _pair
+from contnet.report.curves import (
+    ap_curve,
+    by_iteration,
+    format_number,
+    loss_curve,
+    series,
+    shown_columns,
+)
+from contnet.report.pictures import CLASS_COLOURS, ReportImage, draw_pair
 from contnet.utils.files import atomic_write
 
 __all__ = ["write_report"]
@@ -96,7 +103,7 @@ def _tiles(rows: Mapping[int, Mapping[str, float]]) -> str:
         ("bbox/AP75", "box AP75"),
         ("total_loss", "last loss"),
     ):
-        _, values = _series(rows, key)
+        _, values = series(rows, key)
         if values:
             shown = f"{values[-1]:.3f}" if key == "total_loss" else f"{values[-1]:.1f}"
             tiles.append(f'<div class="tile"><dt>{label}</dt><dd>{shown}</dd></div>')
@@ -105,7 +112,7 @@ def _tiles(rows: Mapping[int, Mapping[str, float]]) -> str:
 
 def _summary_table(summary: Mapping[str, object]) -> str:
     lines = "".join(
-        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_number(value))}</td></tr>\n'
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(format_number(value))}</td></tr>\n'
         for key, value in summary.items()
     )
     return f'<div class="card"><table class="summary"><tbody>\n{lines}</tbody></table></div>\n'
@@ -115,11 +122,10 @@ def _class_table(rows: Mapping[int, Mapping[str, float]], class_names: Sequence[
     """AP of each class at the last evaluation that knew it."""
     lines = []
     for name in class_names:
-        _, values = _series(rows, f"bbox/AP-{name}")
+        _, values = series(rows, f"bbox/AP-{name}")
         if values:
-            lines.append(
-                f'<tr><th scope="row">{escape(name)}</th><td>{_number(values[-1])}</td></tr>\n'
-            )
+            value = format_number(values[-1])
+            lines.append(f'<tr><th scope="row">{escape(name)}</th><td>{value}</td></tr>\n')
     if not lines:
         return ""
     return (
@@ -131,14 +137,14 @@ def _class_table(rows: Mapping[int, Mapping[str, float]], class_names: Sequence[
 
 def _curves(rows: Mapping[int, Mapping[str, float]]) -> str:
     """The curves and, as their equal in text, the table of all their values."""
-    columns = _columns(rows)
+    columns = shown_columns(rows)
     if not columns:
         return ""
     figures = []
     if any(not key.startswith(("bbox", "segm")) for key in columns):
-        figures.append((_loss_curve(rows), "Losses; lines are running medians."))
+        figures.append((loss_curve(rows), "Losses; lines are running medians."))
     if any(key.startswith(("bbox", "segm")) for key in columns):
-        figures.append((_ap_curve(rows), "Average precision on the validation images."))
+        figures.append((ap_curve(rows), "Average precision on the validation images."))
     drawn = "".join(
         f'<figure class="card">{svg}<figcaption>{caption}</figcaption></figure>\n'
         for svg, caption in figures
@@ -146,7 +152,7 @@ def _curves(rows: Mapping[int, Mapping[str, float]]) -> str:
     head = "".join(f'<th scope="col">{escape(key)}</th>' for key in ("iteration", *columns))
     body = "".join(
         f'<tr><th scope="row">{iteration}</th>'
-        + "".join(f"<td>{_number(row[key]) if key in row else ''}</td>" for key in columns)
+        + "".join(f"<td>{format_number(row[key]) if key in row else ''}</td>" for key in columns)
         + "</tr>\n"
         for iteration, row in rows.items()
         if any(key in row for key in columns)
@@ -164,10 +170,10 @@ def _pictures(images: Sequence[ReportImage], class_names: Sequence[str]) -> str:
     if not images:
         return ""
     legend = "".join(
-        f'<li style="background:{_CLASS_COLOURS[i % len(_CLASS_COLOURS)]}">{escape(name)}</li>'
+        f'<li style="background:{CLASS_COLOURS[i % len(CLASS_COLOURS)]}">{escape(name)}</li>'
         for i, name in enumerate(class_names)
     )
-    pairs = "".join(_pair(index, item, class_names) for index, item in enumerate(images))
+    pairs = "".join(draw_pair(index, item, class_names) for index, item in enumerate(images))
     return (
         "<h2>Detections beside ground truth</h2>\n"
         f'<ul class="legend" aria-label="Classes">{legend}</ul>\n'
@@ -216,7 +222,7 @@ def write_report(
         KeyError: a line of `metrics` without `iteration`.
     """
     _check(images, class_names)
-    rows = _by_iteration(metrics)
+    rows = by_iteration(metrics)
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

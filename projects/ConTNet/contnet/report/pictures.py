@@ -11,15 +11,13 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-__all__ = ["Box", "ReportImage"]
+__all__ = ["CLASS_COLOURS", "Box", "ReportImage", "draw_pair"]
 
 # Light enough for black text on top, and far apart from each other in lightness or hue.
-_CLASS_COLOURS = (
+CLASS_COLOURS = (
     "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
-
-
 _LETTER_WIDTH = 0.62  # Of a monospaced letter, against its size.
 
 
@@ -96,7 +94,7 @@ def _drawn_boxes(boxes: Sequence[Box], names: Sequence[str], width: int, height:
     for box in boxes:
         x0, y0, x1, y1 = (float(v) for v in box.xyxy)
         text = _caption(box, names)
-        colour = _CLASS_COLOURS[box.class_index % len(_CLASS_COLOURS)]
+        colour = CLASS_COLOURS[box.class_index % len(CLASS_COLOURS)]
         place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
         outlines.append(
             f'<g class="box"><title>{escape(text)} at {x0:.0f}, {y0:.0f}, {x1:.0f}, {y1:.0f}'
@@ -131,7 +129,7 @@ def _picture(
     )
 
 
-def _pair(index: int, item: ReportImage, class_names: Sequence[str]) -> str:
+def draw_pair(index: int, item: ReportImage, class_names: Sequence[str]) -> str:
     """Ground truth and detections of one image, side by side."""
     height, width = item.image.shape[:2]
     content = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from submitit import LocalExecutor, LocalJob, SlurmExecutor
 from submitit.core.utils import FailedJobError
 
-from contnet.slurm.settings import Settings
+from contnet.slurm.settings import ClusterSettings
 from contnet.utils.errors import UserError
 
 __all__ = ["DetachedExecutor", "local_executor", "sbatch_text", "slurm_executor", "submit_jobs"]
@@ -97,18 +97,18 @@ def _guarded(command: str) -> str:
     return f"{{\n{command}\n}} || {{ echo {message} >&2; exit 1; }}"
 
 
-def _setup(environment: Mapping[str, str], settings: Settings) -> list[str]:
+def _setup(environment: Mapping[str, str], settings: ClusterSettings) -> list[str]:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return [*exports, *map(_guarded, settings.setup)]
 
 
-def _python(settings: Settings, python: str) -> str:
+def _python(settings: ClusterSettings, python: str) -> str:
     return f"{settings.container} {python}".strip()
 
 
 def slurm_executor(
     folder: Path,
-    settings: Settings,
+    settings: ClusterSettings,
     *,
     name: str,
     nodes: int,
@@ -168,7 +168,7 @@ def slurm_executor(
 
 def local_executor(
     folder: Path,
-    settings: Settings,
+    settings: ClusterSettings,
     *,
     tasks: int,
     gpus: Sequence[str],

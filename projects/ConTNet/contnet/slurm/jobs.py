@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from contnet.slurm.client import ask_slurm, read_states
-from contnet.slurm.records import _write_submissions, last_submission, read_submissions
+from contnet.slurm.records import last_submission, read_submissions, write_submissions
 from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
 
@@ -107,7 +107,7 @@ def _mark_cancelled(folder: str | Path) -> None:
     records = read_submissions(folder)
     if records:
         records[-1]["cancelled"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        _write_submissions(folder, records)
+        write_submissions(folder, records)
 
 
 def cancel(folder: str | Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contnet.slurm.client import ask_slurm
-from contnet.slurm.settings import Settings
+from contnet.slurm.settings import ClusterSettings
 from contnet.utils.errors import UserError
 
 __all__ = ["Node", "check_request", "check_shared", "is_one_machine", "read_nodes"]
@@ -102,7 +102,7 @@ def read_nodes() -> list[Node]:
     return nodes
 
 
-def _choose(nodes: Sequence[Node], settings: Settings) -> list[Node]:
+def _choose(nodes: Sequence[Node], settings: ClusterSettings) -> list[Node]:
     """The nodes of the partitions that were asked for, or of the default one."""
     known = list(dict.fromkeys(node.partition for node in nodes))
     wanted = [name for name in settings.partition.split(",") if name]
@@ -125,7 +125,7 @@ def _gpus(count: int, kind: str) -> str:
 
 
 def check_request(
-    nodes: Sequence[Node], settings: Settings, num_nodes: int, num_gpus: int, tasks: int
+    nodes: Sequence[Node], settings: ClusterSettings, num_nodes: int, num_gpus: int, tasks: int
 ) -> list[Node]:
     """Checks that the cluster has what a job asks for.
 

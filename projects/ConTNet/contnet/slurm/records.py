@@ -9,7 +9,13 @@ from pathlib import Path
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
-__all__ = ["add_submission", "last_submission", "read_submissions", "slurm_folder"]
+__all__ = [
+    "add_submission",
+    "last_submission",
+    "read_submissions",
+    "slurm_folder",
+    "write_submissions",
+]
 
 SUBMISSION_FILE = "submission.json"
 
@@ -57,10 +63,11 @@ def last_submission(folder: str | Path) -> dict:
 def add_submission(folder: str | Path, record: dict) -> None:
     """Appends a record to submission.json."""
     slurm_folder(folder).mkdir(parents=True, exist_ok=True)
-    _write_submissions(folder, [*read_submissions(folder), record])
+    write_submissions(folder, [*read_submissions(folder), record])
 
 
-def _write_submissions(folder: str | Path, records: Sequence[dict]) -> None:
+def write_submissions(folder: str | Path, records: Sequence[dict]) -> None:
+    """Replaces submission.json."""
     with atomic_write(slurm_folder(folder) / SUBMISSION_FILE, "w") as file:
         json.dump(records, file, indent=1)
 

@@ -19,7 +19,7 @@ from contnet.slurm.jobs import check_free
 from contnet.slurm.sweep import RunArguments, expand_runs
 from contnet.utils.errors import UserError
 
-__all__ = ["Run"]
+__all__ = ["Run", "prepare_runs"]
 
 
 @dataclass
@@ -64,7 +64,7 @@ def _check_content(cfg: CfgNode, arguments: RunArguments, processes: int, seen: 
     seen.add(key)
 
 
-def _prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
+def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """Reads and checks every run; nothing is written."""
     expanded = expand_runs(args)
     processes = args.num_gpus * args.num_machines

@@ -14,7 +14,7 @@ import yaml
 
 from contnet.utils.errors import UserError
 
-__all__ = ["Settings", "add_cluster_options", "read_settings"]
+__all__ = ["ClusterSettings", "add_cluster_options", "read_settings"]
 
 # What the submission itself decides, with what to use instead.
 _OURS = {
@@ -43,7 +43,7 @@ def _setting(default: object, unit: str, meaning: str, **more) -> object:
 
 
 @dataclass
-class Settings:
+class ClusterSettings:
     """Facts of a cluster and of jobs on it. Each field is an option, and a key of cluster files."""
 
     partition: str = _setting("", "NAME", "partition, or several with commas")
@@ -81,7 +81,7 @@ def _default(each: Field) -> object:
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--cluster-file`` and an option for every field of :class:`Settings`."""
+    """Adds ``--cluster-file`` and an option for every field of :class:`ClusterSettings`."""
     group = parser.add_argument_group("cluster")
     group.add_argument(
         "--cluster-file",
@@ -90,7 +90,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         help="yaml with any of the options below, found in ./clusters or ~/.config/contnet, "
         "or a path; options on the command line go before it",
     )
-    for each in fields(Settings):
+    for each in fields(ClusterSettings):
         default, meaning = _default(each), each.metadata["meaning"]
         option = {"dest": each.name, "help": meaning, "metavar": each.metadata["unit"]}
         if isinstance(default, bool):
@@ -127,7 +127,7 @@ def _read_cluster_file(path: Path) -> dict:
         raise UserError(f"cluster file {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"cluster file {path} must hold KEY: value lines")
-    known = [each.name for each in fields(Settings)]
+    known = [each.name for each in fields(ClusterSettings)]
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
@@ -169,7 +169,7 @@ def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
     return pairs
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
+def read_settings(args: argparse.Namespace) -> ClusterSettings:
     """Merges options over the cluster file over the defaults.
 
     Setup commands of both are run, the file's first; options of sbatch and srun are merged.
@@ -182,8 +182,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """
     path = _find_cluster_file(args.cluster_file) if args.cluster_file else None
     given = _read_cluster_file(path) if path else {}
-    settings = Settings()
-    for each in fields(Settings):
+    settings = ClusterSettings()
+    for each in fields(ClusterSettings):
         option, name = getattr(args, each.name), f"--{each.name.replace('_', '-')}"
         value = _default(each)
         if each.name in given:

@@ -23,11 +23,11 @@ from contnet.slurm.jobs import end_local, live_states, process_start
 from contnet.slurm.records import add_submission, slurm_folder
 from contnet.slurm.report import describe_run, follow
 from contnet.slurm.runs import Run
-from contnet.slurm.settings import Settings
+from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.snapshot import list_code, take_snapshot
 from contnet.utils.errors import UserError
 
-__all__ = ["Submission"]
+__all__ = ["Submission", "describe", "next_folder", "send", "show_dry_run"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Submission:
     """All that is decided before anything is written."""
 
     args: argparse.Namespace
-    settings: Settings
+    settings: ClusterSettings
     cluster: str
     base: Path
     runs: list[Run]
@@ -156,13 +156,15 @@ class Submission:
         }
 
 
-def _next_folder(base: Path) -> Path:
+def next_folder(base: Path) -> Path:
+    """The folder of the next submission from a run folder."""
     folder = slurm_folder(base)
     numbers = [int(p.name.removeprefix("submission")) for p in folder.glob("submission[0-9]*")]
     return folder / f"submission{max(numbers, default=0) + 1}"
 
 
-def _describe(plan: Submission) -> None:
+def describe(plan: Submission) -> None:
+    """Prints what a submission is going to run, and on what."""
     args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
     where = "SLURM" if plan.cluster == "slurm" else "this machine"
     device = "GPU" if plan.gpus else "process"
@@ -201,7 +203,8 @@ def _describe_code(plan: Submission) -> None:
         print(f"  left out, for they are larger than 20 MiB: {', '.join(large[:5])}")
 
 
-def _dry_run(plan: Submission) -> None:
+def show_dry_run(plan: Submission) -> None:
+    """Prints what would be written and sent."""
     print("dry run: nothing is submitted or written")
     print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
     if plan.cluster == "slurm":
@@ -274,7 +277,7 @@ def _run_queue(plan: Submission) -> bool:
     return all(describe_run(run.folder) == "finished" for run in plan.runs)
 
 
-def _send(plan: Submission) -> bool:
+def send(plan: Submission) -> bool:
     """Writes and submits; returns whether all is well."""
     _write_files(plan)
     if plan.cluster == "local" and plan.is_array:

@@ -16,9 +16,9 @@ from contnet.modeling.compat import silence_known_warnings
 from contnet.slurm.jobs import cancel, check_free
 from contnet.slurm.nodes import check_request, check_shared, is_one_machine, read_nodes
 from contnet.slurm.report import follow, print_status
-from contnet.slurm.runs import Run, _prepare_runs
-from contnet.slurm.settings import Settings, add_cluster_options, read_settings
-from contnet.slurm.submission import Submission, _describe, _dry_run, _next_folder, _send
+from contnet.slurm.runs import Run, prepare_runs
+from contnet.slurm.settings import ClusterSettings, add_cluster_options, read_settings
+from contnet.slurm.submission import Submission, describe, next_folder, send, show_dry_run
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["build_parser", "main", "parse_submission"]
@@ -115,7 +115,9 @@ def _choose_cluster(args: argparse.Namespace) -> str:
     return args.cluster
 
 
-def _check_slurm(args: argparse.Namespace, settings: Settings, runs: Sequence[Run], base: Path):
+def _check_slurm(
+    args: argparse.Namespace, settings: ClusterSettings, runs: Sequence[Run], base: Path
+):
     """What must be right for SLURM: the request, and folders that all nodes see."""
     gpus = 0 if runs[0].cfg.MODEL.DEVICE == "cpu" else args.num_gpus
     if shutil.which("sinfo") is None and args.dry_run:
@@ -161,7 +163,7 @@ def _check_devices(runs: Sequence[Run]) -> None:
 def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     settings = read_settings(args)
     cluster = _choose_cluster(args)
-    base, runs = _prepare_runs(args)
+    base, runs = prepare_runs(args)
     _check_devices(runs)
     if settings.signal_delay >= 3600 * settings.timeout_hours > 0:
         raise UserError(
@@ -173,12 +175,12 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     else:
         _check_local(args, runs)
     check_free(base)
-    plan = Submission(args, settings, cluster, base, runs, _next_folder(base), command)
-    _describe(plan)
+    plan = Submission(args, settings, cluster, base, runs, next_folder(base), command)
+    describe(plan)
     if args.dry_run:
-        _dry_run(plan)
+        show_dry_run(plan)
         return True
-    return _send(plan)
+    return send(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

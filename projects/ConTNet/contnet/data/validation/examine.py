@@ -18,7 +18,6 @@ from contnet.data.validation.coco import Use, check_instances
 
 __all__ = ["Examined", "examine_cityscapes", "examine_coco"]
 
-
 # Raise it when the same annotations would give other findings.
 _CHECKS_FORMAT = 1
 

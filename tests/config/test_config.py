@@ -2,26 +2,18 @@
 
 import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from leaves import CONFIGS, LEAVES, TINY, random_batch
 
 from contnet.config import add_contnet_config, check_values, load_config
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
+from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-LEAVES = sorted(
-    str(path.relative_to(CONFIGS).with_suffix(""))
-    for path in CONFIGS.rglob("*.yaml")
-    if not path.name.startswith("Base")
-)
 RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
 # By the start of a leaf's name: its losses, and its batch, iterations, steps and rate.
 SYSTEMS = {
@@ -38,20 +30,6 @@ SYSTEMS = {
     "demo_imagenet": ({"loss_cls"}, None),
     "imagenet": ({"loss_cls"}, None),
 }
-TINY = [
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.FPN.OUT_CHANNELS", "16"),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
-    *("MODEL.FCOS.NORM", ""),
-    *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"),
-    *("MODEL.PSP_HEAD.AUX_CONVS_DIM", "16"),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
-    *("SOLVER.IMS_PER_BATCH", "2"),
-    # Recipes of ImageNet start at a rate of 0.
-    *("SOLVER.WARMUP_FACTOR", "0.001"),
-]
 
 
 def _write(folder, text, name="some.yaml"):
@@ -62,23 +40,6 @@ def _write(folder, text, name="some.yaml"):
 
 def _system(name):
     return max((start for start in SYSTEMS if name.startswith(start)), key=len)
-
-
-def _random_batch(cfg):
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-        return [{"image": image, "label": i} for i, image in enumerate(images)]
-    batch = []
-    for height, width in ((61, 80), (48, 75)):
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.tensor([[4.0, 5.0, 40.0, 41.0], [20.0, 8.0, 70.0, 30.0]]))
-        instances.gt_classes = torch.tensor([3, 1])
-        corners = [[4.0, 5.0, 40.0, 5.0, 40.0, 41.0], [20.0, 8.0, 70.0, 30.0, 20.0, 30.0]]
-        instances.gt_masks = PolygonMasks([[np.array(polygon)] for polygon in corners])
-        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        labels = torch.randint(0, 19, (height, width))
-        batch.append({"image": image, "instances": instances, "sem_seg": labels})
-    return batch
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -99,7 +60,7 @@ def test_shipped_leaves_train_a_step(name):
     optimizer = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     with EventStorage():
-        losses = model(_random_batch(cfg))
+        losses = model(random_batch(cfg))
     assert set(losses) == SYSTEMS[_system(name)][0]
     assert all(loss.isfinite() for loss in losses.values()), losses
     sum(losses.values()).backward()

@@ -6,12 +6,13 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
-from detectron2.modeling import Backbone, build_backbone, build_model
+from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import ImageList
 from torch import nn
 
 from contnet.config import add_contnet_config
 from contnet.modeling.backbone import NORMS, ConTNetBackbone, backbone_prefix
+from contnet.modeling.build import build_model
 from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS, ConTNet, create_model
 from contnet.modeling.fpn import DivisibleFPN
 

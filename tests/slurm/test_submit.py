@@ -28,7 +28,7 @@ from contnet.slurm.jobs import process_start
 from contnet.slurm.nodes import check_request, read_nodes
 from contnet.slurm.records import read_submissions
 from contnet.slurm.report import describe_run
-from contnet.slurm.settings import Settings
+from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.status import read_status
 from contnet.slurm.submit import main, parse_submission
 from contnet.slurm.sweep import expand_runs
@@ -415,7 +415,7 @@ def test_wrong_cluster_files(slurm, here, capsys, content, said):
 def test_the_example_of_a_cluster_file_is_complete():
     path = REPOSITORY / "clusters" / "example.yaml"
     keys = {line.lstrip("# ").partition(":")[0] for line in path.read_text().splitlines()}
-    assert set(Settings.__dataclass_fields__) <= keys
+    assert set(ClusterSettings.__dataclass_fields__) <= keys
     args = parse_submission(["--cluster-file", str(path)])
     assert args.cluster_file == str(path)
     yaml.safe_load(path.read_text())
@@ -426,7 +426,7 @@ def test_nodes_are_read(slurm):
     assert [node.gpus for node in nodes] == [{"a100": 8}, {"a100": 8}, {"1080ti": 4}, {}, {"": 8}]
     assert [node.limit_hours for node in nodes] == [48, 48, 12, float("inf"), float("inf")]
     assert [node.default for node in nodes] == [True, True, False, False, False]
-    fit = check_request(nodes, Settings(timeout_hours=1), 2, 8, 8)
+    fit = check_request(nodes, ClusterSettings(timeout_hours=1), 2, 8, 8)
     assert {node.name for node in fit} == {"node1", "node2"}
 
 
@@ -741,7 +741,7 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
 
 def test_starts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
     """submitit's own bound is six."""
-    settings = Settings(max_requeues=7)
+    settings = ClusterSettings(max_requeues=7)
     python = shlex.quote(sys.executable)
     options = {"tasks": 1, "gpus": [], "environment": {}, "python": python}
     executor = local_executor(no_slurm / "jobs", settings, **options)

@@ -1,23 +1,22 @@
 """PSPNet's head, windows, crops and norms."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from detectron2.config import get_cfg
 from detectron2.layers import NaiveSyncBatchNorm
-from detectron2.modeling import build_model
 from PIL import Image
 from torch.nn import functional as F
 
 from contnet.config import load_config
 from contnet.data.pipeline.mappers import build_train_mapper
 from contnet.launch.main import main
+from contnet.modeling.build import build_model
 from contnet.modeling.pspnet import window_starts
 from contnet.utils.errors import UserError
 
-LEAF = str(Path(__file__).parents[1] / "configs" / "cityscapes" / "pspnet_contti.yaml")
+LEAF = str(REPOSITORY / "configs" / "cityscapes" / "pspnet_contti.yaml")
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"),
     *("MODEL.PSP_HEAD.AUX_CONVS_DIM", "16", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"),

@@ -15,7 +15,6 @@ import timm
 import torch
 import torchvision
 from conftest import QUICK, REPOSITORY, SMALL
-from detectron2.modeling import build_model
 from oracle import make_oracle
 from safetensors import safe_open
 from timm.utils import ModelEmaV3
@@ -32,6 +31,7 @@ from contnet.checkpoint.reference import run_authors
 from contnet.commands import convert_weights as weights
 from contnet.config import load_config
 from contnet.modeling.backbone import backbone_prefix
+from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
 CONTNET, RESNET = "faster_rcnn_contti.yaml", "faster_rcnn_r50.yaml"

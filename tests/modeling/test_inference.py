@@ -1,18 +1,18 @@
 """Networks made ready for inference, against the networks that they were made from."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from test_plain import difference, images, randomised
+from conftest import REPOSITORY
+from networks import difference, images, randomised
 
 import contnet
 from contnet.config import load_config
+from contnet.modeling.build import build_model
 from contnet.modeling.inference import optimize_for_inference
 
-LEAF = Path(__file__).resolve().parents[1] / "configs" / "faster_rcnn_contti.yaml"
+LEAF = REPOSITORY / "configs" / "faster_rcnn_contti.yaml"
 
 
 def run(model, x):

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from benchmarks.main import main as benchmarks
 from cityscapes import draw_scene, use_cityscapes, write_polygons
 from conftest import REPOSITORY, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
@@ -20,6 +19,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from torch import distributed, multiprocessing
 
+from benchmarks.main import main as benchmarks
 from contnet.config import load_config
 from contnet.data.datasets.register import register_datasets
 from contnet.data.findings import NOTE

@@ -1,13 +1,12 @@
 """Parameters and multiply-adds of the built models against the published figures."""
 
-from pathlib import Path
-
 import pytest
+from conftest import REPOSITORY
 
 from contnet.config import load_config
 from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = REPOSITORY / "configs"
 SIZE = (896, 1344)
 ALL_TAPS = ["MODEL.CONTNET.OUT_FEATURES", "['res2','res3','res4','res5']"]
 

@@ -11,7 +11,6 @@ import timm
 import torch
 from conftest import REPOSITORY, finish
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from imagenet import draw_picture
 from oracle import make_oracle
 from PIL import Image
@@ -33,6 +32,7 @@ from contnet.engine.trainer import Trainer
 from contnet.evaluation.classification import ClassificationEvaluator
 from contnet.evaluation.metrics import check_best_metric
 from contnet.launch.main import main
+from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, SMALL
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import nn
 from torch.nn import functional as F
 
 from contnet.config import load_config
+from contnet.modeling.build import build_model
 from contnet.modeling.tta import DenseDetectorTTA, SemanticSegmentorTTA, tta_class
 from contnet.utils.errors import UserError
 

@@ -218,7 +218,7 @@ if [ -e "{folder}/broken" ] && echo "$*" | grep -q -e "$(cat "{folder}/broken")"
 fi
 """
 
-# Settings under which pip reaches nothing.
+# ClusterSettings under which pip reaches nothing.
 NO_INDEX = {
     "PIP_CONFIG_FILE": os.devnull,
     "PIP_INDEX_URL": "http://127.0.0.1:9/simple",

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
+from conftest import REPOSITORY
+
 from benchmarks import pixels
 from benchmarks.limits import count_parts, least_seconds
 from benchmarks.main import main
 from benchmarks.timing import alternate, print_ratios
-from conftest import REPOSITORY
-
 from contnet.modeling.contnet import create_model
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")

@@ -2,36 +2,15 @@
 
 import pytest
 import torch
-from benchmarks.plain import run_plain
+from networks import difference, images, randomised
 from oracle import VARIANTS
 
-import contnet
-from contnet.modeling import contnet as network
+from benchmarks.plain import run_plain
+from contnet.modeling import block
 
 FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
 OPTIONS = [{}, *({flag: value} for flag, value in FLAGS.items()), FLAGS]
 SIZES = [(224, 224), (224, 448)]
-
-
-def randomised(name, dtype=torch.float32, **options):
-    """A network whose tables and norms are no longer what they start as."""
-    torch.manual_seed(0)
-    model = contnet.create_model(name, num_classes=10, drop_rate=0, last_drop_rate=0, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.to(dtype)
-
-
-def images(size, batch=2, dtype=torch.float32):
-    """A fixed random batch."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, *size, generator=generator).to(dtype)
-
-
-def difference(a, b):
-    """The largest difference, by the largest number."""
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @torch.no_grad()
@@ -76,12 +55,12 @@ def test_a_cpu_encodes_in_parts(monkeypatch, size):
         model(x).square().sum().backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    monkeypatch.setattr(network, "_CACHED", 10**12)
+    monkeypatch.setattr(block, "CPU_CHUNK_ELEMENTS", 10**12)
     at_once = gradients()
     calls = []
     encoder = model.stages[0][0].encoders[0]
     encoder.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
-    monkeypatch.setattr(network, "_CACHED", 10_000)
+    monkeypatch.setattr(block, "CPU_CHUNK_ELEMENTS", 10_000)
     for ours, whole in zip(gradients(), at_once, strict=True):
         assert difference(ours, whole) < 1e-10
     assert len(calls) > 10 and set(calls[:-1]) == {1}

@@ -15,13 +15,13 @@ import timm
 import torch
 import torchvision
 from conftest import REPOSITORY, SMALL
-from detectron2.modeling import build_model
 from oracle import make_oracle
 
 import contnet
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
 from contnet.modeling.backbone import backbone_prefix
+from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
 CONTNET = "faster_rcnn_contti.yaml"

@@ -1,19 +1,18 @@
 """FCOS in both forms, against Detectron2's and against the formulas."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import REPOSITORY
 from detectron2.engine import launch
-from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from contnet.config import load_config
+from contnet.modeling.build import build_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = REPOSITORY / "configs"
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "64", "MODEL.FCOS.NUM_CLASSES", "3"),
     *("MODEL.FCOS.NUM_CONVS", "1", "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"),

@@ -1,0 +1,26 @@
+"""ConTNets with random weights, images for them, and how far two results are apart."""
+
+import torch
+
+import contnet
+
+
+def randomised(name, dtype=torch.float32, **options):
+    """A network whose tables and norms are no longer what they start as."""
+    torch.manual_seed(0)
+    model = contnet.create_model(name, num_classes=10, drop_rate=0, last_drop_rate=0, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def images(size, batch=2, dtype=torch.float32):
+    """A fixed random batch."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *size, generator=generator).to(dtype)
+
+
+def difference(a, b):
+    """The largest difference, by the largest number."""
+    return ((a - b).abs().max() / b.abs().max()).item()
