@@ -11,6 +11,7 @@ from leaves import CONFIGS, LEAVES, TINY, random_batch
 
 from contnet.config import add_contnet_config, check_values, load_config
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
+from contnet.launch.model_config import check_model_config
 from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
@@ -38,13 +39,20 @@ def _write(folder, text, name="some.yaml"):
     return str(path)
 
 
+def load_checked(name, opts):
+    """A leaf as every entry point reads it."""
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts)
+    check_model_config(cfg)
+    return cfg
+
+
 def _system(name):
     return max((start for start in SYSTEMS if name.startswith(start)), key=len)
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_shipped_leaves_load(name):
-    cfg = load_config(str(CONFIGS / f"{name}.yaml"))
+    cfg = load_checked(name, ())
     assert not cfg.is_frozen()
     assert cfg.OUTPUT_DIR.startswith(f"./output/{name.replace('/', '_')}")
     assert cfg.MODEL.WEIGHTS == ""
@@ -125,8 +133,8 @@ def test_poly_schedule_falls_to_zero():
 def test_groups_of_one_channel_are_refused(width):
     opts = ["MODEL.FPN.OUT_CHANNELS", str(width)]
     with pytest.raises(UserError, match="a multiple of 32 from 64"):
-        load_config(str(CONFIGS / "fcos_contti.yaml"), opts)
-    load_config(str(CONFIGS / "fcos_contti.yaml"), [*opts, "MODEL.FCOS.NORM", ""])
+        load_checked("fcos_contti", opts)
+    load_checked("fcos_contti", [*opts, "MODEL.FCOS.NORM", ""])
 
 
 def test_sync_bn_is_replaced_on_the_cpu():
@@ -308,11 +316,11 @@ def test_wrong_overrides(opts, message):
 )
 def test_illegal_values(key, value, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), [key, value])
+        load_checked("faster_rcnn_contm", [key, value])
     assert key.rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_validate_may_be_called_again():
+def test_values_may_be_checked_again():
     cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"))
     check_values(cfg)
     cfg.SOLVER.NESTEROV, cfg.SOLVER.MOMENTUM = True, 0.0

@@ -23,10 +23,11 @@ from benchmarks.main import main as benchmarks
 from contnet.config import load_config
 from contnet.data.datasets.register import register_datasets
 from contnet.data.findings import NOTE
-from contnet.data.pipeline import annotations
+from contnet.data.pipeline import annotation_cache, annotation_sources
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.pipeline.records import Records
+from contnet.data.validation import examine
 from contnet.data.validation.classes import count_classes
 from contnet.data.validation.datasets import check_dataset, check_datasets
 from contnet.utils.errors import UserError
@@ -367,7 +368,7 @@ def test_of_several_processes_one_reads(usable, tmp_path):
 def test_scenes_that_passed_are_not_looked_at_again(scenes, monkeypatch):
     _, cfg = scenes
     found = [check_dataset(cfg, name).facts for name in SCENES]
-    monkeypatch.setattr(annotations, "check_layout", None)
+    monkeypatch.setattr(examine, "check_layout", None)
     assert [check_dataset(cfg, name).facts for name in SCENES] == found
 
 
@@ -416,9 +417,10 @@ def test_new_scenes_are_seen(scenes):
     assert len(load_dataset_dicts(cfg, SCENES[:1], train=True)) == before + 1
 
 
-def test_other_code_does_not_find_what_older_code_made(usable, monkeypatch):
+def test_another_format_does_not_find_what_an_older_one_made(usable, monkeypatch):
     first = _begin(usable)
-    monkeypatch.setattr(annotations, "_code", lambda *modules: "newer")
+    for module, name in ((annotation_cache, "_RECORDS_FORMAT"), (examine, "_CHECKS_FORMAT")):
+        monkeypatch.setattr(module, name, 99)
     assert _begin(usable) == first
     assert len(usable.kept()) == len(usable.kept("checks")) == 2
 
@@ -555,14 +557,14 @@ def test_a_full_disk_is_told_and_leaves_nothing(usable, caplog):
 
 
 def test_a_change_while_it_is_read_is_an_error(usable, monkeypatch):
-    plain = annotations.read_instances
+    plain = annotation_sources.read_instances
 
     def slow(file):
         content = plain(file)
         usable.write(draw_content())
         return content
 
-    monkeypatch.setattr(annotations, "read_instances", slow)
+    monkeypatch.setattr(annotation_sources, "read_instances", slow)
     with pytest.raises(UserError, match="drawn changed while they were read: start again"):
         usable.load()
     assert not usable.kept()

@@ -294,7 +294,7 @@ def test_a_classifier_refuses_objects(coco_root):
 )
 def test_form_of_entries_is_told(value):
     with pytest.raises(UserError, match=r"\[name, folder\] or \[name, label file .txt or .csv, f"):
-        load_config(LEAF, ["DATASETS.REGISTER", value])
+        register_datasets(load_config(LEAF, ["DATASETS.REGISTER", value]))
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_names_are_not_taken_twice(drawn):
 )
 def test_form_is_told(value):
     with pytest.raises(UserError, match=r"DATASETS.REGISTER has .* \[name, annotation file, image"):
-        load_config(LEAF, ["DATASETS.REGISTER", value])
+        register_datasets(load_config(LEAF, ["DATASETS.REGISTER", value]))
 
 
 def test_double_names_are_told():

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from contnet.data.datasets import shapes
+from contnet.data.datasets import shapes_drawing as drawing
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import ShapesConfig, make_shapes, shapes_datasets
 from contnet.data.datasets.shapes_drawing import CLASS_NAMES, MIN_VISIBLE
@@ -115,7 +116,9 @@ def test_sizes(coco):
 def test_objects_hide_each_other_but_stay_visible():
     hidden = 0
     for number in range(8):
-        _, objects = shapes._draw(SMALL, "train", number)
+        _, objects = drawing.draw_picture(
+            np.random.default_rng(number), SMALL.min_side, SMALL.max_side
+        )
         shares = [thing.visible.sum() / thing.full_area for thing in objects]
         assert min(shares) >= MIN_VISIBLE
         hidden += sum(share < 0.95 for share in shares)
@@ -129,7 +132,7 @@ def test_objects_hide_each_other_but_stay_visible():
 def test_what_counts_as_visible(height, width, full_area, enough):
     visible = np.zeros((40, 40), bool)
     visible[3 : 3 + height, 5 : 5 + width] = True
-    assert shapes._Object(0, visible, full_area).shows_enough() == enough
+    assert drawing.ShapeObject(0, visible, full_area).shows_enough() == enough
 
 
 def test_boxes_overlap(coco):
@@ -183,7 +186,7 @@ def test_polygons_cover_any_mask_exactly(share):
     for height, width in [(1, 1), (1, 9), (7, 2), (16, 16), (23, 17)]:
         mask = rng.random((height, width)) < share
         mask[0, 0] = True
-        polygons = [loop.ravel().tolist() for loop in shapes._polygons(mask)]
+        polygons = [loop.ravel().tolist() for loop in drawing.mask_polygons(mask)]
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
         np.testing.assert_array_equal(coco_mask.decode(rle).astype(bool), mask)
 
@@ -191,13 +194,13 @@ def test_polygons_cover_any_mask_exactly(share):
 def test_a_ring_is_cut_through_its_hole():
     mask = np.ones((9, 9), bool)
     mask[3:6, 3:6] = False
-    assert len(shapes._polygons(mask)) == 2
+    assert len(drawing.mask_polygons(mask)) == 2
 
 
 @pytest.mark.parametrize("name", CLASS_NAMES)
 def test_outline_fills_its_circle_and_turns(name):
-    upright = shapes._alpha(name, 60.0, 0.0, np.zeros(2))
-    turned = shapes._alpha(name, 60.0, 0.5, np.zeros(2))
+    upright = drawing.draw_outline(name, 60.0, 0.0, np.zeros(2))
+    turned = drawing.draw_outline(name, 60.0, 0.5, np.zeros(2))
     assert upright.shape == (64, 64) and upright.min() >= 0 and upright.max() == 1
     assert upright.sum() == pytest.approx(turned.sum(), rel=0.02)
     rows = np.flatnonzero((upright >= 0.5).any(1))

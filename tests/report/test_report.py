@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contnet.report import page as report
+from contnet.report.curves import by_iteration, loss_curve, running_median
 from contnet.report.page import write_report
-from contnet.report.pictures import Box, ReportImage
+from contnet.report.pictures import Box, ReportImage, place_tag
 
 CLASS_NAMES = ("circle", "<b>square</b>")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -167,7 +167,7 @@ def test_boxes_are_drawn_where_they_are(html):
 def test_labels_stay_in_the_image_and_avoid_each_other():
     taken = []
     for _ in range(4):
-        left, top = report._place_tag(Box((70, 0, 110, 50), 0), (40, 10), (100, 80), taken)
+        left, top = place_tag(Box((70, 0, 110, 50), 0), (40, 10), (100, 80), taken)
         assert 0 <= left <= 60 and 0 <= top <= 70
         taken.append((left, top, left + 40, top + 10))
     assert len(set(taken[:3])) == 3
@@ -199,14 +199,12 @@ def test_curves_are_drawn_and_named(html):
     assert labels[:2] == ["Loss against iteration", "Average precision against iteration"]
     for key in ("total_loss", "loss_cls", "bbox/AP", "bbox/AP50", "iteration"):
         assert re.search(f"<text[^>]*>{key}</text>", html)
-    assert "currentColor" in html and report._SENTINEL not in html
+    assert "currentColor" in html and "#010203" not in html
 
 
 def test_a_falling_loss_falls_in_the_curve():
     rows = {i: {"total_loss": 5.0 - i / 10} for i in range(40)}
-    path = re.search(
-        r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', report._loss_curve(rows)
-    )
+    path = re.search(r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', loss_curve(rows))
     heights = [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path.group(1))]
     assert len(heights) >= 2 and heights == sorted(heights)  # In SVG, y grows downwards.
 
@@ -214,8 +212,8 @@ def test_a_falling_loss_falls_in_the_curve():
 def test_running_median_ignores_a_spike():
     values = [1.0] * 100
     values[50] = 1000.0
-    assert report._running_median(values) == [1.0] * 100
-    assert report._running_median([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+    assert running_median(values) == [1.0] * 100
+    assert running_median([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
 
 
 def test_later_lines_of_an_iteration_hold():
@@ -224,7 +222,7 @@ def test_later_lines_of_an_iteration_hold():
         {"iteration": 3, "total_loss": 4.0},
         {"iteration": 5, "total_loss": 0.5},
     ]
-    merged = report._by_iteration(lines)
+    merged = by_iteration(lines)
     assert list(merged.items()) == [(3, {"total_loss": 4.0}), (5, {"total_loss": 0.5, "lr": 2.0})]
 
 

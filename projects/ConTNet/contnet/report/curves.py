@@ -13,7 +13,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["ap_curve", "by_iteration", "format_number", "loss_curve", "series", "shown_columns"]
+__all__ = [
+    "ap_curve",
+    "by_iteration",
+    "format_number",
+    "loss_curve",
+    "running_median",
+    "series",
+    "shown_columns",
+]
 
 # Mid-tones that stand out from white and from black.
 _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
@@ -52,7 +60,7 @@ def format_number(value: object) -> str:
     return str(value)
 
 
-def _running_median(values: list[float]) -> list[float]:
+def running_median(values: list[float]) -> list[float]:
     """The median over a centred window of about a twentieth of the series."""
     reach = len(values) // 40
     return [
@@ -99,7 +107,7 @@ def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
         width = 2.2 if key == "total_loss" else 1.2
         marker = "o" if len(x) == 1 else None
-        axes.plot(x, _running_median(y), color=colour, linewidth=width, marker=marker, label=key)
+        axes.plot(x, running_median(y), color=colour, linewidth=width, marker=marker, label=key)
     axes.set_ylim(bottom=0)
     return _svg(figure, "Loss against iteration")
 

@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASS_COLOURS", "Box", "ReportImage", "draw_pair"]
+__all__ = ["CLASS_COLOURS", "Box", "ReportImage", "draw_pair", "place_tag"]
 
 # Light enough for black text on top, and far apart from each other in lightness or hue.
 CLASS_COLOURS = (
@@ -64,7 +64,7 @@ def _caption(box: Box, class_names: Sequence[str]) -> str:
     return name if box.score is None else f"{name} {box.score:.2f}"
 
 
-def _place_tag(
+def place_tag(
     box: Box, size: tuple[float, float], limits: tuple[int, int], taken: list[tuple[float, ...]]
 ) -> tuple[float, float]:
     """The left top corner of a box's label: at the box, in the image, over no label if possible."""
@@ -102,7 +102,7 @@ def _drawn_boxes(boxes: Sequence[Box], names: Sequence[str], width: int, height:
         )
         length = len(text) * _LETTER_WIDTH * size
         tag_width, tag_height = length + 0.5 * size, 1.2 * size
-        left, top = _place_tag(box, (tag_width, tag_height), (width, height), taken)
+        left, top = place_tag(box, (tag_width, tag_height), (width, height), taken)
         taken.append((left, top, left + tag_width, top + tag_height))
         tags.append(
             f'<g class="tag"><rect x="{left:.1f}" y="{top:.1f}" width="{tag_width:.1f}" '

@@ -12,6 +12,7 @@ __all__ = [
     "CLASS_NAMES",
     "MIN_VISIBLE",
     "ShapeObject",
+    "draw_outline",
     "draw_picture",
     "mask_box",
     "mask_polygons",
@@ -58,7 +59,7 @@ _OUTLINES: dict[str, np.ndarray] = {
 }
 
 
-def _alpha(name: str, diameter: float, angle: float, offset: np.ndarray) -> np.ndarray:
+def draw_outline(name: str, diameter: float, angle: float, offset: np.ndarray) -> np.ndarray:
     """Coverage of each pixel by a shape, anti-aliased.
 
     Args:
@@ -223,7 +224,7 @@ def _add_object(rng: np.random.Generator, image: np.ndarray, objects: list[Shape
     class_index = int(rng.integers(len(CLASS_NAMES)))
     diameter = rng.uniform(*_DIAMETERS)
     angle = rng.uniform(0, 2 * math.pi)
-    alpha = _alpha(CLASS_NAMES[class_index], diameter, angle, rng.uniform(-0.5, 0.5, 2))
+    alpha = draw_outline(CLASS_NAMES[class_index], diameter, angle, rng.uniform(-0.5, 0.5, 2))
     side, inner = len(alpha), alpha >= 0.5
     for _ in range(_PLACING_TRIES):
         x, y = rng.integers(-side // 3, (width - 2 * side // 3, height - 2 * side // 3)).tolist()
