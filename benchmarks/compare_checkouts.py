@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contnet.data.shapes import crop_shapes, make_shapes, shapes_datasets
-from contnet.data.shapes_cityscapes import shapes_to_cityscapes
+from contnet.data.datasets.shapes import crop_shapes, make_shapes, shapes_datasets
+from contnet.data.datasets.shapes_cityscapes import shapes_to_cityscapes
 
 __all__ = ["CASES", "build_parser", "compare_checkouts", "compare_runs", "main"]
 

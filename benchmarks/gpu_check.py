@@ -24,18 +24,17 @@ import torchvision
 from torch import Tensor
 
 import contnet
-from contnet.benchmark.timing import alternate
-from contnet.data.shapes import crop_shapes, make_shapes, shapes_datasets
-from contnet.data.shapes_cityscapes import shapes_to_cityscapes
-from contnet.engine.results import read_results
+from benchmarks.plain import run_plain
+from benchmarks.timing import alternate
+from contnet.data.datasets.shapes import crop_shapes, make_shapes, shapes_datasets
+from contnet.data.datasets.shapes_cityscapes import shapes_to_cityscapes
 from contnet.engine.writers import METRICS_FILE, git_commit
-from contnet.errors import UserError
-from contnet.launch.processes import print_error
-from contnet.modeling.plain import run_plain
+from contnet.evaluation.results import read_results
+from contnet.utils.errors import UserError, print_error
 
 __all__ = ["PARTS", "main"]
 
-_REPOSITORY = Path(__file__).resolve().parents[4]
+_REPOSITORY = Path(__file__).resolve().parents[1]
 # A rate that random weights stand with frozen norms.
 _TRAINING = "SEED 1 LOG_PERIOD 1 SOLVER.BASE_LR 0.0005 SOLVER.STEPS () SOLVER.WARMUP_ITERS 1"
 _ON_GPU = "SOLVER.IMS_PER_BATCH 8 DATALOADER.NUM_WORKERS 8"

@@ -1,4 +1,4 @@
-"""The command line of tools/benchmarks.py: one subject for each thing that is measured."""
+"""The command line of tools/benchmark.py: one subject for each thing that is measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUBJECTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/benchmarks.py."""
+    """The parser of tools/benchmark.py."""
     parser = argparse.ArgumentParser(description="Measures side by side, as ratios.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, module in SUBJECTS.items():
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/benchmarks.py; its exit status."""
+    """Entry point of tools/benchmark.py; its exit status."""
     args = build_parser().parse_args(argv)
     print(describe_machine(), flush=True)
     try:

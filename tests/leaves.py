@@ -5,6 +5,9 @@ import torch
 from conftest import REPOSITORY
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
+from contnet.config import load_config
+from contnet.launch.model_config import check_model_config
+
 CONFIGS = REPOSITORY / "configs"
 LEAVES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
@@ -43,3 +46,10 @@ def random_batch(cfg):
         labels = torch.randint(0, 19, (height, width))
         batch.append({"image": image, "instances": instances, "sem_seg": labels})
     return batch
+
+
+def checked_config(path, opts=()):
+    """The config of a file, checked as by every entry point."""
+    cfg = load_config(str(path), opts)
+    check_model_config(cfg)
+    return cfg

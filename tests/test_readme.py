@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, finish
+from leaves import checked_config
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
-from contnet.commands import compare, demo, doctor
+from contnet.commands import compare, demo, doctor, make_shards, prepare_cityscapes
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
-from contnet.data.datasets import cityscapes_labels as cityscapes
-from contnet.data.datasets import shard_writer
 from contnet.launch.arguments import parse_arguments
 from contnet.slurm import sweep
 from contnet.slurm.submit import parse_submission
@@ -103,7 +102,7 @@ def every_command() -> list:
 
 def check_overrides(config_file: str, opts: list[str]) -> None:
     """The config exists and every KEY VALUE is legal in it."""
-    load_config(str(REPOSITORY / config_file), opts)
+    checked_config(REPOSITORY / config_file, opts)
 
 
 def check_train_net(arguments: list[str]) -> None:
@@ -131,13 +130,13 @@ def check_demo(arguments: list[str], monkeypatch) -> None:
 
 
 def check_prepare_cityscapes(arguments: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(cityscapes, "prepare_cityscapes", lambda root, workers: (0, 0))
-    assert cityscapes.main(arguments) == 0
+    monkeypatch.setattr(prepare_cityscapes, "prepare_cityscapes", lambda root, workers: (0, 0))
+    assert prepare_cityscapes.main(arguments) == 0
 
 
 def check_make_shards(arguments: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(shard_writer, "make_shards", lambda *given: (0, 0))
-    assert shard_writer.main(arguments) == 0
+    monkeypatch.setattr(make_shards, "make_shards", lambda *given: (0, 0))
+    assert make_shards.main(arguments) == 0
 
 
 def check_doctor(arguments: list[str]) -> None:
@@ -190,7 +189,7 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_compare(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/make_shards.py":
             check_make_shards(arguments[1:], monkeypatch)
-        elif arguments[0] == "tools/benchmarks.py":
+        elif arguments[0] == "tools/benchmark.py":
             check_benchmark(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/compare_checkouts.py":
             compare_checkouts.build_parser().parse_args(arguments[1:])
@@ -233,7 +232,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
         "python tools/results.py",
-        "python tools/benchmarks.py evaluation --boxes",
+        "python tools/benchmark.py evaluation --boxes",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python tools/compare_checkouts.py ../before --only retinanet",
         "python train.py",

@@ -4,11 +4,12 @@
 import sys
 from pathlib import Path
 
-from contnet.compat import quiet_known_noise
+from contnet.modeling.compat import silence_known_warnings
 
-quiet_known_noise()  # before Detectron2 is imported
+silence_known_warnings()  # before Detectron2 is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks is not installed
 
-from contnet.benchmark.compare_checkouts import main  # noqa: E402
+from benchmarks.compare_checkouts import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(Path(__file__).resolve().parents[1]))

@@ -55,7 +55,7 @@ mkdir -p "$output" || exit 1
 results=$output/results.jsonl
 : >"$results" || exit 1
 export PYTHONUNBUFFERED=1
-export PYTHONPATH="$root/projects/ConTNet:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/projects/ConTNet:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
 # Workers that load images pass them on as open files.
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 status=0
@@ -71,7 +71,7 @@ for each in $limits; do
     figures=$output/$part.figures
     rm -f "$figures"
     start=$(date +%s)
-    timeout -k 10 "$limit" "$python" -m contnet.benchmark.gpu_check "$part" \
+    timeout -k 10 "$limit" "$python" -m benchmarks.gpu_check "$part" \
         --device "$device" --output "$output" >"$output/$part.log" 2>&1 &
     pid=$!
     ended=ok

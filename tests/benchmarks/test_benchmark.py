@@ -105,7 +105,7 @@ def test_checkpoints(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_scaling_over_two_processes():
-    command = [sys.executable, str(REPOSITORY / "tools" / "benchmarks.py"), "scaling"]
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "scaling"]
     small = "--model contnet_ti --size 64 64 --rounds 1"
     result = subprocess.run([*command, *small.split()], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

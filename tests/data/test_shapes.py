@@ -18,8 +18,8 @@ from contnet.data.datasets import shapes
 from contnet.data.datasets import shapes_drawing as drawing
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import ShapesConfig, make_shapes, shapes_datasets
-from contnet.data.datasets.shapes_drawing import CLASS_NAMES, MIN_VISIBLE
 from contnet.data.datasets.shapes_cityscapes import LABELS, shapes_to_cityscapes
+from contnet.data.datasets.shapes_drawing import CLASS_NAMES, MIN_VISIBLE
 from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1

@@ -427,7 +427,7 @@ def test_averaged_weights_follow_the_formula(tmp_path):
     expected = Averaging(0.9)
     trainer.register_hooks([expected])
     train(trainer)
-    found = trainer.average.module.state_dict()
+    found = trainer.ema.module.state_dict()
     assert found.keys() == expected.mean.keys()
     moved = False
     for name, value in trainer.unwrapped_model.state_dict().items():
@@ -458,7 +458,7 @@ def test_spawned_workers_can_have_the_data(tmp_path):
     there = pickle.loads(pickle.dumps(trainer.data_loader.dataset))
     here = trainer.data_loader.dataset
     assert torch.equal(there[3, 1]["image"], here[3, 1]["image"])
-    assert next(iter(there.stream)) == next(iter(here.stream))
+    assert next(iter(there.batch_sampler)) == next(iter(here.batch_sampler))
 
 
 def test_loss_normalizer_is_saved_and_restored(tmp_path):

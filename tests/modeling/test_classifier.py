@@ -12,6 +12,7 @@ import torch
 from conftest import REPOSITORY, finish
 from detectron2.config import CfgNode
 from imagenet import draw_picture
+from leaves import checked_config
 from oracle import make_oracle
 from PIL import Image
 from timm.data.mixup import Mixup
@@ -44,7 +45,7 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
 def config(*opts, leaf="contti") -> CfgNode:
-    return load_config(str(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml"), [*SMALL, *opts])
+    return checked_config(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml", [*SMALL, *opts])
 
 
 def batch(count=4, size=64):

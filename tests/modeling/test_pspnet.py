@@ -6,6 +6,7 @@ import torch
 from conftest import REPOSITORY
 from detectron2.config import get_cfg
 from detectron2.layers import NaiveSyncBatchNorm
+from leaves import checked_config
 from PIL import Image
 from torch.nn import functional as F
 
@@ -123,7 +124,7 @@ def test_windows_are_averaged():
 )
 def test_wrong_settings_are_one_line(opts, message):
     with pytest.raises(UserError, match=message):
-        load_config(LEAF, opts)
+        checked_config(LEAF, opts)
 
 
 def test_batch_norm_over_one_pixel_is_refused_before_training(tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from conftest import REPOSITORY, SMALL
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from leaves import checked_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -269,6 +270,6 @@ def test_places_are_kept_to_the_pixel(rectangle):
     ],
 )
 def test_refused_when_the_config_is_read(options, said):
-    load_config(LEAF, options.split())
+    checked_config(LEAF, options.split())
     with pytest.raises(UserError, match=said):
-        load_config(LEAF, [*options.split(), "TEST.AUG.ENABLED", "True"])
+        checked_config(LEAF, [*options.split(), "TEST.AUG.ENABLED", "True"])

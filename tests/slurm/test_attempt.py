@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 from torch.distributed import TCPStore
@@ -128,7 +129,7 @@ def _meet_all(start, size=3):
 
     def join(rank):
         place = DistributedEnvironment("slurm", rank, size, rank, size, "127.0.0.1", start)
-        stores[rank] = rendezvous(place, patience=60)
+        stores[rank] = rendezvous(place, join_timeout=60)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
     for thread in reversed(threads):  # rank 0 last
@@ -158,7 +159,7 @@ def test_ranks_meet_though_ports_are_taken(monkeypatch):
 def test_nobody_to_meet():
     place = DistributedEnvironment("slurm", 1, 2, 0, 1, "127.0.0.1", "12345.6.0")
     with pytest.raises(UserError, match=r"found no rank 0 on 127\.0\.0\.1"):
-        rendezvous(place, patience=0.5)
+        rendezvous(place, join_timeout=0.5)
 
 
 def test_ports_differ_between_jobs_and_steps():
@@ -197,9 +198,9 @@ def _lease(folder, job_id, restart, cluster=""):
 def test_lease_passes_to_a_later_start_alone(tmp_path):
     old, new = _lease(tmp_path, "5", 0), _lease(tmp_path, "5", 1)
     assert not old.lost()
-    old.take(patience=0)
+    old.take(timeout=0)
     assert not old.lost() and not new.lost()
-    new.take(patience=0)
+    new.take(timeout=0)
     assert old.lost() and not new.lost()
     # Also for a rank of the old start that never saw its own lease.
     assert _lease(tmp_path, "5", 0).lost()
@@ -209,15 +210,15 @@ def test_lease_passes_to_a_later_start_alone(tmp_path):
 
 def test_lease_of_another_job(tmp_path):
     first, second = _lease(tmp_path, "5", 3), _lease(tmp_path, "6", 0)
-    first.take(patience=0)
+    first.take(timeout=0)
     folder = AttemptFolder(tmp_path, "5", 3)
     folder.path.mkdir(parents=True)
     alive = folder.rank_file(0, ".json")
     alive.write_text(json.dumps({"rank": 0, "time": time.time() + 1000}))
     with pytest.raises(UserError, match="belongs to job 5"):
-        second.take(patience=1.5)
+        second.take(timeout=1.5)
     first.release()
-    second.take(patience=60)
+    second.take(timeout=60)
     assert first.lost()
 
 
@@ -240,18 +241,23 @@ def test_last_saved(tmp_path):
     assert last_saved_iteration(tmp_path) > 10**9
 
 
+def _attempt(run_folder, **options):
+    """An attempt as a job makes it."""
+    return Attempt(**asdict(TrainingJob([], str(run_folder), **options)))
+
+
 def test_no_requeue_without_progress(tmp_path, monkeypatch):
     for name, value in LOCAL.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "last_checkpoint").write_text("model_0000012.pth")
     record_requeue(tmp_path, {"job_id": "99", "restart": 0, "iteration": 12, "reason": ""})
-    start = Attempt(TrainingJob([], str(tmp_path)))
+    start = _attempt(tmp_path)
     assert start.job.restart == 1
     assert "nothing was saved since the last requeue, after iteration 12" in start._reason_to_stop()
     (tmp_path / "last_checkpoint").write_text("model_0000013.pth")
     assert not start._reason_to_stop()
-    start = Attempt(TrainingJob([], str(tmp_path), max_requeues=1))
+    start = _attempt(tmp_path, max_requeues=1)
     assert "the last one allowed" in start._reason_to_stop()
 
 
@@ -264,7 +270,7 @@ def _beat(folder, rank, **more):
 
 def test_status(tmp_path):
     assert read_status(tmp_path) == {}
-    _lease(tmp_path, "5", 0).take(patience=0)
+    _lease(tmp_path, "5", 0).take(timeout=0)
     folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
     assert read_status(tmp_path)["state"] == "starting"
@@ -284,7 +290,7 @@ def test_status(tmp_path):
 
 
 def test_a_silent_run(tmp_path):
-    _lease(tmp_path, "5", 0).take(patience=0)
+    _lease(tmp_path, "5", 0).take(timeout=0)
     folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
     _beat(folder, 0, heartbeat_interval=0.01)
@@ -361,7 +367,7 @@ def test_the_network_interface(tmp_path, monkeypatch):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "other")
     monkeypatch.setattr("contnet.utils.files._guards", {})
     (tmp_path / "slurm").mkdir()
-    Attempt(TrainingJob([], str(tmp_path)))._begin()
+    _attempt(tmp_path)._begin()
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "other"
-    Attempt(TrainingJob([], str(tmp_path), interface="ib0"))._begin()
+    _attempt(tmp_path, interface="ib0")._begin()
     assert os.environ["NCCL_SOCKET_IFNAME"] == os.environ["GLOO_SOCKET_IFNAME"] == "ib0"

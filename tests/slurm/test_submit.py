@@ -188,7 +188,7 @@ def test_requeues_are_not_bounded_by_submitit(slurm, here):
     assert sent._timeout_countdown > 10**6
     job = sent.function
     assert (job.max_requeues, job.hang_timeout, job.interface) == (7, 90.0, "ib0")
-    assert job.setup == {"signal_delay": 180}
+    assert job.signal_delay == 180
     assert job.run_folder == str(here / "out")
 
 
@@ -739,13 +739,13 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     assert "nothing to cancel" in error_of(capsys, "--cancel", "out")
 
 
-def test_starts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
+def test_attempts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
     """submitit's own bound is six."""
     settings = ClusterSettings(max_requeues=7)
     python = shlex.quote(sys.executable)
     options = {"tasks": 1, "gpus": [], "environment": {}, "python": python}
     executor = local_executor(no_slurm / "jobs", settings, **options)
-    start = "open('starts', 'a').write('x'); import sys; sys.exit(144)"
+    start = "open('attempts', 'a').write('x'); import sys; sys.exit(144)"
     (job_id,) = submit_jobs(executor, [partial(exec, start)])
     wait_for(lambda: not process_start(int(job_id)))
     assert (no_slurm / "attempts").read_text() == 8 * "x"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from contnet.data.cityscapes import prepare_cityscapes
-from contnet.errors import UserError
+from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
+from contnet.utils.errors import UserError
 
 __all__ = ["LABELS", "shapes_to_cityscapes"]
 
@@ -38,7 +38,7 @@ def shapes_to_cityscapes(root: str | Path, folder: str | Path) -> None:
     """Makes a Cityscapes with all its label files out of a set of shapes.
 
     Args:
-        root: a folder that `contnet.data.shapes.make_shapes` made.
+        root: a folder that `contnet.data.datasets.shapes.make_shapes` made.
         folder: becomes a DETECTRON2_DATASETS: ``folder/cityscapes/{leftImg8bit,gtFine}``.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from contnet.benchmark.compare_checkouts import compare_runs, main
+from benchmarks.compare_checkouts import compare_runs, main
 
 
 def write_run(folder: Path, prefix: str = "") -> Path:
@@ -146,7 +146,7 @@ def test_a_changed_network_is_found(copy, capsys):
     assert main(REPOSITORY, argv) == 0
     assert capsys.readouterr().out.startswith("classifier: equal to the bit")
 
-    file = copy / "projects" / "ConTNet" / "contnet" / "modeling" / "contnet.py"
+    file = copy / "projects" / "ConTNet" / "contnet" / "modeling" / "encoder.py"
     text = file.read_text()
     changed = text.replace("nn.LayerNorm(dim)", "nn.LayerNorm(dim, eps=1.01e-5)")
     assert changed != text
