@@ -27,9 +27,11 @@ test: setup
 test-slurm: setup
 	@sh tools/test_slurm.sh $(BIN)/pytest
 
+# Format, style, and that imports go one way (the contracts are in setup.cfg).
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports setup.cfg
 
 format: setup
 	$(BIN)/ruff format .

@@ -33,6 +33,8 @@ def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
         _share_cores(args.num_gpus)
     try:
         function(args)
+        # Threads of gloo that outlive the interpreter would abort the process.
+        distributed.destroy_process_group()
     except UserError as error:
         print_error(error)
         sys.exit(1)
@@ -51,7 +53,7 @@ def _choose_gpu(env: DistributedEnvironment) -> None:
         torch.cuda.set_device(env.local_rank)
 
 
-def _run_in_place(
+def _join_run(
     env: DistributedEnvironment,
     function: Callable,
     args: argparse.Namespace,
@@ -100,7 +102,7 @@ def launch_run(
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if env := find_environment():
-        _run_in_place(env, function, args, on_cpu, timeout)
+        _join_run(env, function, args, on_cpu, timeout)
         return
     if args.num_gpus * args.num_machines == 1:
         function(args)
