@@ -20,8 +20,8 @@ from torchvision.datasets import ImageFolder
 
 from contnet.commands.doctor import main as doctor
 from contnet.config import load_config
-from contnet.data.datasets.classes import difference
-from contnet.data.datasets.imagenet import read_set
+from contnet.data.datasets.classes import describe_difference
+from contnet.data.datasets.classification import read_set
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.findings import NOTE, Findings
@@ -483,11 +483,13 @@ def test_settings_that_need_objects_are_told(root, key, value):
 
 
 def test_differences_are_named():
-    assert difference(["a", "b"], ["a", "b"]) == ""
-    assert difference(["b", "a"], ["a", "b"]) == "another order: number 0 is b instead of a"
-    assert difference(["a", "c"], ["a", "b"]) == "1 too many: c; 1 missing: b"
+    assert describe_difference(["a", "b"], ["a", "b"]) == ""
+    assert (
+        describe_difference(["b", "a"], ["a", "b"]) == "another order: number 0 is b instead of a"
+    )
+    assert describe_difference(["a", "c"], ["a", "b"]) == "1 too many: c; 1 missing: b"
     many = [str(number) for number in range(9)]
-    assert difference(many, []) == "9 too many: 0, 1, 2, ..."
+    assert describe_difference(many, []) == "9 too many: 0, 1, 2, ..."
 
 
 # --- pixels --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from PIL import Image
 
 from contnet.commands.make_shards import main
 from contnet.data.datasets import shards
-from contnet.data.datasets.imagenet import ClassificationSource, read_set
+from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.shard_writer import make_shards
 from contnet.data.datasets.shards import (
     index_shard,

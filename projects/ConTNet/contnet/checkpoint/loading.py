@@ -15,7 +15,7 @@ from contnet.checkpoint.key_mapping import (
     torchvision_name,
 )
 from contnet.checkpoint.reading import strip_wrapper_prefix
-from contnet.data.datasets.classes import difference
+from contnet.data.datasets.classes import describe_difference
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.encoder import Encoder
@@ -166,7 +166,7 @@ def check_classes(
             f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
             "and of the weights' outputs mean the same"
         )
-    elif differing := difference(ours, theirs):
+    elif differing := describe_difference(ours, theirs):
         raise UserError(
             f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
             f"({differing}): {_renaming(model)}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes import FILES, find_scenes
-from contnet.data.datasets.imagenet import EVALUATOR_TYPE, read_set
+from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes

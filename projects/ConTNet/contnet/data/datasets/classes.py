@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["CLASS_KEYS", "LABELS", "dataset_class_names", "difference"]
+__all__ = ["CLASS_KEYS", "LABELS", "dataset_class_names", "describe_difference"]
 
 # What classification sets have, where others have objects or label maps.
 LABELS = "labels of images"
@@ -47,7 +47,7 @@ def dataset_class_names(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
     return next((list(classes) for classes in known if classes), None)
 
 
-def difference(classes: Sequence[str], expected: Sequence[str]) -> str:
+def describe_difference(classes: Sequence[str], expected: Sequence[str]) -> str:
     """Says how two lists of classes differ, "" if they do not."""
     here, there = set(classes), set(expected)
     parts = []

@@ -8,12 +8,8 @@ from detectron2.data.datasets import register_coco_instances
 
 from contnet.config.values import REGISTER_FORM
 from contnet.data.datasets.classes import CLASS_KEYS, LABELS
-from contnet.data.datasets.imagenet import (
-    EVALUATOR_TYPE,
-    ClassificationSource,
-    register_classification,
-    register_imagenet,
-)
+from contnet.data.datasets.classification import EVALUATOR_TYPE, ClassificationSource
+from contnet.data.datasets.imagenet import register_classification, register_imagenet
 from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
 from contnet.utils.errors import UserError
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from contnet.data.datasets.imagenet import ClassificationSet, ClassificationSource, read_set
+from contnet.data.datasets.classification import ClassificationSet, ClassificationSource, read_set
 from contnet.data.datasets.shards import (
     CLASSES_FILE,
     INDEX_FILE,

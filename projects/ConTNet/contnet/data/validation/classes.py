@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from contnet.data.datasets.classes import CLASS_KEYS, LABELS, difference
-from contnet.data.datasets.imagenet import count_labels
+from contnet.data.datasets.classes import CLASS_KEYS, LABELS, describe_difference
+from contnet.data.datasets.classification import count_labels
 from contnet.data.datasets.register import is_classification
 from contnet.data.datasets.shards import CLASSES_FILE
 from contnet.data.findings import Findings
@@ -43,7 +43,7 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
                 findings.error(
                     f"its classes ({_shown(classes)}) are not those of {earlier} "
                     f"({_shown(expected)}): names and their order must agree, "
-                    f"{difference(classes, expected)}"
+                    f"{describe_difference(classes, expected)}"
                 )
             elif kind in keys:
                 _check_number(cfg, keys[kind], len(classes), findings)

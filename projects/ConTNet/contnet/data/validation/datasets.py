@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.data.datasets.cityscapes import FILES
 from contnet.data.datasets.classes import LABELS
-from contnet.data.datasets.imagenet import EVALUATOR_TYPE, read_set
+from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
 from contnet.data.datasets.register import is_registered
 from contnet.data.findings import ERROR, Findings
 from contnet.data.validation.classes import check_classes
