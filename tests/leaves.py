@@ -6,7 +6,7 @@ from conftest import REPOSITORY
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
 from contnet.config import load_config
-from contnet.launch.model_config import check_model_config
+from contnet.launch.preflight_config import check_model_config
 
 CONFIGS = REPOSITORY / "configs"
 LEAVES = sorted(

@@ -14,7 +14,7 @@ from detectron2.engine import TrainerBase
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from contnet.checkpoint.background_writer import Snapshot
+from contnet.checkpoint.background_writer import HostCopy
 from contnet.checkpoint.checkpointer import BEST, Checkpointer
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
 from contnet.utils.errors import UserError
@@ -37,8 +37,8 @@ def as_file(data):
 @pytest.fixture
 def slow_copies(monkeypatch):
     """What the thread copies, it copies late."""
-    finish = Snapshot.finish
-    monkeypatch.setattr(Snapshot, "finish", lambda self: (time.sleep(0.1), finish(self)))
+    finish = HostCopy.finish
+    monkeypatch.setattr(HostCopy, "finish", lambda self: (time.sleep(0.1), finish(self)))
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def test_snapshot_is_of_the_moment(device):
     training = Training(device=device)
     training.step()
     large = torch.zeros(5_000_000, device=device)
-    snapshot = Snapshot()
+    snapshot = HostCopy()
     for value in range(3):
         large.fill_(value)
         data = {
@@ -151,7 +151,7 @@ def test_snapshot_is_of_the_moment(device):
 
 def test_buffers_are_used_again():
     weights = {"a": torch.zeros(1000), "b": torch.zeros(2000)}
-    snapshot = Snapshot()
+    snapshot = HostCopy()
 
     def places(data):
         snapshot.take(data)
@@ -175,7 +175,7 @@ def test_unusual_tensors_are_copied_too():
         "bfloat16": torch.ones(2, dtype=torch.bfloat16),
     }
     twice = {**tensors, "again": tensors["bfloat16"]}
-    snapshot = Snapshot()
+    snapshot = HostCopy()
     snapshot.take(twice)
     expected = as_file(twice)
     with torch.no_grad():

@@ -123,7 +123,7 @@ def test_create_models_own_state_dict(tmp_path, lines, form):
     load(model, saved(tmp_path, FORMS[form](network.state_dict())))
     assert_backbone(model, network.state_dict())
     assert all_of(model) in lines()
-    assert any("averaged weights" in line for line in lines()) == ("average" in form)
+    assert any("EMA weights" in line for line in lines()) == ("average" in form)
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])

@@ -17,8 +17,8 @@ from contnet.commands.doctor import main
 from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
 from contnet.data.datasets.shapes import make_shapes
 from contnet.data.findings import ERROR, NOTE, SHOWN, Findings
-from contnet.data.validation import datasets as checks
-from contnet.data.validation.coco import Use, check_instances
+from contnet.data.validation import dataset as checks
+from contnet.data.validation.coco import DatasetUse, check_instances
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.utils.errors import UserError
 
@@ -462,7 +462,7 @@ def test_runs_of_compressed_masks_are_pycocotools():
 
 def test_few_lost_objects_of_many_are_a_note(data):
     """COCO's own file has two boxes without area."""
-    use = Use(trained=True, evaluated=False, masks=False, bitmasks=False)
+    use = DatasetUse(trained=True, evaluated=False, masks=False, bitmasks=False)
     data.item["bbox"] = [5, 5, 9, 0]
     for total, severity in ((999, ERROR), (1000, NOTE)):
         content = copy.deepcopy(data.content)

@@ -29,7 +29,7 @@ from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.pipeline.records import Records
 from contnet.data.validation import examine
 from contnet.data.validation.classes import count_classes
-from contnet.data.validation.datasets import check_dataset, check_datasets
+from contnet.data.validation.dataset import check_dataset, check_datasets
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "mask_rcnn_contti.yaml")

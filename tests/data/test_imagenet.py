@@ -29,7 +29,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.images import read_image
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.validation.classes import count_classes
-from contnet.data.validation.datasets import check_datasets
+from contnet.data.validation.dataset import check_datasets
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.main import main
 from contnet.utils.errors import UserError
@@ -683,7 +683,7 @@ def test_doctor_tells_mistakes(root, capsys, damage):
 
 
 def test_official_counts(root, capsys, monkeypatch):
-    from contnet.data.validation import datasets as checks
+    from contnet.data.validation import dataset as checks
 
     counts = {"imagenet_train": (9, 3), "imagenet_val": (6, 3)}
     official = {name: ("ImageNet", count) for name, count in counts.items()}

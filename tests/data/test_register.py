@@ -13,7 +13,7 @@ from contnet.config import is_set, load_config
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import make_shapes
-from contnet.data.validation.datasets import check_datasets
+from contnet.data.validation.dataset import check_datasets
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.utils.errors import UserError
 

@@ -86,7 +86,7 @@ def checkpoints_of(folder):
 
 @pytest.fixture(scope="module")
 def averaged(train_net, tmp_path_factory):
-    """Folder and output of a whole run by train_net.py, with averaged weights, without a seed."""
+    """Folder and output of a whole run by train_net.py, with EMA weights, without a seed."""
     folder = tmp_path_factory.mktemp("ema")
     options = f"SOLVER.MAX_ITER 5 SEED -1 OUTPUT_DIR {folder}".split()
     process = train_net(f"--config-file {LEAF}", *options, *PERIODS, *EMA, *MANY_BOXES)

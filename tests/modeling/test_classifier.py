@@ -455,7 +455,7 @@ def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):
     torch.save({"model": state, "model_ema": state}, tmp_path / "a.pth")
     Checkpointer(build_model(config())).load_backbone(str(tmp_path / "a.pth"))
     assert "1 tensors are no part of a ConTNet and are left out (odd)" in said()
-    assert "also has averaged weights ('model_ema')" in said()
+    assert "also has EMA weights ('model_ema')" in said()
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -25,9 +25,9 @@ from contnet.launch.environment import (
 from contnet.slurm.attempt import Attempt
 from contnet.slurm.attempt_folder import AttemptFolder, last_saved_iteration, record_requeue
 from contnet.slurm.cluster import Job, find_job
+from contnet.slurm.describe import describe_run
 from contnet.slurm.job import TrainingJob, python_command
 from contnet.slurm.lease import Lease
-from contnet.slurm.report import describe_run
 from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write

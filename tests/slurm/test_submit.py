@@ -23,11 +23,11 @@ from contnet.config import load_config
 from contnet.launch.arguments import parse_arguments
 from contnet.slurm import snapshot
 from contnet.slurm.attempt_folder import last_saved_iteration
+from contnet.slurm.describe import describe_run
 from contnet.slurm.executors import local_executor, submit_jobs
 from contnet.slurm.jobs import process_start
 from contnet.slurm.nodes import check_request, read_nodes
 from contnet.slurm.records import read_submissions
-from contnet.slurm.report import describe_run
 from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.status import read_status
 from contnet.slurm.submit import main, parse_submission

@@ -1,6 +1,6 @@
 """What lets a training go on while its checkpoint is written.
 
-A :class:`Snapshot` copies the state into buffers that are kept from one save to the next, and a
+A :class:`HostCopy` copies the state into buffers that are kept from one save to the next, and a
 :class:`BackgroundWriter` writes files in a thread.
 """
 
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, UntypedStorage
 
-__all__ = ["BackgroundWriter", "Snapshot"]
+__all__ = ["BackgroundWriter", "HostCopy"]
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -47,7 +47,7 @@ class _Unpickler(pickle.Unpickler):
         return self.tensors[number]
 
 
-class Snapshot:
+class HostCopy:
     """A deep copy, in host memory, of nested Python objects with tensors.
 
     Storages are copied whole, so tensors that share one, or lie in it in another order, still do.

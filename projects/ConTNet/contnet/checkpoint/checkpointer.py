@@ -15,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from contnet.checkpoint.background_writer import BackgroundWriter, Snapshot
+from contnet.checkpoint.background_writer import BackgroundWriter, HostCopy
 from contnet.checkpoint.loading import (
     check_classes,
     check_pre_norm,
@@ -24,9 +24,9 @@ from contnet.checkpoint.loading import (
     translate_names,
 )
 from contnet.checkpoint.reading import (
-    AVERAGED,
-    LAST,
+    EMA_KEYS,
     METADATA,
+    MODEL_KEYS,
     check_plain,
     class_names,
     pick_weights,
@@ -85,8 +85,8 @@ class Checkpointer(DetectionCheckpointer):
         self.keep = keep
         self.background = background
         self._writer = BackgroundWriter()
-        self._snapshot = Snapshot()
-        self._copied_iteration = None  # of the snapshot
+        self._host_copy = HostCopy()
+        self._copied_iteration = None  # of the host copy
         self._copying: Future | None = None
         self._optimizer = model_optimizer
         if background and model_optimizer is not None:
@@ -121,11 +121,11 @@ class Checkpointer(DetectionCheckpointer):
         if kwargs or iteration is None or iteration != self._copied_iteration:
             self.wait()
             self._copied_iteration = None
-            self._snapshot.take(self._state(**kwargs), self._deferred_tensors())
-            self._copying = self._writer.submit(self._snapshot.finish)
+            self._host_copy.take(self._state(**kwargs), self._deferred_tensors())
+            self._copying = self._writer.submit(self._host_copy.finish)
             self._copied_iteration = None if kwargs else iteration
         self.check()
-        self._writer.submit(self._write, path, self._snapshot.read)
+        self._writer.submit(self._write, path, self._host_copy.read)
 
     def _deferred_tensors(self) -> Iterator[Tensor]:
         """What may be copied until the optimiser's next step."""
@@ -199,16 +199,16 @@ class Checkpointer(DetectionCheckpointer):
             path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
                 torchvision or timm, or a Detectron2 model-zoo backbone (.pkl). A classifier also
                 gets its head from it, if that has as many classes. The last weights count, an
-                average only where there are no others.
+                EMA only where there are no others.
 
         Raises:
             UserError: if the file cannot be read, or gives not all of the backbone's tensors.
         """
         self._strict_prefix = backbone_prefix(self.model)
         rest = self.load(path, checkpointables=[])
-        if averaged := [key for key in AVERAGED if key in rest]:
+        if ema := [key for key in EMA_KEYS if key in rest]:
             self.logger.warning(
-                f"{path} also has averaged weights ({averaged[0]!r}), which are not used: for them "
+                f"{path} also has EMA weights ({ema[0]!r}), which are not used: for them "
                 "give the file that tools/convert_weights.py makes of it"
             )
 
@@ -231,11 +231,11 @@ class Checkpointer(DetectionCheckpointer):
 
     def _torch_load(self, f: str) -> dict:
         content = read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
-        state, key, _ = pick_weights(content, (*LAST, *AVERAGED))
+        state, key, _ = pick_weights(content, (*MODEL_KEYS, *EMA_KEYS))
         if not key:
             return content
-        if key in AVERAGED:
-            self.logger.warning(f"{f} has averaged weights alone ({key!r}), which are used")
+        if key in EMA_KEYS:
+            self.logger.warning(f"{f} has EMA weights alone ({key!r}), which are used")
         return {**{name: value for name, value in content.items() if name != key}, "model": state}
 
     def _load_file(self, filename: str) -> dict:
@@ -250,7 +250,7 @@ class Checkpointer(DetectionCheckpointer):
         ):
             raise UserError(
                 f"{filename} holds no weights: it must be tensors by name alone, or have them as "
-                f"{' or '.join(map(repr, LAST))}; {conversion_advice(filename)}"
+                f"{' or '.join(map(repr, MODEL_KEYS))}; {conversion_advice(filename)}"
             )
         self._file = filename
         check_pre_norm(self.model, loaded.get(METADATA), filename)

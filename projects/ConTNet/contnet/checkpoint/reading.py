@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from contnet.utils.errors import UserError
 
 __all__ = [
-    "AVERAGED",
-    "LAST",
+    "EMA_KEYS",
     "METADATA",
+    "MODEL_KEYS",
     "check_plain",
     "class_names",
     "pick_weights",
@@ -30,9 +30,9 @@ __all__ = [
 # Under this name a file of tools/convert_weights.py says what it holds.
 METADATA = "contnet"
 # Averaged weights by the names of our trainer, torchvision's scripts and timm's.
-AVERAGED = ("ema", "model_ema", "state_dict_ema")
+EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
 # Weights of the last step.
-LAST = ("model", "state_dict")
+MODEL_KEYS = ("model", "state_dict")
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 
 # All that arrays and plain values are made of in a pickle.

@@ -25,9 +25,9 @@ from contnet.checkpoint.networks import (
     head_of,
 )
 from contnet.checkpoint.reading import (
-    AVERAGED,
-    LAST,
+    EMA_KEYS,
     METADATA,
+    MODEL_KEYS,
     class_names,
     pick_weights,
     read_checkpoint,
@@ -306,7 +306,9 @@ def _run(args: argparse.Namespace) -> None:
     content = read_checkpoint(args.source)
     with open(args.source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    state, key, others = pick_weights(content, LAST if args.last else (*AVERAGED, *LAST))
+    state, key, others = pick_weights(
+        content, MODEL_KEYS if args.last else (*EMA_KEYS, *MODEL_KEYS)
+    )
     try:
         network = find_network(state, args.pre_norm or _was_pre_norm(content))
         result = convert(network, args.to, args.head)

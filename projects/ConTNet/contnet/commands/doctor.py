@@ -19,7 +19,7 @@ from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
-from contnet.data.validation.datasets import check_dataset
+from contnet.data.validation.dataset import check_dataset
 from contnet.data.validation.images import FACT, find_listed, inspect_image, inspect_listed
 from contnet.launch.arguments import config_parser, configure
 from contnet.modeling.compat import silence_known_warnings

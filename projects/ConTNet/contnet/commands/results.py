@@ -8,9 +8,9 @@ from pathlib import Path
 
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import RESULTS_FILE, markdown_table, read_results
+from contnet.slurm.describe import describe_run, iterations_done, last_metrics
 from contnet.slurm.jobs import live_states
 from contnet.slurm.records import SUBMISSION_FILE, read_submissions
-from contnet.slurm.report import describe_run, iterations_done, last_metrics
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["build_parser", "main", "results_table"]

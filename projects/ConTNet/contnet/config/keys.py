@@ -124,10 +124,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Gradient accumulation: forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH
     # stays the number of images per optimiser step, over all processes and passes.
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
-    # Keep an exponential moving average of the weights and evaluate it.
+    # Keep an exponential moving average (EMA) of the weights and evaluate it.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
-    # What stays of the average at each optimiser step, in (0, 1).
+    # What stays of the EMA at each optimiser step, in (0, 1).
     cfg.SOLVER.EMA.DECAY = 0.9999
     # float16 (with loss scaling) or bfloat16, where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.DTYPE = "float16"

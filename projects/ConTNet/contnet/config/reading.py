@@ -139,7 +139,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file and overrides into a full config, not frozen.
 
     Whether its values suit the models is for
-    :func:`contnet.launch.model_config.check_model_config` to say.
+    :func:`contnet.launch.preflight_config.check_model_config` to say.
 
     On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
 

@@ -204,7 +204,7 @@ def check_values(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
     Values that only a model can judge are checked by
-    :func:`contnet.launch.model_config.check_model_config`.
+    :func:`contnet.launch.preflight_config.check_model_config`.
 
     Raises:
         UserError: for the first illegal value, naming its key and what is legal.

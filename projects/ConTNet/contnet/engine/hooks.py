@@ -36,7 +36,7 @@ def is_due(iteration: int, period: int, max_iter: int) -> bool:
 
 
 class UpdateEMA(HookBase):
-    """Updates the exponential moving average of the weights."""
+    """Updates the exponential moving average (EMA) of the weights."""
 
     def __init__(self, ema: ModelEmaV3):
         self.ema = ema

@@ -126,7 +126,7 @@ class Trainer(SimpleTrainer):
         )
 
     def evaluate(self) -> dict:
-        """Metrics of the present weights (their average, if one is kept) on the test sets.
+        """Metrics of the present weights (their EMA, if one is kept) on the test sets.
 
         Test-time augmentation takes so long that it waits for the last iteration.
         """

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from contnet.config import is_set, load_config
 from contnet.data.datasets.register import class_key, register_datasets
 from contnet.data.validation.classes import count_classes
-from contnet.launch.model_config import check_model_config
+from contnet.launch.preflight_config import check_model_config
 from contnet.utils.errors import UserError
 
 __all__ = [

@@ -61,7 +61,7 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     rest = checkpointer.load_checkpoint(file)
     if cfg.SOLVER.EMA.ENABLED:
         if "ema" not in rest:
-            raise UserError(f"{file} has no averaged weights: set SOLVER.EMA.ENABLED False")
+            raise UserError(f"{file} has no EMA weights: set SOLVER.EMA.ENABLED False")
         model.load_state_dict(
             {name.removeprefix("module."): value for name, value in rest["ema"].items()}
         )

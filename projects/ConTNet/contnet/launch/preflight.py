@@ -14,7 +14,7 @@ from detectron2.engine import DefaultTrainer
 
 from contnet.data.pipeline.annotations import cache_cityscapes
 from contnet.data.pipeline.loader import micro_batch_size
-from contnet.data.validation.datasets import check_datasets
+from contnet.data.validation.dataset import check_datasets
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
 from contnet.launch.environment import find_environment

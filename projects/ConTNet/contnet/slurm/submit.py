@@ -13,9 +13,9 @@ import torch
 from contnet.launch.arguments import add_run_options, check_counts, config_parser
 from contnet.launch.preflight import check_device
 from contnet.modeling.compat import silence_known_warnings
+from contnet.slurm.describe import follow, print_status
 from contnet.slurm.jobs import cancel, check_free
 from contnet.slurm.nodes import check_request, check_shared, is_one_machine, read_nodes
-from contnet.slurm.report import follow, print_status
 from contnet.slurm.runs import Run, prepare_runs
 from contnet.slurm.settings import ClusterSettings, add_cluster_options, read_settings
 from contnet.slurm.submission import Submission, describe, next_folder, send, show_dry_run

@@ -14,7 +14,7 @@ from contnet.data.datasets.coco import class_names, is_whole
 from contnet.data.findings import Findings
 from contnet.utils.text import plural
 
-__all__ = ["Use", "check_instances", "is_far", "is_size"]
+__all__ = ["DatasetUse", "check_instances", "is_far", "is_size"]
 
 _IDS = ("id", "image_id", "category_id")
 # COCO's own boxes reach out by rounding.
@@ -22,7 +22,7 @@ _ROUNDING = 1.0
 
 
 @dataclass(frozen=True)
-class Use:
+class DatasetUse:
     """What a run wants of a data set.
 
     Attributes:
@@ -152,7 +152,7 @@ def _is_mask_of(mask: dict, size: tuple) -> bool:
         return False
 
 
-def _check_mask(item: dict, size: tuple, use: Use, where: str, findings: Findings) -> None:
+def _check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: Findings) -> None:
     mask = item.get("segmentation")
     if not mask:
         if use.masks and (use.evaluated or not item.get("iscrowd")):
@@ -174,7 +174,7 @@ def _check_mask(item: dict, size: tuple, use: Use, where: str, findings: Finding
         findings.error("masks that are neither polygons nor run-length", where)
 
 
-def _check_marks(item: dict, use: Use, where: str, findings: Findings) -> None:
+def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) -> None:
     """Checks what says how an object counts."""
     if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
         findings.error(f"annotations without {', '.join(missing)}, which evaluation needs", where)
@@ -188,7 +188,7 @@ def _check_marks(item: dict, use: Use, where: str, findings: Findings) -> None:
 
 
 def _check_annotation(
-    item: dict, sizes: dict, categories: set, use: Use, findings: Findings
+    item: dict, sizes: dict, categories: set, use: DatasetUse, findings: Findings
 ) -> bool:
     """Checks one object that has its ids; returns whether it can be one to train on."""
     where = f"annotation {item['id']} of image {item['image_id']}"
@@ -204,7 +204,7 @@ def _check_annotation(
     return not item.get("iscrowd")
 
 
-def _check_annotations(content: dict, sizes: dict, use: Use, findings: Findings) -> None:
+def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Findings) -> None:
     annotations = content["annotations"]
     categories = {category["id"] for category in content["categories"]}
     seen, with_objects, used = set(), set(), set()
@@ -237,7 +237,7 @@ def _is_relative(box: object) -> bool:
     return isinstance(box, list) and _are_numbers(box) and max(box, default=2) <= 1
 
 
-def check_instances(content: dict, use: Use, findings: Findings) -> None:
+def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
     """Checks the content of an annotation file.
 
     Args:

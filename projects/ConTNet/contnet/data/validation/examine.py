@@ -14,7 +14,7 @@ from contnet.data.pipeline.annotation_cache import AnnotationCache, open_cache, 
 from contnet.data.pipeline.annotation_sources import image_names
 from contnet.data.pipeline.records import RecordFile
 from contnet.data.validation.cityscapes import check_layout
-from contnet.data.validation.coco import Use, check_instances
+from contnet.data.validation.coco import DatasetUse, check_instances
 
 __all__ = ["Examined", "examine_cityscapes", "examine_coco"]
 
@@ -36,17 +36,17 @@ class Examined(NamedTuple):
     objects: int
 
 
-def _key(use: Use) -> tuple:
+def _key(use: DatasetUse) -> tuple:
     return _CHECKS_FORMAT, asdict(use)
 
 
-def _examine(content: dict, use: Use) -> Examined:
+def _examine(content: dict, use: DatasetUse) -> Examined:
     found = Findings()
     check_instances(content, use, found)
     return Examined(found, image_names(content), len(content["annotations"]))
 
 
-def _recall(cache: AnnotationCache, use: Use) -> Examined | None:
+def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
     found = cache.recall(*_key(use))
     if found is None or not cache.has_records():
         return None
@@ -54,7 +54,7 @@ def _recall(cache: AnnotationCache, use: Use) -> Examined | None:
     return Examined(found, file.names, file.facts["objects"])
 
 
-def _examine_anew(cache: AnnotationCache, use: Use, writable: bool) -> Examined:
+def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Examined:
     content = read_instances(cache.source.json_file)
     examined = _examine(content, use)
     sound = writable and not examined.findings.lines(ERROR)
@@ -75,7 +75,7 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
     Raises:
         UserError: if the file cannot be read, or its categories cannot be used.
     """
-    use = Use(
+    use = DatasetUse(
         trained=name in cfg.DATASETS.TRAIN,
         evaluated=name in cfg.DATASETS.TEST,
         masks=cfg.MODEL.MASK_ON,
@@ -103,7 +103,7 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     """
     cache = open_cache(cfg, name)
     trained = name in cfg.DATASETS.TRAIN
-    use = Use(trained=trained, evaluated=False, masks=False, bitmasks=False)
+    use = DatasetUse(trained=trained, evaluated=False, masks=False, bitmasks=False)
     if cache and (found := cache.recall(*_key(use))):
         return found
     found, metadata = Findings(), MetadataCatalog.get(name)
