@@ -35,8 +35,8 @@ MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16
 """
 QUICK = QUICK_OPTIONS.split()
 SMALL = [*QUICK, *SMALL_OPTIONS.split()]
-# In metrics.json, what differs between equal runs.
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+# In metrics.json, what differs between equal runs: times, and memory of processes.
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "host_memory_mb"}
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -15,8 +15,8 @@ from leaves import checked_config
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
-from contnet.commands import compare, demo, doctor, make_shards, prepare_cityscapes
 from contnet.commands import convert_weights as weights
+from contnet.commands import demo, doctor, make_shards, prepare_cityscapes
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
@@ -144,13 +144,6 @@ def check_doctor(arguments: list[str]) -> None:
     check_overrides(args.config_file, args.opts)
 
 
-def check_compare(arguments: list[str], monkeypatch) -> None:
-    seen = []
-    monkeypatch.setattr(compare, "compare", lambda args: seen.append(args) or [])
-    assert compare.main(arguments) == 0
-    check_overrides(seen[0].config_file, seen[0].opts)
-
-
 def check_benchmark(arguments: list[str], monkeypatch) -> None:
     for subject in benchmarks.SUBJECTS.values():
         monkeypatch.setattr(subject, "run", lambda args: None)
@@ -185,8 +178,6 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_demo(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/prepare_cityscapes.py":
             check_prepare_cityscapes(arguments[1:], monkeypatch)
-        elif arguments[0] == "tools/compare_classifiers.py":
-            check_compare(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/make_shards.py":
             check_make_shards(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/benchmark.py":
@@ -231,7 +222,12 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --partitoin gpu",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",
+        "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=1,2 "
+        "--only SEED=3 'SOLVER.BASE_LR 0.01'",
+        "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=1,2 "
+        "--only SEED=2 'SOLVER.BASE_RATE 0.01'",
         "python tools/results.py",
+        "python tools/results.py output/rates --costs",
         "python tools/benchmark.py evaluation --boxes",
         "python tools/convert_weights.py a.pth b.pth --head none",
         "python tools/compare_checkouts.py ../before --only retinanet",

@@ -37,7 +37,7 @@ __all__ = [
 ITERATIONS = 30
 # No job of these tests takes longer, also on a machine that does other things; in seconds.
 PATIENCE = 240
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "host_memory_mb"}
 
 
 def arguments(folder: Path, *options: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY, SMALL
 from jobs import PATIENCE, starts_of
 
-from contnet.commands.results import results_table
+from contnet.commands.results import collect_results, results_table
 from contnet.slurm.records import last_submission
 from contnet.slurm.submit import main
 
@@ -43,6 +43,6 @@ def test_an_array_of_which_one_run_is_cancelled(lab, capsys):
     capsys.readouterr()
     assert main(["--status", str(base)]) == 0
     assert re.search("SEED=2 .*cancelled", capsys.readouterr().out)
-    rows = results_table([base]).splitlines()[2:]
+    rows = results_table(collect_results([base])).splitlines()[2:]
     assert "| finished |" in rows[0] and "| 60 |" in rows[0]
     assert "| cancelled" in rows[1]

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, SMALL
 from detectron2.data import MetadataCatalog
 from submitit.core.utils import DelayedSubmission
 
-from contnet.commands.results import results_table
+from contnet.commands.results import collect_results, results_table
 from contnet.config import load_config
 from contnet.launch.arguments import parse_arguments
 from contnet.slurm import snapshot
@@ -306,6 +306,16 @@ def test_dry_run_without_slurm(no_slurm, capsys):
         (["--sweep", "SEED=1,1"], ["value 1 twice"]),
         (["--sweep", "SOLVER.BASE_LR=0.1,many"], ["run 2 of 2 (BASE_LR=many)", "SOLVER.BASE_LR"]),
         (["--array", "gone.txt"], ["gone.txt cannot be read"]),
+        (["--only", "SEED=1", "LOG_PERIOD 1"], ["--only is for --array and --sweep"]),
+        (["--sweep", "SEED=1,2", "--only", "SEED", "LOG_PERIOD 1"], ["write KEY=VALUE"]),
+        (["--sweep", "SEED=1,2", "--only", "SEED=3", "LOG_PERIOD 1"], ["no run", "SEED is 1 or 2"]),
+        (["--sweep", "SEED=1", "--only", "SEEED=1", "LOG_PERIOD 1"], ["SEEED is not swept"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "LOG_PERIOD"], ["'LOG_PERIOD'", "pairs"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", ""], ["''", "pairs"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "'a"], ["No closing quotation"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "SEED 2"], ["SEED is set by --sweep"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "OUTPUT_DIR a"], ["OUTPUT_DIR of its own"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "LOG_PERIODS 2"], ["run 1 of 1", "LOG_PERIOD"]),
         (["--num-gpus"], ["--num-gpus"]),
     ],
 )  # fmt: skip
@@ -502,7 +512,9 @@ def test_names_say_what_differs():
             run.name for run in expand_runs(parse_submission(["--config-file", config, *options]))
         ]
 
-    assert names("SEED=1,2", "SOLVER.MAX_ITER=5") == ["SEED=1", "SEED=2"]
+    # Also one value alone, so that a second one comes into the same folders.
+    assert names("SEED=1,2", "SOLVER.MAX_ITER=5") == ["SEED=1,MAX_ITER=5", "SEED=2,MAX_ITER=5"]
+    assert names("config-file=x/a.yaml") == ["a"]
     assert names("config-file=x/a.yaml,x/b.yaml") == ["a", "b"]
     assert names("config-file=x/a.yaml,y/a.yaml") == ["x_a.yaml", "y_a.yaml"]
     assert names("A.SIZE=1,2", "B.SIZE=3,4")[0] == "A.SIZE=1,B.SIZE=3"
@@ -510,6 +522,33 @@ def test_names_say_what_differs():
     long = names("A.B=" + "x" * 300 + "," + "x" * 299 + "y")
     assert len(set(long)) == 2
     assert max(map(len, long)) < 150
+
+
+def test_only(tmp_path):
+    (tmp_path / "runs.txt").write_text("A.B 1\nA.B 2 D.E 3\n")
+
+    def runs(*options):
+        expanded = expand_runs(parse_submission(["--config-file", "a.yaml", *options, "D.E", "0"]))
+        return {run.name: run.values for run in expanded}
+
+    sweep = ["--sweep", "A.NAME=x,y", "--sweep", "SEED=1,2"]
+    only = ["--only", "A.NAME=y", "D.E 5 F 'a b'", "--only", "SEED=2", "G.E 6"]
+    found = runs(*sweep, *only)
+    assert list(found) == [
+        "NAME=x,SEED=1",
+        "NAME=x,SEED=2,G.E=6",
+        "NAME=y,SEED=1,D.E=5,F=a_b",
+        "NAME=y,SEED=2,D.E=5,F=a_b,G.E=6",
+    ]
+    last = found["NAME=y,SEED=2,D.E=5,F=a_b,G.E=6"]
+    assert (last["D.E"], last["F"], last["G.E"]) == ("5", "a b", "6")
+    assert found["NAME=x,SEED=1"]["D.E"] == "0" and "F" not in found["NAME=x,SEED=1"]
+    # Part of the same sweep has the same folders.
+    assert set(runs("--sweep", "A.NAME=y", "--sweep", "SEED=2", *only)) == {list(found)[3]}
+    array = runs("--array", str(tmp_path / "runs.txt"), "--only", "A.B=1", "F 7")
+    assert [each.get("F") for each in array.values()] == ["7", None]
+    configs = runs("--sweep", "config-file=x.yaml,y.yaml", "--only", "config-file=y.yaml", "F 1")
+    assert list(configs) == ["x", "y,F=1"]
 
 
 # --- after the submission ------------------------------------------------------------------------
@@ -558,13 +597,14 @@ def test_results_table(slurm, here, capsys):
     (done / "metrics.json").write_text('{"iteration": 9, "total_loss": 1.5}\n')
     (done / "model_final.pth").write_text("")
     (failed / "metrics.json").write_text('{"iteration": 3, "total_loss": 2.5}\n{"iter')
-    table = results_table([here / "out"]).splitlines()
+    table = results_table(collect_results([here / "out"])).splitlines()
     cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in table}
     assert cells["run"] == ["state", "loss", "iteration", "bbox/AP", "bbox/AP50"]
     assert cells["SEED=1"] == ["finished", "1.5", "10", "12.35", "30.00"]
     assert cells["SEED=2"] == ["not finished", "2.5", "4", "", ""]
     assert cells["SEED=3"] == ["never started", "", "0", "", ""]
-    assert "bbox/AP-person" in results_table([here / "out"], ["bbox/AP-person"])
+    rows = collect_results([here / "out"], ["bbox/AP-person"])
+    assert [row["metrics"] for row in rows] == [{"bbox/AP-person": 5.0}, {}, {}]
 
 
 # --- snapshots -----------------------------------------------------------------------------------

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
+from detectron2.config import CfgNode
+
+from contnet.config import load_config
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import RESULTS_FILE, markdown_table, read_results
+from contnet.launch.preflight_config import check_model_config
+from contnet.modeling.classifier import ImageClassifier
+from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.slurm.describe import describe_run, iterations_done, last_metrics
 from contnet.slurm.jobs import live_states
 from contnet.slurm.records import SUBMISSION_FILE, read_submissions
 from contnet.utils.errors import UserError, print_error
 
-__all__ = ["build_parser", "main", "results_table"]
+__all__ = ["build_parser", "collect_results", "group_by_seed", "main", "results_table"]
+
+_CONFIG_FILE = "config.yaml"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, ten times faster
+_COUNTED = ("parameters_m", "macs_g", "macs_with_attention_g")
+
+
+# --- the runs ------------------------------------------------------------------------------------
 
 
 def _is_run(folder: Path) -> bool:
-    names = (METRICS_FILE, RESULTS_FILE, "config.yaml", f"slurm/{SUBMISSION_FILE}")
+    names = (METRICS_FILE, RESULTS_FILE, _CONFIG_FILE, f"slurm/{SUBMISSION_FILE}")
     return any((folder / name).exists() for name in names)
 
 
@@ -46,6 +63,9 @@ def _states(runs: Sequence[Path]) -> dict[Path, str]:
     return states
 
 
+# --- one run -------------------------------------------------------------------------------------
+
+
 def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
     """Iteration and metrics of the last evaluation; those of single classes are left out."""
     records = read_results(str(run))
@@ -54,28 +74,117 @@ def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
     last = max(record["iteration"] or 0 for record in records)
     records = [record for record in records if (record["iteration"] or 0) == last]
     several = len({record["dataset"] for record in records}) > 1
-    scores: dict[str, object] = {}
+    scores: dict[str, float | None] = {}
     for record in records:
         for task, values in record["metrics"].items():
             for name, value in (values if isinstance(values, dict) else {"": values}).items():
                 key = "/".join(filter(None, (record["dataset"] if several else "", task, name)))
                 wanted = key in metrics if metrics else "-" not in name
                 if wanted:
-                    scores[key] = "n/a" if value is None else value
-    return {"iteration": str(last + 1), **scores}
+                    scores[key] = value
+    return {"iteration": last + 1, "metrics": scores}
 
 
-def results_table(folders: Sequence[Path], metrics: Sequence[str] = ()) -> str:
-    """A Markdown table with a row for each run.
+def _read_settings(run: Path) -> dict:
+    """What the run's config.yaml sets; {} before the run has written it."""
+    path = run / _CONFIG_FILE
+    try:
+        settings = yaml.load(path.read_text(), _LOADER) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): mend it or move it away") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} does not hold a config: move it away")
+    return settings
+
+
+def _row(run: Path, name: str, state: str, metrics: Sequence[str]) -> dict:
+    loss = last_metrics(run).get("total_loss", math.nan)
+    return {
+        "run": name,
+        "folder": str(run),
+        "seed": _read_settings(run).get("SEED"),
+        "state": describe_run(run, state),
+        "loss": loss if math.isfinite(loss) else None,
+        "iteration": iterations_done(run),
+        "metrics": {},
+        **_scores(run, metrics),
+    }
+
+
+# --- what a run costs ----------------------------------------------------------------------------
+
+
+def _count(cfg: CfgNode) -> dict[str, float]:
+    """Parameters in M, and G MACs of a classifier for one image of CROP_TEST."""
+    model = build_meta_model(cfg)
+    counts = {"parameters_m": count_parameters(model)}
+    if isinstance(model, ImageClassifier):
+        size = cfg.INPUT.CLASSIFIER.CROP_TEST
+        macs = count_macs(cfg, model, (size, size))
+        counts["macs_g"] = macs["convolution"] + macs["linear"]
+        counts["macs_with_attention_g"] = counts["macs_g"] + macs["attention"]
+    return counts
+
+
+def _measured(run: Path) -> dict[str, list[float]]:
+    """The values of metrics.json by name."""
+    values: dict[str, list[float]] = {}
+    path = run / METRICS_FILE
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # half written
+            continue
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    return values
+
+
+def _add_cost(row: dict, counted: dict[str, dict[str, float]]) -> None:
+    """Adds parameters, MACs, speed and memory to a row; equal models are counted once."""
+    run = Path(row["folder"])
+    measured = _measured(run)
+    memory = measured.get("gpu_memory_mb") or measured.get("host_memory_mb")
+    cfg = None
+    if _read_settings(run):
+        cfg = load_config(str(run / _CONFIG_FILE))
+        check_model_config(cfg)
+        key = f"{cfg.MODEL} {cfg.INPUT.CLASSIFIER.CROP_TEST}"
+        if key not in counted:
+            counted[key] = _count(cfg)
+        row |= counted[key]
+    times = measured.get("time") if cfg else None
+    row["images_per_second"] = (
+        cfg.SOLVER.IMS_PER_BATCH / statistics.median(times) if times else None
+    )
+    row["memory_mb"] = max(memory) if memory else None
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def collect_results(
+    folders: Sequence[Path], metrics: Sequence[str] = (), cost: bool = False
+) -> list[dict]:
+    """What is known of each run, in JSON's types.
 
     Args:
         folders: of runs, or folders that hold such, as that of a sweep.
-        metrics: the columns, as ``bbox/AP``; by default all but those of single classes.
+        metrics: those to take, as ``bbox/AP``; by default all but those of single classes.
+        cost: also tell parameters, MACs of classifiers, speed and memory.
+
+    Returns:
+        Of each run ``run`` (its name), ``folder``, ``seed`` (None before it has started),
+        ``state``, ``loss``, ``iteration`` (of the last evaluation, or else how many are done) and
+        ``metrics``. With ``cost`` also ``parameters_m``, ``macs_g`` and ``macs_with_attention_g``
+        (where they can be counted), ``images_per_second`` in training and ``memory_mb`` (None: not
+        measured).
 
     Raises:
-        UserError: for a folder without runs, and results that cannot be read.
+        UserError: for a folder without runs, and files that cannot be read.
     """
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, dict] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
@@ -83,14 +192,114 @@ def results_table(folders: Sequence[Path], metrics: Sequence[str] = ()) -> str:
         states = _states(runs)
         for run in runs:
             name = run.name if len(folders) == 1 else str(run)
-            loss = last_metrics(run).get("total_loss")
-            rows[name] = {
-                "state": describe_run(run, states[run]),
-                "loss": "" if loss is None else f"{loss:.4g}",
-                "iteration": str(iterations_done(run)),
-                **_scores(run, metrics),
-            }
-    return markdown_table("run", rows)
+            rows[name] = _row(run, name, states[run], metrics)
+    if cost:
+        counted: dict[str, dict[str, float]] = {}
+        for row in rows.values():
+            _add_cost(row, counted)
+    return list(rows.values())
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _name_without_seed(run: Path) -> str:
+    kept = [part for part in run.name.split(",") if not part.startswith("SEED=")]
+    return ",".join(kept) or run.parent.name
+
+
+def _merge(rows: Sequence[dict]) -> dict:
+    """One row of runs that differ in SEED alone."""
+    states = dict.fromkeys(row["state"] for row in rows)
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    merged = {
+        "run": _name_without_seed(Path(rows[0]["run"])),
+        "seeds": [row["seed"] for row in rows],
+        "state": "; ".join(states),
+        "loss": _mean([row["loss"] for row in rows]),
+        "iteration": min(row["iteration"] for row in rows),
+        "metrics": {name: _mean([row["metrics"].get(name) for row in rows]) for name in names},
+        "runs": list(rows),
+    }
+    merged |= {key: rows[0][key] for key in _COUNTED if key in rows[0]}
+    for key, combine in (("images_per_second", statistics.median), ("memory_mb", max)):
+        if key in rows[0]:
+            known = [row[key] for row in rows if row[key] is not None]
+            merged[key] = combine(known) if known else None
+    return merged
+
+
+def group_by_seed(rows: Sequence[dict]) -> list[dict]:
+    """Puts runs whose config.yaml differ in SEED and OUTPUT_DIR alone into one row.
+
+    Args:
+        rows: of :func:`collect_results`.
+
+    Returns:
+        Rows of the same keys, with means in the place of loss and metrics, the median speed and the
+        highest memory; ``seeds`` and ``runs`` are what they were made of. A run without config.yaml
+        stays alone.
+    """
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        settings = _read_settings(Path(row["folder"]))
+        own = {key: settings[key] for key in settings if key not in ("SEED", "OUTPUT_DIR")}
+        key = json.dumps(own, sort_keys=True, default=str) if own else row["folder"]
+        groups.setdefault(key, []).append(row)
+    merged = [_merge(group) for group in groups.values()]
+    names = [row["run"] for row in merged]
+    for row in merged:
+        # Also of those whose names tell less than their configs.
+        if names.count(row["run"]) > 1:
+            row["run"] = "; ".join(each["run"] for each in row["runs"])
+    return merged
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def _number(value: float | None, form: str, unknown: str) -> str:
+    return unknown if value is None else format(value, form)
+
+
+def _of_seeds(row: dict, value: Callable[[dict], float | None], form: str, unknown: str) -> str:
+    """A value; of several seeds their mean, and each in brackets."""
+    shown = _number(value(row), form, unknown)
+    if len(row.get("runs", ())) < 2:
+        return shown
+    return f"{shown} ({', '.join(_number(value(run), form, '-') for run in row['runs'])})"
+
+
+def _cells(row: dict) -> dict[str, str | float]:
+    iterations = dict.fromkeys(str(run["iteration"]) for run in row.get("runs", [row]))
+    cells: dict[str, str | float] = {}
+    if "seeds" in row:
+        cells["seeds"] = ", ".join("-" if seed is None else str(seed) for seed in row["seeds"])
+    cells["state"] = row["state"]
+    cells["loss"] = _of_seeds(row, lambda run: run["loss"], ".4g", "")
+    cells["iteration"] = ", ".join(iterations)
+    for name in row["metrics"]:
+        cells[name] = _of_seeds(row, lambda run, name=name: run["metrics"].get(name), ".2f", "n/a")
+    if "parameters_m" in row:
+        cells["parameters M"] = row["parameters_m"]
+    if "macs_g" in row:
+        both = f"{row['macs_g']:.2f} / {row['macs_with_attention_g']:.2f}"
+        cells["MACs G, without / with attention"] = both
+    if "memory_mb" in row:
+        cells["images/s in training"] = _number(row["images_per_second"], ".1f", "not measured")
+        cells["memory MB"] = _number(row["memory_mb"], ".0f", "not measured")
+    return cells
+
+
+def results_table(rows: Sequence[dict]) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: of :func:`collect_results` or :func:`group_by_seed`.
+    """
+    return markdown_table("run", {row["run"]: _cells(row) for row in rows})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,6 +311,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help="a column, as bbox/AP"
     )
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="also parameters, MACs of classifiers, images/s in training and memory",
+    )
+    parser.add_argument(
+        "--group-by-seed",
+        action="store_true",
+        help="one row for runs that differ in SEED alone: means, and the value of each seed",
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     return parser
 
 
@@ -109,8 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/results.py; returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
-        print(results_table(args.folders, args.metric))
+        rows = collect_results(args.folders, args.metric, args.cost)
+        if args.group_by_seed:
+            rows = group_by_seed(rows)
     except UserError as error:
         print_error(error)
         return 1
+    print(json.dumps(rows, indent=1) if args.json else results_table(rows))
     return 0

@@ -10,6 +10,7 @@ import math
 import time
 import weakref
 from functools import partial
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from detectron2.config import CfgNode
@@ -225,11 +226,17 @@ class Trainer(SimpleTrainer):
             self.batch_sampler.images_before(self._batches_done()),
             smoothing_hint=False,
         )
-        if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**20
-            self.storage.put_scalar("gpu_memory_mb", memory, smoothing_hint=False)
+        self._write_memory()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _write_memory(self) -> None:
+        """Puts the main process's peak of memory so far into the metrics, in MiB."""
+        if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
+            name, memory = "gpu_memory_mb", torch.cuda.max_memory_allocated() / 2**20
+        else:  # Linux counts in KiB
+            name, memory = "host_memory_mb", getrusage(RUSAGE_SELF).ru_maxrss / 2**10
+        self.storage.put_scalar(name, memory, smoothing_hint=False)
 
     def _backward(self, batch: list[dict], last: bool) -> dict[str, Tensor]:
         """Adds a batch's gradients, which processes exchange after the last one; its losses."""

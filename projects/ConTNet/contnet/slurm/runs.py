@@ -13,8 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.reading import read_torch
 from contnet.launch.arguments import configure
 from contnet.launch.preflight import check_inputs, check_output
+from contnet.slurm.describe import describe_run
 from contnet.slurm.jobs import check_free
 from contnet.slurm.sweep import RunArguments, expand_runs
 from contnet.utils.errors import UserError
@@ -24,11 +26,16 @@ __all__ = ["Run", "prepare_runs"]
 
 @dataclass
 class Run:
-    """A run of a submission: what was asked for, its whole config, and its folder."""
+    """A run of a submission: what was asked for, its whole config, and its folder.
+
+    ``finished`` is whether there is nothing left to do: it is to be resumed, and has trained all of
+    its iterations.
+    """
 
     arguments: RunArguments
     cfg: CfgNode
     folder: Path
+    finished: bool = False
 
 
 def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: CfgNode) -> Path:
@@ -64,6 +71,19 @@ def _check_content(cfg: CfgNode, arguments: RunArguments, processes: int, seen: 
     seen.add(key)
 
 
+def _has_finished(cfg: CfgNode, arguments: RunArguments) -> bool:
+    folder = Path(cfg.OUTPUT_DIR)
+    last = folder / "last_checkpoint"
+    if not arguments.resume or arguments.eval_only or not last.exists():
+        return False
+    file = folder / last.read_text().strip()
+    if file.name != "model_final.pth" or not file.exists() or describe_run(folder) != "finished":
+        return False
+    # MAX_ITER may have been raised since.
+    trainer = read_torch(str(file)).get("trainer")
+    return isinstance(trainer, dict) and trainer.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER
+
+
 def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """Reads and checks every run; nothing is written."""
     expanded = expand_runs(args)
@@ -84,10 +104,11 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                 _check_content(cfg, arguments, processes, seen)
                 check_free(cfg.OUTPUT_DIR)
                 check_output(cfg, argparse.Namespace(**asdict(arguments)), make=False)
+                finished = _has_finished(cfg, arguments)
         except UserError as error:
             if not arguments.name:
                 raise
             which = f"run {number} of {len(expanded)} ({arguments.name})"
             raise UserError(f"{which}: {error}") from error
-        runs.append(Run(arguments, cfg, Path(cfg.OUTPUT_DIR)))
+        runs.append(Run(arguments, cfg, Path(cfg.OUTPUT_DIR), finished))
     return base, runs

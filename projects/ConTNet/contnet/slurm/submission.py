@@ -47,6 +47,11 @@ class Submission:
         return bool(self.runs[0].arguments.name)
 
     @property
+    def pending(self) -> list[Run]:
+        """The runs that there is something to do for."""
+        return [run for run in self.runs if not run.finished]
+
+    @property
     def gpus(self) -> int:
         """GPUs on each node."""
         return 0 if self.runs[0].cfg.MODEL.DEVICE == "cpu" else self.args.num_gpus
@@ -54,8 +59,8 @@ class Submission:
     @property
     def parallel(self) -> int:
         """Runs at a time."""
-        wanted = self.args.max_parallel or (1 if self.cluster == "local" else len(self.runs))
-        return min(wanted, len(self.runs))
+        number = len(self.pending)
+        return min(self.args.max_parallel or (1 if self.cluster == "local" else number), number)
 
     @property
     def code(self) -> str:
@@ -181,9 +186,9 @@ def describe(plan: Submission) -> None:
     if plan.is_array:
         print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
         for run in runs:
-            print(f"  {run.arguments.name}")
+            print(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
     else:
-        print(f"run folder {plan.base}")
+        print(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
     workers = cfg.DATALOADER.NUM_WORKERS
     if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
         print(
@@ -208,12 +213,14 @@ def show_dry_run(plan: Submission) -> None:
     print("dry run: nothing is submitted or written")
     print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
     if plan.cluster == "slurm":
-        print(f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.runs))}")
+        print(
+            f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.pending))}"
+        )
     else:
         lines = [f"export {name}={shlex.quote(v)}" for name, v in plan.environment().items()]
         print("\n".join(["would run here, with", *lines, *plan.settings.setup]))
         print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
-    for run in plan.runs:
+    for run in plan.pending:
         print(f"{run.arguments.name or 'training'}: {shlex.join(plan.job(run).argv)}")
     settings = plan.settings
     network = f", on network {settings.interface}" if settings.interface else ""
@@ -234,24 +241,25 @@ def _write_files(plan: Submission) -> None:
         raise UserError(f"{plan.folder} cannot be made ({error.strerror})") from error
     if not plan.args.no_snapshot:
         take_snapshot(plan.folder / "code")
-    for run in plan.runs:
+    for run in plan.pending:
         run.folder.mkdir(parents=True, exist_ok=True)
         plan.config_file(run).write_text(run.cfg.dump())
 
 
 def _record(plan: Submission, job_ids: Sequence[str]) -> None:
-    for run, job_id in zip(plan.runs, job_ids, strict=True):
+    for run, job_id in zip(plan.pending, job_ids, strict=True):
         add_submission(run.folder, plan.record(job_id, run.folder))
     if plan.is_array:
-        names = [run.arguments.name for run in plan.runs]
+        names = [run.arguments.name for run in plan.pending]
         first = job_ids[0].partition("_")[0]
-        runs = dict(zip(names, job_ids, strict=True))
+        kept = {run.arguments.name: "" for run in plan.runs}
+        runs = kept | dict(zip(names, job_ids, strict=True))
         add_submission(plan.base, plan.record(first, plan.base, runs))
 
 
 def _run_queue(plan: Submission) -> bool:
     """Runs an array on this machine, some runs at a time; stays until all have ended."""
-    waiting, slots, jobs = list(plan.runs), {}, {}
+    waiting, slots, jobs = plan.pending, {}, {}
     names = {run.arguments.name: "" for run in plan.runs}
     add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by --cancel
@@ -284,7 +292,7 @@ def send(plan: Submission) -> bool:
         return _run_queue(plan)
     try:
         executor = plan.slurm_executor() if plan.cluster == "slurm" else plan.local_executor()
-        job_ids = submit_jobs(executor, [plan.job(run) for run in plan.runs])
+        job_ids = submit_jobs(executor, [plan.job(run) for run in plan.pending])
     except UserError:
         shutil.rmtree(plan.folder)
         raise

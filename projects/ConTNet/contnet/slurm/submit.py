@@ -30,6 +30,9 @@ examples:
                     SOLVER.REFERENCE_WORLD_SIZE 8
   only show it      the same with --dry-run
   an array          submit.py --config-file ... --sweep SOLVER.BASE_LR=0.01,0.02 --sweep SEED=1,2
+  networks alike    submit.py --config-file configs/imagenet/Base-plain.yaml --sweep SEED=1,2
+                    --sweep MODEL.CLASSIFIER.NAME=contnet_s,resnet18
+                    --only MODEL.CLASSIFIER.NAME=resnet18 "SOLVER.BASE_LR 0.05"
   how it does       submit.py --status output/faster_rcnn_contm
   end it            submit.py --cancel output/faster_rcnn_contm
 docs/slurm.md tells more.
@@ -66,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="one run for each value; repeated, for each combination; KEY may be config-file",
     )
     group.add_argument(
+        "--only",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY=V", "'KEY VALUE ...'"),
+        help="settings of those runs of a sweep alone whose KEY is V",
+    )
+    group.add_argument(
         "--max-parallel", type=int, default=0, metavar="N", help="runs of an array at a time"
     )
     about = group.add_mutually_exclusive_group()
@@ -92,10 +103,9 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--max-parallel must be at least 1")
     if args.max_parallel and not (args.array or args.sweep):
         raise UserError("--max-parallel is for --array and --sweep")
+    if args.only and not (args.array or args.sweep):
+        raise UserError("--only is for --array and --sweep, a run alone takes KEY VALUE")
     return args
-
-
-# --- the runs ------------------------------------------------------------------------------------
 
 
 # --- where it runs -------------------------------------------------------------------------------
@@ -177,6 +187,8 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     check_free(base)
     plan = Submission(args, settings, cluster, base, runs, next_folder(base), command)
     describe(plan)
+    if not plan.pending:
+        return True
     if args.dry_run:
         show_dry_run(plan)
         return True

@@ -7,8 +7,8 @@ import hashlib
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from contnet.launch.arguments import config_parser
@@ -29,6 +29,8 @@ class RunArguments:
         opts: KEY VALUE KEY VALUE.
         resume: go on from the last checkpoint.
         eval_only: evaluate.
+        own: what its line of ``--array`` and ``--sweep`` set, by key; also in ``opts``.
+        only: what ``--only`` sets, by key; also in ``opts``, at the end.
         name: of the run's folder; "" for a run alone.
     """
 
@@ -36,6 +38,8 @@ class RunArguments:
     opts: list[str]
     resume: bool = False
     eval_only: bool = False
+    own: dict[str, str] = field(default_factory=dict)
+    only: dict[str, str] = field(default_factory=dict)
     name: str = ""
 
     @property
@@ -112,6 +116,11 @@ def _parse_line(words: Sequence[str], where: str) -> argparse.Namespace:
     return line
 
 
+def _opts(settings: Mapping[str, str]) -> list[str]:
+    """KEY VALUE KEY VALUE."""
+    return [word for pair in settings.items() for word in pair]
+
+
 def _every_run(args: argparse.Namespace) -> list[RunArguments]:
     lines = [argparse.Namespace(config_file=None, opts=[], resume=False, eval_only=False)]
     if args.array:
@@ -123,16 +132,52 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
         raise UserError(f"--sweep {double[0]} is given twice: list all its values in one")
     runs = []
     for line, *values in itertools.product(lines, *(values for _, values in sweeps)):
-        config_file = line.config_file or args.config_file
-        opts = [*args.opts, *line.opts]
-        for key, value in zip(keys, values, strict=True):
-            if key == _CONFIG_FILE:
-                config_file = value
-            else:
-                opts += [key, value]
+        swept = dict(zip(keys, values, strict=True))
+        own = dict(zip(line.opts[::2], line.opts[1::2], strict=True)) | swept
+        if line.config_file:
+            own = {_CONFIG_FILE: line.config_file, **own}
+        config_file = own.get(_CONFIG_FILE, args.config_file)
+        swept.pop(_CONFIG_FILE, None)
+        opts = [*args.opts, *line.opts, *_opts(swept)]
         resume, eval_only = args.resume or line.resume, args.eval_only or line.eval_only
-        runs.append(RunArguments(config_file, opts, resume, eval_only))
+        runs.append(RunArguments(config_file, opts, resume, eval_only, own))
     return runs
+
+
+def _parse_only(condition: str, text: str) -> tuple[str, str, dict[str, str]]:
+    """Key and value that a run must have, and the settings of such runs."""
+    key, equals, value = condition.partition("=")
+    if not key or not equals:
+        raise UserError(
+            f"--only {condition!r}: write KEY=VALUE 'KEY VALUE ...', as "
+            "MODEL.CLASSIFIER.NAME=resnet18 'SOLVER.BASE_LR 0.05'"
+        )
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--only {condition} {text!r}: {error}") from error
+    if not words or len(words) % 2:
+        raise UserError(f"--only {condition} {text!r}: the settings must be pairs KEY VALUE")
+    return key.removeprefix("--"), value, dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> None:
+    """Gives runs what ``--only`` sets for them alone."""
+    for condition, text in only:
+        key, value, settings = _parse_only(condition, text)
+        having = [run for run in runs if run.own.get(key) == value]
+        if not having:
+            given = list(dict.fromkeys(run.own[key] for run in runs if key in run.own))
+            raise UserError(
+                f"--only {condition}: no run has it, "
+                + (f"{key} is {' or '.join(given)}" if given else f"{key} is not swept")
+            )
+        for run in having:
+            if fixed := [name for name in settings if name in run.own]:
+                raise UserError(
+                    f"--only {condition}: {fixed[0]} is set by --sweep or --array, leave it out"
+                )
+            run.only |= settings
 
 
 def _safe(text: str) -> str:
@@ -140,23 +185,29 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w.+=-]+", "_", text).strip("_.") or "_"
 
 
-def _name_runs(runs: Sequence[RunArguments]) -> None:
+def _name_runs(runs: Sequence[RunArguments], swept: Sequence[str]) -> None:
+    """Names runs by what differs and is swept, and by what ``--only`` sets, which has to follow.
+
+    A swept key is in the names also with one value alone, so that the same command with more values
+    finds the folders that it made before.
+    """
     values = [run.values for run in runs]
     files = {run.config_file for run in runs}
     if len({Path(file).stem for file in files}) == len(files):
         for each in values:
             each[_CONFIG_FILE] = Path(each[_CONFIG_FILE]).stem
     keys = list(dict.fromkeys(key for each in values for key in each))
-    differing = [key for key in keys if len({each.get(key) for each in values}) > 1]
-    last = [key.rpartition(".")[2] for key in differing]
+    told = [key for key in keys if key in swept or len({each.get(key) for each in values}) > 1]
+    named = list(dict.fromkeys([*told, *(key for run in runs for key in run.only)]))
+    last = [key.rpartition(".")[2] for key in named]
     short = {
-        key: end if last.count(end) == 1 else key for key, end in zip(differing, last, strict=True)
+        key: end if last.count(end) == 1 else key for key, end in zip(named, last, strict=True)
     }
     for run, given in zip(runs, values, strict=True):
+        shown = {key: given[key] for key in told if key in given} | run.only
         parts = [
-            ("" if key == _CONFIG_FILE else f"{short[key]}=") + _safe(given[key])
-            for key in differing
-            if key in given
+            ("" if key == _CONFIG_FILE else f"{short[key]}=") + _safe(value)
+            for key, value in shown.items()
         ]
         run.name = ",".join(parts) or "default"
         if len(run.name) > _LONGEST_NAME:
@@ -168,11 +219,12 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
     """The runs that a command line of ``--array`` and ``--sweep`` asks for, or the one run.
 
     Args:
-        args: config_file, opts, resume, eval_only, ``array`` (a file or "") and ``sweep``.
+        args: config_file, opts, resume, eval_only, ``array`` (a file or ""), ``sweep`` and
+            ``only``.
 
     Raises:
-        UserError: for a line or value that cannot be read, a run without config file, and runs
-            that do not differ.
+        UserError: for a line or value that cannot be read, a run without config file, settings of
+            ``only`` that belong to no run, and runs that do not differ.
     """
     if len(args.opts) % 2:
         raise UserError(f"{args.opts[-1]!r} has no value, write KEY VALUE pairs")
@@ -182,17 +234,20 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
         raise UserError(f"--config-file FILE is needed{which}, a yaml of configs/")
     if not args.array and not args.sweep:
         return runs
+    _apply_only(args.only, runs)
     for number, run in enumerate(runs, 1):
-        if "OUTPUT_DIR" in run.opts[len(args.opts) :: 2]:
+        if "OUTPUT_DIR" in run.own | run.only:
             raise UserError(
                 f"run {number} of {len(runs)} has an OUTPUT_DIR of its own: give one to the whole "
                 "command, each run gets a folder in it"
             )
-    _name_runs(runs)
+    _name_runs(runs, [_parse_sweep(text)[0] for text in args.sweep])
     names = [run.name for run in runs]
     if double := next((name for name in names if names.count(name) > 1), None):
         first, second = [i for i, name in enumerate(names, 1) if name == double][:2]
         raise UserError(
             f"runs {first} and {second} of {len(runs)} do not differ, both would be {double}"
         )
+    for run in runs:
+        run.opts += _opts(run.only)
     return runs
