@@ -319,6 +319,3 @@ class CityscapesSemSegEvaluator(_Evaluator):
         }
         each = {f"{kind}-{name}": v for kind, part in parts.items() for name, v in part.items()}
         return averages | each
-
-
-# --- instances as COCO sees them -----------------------------------------------------------------

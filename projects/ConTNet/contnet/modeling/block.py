@@ -18,7 +18,7 @@ from contnet.modeling.patches import (
     space_to_batch,
 )
 
-__all__ = ["ConTBlock", "PooledShortcut", "Shortcut"]
+__all__ = ["CPU_CHUNK_ELEMENTS", "ConTBlock", "PooledShortcut", "Shortcut"]
 
 # Elements of the tokens that a CPU encodes at a time, so that they stay in its cache.
 CPU_CHUNK_ELEMENTS = 400_000

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from contnet.modeling.patches import partition_patches, relative_index
 
-__all__ = ["Attention", "Encoder"]
+__all__ = ["Attention", "Encoder", "Mlp", "run_checkpointed"]
 
 
 def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "TOP_BLOCKS",
     "BottomUp",
     "DivisibleFPN",
+    "TopBlockMaker",
     "register_bottom_up",
     "register_top_block",
 ]

@@ -1,4 +1,4 @@
-"""What has been submitted from a run folder: records, and how the jobs do."""
+"""The records of what has been submitted from a run folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
 __all__ = [
+    "SUBMISSION_FILE",
     "add_submission",
     "last_submission",
     "read_submissions",
@@ -18,9 +19,6 @@ __all__ = [
 ]
 
 SUBMISSION_FILE = "submission.json"
-
-
-# --- records -------------------------------------------------------------------------------------
 
 
 def slurm_folder(folder: str | Path) -> Path:
@@ -70,9 +68,3 @@ def write_submissions(folder: str | Path, records: Sequence[dict]) -> None:
     """Replaces submission.json."""
     with atomic_write(slurm_folder(folder) / SUBMISSION_FILE, "w") as file:
         json.dump(records, file, indent=1)
-
-
-# --- jobs ----------------------------------------------------------------------------------------
-
-
-# --- what can be told ----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Detectron2's way from a data set dict to a model input, with less work for the same result.
+"""Mappers: from a data set dict to a model input.
 
-Reading, augmentations, their random draws and annotations are Detectron2's own. Images are kept as
-planes from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a
-third of its time, and here and there rounded to the next level. Boxes and polygons of an image are
+:class:`FastMapper` does what Detectron2's mapper does, with less work for the same result. Reading,
+augmentations, their random draws and annotations are Detectron2's own. Images are kept as planes
+from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a third of
+its time, and here and there rounded to the next level. Boxes and polygons of an image are
 transformed together, without a copy of all annotations before.
 """
 
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from contnet.data.pipeline.images import read_image
 from contnet.data.pipeline.transforms import (
-    _segmentation_augmentation,
+    build_segmentation_augmentation,
     build_classification_transform,
 )
 from contnet.modeling.pspnet import SEGMENTORS
@@ -217,5 +218,5 @@ def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=True)
     if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:
-        return FastMapper(cfg, is_train=True, augmentations=_segmentation_augmentation(cfg))
+        return FastMapper(cfg, is_train=True, augmentations=build_segmentation_augmentation(cfg))
     return FastMapper(cfg, is_train=True)

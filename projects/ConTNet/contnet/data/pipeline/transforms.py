@@ -1,4 +1,4 @@
-"""What happens to a training image before the network sees it."""
+"""Transforms of images before the network sees them: timm's and Detectron2's, by the config."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-__all__ = ["build_classification_transform"]
+__all__ = ["build_classification_transform", "build_segmentation_augmentation"]
 
 
-def _segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
-    """Detectron2's, with the crop after the resize and no crop of a single class."""
+def build_segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
+    """Detectron2's augmentation, with the crop after the resize and no crop of a single class."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
     crop = cfg.INPUT.CROP
     if crop.ENABLED:
