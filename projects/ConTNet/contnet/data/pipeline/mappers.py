@@ -2,8 +2,8 @@
 
 :class:`FastMapper` does what Detectron2's mapper does, with less work for the same result. Reading,
 augmentations, their random draws and annotations are Detectron2's own. Images are kept as planes
-from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a third of
-its time, and here and there rounded to the next level. Boxes and polygons of an image are
+from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a third
+of its time, and here and there rounded to the next level. Boxes and polygons of an image are
 transformed together, without a copy of all annotations before.
 """
 
@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from contnet.data.pipeline.images import read_image
 from contnet.data.pipeline.transforms import (
-    build_segmentation_augmentation,
     build_classification_transform,
+    build_segmentation_augmentation,
 )
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
