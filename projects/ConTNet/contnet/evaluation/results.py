@@ -71,7 +71,8 @@ def _plain(value: object) -> object:
 
 
 def _is_record(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() >= set(_KEYS)
+    # Runs of before had another name for "ema".
+    return isinstance(value, dict) and value.keys() >= set(_KEYS) - {"ema"}
 
 
 def read_results(output_dir: str) -> list[dict]:
@@ -125,7 +126,8 @@ def record_results(
         for dataset, metrics in results.items()
     ]
     keys = [[each[key] for key in _KEYS] for each in added]
-    kept = [each for each in read_results(output_dir) if [each[key] for key in _KEYS] not in keys]
+    records = read_results(output_dir)
+    kept = [each for each in records if [each.get(key) for key in _KEYS] not in keys]
     _write(output_dir, kept + added)
 
 
