@@ -843,3 +843,24 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("change", "key"), [("0.3", "SOLVER.BASE_LR"), ("0.1", None)])
+def test_a_sweep_goes_on_with_equal_settings_alone(no_slurm, capsys, change, key):
+    base = str(REPOSITORY / "configs" / "imagenet" / "Base-plain.yaml")
+    folder = no_slurm / "out" / "NAME=contnet_ti"
+    folder.mkdir(parents=True)
+    own = ["MODEL.CLASSIFIER.NAME", "contnet_ti", "OUTPUT_DIR", str(folder)]
+    cfg = load_config(base, ["MODEL.DEVICE", "cpu", *own, "SOLVER.BASE_LR", change, "SEED", "7"])
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    argv = ["--config-file", base, "--sweep", "MODEL.CLASSIFIER.NAME=contnet_ti", "--resume"]
+    said = error_of(
+        capsys, *argv, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", "out", "SOLVER.BASE_LR", "0.1"
+    )
+    assert ("other settings" in said) == bool(key) and (key or "data set") in said
+
+
+def test_a_swept_key_is_not_given_twice(no_slurm, capsys):
+    argv = ["--config-file", LEAF, "--sweep", "SEED=1,2", "SEED", "3"]
+    assert "--sweep SEED" in error_of(capsys, *argv)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
 from contnet.checkpoint.reading import read_torch
+from contnet.config.nodes import flatten
 from contnet.launch.arguments import configure
 from contnet.launch.preflight import check_inputs, check_output
 from contnet.slurm.describe import describe_run
@@ -71,6 +73,26 @@ def _check_content(cfg: CfgNode, arguments: RunArguments, processes: int, seen: 
     seen.add(key)
 
 
+def _check_same_settings(cfg: CfgNode) -> None:
+    """Refuses to go on with a run of a sweep that had other settings; a longer one is fine."""
+    folder = Path(cfg.OUTPUT_DIR)
+    file = folder / "config.yaml"
+    if not file.exists() or not (folder / "last_checkpoint").exists():
+        return
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read ({error}): move {folder} away") from error
+    before = dict(flatten(content if isinstance(content, dict) else {}, cfg))
+    now = dict(flatten(yaml.safe_load(cfg.dump()), cfg))
+    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+    if changed := [key for key in changed if key not in ("SEED", "SOLVER.MAX_ITER")]:
+        raise UserError(
+            f"{folder} has a training with other settings ({', '.join(changed[:3])}): choose "
+            "another OUTPUT_DIR, or remove it"
+        )
+
+
 def _has_finished(cfg: CfgNode, arguments: RunArguments) -> bool:
     folder = Path(cfg.OUTPUT_DIR)
     last = folder / "last_checkpoint"
@@ -101,6 +123,8 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                     cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
                 for note in copy.notes:
                     print(note)
+                if arguments.name and arguments.resume and not arguments.eval_only:
+                    _check_same_settings(cfg)
                 _check_content(cfg, arguments, processes, seen)
                 check_free(cfg.OUTPUT_DIR)
                 check_output(cfg, argparse.Namespace(**asdict(arguments)), make=False)

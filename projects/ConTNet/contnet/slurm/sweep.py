@@ -130,6 +130,9 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
     keys = [key for key, _ in sweeps]
     if double := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--sweep {double[0]} is given twice: list all its values in one")
+    for key in keys:
+        if key in args.opts[::2]:
+            raise UserError(f"{key} has no effect here, --sweep {key} sets it: leave it out")
     runs = []
     for line, *values in itertools.product(lines, *(values for _, values in sweeps)):
         swept = dict(zip(keys, values, strict=True))
