@@ -99,12 +99,12 @@ def test_the_later_of_two_equal_evaluations_stays(tmp_path):
     assert values_of(tmp_path) == [(4, 1.0), (9, 3.0), (9, 4.0), (9, 5.0), (9, 6.0)]
 
 
-def test_records_of_before_the_renaming_are_read(tmp_path):
-    """Otherwise a run of an earlier revision could not be resumed."""
-    record = {"iteration": 4, "dataset": "val", "weights": None, "averaged": True, "metrics": {}}
-    (tmp_path / "results.json").write_text(json.dumps([record]))
-    (read,) = read_results(str(tmp_path))
-    assert read["ema"] and "averaged" not in read
+def test_files_of_earlier_revisions_go_on(tmp_path):
+    metrics = {"bbox": {"AP": 1.0}}
+    old = {"iteration": 4, "dataset": "val", "weights": None, "averaged": True, "metrics": metrics}
+    (tmp_path / "results.json").write_text(json.dumps([old]))
+    record(tmp_path, 9, 2.0)
+    assert values_of(tmp_path) == [(4, 1.0), (9, 2.0)]
 
 
 def test_a_resume_forgets_what_it_will_evaluate_again(tmp_path):

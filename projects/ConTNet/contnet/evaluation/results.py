@@ -88,9 +88,6 @@ def read_results(output_dir: str) -> list[dict]:
         records = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): mend it or move it away") from error
-    for record in records if isinstance(records, list) else ():
-        if isinstance(record, dict) and "averaged" in record:  # of runs before the key's renaming
-            record["ema"] = record.pop("averaged")
     if not isinstance(records, list) or not all(map(_is_record, records)):
         raise UserError(f"{path} does not hold results of evaluations: move it away")
     return records
