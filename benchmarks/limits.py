@@ -1,4 +1,4 @@
-"""How fast a machine could run a ConTNet: its multiply-adds and bytes against two ceilings."""
+"""How fast a machine could run a ConTNet: its MACs and bytes against two ceilings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from contnet.modeling.macs import macs_of_call
 
 __all__ = ["count_parts", "least_seconds", "measure_ceilings"]
 
-# What the others do to each number can be done while they read or write it.
+# What the others do to each number can be macs while they read or write it.
 _COUNTED = ("convolution", "linear", "attention")
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Multiply-adds a second of a large matrix product, and bytes a second of a large copy."""
+    """MACs a second of a large matrix product, and bytes a second of a large copy."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(2**28, device=device, dtype=torch.uint8)
@@ -48,7 +48,7 @@ def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int,
         images: shape (N, C, H, W).
 
     Returns:
-        Multiply-adds and numbers moved by part, as "stages.0 linear".
+        MACs and numbers moved by part, as "stages.0 linear".
     """
     parts = defaultdict(lambda: (0, 0))
     model = model.to("meta")
@@ -59,9 +59,9 @@ def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int,
         def count(module: nn.Module, args: tuple, out: Tensor, place: str = place) -> None:
             for kind, number in macs_of_call(module, args[0], out):
                 if kind in _COUNTED:
-                    done, moved = parts[f"{place} {kind}"]
+                    macs, moved = parts[f"{place} {kind}"]
                     moved += _moved(module, args[0], out)
-                    parts[f"{place} {kind}"] = done + number, moved
+                    parts[f"{place} {kind}"] = macs + number, moved
 
         handles.append(module.register_forward_hook(count))
     with torch.no_grad():
@@ -77,6 +77,6 @@ def least_seconds(
     """Seconds below which no part can come: it computes, or it moves its bytes."""
     products, copied = ceilings
     return {
-        name: max(done / products, moved * dtype.itemsize / copied)
-        for name, (done, moved) in parts.items()
+        name: max(macs / products, moved * dtype.itemsize / copied)
+        for name, (macs, moved) in parts.items()
     }

@@ -117,10 +117,10 @@ def _print_limit(args: argparse.Namespace, seconds: float) -> None:
     ceilings = measure_ceilings(args.device, dtype)
     parts = count_parts(contnet.create_model(args.variant), (args.batch, 3, *args.size))
     least = least_seconds(parts, ceilings, dtype)
-    print(f"ceilings: {ceilings[0] / 1e9:.0f} G multiply-adds/s, {ceilings[1] / 1e9:.1f} GB/s")
-    for name, (done, moved) in parts.items():
+    print(f"ceilings: {ceilings[0] / 1e9:.0f} GMACs/s, {ceilings[1] / 1e9:.1f} GB/s")
+    for name, (macs, moved) in parts.items():
         millions = moved * dtype.itemsize / 1e6
-        print(f"{name:22} {done / 1e9:7.2f} G {millions:8.1f} MB {least[name] * 1e3:8.1f} ms")
+        print(f"{name:22} {macs / 1e9:7.2f} GMACs {millions:8.1f} MB {least[name] * 1e3:8.1f} ms")
     total = sum(least.values())
     print(
         f"limit {total * 1e3:.0f} ms, measured {seconds * 1e3:.0f} ms: {total / seconds:.0%} of it"

@@ -99,6 +99,14 @@ def test_the_later_of_two_equal_evaluations_stays(tmp_path):
     assert values_of(tmp_path) == [(4, 1.0), (9, 3.0), (9, 4.0), (9, 5.0), (9, 6.0)]
 
 
+def test_files_of_earlier_revisions_go_on(tmp_path):
+    metrics = {"bbox": {"AP": 1.0}}
+    old = {"iteration": 4, "dataset": "val", "weights": None, "averaged": True, "metrics": metrics}
+    (tmp_path / "results.json").write_text(json.dumps([old]))
+    record(tmp_path, 9, 2.0)
+    assert values_of(tmp_path) == [(4, 1.0), (9, 2.0)]
+
+
 def test_a_resume_forgets_what_it_will_evaluate_again(tmp_path):
     truncate_results(tmp_path, 3)
     assert not (tmp_path / "results.json").exists()

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the built models against the published figures."""
+"""Parameters and MACs of the built models against the published figures."""
 
 import pytest
 from conftest import REPOSITORY
@@ -12,16 +12,16 @@ ALL_TAPS = ["MODEL.CONTNET.OUT_FEATURES", "['res2','res3','res4','res5']"]
 
 
 def _counted(name, *opts, size=SIZE):
-    """Parameters in M, and G multiply-adds without and of attention products."""
+    """Parameters in M, and MACs in G without and of attention products."""
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts)
     model = build_meta_model(cfg)
-    operations = count_macs(cfg, model, size)
-    attention = operations.pop("attention", 0)
-    return count_parameters(model), operations.total(), attention
+    macs = count_macs(cfg, model, size)
+    attention = macs.pop("attention", 0)
+    return count_parameters(model), macs.total(), attention
 
 
 @pytest.mark.parametrize(
-    ("name", "opts", "parameters", "operations"),
+    ("name", "opts", "parameters", "macs"),
     [
         ("faster_rcnn_r50", [], 41.53, 241.01),
         ("faster_rcnn_contti", [], 22.75, 165.04),
@@ -33,10 +33,10 @@ def _counted(name, *opts, size=SIZE):
         ("fcos_plain_contm", ALL_TAPS, 26.84, 228.44),
     ],
 )
-def test_detectors_count_as_the_paper_counts(name, opts, parameters, operations):
+def test_detectors_count_as_the_paper_counts(name, opts, parameters, macs):
     counted, total, _ = _counted(name, *opts)
     assert counted == pytest.approx(parameters, abs=0.01)
-    assert total == pytest.approx(operations, abs=0.01)
+    assert total == pytest.approx(macs, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_attention_of_any_classifier_is_counted(name, blocks):
 
 
 def test_classifiers_count_as_published():
-    parameters, operations, attention = _counted("imagenet/contm", size=(224, 224))
-    assert (parameters, operations, attention) == pytest.approx((19.537, 3.086, 0.354), abs=0.001)
+    parameters, macs, attention = _counted("imagenet/contm", size=(224, 224))
+    assert (parameters, macs, attention) == pytest.approx((19.537, 3.086, 0.354), abs=0.001)
     assert _counted("imagenet/res50", size=(224, 224))[1] == pytest.approx(4.09, abs=0.005)
 
 

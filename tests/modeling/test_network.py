@@ -35,7 +35,7 @@ PRE_CHANNELS = {
     "contnet_m": (64, 128, 256, 1024),
     "contnet_b": (64, 128, 256, 1024),
 }
-# Counted figures of docs and paper: parameters (M), convolutions + linears (G multiply-adds at
+# Counted figures of docs and paper: parameters (M), convolutions + linears (GMACs at
 # 224x224), attention products (G).
 COUNTS = {
     "contnet_ti": (5.889, 0.867, 0.133),
@@ -293,8 +293,8 @@ def test_fresh_weights_follow_the_published_initialisation():
     assert not any(model.get_parameter(name).any() for name in names)
 
 
-def multiply_adds(call, *kinds):
-    """Multiply-adds (G) of a call, in operators whose names contain one of `kinds`."""
+def count_macs(call, *kinds):
+    """MACs (G) of a call, in operators whose names contain one of `kinds`."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         call()
     counts = counter.get_flop_counts()["Global"]
@@ -307,9 +307,9 @@ def test_counts(name):
     x = image(224)
     parameters, dense, attention = COUNTS[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=6e-4)
-    counted = multiply_adds(lambda: model(x), "convolution", "addmm", ".mm", "aten.mm")
+    counted = count_macs(lambda: model(x), "convolution", "addmm", ".mm", "aten.mm")
     assert counted == pytest.approx(dense, abs=6e-4)
-    assert multiply_adds(lambda: model(x), "bmm") == pytest.approx(attention, abs=6e-4)
+    assert count_macs(lambda: model(x), "bmm") == pytest.approx(attention, abs=6e-4)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (37, 50)], ids=str)
@@ -320,7 +320,7 @@ def test_only_dense_taps_pay_for_stride_1(options, size):
     pre = pair("contnet_ti", options, taps="pre")[1]
 
     def convolutions(call):
-        return multiply_adds(call, "convolution")
+        return count_macs(call, "convolution")
 
     classifier = convolutions(lambda: model(x))
     dense = convolutions(lambda: model.forward_features(x, out_features=list(OUTPUTS)))

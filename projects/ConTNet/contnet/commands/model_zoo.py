@@ -22,8 +22,9 @@ Made by `python tools/model_zoo.py` from the configs and from [{RESULTS}]({RESUL
 "Paper" is Yan et al., 2021, [arXiv 2104.13497](https://arxiv.org/abs/2104.13497); a dash means that
 it gives no figure. "Counted" is what `contnet/modeling/macs.py` finds in the models as they are
 built here: trained parameters, and multiply-adds (MACs) of one image of the size named with each
-table, without and with the products of attention, which the paper leaves out. "Here" is what this
-repository has trained and measured on the whole data set. Speed and memory: not measured.
+table, without and with the products of attention, which the paper leaves out; the paper's word for
+MACs is FLOPs. "Here" is what this repository has trained and measured on the whole data set. Speed
+and memory: not measured.
 
 No weights are shipped. The paper's AP starts from backbones that were trained on ImageNet
 ([docs/weights.md](docs/weights.md)); what we ran on small sets of real images is in
@@ -82,9 +83,9 @@ def _figures(result: dict) -> str:
 def _row(table: dict, name: str, configs: Path) -> str:
     cfg = load_config(str(configs / f"{name}.yaml"))
     model = build_meta_model(cfg)
-    operations = count_macs(cfg, model, tuple(table["size"]))
-    attention = operations.pop("attention", 0.0)
-    total = sum(operations[kind] for kind in table.get("kinds", operations))
+    macs = count_macs(cfg, model, tuple(table["size"]))
+    attention = macs.pop("attention", 0.0)
+    total = sum(macs[kind] for kind in table.get("kinds", macs))
     paper, here = table["paper"].get(name, {}), table["here"].get(name, {})
     link = f"[{name.rpartition('/')[2]}](configs/{name}.yaml)"
     counted = f"{total:.2f} / {total + attention:.2f}"
@@ -93,7 +94,7 @@ def _row(table: dict, name: str, configs: Path) -> str:
         _NAMES[_backbone(name)],
         f"{paper.get('params', '-')}",
         f"{count_parameters(model):.2f}",
-        f"{paper.get('operations', '-')}",
+        f"{paper.get('macs', '-')}",
         counted,
         _figures(paper) if paper else "-",
         _figures(here) if here else "not trained here",
@@ -111,8 +112,8 @@ def _section(table: dict, configs: Path) -> str:
     head = [
         f"## {table['title']}",
         "",
-        f"| config | network | params M, paper | counted | G at {height}x{width}, paper "
-        f"| counted, without / with attention | {metric}, paper | here |",
+        f"| config | network | params M, paper | counted | FLOPs G, paper "
+        f"| MACs G at {height}x{width}, without / with attention | {metric}, paper | here |",
         "|---|---|---|---|---|---|---|---|",
     ]
     more = [f"[{n.rpartition('/')[2]}](configs/{n}.yaml)" for n in leaves if n not in plain]

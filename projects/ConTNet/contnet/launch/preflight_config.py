@@ -133,7 +133,7 @@ def _check_pyramid(cfg: CfgNode) -> None:
     if bottom_up is None:
         return
     key = BOTTOM_UPS[bottom_up].out_features_key
-    given = list(get_value(cfg, key))
+    given = list(get_value(cfg, key) if key else FEATURES)
     wanted = list(cfg.MODEL.FPN.IN_FEATURES)
     if not wanted or wanted != list(FEATURES[-len(wanted) :]):
         raise config_error(

@@ -38,11 +38,11 @@ class BottomUp(NamedTuple):
 
     Attributes:
         build: its builder, as Detectron2's registry of backbones takes it.
-        out_features_key: the config key that lists its features.
+        out_features_key: the config key that lists its features; "" if it gives res2 to res5.
     """
 
     build: Callable[[CfgNode, ShapeSpec], Backbone]
-    out_features_key: str
+    out_features_key: str = ""
 
 
 class DivisibleFPN(FPN):

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of built models, by the rule behind the published figures.
+"""Parameters and multiply-adds (MACs) of built models, by the rule behind the published figures.
 
 The rule is that of the counter the baselines' figures come from: convolutions with their biases,
 linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
@@ -44,7 +44,7 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
 
 
 def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
-    """Multiply-adds of one call of a module, without its children's, by kind."""
+    """MACs of one call of a module, without its children's, by kind."""
     if isinstance(module, nn.Conv2d):
         bias = 0 if module.bias is None else out.numel()
         yield "convolution", out.numel() * module.weight[0].numel() + bias
@@ -112,7 +112,7 @@ def _count_operators(network: nn.Module, image: Tensor) -> Counter[str]:
 
 
 def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
-    """Counts one image's multiply-adds.
+    """Counts one image's multiply-adds (MACs).
 
     Args:
         cfg: the config that the model was built from.
@@ -120,7 +120,7 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
         size: height and width of the network's input, in pixels.
 
     Returns:
-        G multiply-adds by kind; "attention" is what the published figures leave out.
+        MACs by kind, in units of 10^9; "attention" is what the published figures leave out.
     """
     image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
     if isinstance(model, ImageClassifier):
