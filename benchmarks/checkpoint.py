@@ -13,7 +13,7 @@ import torch
 from benchmarks.step import build_step, random_batch
 from benchmarks.timing import alternate
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.config import load_config
+from contnet.launch.preflight_config import load_checked_config
 
 __all__ = ["add_arguments", "run"]
 
@@ -49,7 +49,9 @@ class _Training:
 
     def __init__(self, args: argparse.Namespace, folder: str):
         options = {"MODEL.DEVICE": args.device, "SOLVER.BASE_LR": "1e-9", **_FEW}
-        cfg = load_config(args.config_file, [word for pair in options.items() for word in pair])
+        cfg = load_checked_config(
+            args.config_file, [word for pair in options.items() for word in pair]
+        )
         batch = random_batch(1, tuple(args.size))
         model, optimizer, self.step = build_step(cfg, batch)
         self.steps = args.steps

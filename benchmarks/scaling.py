@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import contnet
 from benchmarks.timing import alternate, print_ratios
-from contnet.engine.trainer import distribute
+from contnet.engine.trainer import wrap_ddp
 from contnet.launch.distributed import launch_run
 from contnet.utils.errors import UserError
 
@@ -70,7 +70,7 @@ def _measure(args: argparse.Namespace) -> None:
     ways = {
         "one process": _together(alone, (0,)),
         "two, each alone": _together(alone, (0, 1)),
-        "two": _together(_stepper(distribute(models[1], args.device), images), (0, 1)),
+        "two": _together(_stepper(wrap_ddp(models[1], args.device), images), (0, 1)),
         "only the exchange": _together(lambda: distributed.all_reduce(gradients), (0, 1)),
     }
     if args.device == "cpu":  # where the trainer fixes an order in which the exchange comes late

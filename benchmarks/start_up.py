@@ -162,7 +162,7 @@ def _load(cfg: CfgNode, ours: bool) -> Records | DatasetFromList:
 def _rank(rank: int, processes: int, cfg: CfgNode, ours: bool, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
     )
     comm.create_local_process_group(processes)
     register_datasets(cfg)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.timing import alternate, print_ratios
-from contnet.config import load_config
 from contnet.engine.optimizer import build_optimizer
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.amp import autocast
 from contnet.modeling.build import build_model
 
@@ -81,5 +81,5 @@ def run(args: argparse.Namespace) -> None:
         opts += ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.CONTNET.FREEZE_AT", "0"]
         opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.CONTNET.NORM", "BN"]
     batch = random_batch(args.batch, tuple(args.size))
-    ways = {file: build_step(load_config(file, opts), batch)[2] for file in args.configs}
+    ways = {file: build_step(load_checked_config(file, opts), batch)[2] for file in args.configs}
     print_ratios(alternate(ways, args.rounds), args.configs[0])

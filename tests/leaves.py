@@ -5,9 +5,6 @@ import torch
 from conftest import REPOSITORY
 from detectron2.structures import Boxes, Instances, PolygonMasks
 
-from contnet.config import load_config
-from contnet.launch.preflight_config import check_model_config
-
 CONFIGS = REPOSITORY / "configs"
 LEAVES = sorted(
     str(path.relative_to(CONFIGS).with_suffix(""))
@@ -46,10 +43,3 @@ def random_batch(cfg):
         labels = torch.randint(0, 19, (height, width))
         batch.append({"image": image, "instances": instances, "sem_seg": labels})
     return batch
-
-
-def checked_config(path, opts=()):
-    """The config of a file, checked as by every entry point."""
-    cfg = load_config(str(path), opts)
-    check_model_config(cfg)
-    return cfg

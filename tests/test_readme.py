@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, finish
-from leaves import checked_config
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
@@ -21,6 +20,7 @@ from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
 from contnet.launch.arguments import parse_arguments
+from contnet.launch.preflight_config import load_checked_config
 from contnet.slurm import sweep
 from contnet.slurm.submit import parse_submission
 from contnet.utils.errors import UserError
@@ -102,7 +102,7 @@ def every_command() -> list:
 
 def check_overrides(config_file: str, opts: list[str]) -> None:
     """The config exists and every KEY VALUE is legal in it."""
-    checked_config(REPOSITORY / config_file, opts)
+    load_checked_config(str(REPOSITORY / config_file), opts)
 
 
 def check_train_net(arguments: list[str]) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.events import EventStorage
-from leaves import CONFIGS, LEAVES, TINY, checked_config, random_batch
+from leaves import CONFIGS, LEAVES, TINY, random_batch
 
 from contnet.config import add_contnet_config, check_values, load_config
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
@@ -44,7 +45,7 @@ def _system(name):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_shipped_leaves_load(name):
-    cfg = checked_config(CONFIGS / f"{name}.yaml")
+    cfg = load_checked_config(str(CONFIGS / f"{name}.yaml"))
     assert not cfg.is_frozen()
     assert cfg.OUTPUT_DIR.startswith(f"./output/{name.replace('/', '_')}")
     assert cfg.MODEL.WEIGHTS == ""
@@ -125,8 +126,8 @@ def test_poly_schedule_falls_to_zero():
 def test_groups_of_one_channel_are_refused(width):
     opts = ["MODEL.FPN.OUT_CHANNELS", str(width)]
     with pytest.raises(UserError, match="a multiple of 32 from 64"):
-        checked_config(CONFIGS / "fcos_contti.yaml", opts)
-    checked_config(CONFIGS / "fcos_contti.yaml", [*opts, "MODEL.FCOS.NORM", ""])
+        load_checked_config(str(CONFIGS / "fcos_contti.yaml"), opts)
+    load_checked_config(str(CONFIGS / "fcos_contti.yaml"), [*opts, "MODEL.FCOS.NORM", ""])
 
 
 def test_sync_bn_is_replaced_on_the_cpu():
@@ -308,7 +309,7 @@ def test_wrong_overrides(opts, message):
 )
 def test_illegal_values(key, value, message):
     with pytest.raises(UserError, match=message) as caught:
-        checked_config(CONFIGS / "faster_rcnn_contm.yaml", [key, value])
+        load_checked_config(str(CONFIGS / "faster_rcnn_contm.yaml"), [key, value])
     assert key.rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import contnet.data.datasets.cityscapes_labels as preparation
 from contnet.commands.prepare_cityscapes import main
-from contnet.data.datasets.cityscapes_labels import LABEL_FILES, default_root, prepare_cityscapes
+from contnet.data.datasets.cityscapes_labels import LABEL_MAPS, default_root, prepare_cityscapes
 from contnet.utils.errors import UserError
 
 pytestmark = pytest.mark.numpy1
@@ -166,8 +166,8 @@ def test_damaged_polygons_are_named_and_the_others_drawn(kind, tmp_path, capfd):
     (line,) = [x for x in captured.err.splitlines() if x.startswith("error: ")]
     assert line.startswith(f"error: 1 of 2 images have no label files: {damaged} is damaged")
     assert captured.out == "" and "Traceback" not in captured.err
-    assert not [end for end in LABEL_FILES if label_file(tmp_path, end, 0).exists()]
-    assert all(label_file(tmp_path, end, 1).exists() for end in LABEL_FILES)
+    assert not [end for end in LABEL_MAPS if label_file(tmp_path, end, 0).exists()]
+    assert all(label_file(tmp_path, end, 1).exists() for end in LABEL_MAPS)
 
 
 def test_a_deleted_polygon_may_be_anything(tmp_path):

@@ -20,7 +20,6 @@ from torchvision.datasets import ImageFolder
 
 from contnet.commands.doctor import main as doctor
 from contnet.config import load_config
-from contnet.data.datasets.classes import describe_difference
 from contnet.data.datasets.classification import read_set
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shard_writer import make_shards
@@ -33,6 +32,7 @@ from contnet.data.validation.dataset import check_datasets
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.main import main
 from contnet.utils.errors import UserError
+from contnet.utils.text import describe_difference
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 DETECTOR = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")

@@ -18,7 +18,7 @@ from contnet.data.datasets import shapes
 from contnet.data.datasets import shapes_drawing as drawing
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import ShapesConfig, make_shapes, shapes_datasets
-from contnet.data.datasets.shapes_cityscapes import LABELS, shapes_to_cityscapes
+from contnet.data.datasets.shapes_cityscapes import SHAPE_LABELS, shapes_to_cityscapes
 from contnet.data.datasets.shapes_drawing import CLASS_NAMES, MIN_VISIBLE
 from contnet.utils.errors import UserError
 
@@ -349,7 +349,7 @@ def test_datasets_are_registered_by_their_paths(root, catalogs):
 
 def test_cityscapes_labels_lie_where_the_shapes_are(coco, root, tmp_path):
     shapes_to_cityscapes(root, tmp_path)
-    split, classes = coco.folder.name, [name2label[label].id for label in LABELS]
+    split, classes = coco.folder.name, [name2label[label].id for label in SHAPE_LABELS]
     for image_id, info in coco.imgs.items():
         stem = f"{split}/shapes/shapes_{image_id:06d}_000019"
         start = tmp_path / "cityscapes" / "gtFine" / f"{stem}_gtFine"

@@ -474,5 +474,5 @@ def test_loss_normalizer_is_saved_and_restored(tmp_path):
     trainer.checkpointer.wait()  # it writes in the background
     other = trainer_of(tmp_path, *options)
     assert not hasattr(other.unwrapped_model, "loss_normalizer")
-    other.load(resume=True)
+    other.resume_or_load(resume=True)
     assert other.unwrapped_model.loss_normalizer == moved

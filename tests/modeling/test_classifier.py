@@ -12,7 +12,6 @@ import torch
 from conftest import REPOSITORY, finish
 from detectron2.config import CfgNode
 from imagenet import draw_picture
-from leaves import checked_config
 from oracle import make_oracle
 from PIL import Image
 from timm.data.mixup import Mixup
@@ -33,6 +32,7 @@ from contnet.engine.trainer import Trainer
 from contnet.evaluation.classification import ClassificationEvaluator
 from contnet.evaluation.metrics import check_best_metric
 from contnet.launch.main import main
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError
@@ -45,7 +45,9 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
 def config(*opts, leaf="contti") -> CfgNode:
-    return checked_config(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml", [*SMALL, *opts])
+    return load_checked_config(
+        str(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml"), [*SMALL, *opts]
+    )
 
 
 def batch(count=4, size=64):

@@ -6,13 +6,13 @@ import torch
 from conftest import REPOSITORY
 from detectron2.config import get_cfg
 from detectron2.layers import NaiveSyncBatchNorm
-from leaves import checked_config
 from PIL import Image
 from torch.nn import functional as F
 
 from contnet.config import load_config
 from contnet.data.pipeline.mappers import build_train_mapper
 from contnet.launch.main import main
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
 from contnet.modeling.pspnet import window_starts
 from contnet.utils.errors import UserError
@@ -124,7 +124,7 @@ def test_windows_are_averaged():
 )
 def test_wrong_settings_are_one_line(opts, message):
     with pytest.raises(UserError, match=message):
-        checked_config(LEAF, opts)
+        load_checked_config(LEAF, opts)
 
 
 def test_batch_norm_over_one_pixel_is_refused_before_training(tmp_path, capsys):

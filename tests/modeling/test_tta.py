@@ -5,11 +5,11 @@ import torch
 from conftest import REPOSITORY, SMALL
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from leaves import checked_config
 from torch import nn
 from torch.nn import functional as F
 
 from contnet.config import load_config
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
 from contnet.modeling.tta import DenseDetectorTTA, SemanticSegmentorTTA, tta_class
 from contnet.utils.errors import UserError
@@ -270,6 +270,6 @@ def test_places_are_kept_to_the_pixel(rectangle):
     ],
 )
 def test_refused_when_the_config_is_read(options, said):
-    checked_config(LEAF, options.split())
+    load_checked_config(LEAF, options.split())
     with pytest.raises(UserError, match=said):
-        checked_config(LEAF, [*options.split(), "TEST.AUG.ENABLED", "True"])
+        load_checked_config(LEAF, [*options.split(), "TEST.AUG.ENABLED", "True"])

@@ -93,7 +93,7 @@ def test_no_time_to_save(lab, reference):
     status = lab.until_state("stuck", "finished")
     assert lab.until_over(job) == "COMPLETED"
     (record,) = status["requeues"]
-    assert record["reason"] == "6 s were not enough to leave in order" and record["iteration"] == 9
+    assert record["reason"] == "6 s were not enough to save and exit" and record["iteration"] == 9
     assert starts_of(lab.folder / "stuck") == [0, 10]
     same_training(lab.folder / "stuck", reference(2))
 

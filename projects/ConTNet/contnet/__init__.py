@@ -7,24 +7,34 @@ from contnet.checkpoint.key_mapping import ConversionReport, convert_state_dict,
 from contnet.modeling import timm_models  # noqa: F401, registers the variants with timm
 from contnet.modeling.contnet import ConTNet, create_model
 from contnet.modeling.inference import optimize_for_inference
+from contnet.utils.version import __version__  # noqa: F401
 
 __all__ = [
     "ConTNet",
     "ConversionReport",
     "add_contnet_config",
+    "build_model",
     "convert_state_dict",
     "create_model",
+    "load_config",
     "optimize_for_inference",
     "revert_state_dict",
 ]
 
-__version__ = "0.1.0"
-
 
 def __getattr__(name: str):
+    """What needs Detectron2, whose registries are then filled."""
     if name == "add_contnet_config":
-        import contnet.modeling.build  # noqa: F401, fills Detectron2's registries
+        import contnet.modeling.build  # noqa: F401
         from contnet.config import add_contnet_config
 
         return add_contnet_config
+    if name == "build_model":
+        from contnet.modeling.build import build_model
+
+        return build_model
+    if name == "load_config":
+        from contnet.launch.preflight_config import load_checked_config
+
+        return load_checked_config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

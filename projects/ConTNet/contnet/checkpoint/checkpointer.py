@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from contnet.checkpoint.background_writer import BackgroundWriter, HostCopy
 from contnet.checkpoint.loading import (
-    check_classes,
+    check_class_names,
     check_pre_norm,
-    check_values,
+    check_tensors,
     conversion_advice,
     translate_names,
 )
@@ -27,11 +27,11 @@ from contnet.checkpoint.reading import (
     EMA_KEYS,
     METADATA,
     MODEL_KEYS,
-    check_plain,
-    class_names,
     pick_weights,
+    read_plain_pickle,
     read_safetensors,
     read_torch,
+    trained_class_names,
 )
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
@@ -240,7 +240,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
-            check_plain(filename)
+            read_plain_pickle(filename)
         loaded = super()._load_file(filename)
         state = loaded["model"]
         pairs = isinstance(state, Mapping) and state.items()
@@ -256,10 +256,10 @@ class Checkpointer(DetectionCheckpointer):
         check_pre_norm(self.model, loaded.get(METADATA), filename)
         if not loaded.get("matching_heuristics"):
             loaded["model"] = translate_names(self.model, state, filename)
-        check_values(self.model, loaded["model"], self._strict_prefix, filename)
+        check_tensors(self.model, loaded["model"], self._strict_prefix, filename)
         # Of another architecture the classes are the lesser trouble.
         if not self._strict_prefix and self.model.state_dict().keys() & loaded["model"].keys():
-            check_classes(self.model, self.classes, class_names(loaded), filename)
+            check_class_names(self.model, self.classes, trained_class_names(loaded), filename)
         return loaded
 
     def _load_model(self, checkpoint: dict):

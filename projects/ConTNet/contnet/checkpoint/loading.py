@@ -15,17 +15,16 @@ from contnet.checkpoint.key_mapping import (
     torchvision_name,
 )
 from contnet.checkpoint.reading import strip_wrapper_prefix
-from contnet.data.datasets.classes import describe_difference
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.encoder import Encoder
 from contnet.utils.errors import UserError
-from contnet.utils.text import first_names
+from contnet.utils.text import describe_difference, first_names
 
 __all__ = [
-    "check_classes",
+    "check_class_names",
     "check_pre_norm",
-    "check_values",
+    "check_tensors",
     "conversion_advice",
     "translate_names",
 ]
@@ -106,7 +105,7 @@ def translate_names(model: nn.Module, state: Mapping[str, Tensor], path: str) ->
 # --- values --------------------------------------------------------------------------------------
 
 
-def check_values(model: nn.Module, state: Mapping[str, Tensor], prefix: str, path: str) -> None:
+def check_tensors(model: nn.Module, state: Mapping[str, Tensor], prefix: str, path: str) -> None:
     """Refuses damaged and quantised weights, which would load without a word.
 
     Args:
@@ -146,7 +145,7 @@ def _renaming(model: nn.Module) -> str:
     return "give data that has these names in this order, or weights of a run on this data"
 
 
-def check_classes(
+def check_class_names(
     model: nn.Module, ours: Sequence[str] | None, theirs: Sequence[str] | None, path: str
 ) -> None:
     """Compares names of classes, for labels are numbers that mean nothing without them.

@@ -46,7 +46,7 @@ _RESNETS = {
 }
 _COUNT = ".num_batches_tracked"
 # How many weights PyTorch's AveragedModel has averaged, beside them.
-_AVERAGES = "n_averaged"
+_NUM_AVERAGED = "n_averaged"
 
 
 @dataclass
@@ -208,7 +208,7 @@ def find_network(state: Mapping, pre_norm: bool = False) -> Network:
     bare, odd = {}, []
     for name, value in state.items():
         short = strip_wrapper_prefix(str(name))
-        if not isinstance(value, Tensor) or short == _AVERAGES:
+        if not isinstance(value, Tensor) or short == _NUM_AVERAGED:
             odd.append(str(name))
         elif short in bare:
             raise UserError(f"it holds {short!r} twice, with and without a wrapper's prefix")

@@ -18,18 +18,18 @@ __all__ = [
     "EMA_KEYS",
     "METADATA",
     "MODEL_KEYS",
-    "check_plain",
-    "class_names",
     "pick_weights",
     "read_checkpoint",
+    "read_plain_pickle",
     "read_safetensors",
     "read_torch",
     "strip_wrapper_prefix",
+    "trained_class_names",
 ]
 
 # Under this name a file of tools/convert_weights.py says what it holds.
 METADATA = "contnet"
-# Averaged weights by the names of our trainer, torchvision's scripts and timm's.
+# EMA weights by the names of our trainer, torchvision's scripts and timm's.
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
 # Weights of the last step.
 MODEL_KEYS = ("model", "state_dict")
@@ -67,7 +67,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_plain(path: str) -> Mapping:
+def read_plain_pickle(path: str) -> Mapping:
     """Reads a .pkl file, which Detectron2 loads without any check, as arrays and plain values.
 
     Raises:
@@ -165,7 +165,7 @@ def strip_wrapper_prefix(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def class_names(content: Mapping) -> list[str] | None:
+def trained_class_names(content: Mapping) -> list[str] | None:
     """The classes that a checkpoint was trained on, in order, where it says so."""
     for key in ("trainer", METADATA):
         said = content.get(key)
@@ -186,7 +186,7 @@ def read_checkpoint(path: str) -> dict:
     if path.endswith(".safetensors"):
         return read_safetensors(path)
     if path.endswith(".pkl"):
-        content = dict(check_plain(path))
+        content = dict(read_plain_pickle(path))
         state = content.get("model", content)
         if not isinstance(state, Mapping):
             return content

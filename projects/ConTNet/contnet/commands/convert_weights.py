@@ -15,7 +15,6 @@ import timm
 import torch
 from torch import Tensor
 
-import contnet
 from contnet.checkpoint.key_mapping import convert_resnet_state_dict, revert_state_dict
 from contnet.checkpoint.networks import (
     FORMS,
@@ -28,14 +27,15 @@ from contnet.checkpoint.reading import (
     EMA_KEYS,
     METADATA,
     MODEL_KEYS,
-    class_names,
     pick_weights,
     read_checkpoint,
+    trained_class_names,
 )
 from contnet.checkpoint.reference import RUNNERS
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
+from contnet.utils.version import __version__
 
 __all__ = ["TOLERANCE", "Result", "build_parser", "convert", "largest_difference", "main"]
 
@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--last",
         action="store_true",
-        help="take the last weights of a checkpoint that has their moving average, too",
+        help="take the last weights of a checkpoint that has their EMA, too",
     )
     parser.add_argument(
         "--check",
@@ -327,9 +327,9 @@ def _run(args: argparse.Namespace) -> None:
         "source": Path(args.source).name,
         "source_sha256": digest,
         "source_key": key,
-        "contnet_version": contnet.__version__,
+        "contnet_version": __version__,
     }
-    names = class_names(content) if args.head == "keep" else None
+    names = trained_class_names(content) if args.head == "keep" else None
     # A detector's are not those of a head that its backbone may have.
     if names and len(names) == result.options["num_classes"]:
         metadata["classes"] = names

@@ -26,12 +26,12 @@ from detectron2.data import (
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.config import load_config
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.writers import METRICS_FILE
 from contnet.launch.main import main as train
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
 from contnet.report.page import write_report
 from contnet.report.pictures import Box, ReportImage
@@ -109,7 +109,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
     opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
     if train(["--config-file", str(config_file), *opts]):
         raise UserError("the demonstration's training failed, see the line above")
-    cfg = load_config(str(config_file), opts)
+    cfg = load_checked_config(str(config_file), opts)
     metrics = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
     seconds = time.monotonic() - start

@@ -14,13 +14,13 @@ from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from contnet.commands.parsing import add_workers_option, check_positive
-from contnet.data.datasets.cityscapes import FILES, find_scenes
+from contnet.data.datasets.cityscapes import GT_FILES, find_scenes
 from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
-from contnet.data.findings import ERROR, NOTE, Finding, Findings
+from contnet.data.findings import ERROR, FACT, NOTE, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.dataset import check_dataset
-from contnet.data.validation.images import FACT, find_listed, inspect_image, inspect_listed
+from contnet.data.validation.images import find_listed, inspect_image, inspect_listed
 from contnet.launch.arguments import config_parser, configure
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
@@ -53,7 +53,7 @@ def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -
     if kind == "coco":
         function = partial(inspect_listed, mode=cfg.INPUT.FORMAT)
         items = find_listed(name)
-    elif kind in FILES:
+    elif kind in GT_FILES:
         function = inspect_images
         items = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
     elif kind == EVALUATOR_TYPE:

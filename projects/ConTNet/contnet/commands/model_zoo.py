@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from contnet.config import load_config
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.utils.errors import UserError
 
@@ -81,7 +81,7 @@ def _figures(result: dict) -> str:
 
 
 def _row(table: dict, name: str, configs: Path) -> str:
-    cfg = load_config(str(configs / f"{name}.yaml"))
+    cfg = load_checked_config(str(configs / f"{name}.yaml"))
     model = build_meta_model(cfg)
     macs = count_macs(cfg, model, tuple(table["size"]))
     attention = macs.pop("attention", 0.0)

@@ -15,7 +15,9 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/prepare_cityscapes.py; its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Draws the label files of Cityscapes that are missing beside its polygons."
+    )
     parser.add_argument(
         "--root",
         type=Path,

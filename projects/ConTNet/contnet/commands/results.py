@@ -12,10 +12,9 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from contnet.config import load_config
 from contnet.engine.writers import METRICS_FILE
 from contnet.evaluation.results import RESULTS_FILE, markdown_table, read_results
-from contnet.launch.preflight_config import check_model_config
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.slurm.describe import describe_run, iterations_done, last_metrics
@@ -52,7 +51,7 @@ def _find_runs(folder: Path) -> list[Path]:
 
 
 def _states(runs: Sequence[Path]) -> dict[Path, str]:
-    """The states of jobs that have not ended, by run; "not known" where SLURM does not answer."""
+    """The states of jobs that have not ended, by run; "" where SLURM does not answer."""
     states = {}
     for run in runs:
         records = read_submissions(run)
@@ -148,8 +147,7 @@ def _add_cost(row: dict, counted: dict[str, dict[str, float]]) -> None:
     memory = measured.get("gpu_memory_mb") or measured.get("host_memory_mb")
     cfg = None
     if _read_settings(run):
-        cfg = load_config(str(run / _CONFIG_FILE))
-        check_model_config(cfg)
+        cfg = load_checked_config(str(run / _CONFIG_FILE))
         key = f"{cfg.MODEL} {cfg.INPUT.CLASSIFIER.CROP_TEST}"
         if key not in counted:
             counted[key] = _count(cfg)

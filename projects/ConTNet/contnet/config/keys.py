@@ -54,7 +54,8 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # 3x3 convolutions in each tower, MODEL.FPN.OUT_CHANNELS wide, and their norm.
     cfg.MODEL.FCOS.NUM_CONVS = 4
     cfg.MODEL.FCOS.NORM = "GN"
-    # A place is positive within this many strides of the object's centre; 0: anywhere in its box.
+    # A location is positive within this many strides of the object's centre; 0: anywhere in the
+    # box.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     # Distances to the box's sides in strides (True), or in pixels as exp(scale * x) with a learned
     # scale per level.
@@ -63,7 +64,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.BOX_LOSS = "giou"
     # The tower that predicts centre-ness: regression or classification.
     cfg.MODEL.FCOS.CENTERNESS_ON = "regression"
-    # Focal loss; and the score that all places start from.
+    # Focal loss; and the score that all locations start from.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01

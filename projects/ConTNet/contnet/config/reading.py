@@ -138,8 +138,7 @@ def _substitute_sync_bn(cfg: CfgNode) -> None:
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file and overrides into a full config, not frozen.
 
-    Whether its values suit the models is for
-    :func:`contnet.launch.preflight_config.check_model_config` to say.
+    Whether its values suit the models is checked in preflight.
 
     On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
 

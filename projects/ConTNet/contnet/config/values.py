@@ -24,7 +24,6 @@ CHOICES = {
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
-    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
     "SOLVER.AMP.DTYPE": ("float16", "bfloat16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     # Detectron2's third schedule, WarmupStepWithFixedGammaLR, fails in its last iteration.
@@ -203,8 +202,7 @@ def _check_register(cfg: CfgNode) -> None:
 def check_values(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
-    Values that only a model can judge are checked by
-    :func:`contnet.launch.preflight_config.check_model_config`.
+    Values that only a model can judge are checked in preflight.
 
     Raises:
         UserError: for the first illegal value, naming its key and what is legal.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["ERROR", "NOTE", "SHOWN", "Finding", "Findings"]
+__all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "Finding", "Findings"]
 
 ERROR = "ERROR"  # would stop or corrupt training
 NOTE = "NOTE"
+FACT = "FACT"  # to be counted
 _LOST = "LOST"  # an object that Detectron2 would leave out
 
 SHOWN = 5  # examples of a kind
@@ -19,7 +20,7 @@ class Finding(NamedTuple):
     """One thing that was found.
 
     Attributes:
-        severity: ERROR or NOTE.
+        severity: ERROR, NOTE or FACT.
         kind: what, and what to do; the same for all of a kind.
         example: where; empty where ``kind`` says it all.
     """

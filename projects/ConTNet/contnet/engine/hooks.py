@@ -20,7 +20,7 @@ from contnet.utils.files import check_may_write
 
 __all__ = [
     "BestCheckpoint",
-    "Evaluation",
+    "EvalHook",
     "PeriodicCheckpoint",
     "UpdateEMA",
     "WriteMetrics",
@@ -45,7 +45,7 @@ class UpdateEMA(HookBase):
         self.ema.update(self.trainer.unwrapped_model)
 
 
-class Evaluation(HookBase):
+class EvalHook(HookBase):
     """Evaluates each period and after the last iteration, and remembers the best one.
 
     Args:
@@ -100,7 +100,7 @@ class WriteMetrics(HookBase):
     Args:
         writers: to write to; only those of the main process.
         period: in iterations.
-        evaluation_period: in iterations, as of :class:`Evaluation`.
+        evaluation_period: in iterations, as of :class:`EvalHook`.
     """
 
     def __init__(self, writers: list[EventWriter], period: int, evaluation_period: int):
@@ -160,7 +160,7 @@ class BestCheckpoint(HookBase):
         evaluation: has come before, and knows the best one.
     """
 
-    def __init__(self, checkpointer: Checkpointer, evaluation: Evaluation):
+    def __init__(self, checkpointer: Checkpointer, evaluation: EvalHook):
         self.checkpointer = checkpointer
         self.evaluation = evaluation
 

@@ -17,7 +17,9 @@ from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError
 
-__all__ = ["build_lr_scheduler", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "build_lr_scheduler", "build_optimizer"]
+
+OPTIMIZERS = ("SGD", "AdamW")
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
@@ -126,7 +128,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         kind = AdamW
         options = {"betas": tuple(solver.ADAMW_BETAS)}
     else:
-        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, it must be SGD or AdamW")
+        raise UserError(
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, it must be one of {', '.join(OPTIMIZERS)}"
+        )
     clip = solver.CLIP_GRADIENTS
     full_model = clip.ENABLED and clip.CLIP_TYPE == "full_model"
     if not full_model:

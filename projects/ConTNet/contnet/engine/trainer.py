@@ -25,7 +25,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.engine.hooks import (
     BestCheckpoint,
-    Evaluation,
+    EvalHook,
     PeriodicCheckpoint,
     UpdateEMA,
     WriteMetrics,
@@ -42,7 +42,7 @@ from contnet.modeling.compat import fix_gradient_order, use_plain_focal_loss
 from contnet.utils.errors import UserError
 from contnet.utils.seed import seed_everything
 
-__all__ = ["Trainer", "distribute"]
+__all__ = ["Trainer", "wrap_ddp"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _loss_normalizers(model: nn.Module) -> dict[str, float]:
     }
 
 
-def distribute(model: nn.Module, device: str) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
     """The model as all processes of the run train it together; itself, if there is only one.
 
     Args:
@@ -90,7 +90,7 @@ class Trainer(SimpleTrainer):
         self.unwrapped_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.unwrapped_model)
         loader = build_train_loader(cfg, dicts, seed)
-        super().__init__(distribute(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
+        super().__init__(wrap_ddp(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
         self.cfg = cfg
         self.batch_sampler = loader.batch_sampler
         self.grad_accum_steps = cfg.SOLVER.GRAD_ACCUM_STEPS
@@ -116,7 +116,7 @@ class Trainer(SimpleTrainer):
             **extras,
         )
         self.last_hooks = []  # a launcher's, to come after all others
-        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
+        self.evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
                 hooks.IterationTimer(),
@@ -135,7 +135,7 @@ class Trainer(SimpleTrainer):
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         return evaluate(self.cfg, model, iteration=self.iter, tta=tta)
 
-    def load(self, resume: bool) -> None:
+    def resume_or_load(self, resume: bool) -> None:
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():

@@ -16,8 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
-import contnet
 from contnet.utils.files import atomic_write
+from contnet.utils.version import __version__
 
 __all__ = [
     "COMMIT_VARIABLE",
@@ -72,7 +72,7 @@ def git_commit() -> str:
     """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
-    git = ["git", "-C", str(Path(contnet.__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
         answer = subprocess.run(
             [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
@@ -88,7 +88,7 @@ def git_commit() -> str:
 def _versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
-        "contnet": contnet.__version__,
+        "contnet": __version__,
         "detectron2": detectron2.__version__,
     }
     for package in _PACKAGES:
@@ -100,16 +100,16 @@ def _versions() -> dict[str, str]:
 
 
 def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
-    """Appends this start of the run to run.json, a list.
+    """Appends this attempt of the run to run.json, a list.
 
     Args:
         cfg: OUTPUT_DIR and MODEL.DEVICE are read.
         seed: of the order of images and of all random state.
-        start_iter: the first iteration of this start.
+        start_iter: the first iteration of this attempt.
     """
     path = Path(cfg.OUTPUT_DIR, RUN_FILE)
-    starts = json.loads(path.read_text()) if path.exists() else []
-    starts.append(
+    attempts = json.loads(path.read_text()) if path.exists() else []
+    attempts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": [sys.executable, *sys.argv],
@@ -124,4 +124,4 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
         }
     )
     with atomic_write(path, "w") as file:
-        json.dump(starts, file, indent=1)
+        json.dump(attempts, file, indent=1)

@@ -1,4 +1,4 @@
-"""Cityscapes' own metrics of instances and of classes, and its instances as COCO sees them.
+"""Cityscapes' own metrics of instances and of classes.
 
 Each process compares its own images with the ground truth. What comes of that is small, and is
 gathered on the main process, which computes the scores by the functions of cityscapesscripts.

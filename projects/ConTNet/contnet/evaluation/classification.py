@@ -8,16 +8,16 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-__all__ = ["ClassificationEvaluator", "ranks"]
+__all__ = ["ClassificationEvaluator", "top_ks"]
 
 logger = logging.getLogger(__name__)
 
-_RANKS = (1, 5)
+_TOP_K = (1, 5)
 
 
-def ranks(classes: int) -> list[int]:
+def top_ks(num_classes: int) -> list[int]:
     """The k of the top-k accuracies that mean something: of five classes top-5 is always right."""
-    return [rank for rank in _RANKS if rank < max(classes, 2)]
+    return [k for k in _TOP_K if k < max(num_classes, 2)]
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -31,11 +31,11 @@ class ClassificationEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, classes: int):
-        self.ranks = ranks(classes)
+        self.top_ks = top_ks(classes)
         self.reset()
 
     def reset(self) -> None:
-        self.correct = dict.fromkeys(self.ranks, 0)
+        self.correct = dict.fromkeys(self.top_ks, 0)
         self.images = 0
         self.broken = 0
 
@@ -43,10 +43,10 @@ class ClassificationEvaluator(DatasetEvaluator):
         logits = torch.stack([output["logits"] for output in outputs])
         labels = torch.tensor([each["label"] for each in inputs], device=logits.device)
         finite = logits.isfinite().all(dim=1)
-        places = logits.topk(max(self.ranks)).indices == labels[:, None]
-        places &= finite[:, None]
-        for rank in self.ranks:
-            self.correct[rank] += int(places[:, :rank].sum())
+        hits = logits.topk(max(self.top_ks)).indices == labels[:, None]
+        hits &= finite[:, None]
+        for k in self.top_ks:
+            self.correct[k] += int(hits[:, :k].sum())
         self.images += len(inputs)
         self.broken += int((~finite).sum())
 
@@ -60,7 +60,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             logger.warning(f"{broken} of {images} images have logits that are not finite")
         return {
             "classification": {
-                f"top{rank}": 100 * number / images
-                for rank, number in zip(self.ranks, correct, strict=True)
+                f"top{k}": 100 * number / images
+                for k, number in zip(self.top_ks, correct, strict=True)
             }
         }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from contnet.evaluation.classification import ranks
+from contnet.evaluation.classification import top_ks
 from contnet.evaluation.coco import COCO_METRICS, coco_tasks
 from contnet.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
         known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
         known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
     elif kind == "classification":
-        known = {f"classification/top{rank}" for rank in ranks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
+        known = {f"classification/top{k}" for k in top_ks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
     return sorted(prefix + metric for metric in known)
 

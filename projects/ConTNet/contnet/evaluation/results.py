@@ -113,7 +113,7 @@ def record_results(
         results: metrics by data set and task.
         iteration: the last one that trained the weights; None if that is not known.
         weights: the file of an evaluation alone; None for one of a training.
-        ema: whether the weights were their moving average.
+        ema: whether the weights were an EMA.
     """
     added = [
         {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
-from contnet.config import is_set, load_config
+from contnet.config import is_set
 from contnet.data.datasets.register import class_key, register_datasets
 from contnet.data.validation.classes import count_classes
-from contnet.launch.preflight_config import check_model_config
+from contnet.launch.preflight_config import load_checked_config
 from contnet.utils.errors import UserError
 
 __all__ = [
@@ -78,8 +78,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
         UserError: for mistakes in the config, in the names of DATASETS.REGISTER, or in the file
             that gives the number of classes.
     """
-    cfg = load_config(args.config_file, args.opts)
-    check_model_config(cfg)
+    cfg = load_checked_config(args.config_file, args.opts)
     register_datasets(cfg)
     names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     key = class_key(cfg, names[0]) if names else None

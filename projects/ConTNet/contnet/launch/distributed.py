@@ -9,9 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import launch
 from detectron2.utils import comm
-from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from contnet.launch.environment import DistributedEnvironment, find_environment, rendezvous
@@ -34,7 +34,7 @@ def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
     try:
         function(args)
         # Threads of gloo that outlive the interpreter would abort the process.
-        distributed.destroy_process_group()
+        dist.destroy_process_group()
     except UserError as error:
         print_error(error)
         sys.exit(1)
@@ -69,16 +69,16 @@ def _join_run(
         _choose_gpu(env)
     options = {"timeout": timedelta(seconds=timeout)}
     if env.launcher != "torchrun":
-        store = distributed.PrefixStore("run", rendezvous(env, timeout=timeout))
+        store = dist.PrefixStore("run", rendezvous(env, timeout=timeout))
         options |= {"store": store, "rank": env.rank, "world_size": env.world_size}
-    distributed.init_process_group("gloo" if on_cpu else "nccl", **options)
+    dist.init_process_group("gloo" if on_cpu else "nccl", **options)
     try:
         comm.create_local_process_group(env.local_size)
         if on_cpu:
             _share_cores(env.local_size)
         function(args)
     finally:
-        distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def launch_run(

@@ -93,7 +93,7 @@ def run(
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
     trainer = Trainer(cfg, cfg.SEED)
-    trainer.load(args.resume)
+    trainer.resume_or_load(args.resume)
     prepare(trainer)
     return trainer.fit()
 

@@ -21,7 +21,14 @@ from contnet.launch.environment import find_environment
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
 
-__all__ = ["check_device", "check_inputs", "check_output", "check_run", "count_processes"]
+__all__ = [
+    "check_device",
+    "check_device_name",
+    "check_inputs",
+    "check_output",
+    "check_run",
+    "count_processes",
+]
 
 # What the shipped recipes are made for.
 _RECIPE_GPUS = 8
@@ -33,13 +40,18 @@ def count_processes(args: argparse.Namespace) -> int:
     return env.world_size if env else args.num_gpus * args.num_machines
 
 
+def check_device_name(cfg: CfgNode) -> None:
+    """Raises UserError unless MODEL.DEVICE is cuda (or one of several) or cpu."""
+    device = cfg.MODEL.DEVICE
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
+
+
 def check_device(cfg: CfgNode, num_gpus: int) -> None:
     """Raises UserError unless this machine has the device, and as many as asked for."""
-    device = cfg.MODEL.DEVICE
-    if device == "cpu":
+    check_device_name(cfg)
+    if cfg.MODEL.DEVICE == "cpu":
         return
-    if not device.startswith("cuda"):
-        raise UserError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
     present = torch.cuda.device_count()
     if present == 0:
         raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")

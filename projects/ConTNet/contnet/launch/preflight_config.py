@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import timm
@@ -18,10 +19,13 @@ from detectron2.modeling import (
 )
 
 import contnet.modeling.build  # noqa: F401, fills the registries
+from contnet.config import load_config
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.values import check_choice, is_number
+from contnet.data.pipeline.loader import TRAIN_SAMPLERS
 from contnet.data.pipeline.transforms import build_classification_transform
+from contnet.engine.optimizer import OPTIMIZERS
 from contnet.modeling.backbone import NORMS
 from contnet.modeling.classifier import OPTION_KEYS
 from contnet.modeling.contnet import (
@@ -37,7 +41,7 @@ from contnet.modeling.pspnet import SEGMENTORS
 from contnet.modeling.tta import tta_class
 from contnet.utils.text import nearest
 
-__all__ = ["check_model_config"]
+__all__ = ["check_model_config", "load_checked_config"]
 
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
@@ -48,6 +52,8 @@ CHOICES = {
     "MODEL.RESNETS.OUTPUT_STRIDE": OUTPUT_STRIDES,
     "MODEL.FCOS.BOX_LOSS": BOX_LOSSES,
     "MODEL.FCOS.CENTERNESS_ON": CENTERNESS_BRANCHES,
+    "DATALOADER.SAMPLER_TRAIN": TRAIN_SAMPLERS,
+    "SOLVER.OPTIMIZER": OPTIMIZERS,
 }
 
 # Names that builders look up.
@@ -269,3 +275,16 @@ def check_model_config(cfg: CfgNode) -> None:
     _check_segmentation(cfg)
     _check_classifier(cfg)
     _check_tta(cfg)
+
+
+def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file and overrides, and checks all that needs no data.
+
+    The arguments and errors are those of :func:`contnet.config.load_config`.
+
+    Returns:
+        The config, not frozen.
+    """
+    cfg = load_config(config_file, opts)
+    check_model_config(cfg)
+    return cfg

@@ -1,4 +1,4 @@
-"""Transformers on patches: cutting a map into patches, attention, encoder."""
+"""The transformer on patches: attention, MLP, and the encoder that joins them."""
 
 from __future__ import annotations
 

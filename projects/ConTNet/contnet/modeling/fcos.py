@@ -153,7 +153,7 @@ class FCOS(fcos.FCOS):
         pred_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> Tensor:
-        """Mean of -log(IoU) over all processes' positive places, weighted by centre-ness.
+        """Mean of -log(IoU) over all processes' positive locations, weighted by centre-ness.
 
         Args:
             anchors: of each level.
@@ -162,11 +162,11 @@ class FCOS(fcos.FCOS):
             gt_boxes: per image (R, 4), in pixels.
         """
         labels = torch.stack(gt_labels)
-        image, place = torch.nonzero((labels >= 0) & (labels != self.num_classes), as_tuple=True)
-        weights = self.compute_ctrness_targets(anchors, gt_boxes)[image, place]
-        deltas = torch.cat(pred_deltas, dim=1)[image, place]
-        boxes = self.box2box_transform.apply_deltas(deltas, Boxes.cat(anchors).tensor[place])
-        truth = Boxes(torch.stack(gt_boxes)[image, place])
+        image, location = torch.nonzero((labels >= 0) & (labels != self.num_classes), as_tuple=True)
+        weights = self.compute_ctrness_targets(anchors, gt_boxes)[image, location]
+        deltas = torch.cat(pred_deltas, dim=1)[image, location]
+        boxes = self.box2box_transform.apply_deltas(deltas, Boxes.cat(anchors).tensor[location])
+        truth = Boxes(torch.stack(gt_boxes)[image, location])
         iou = matched_pairwise_iou(Boxes(boxes), truth).clamp(min=_LEAST_IOU)
         total = max(_mean_over_processes(weights.sum().item()), _LEAST_IOU)
         return -(weights * iou.log()).sum() / total

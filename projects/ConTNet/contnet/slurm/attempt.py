@@ -156,7 +156,7 @@ class Attempt:
             status = self._end(f"saved after iteration {self.watcher.iteration}")
         else:
             status = self._await_end()
-        self.watcher.finish("left")
+        self.watcher.finish("preempted")
         note = self.folder.read("exit") or {"reason": ""}
         if status == 1:
             raise UserError(note["reason"])

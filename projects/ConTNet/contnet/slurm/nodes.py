@@ -1,4 +1,4 @@
-"""What SLURM says: states of jobs, and what its nodes have."""
+"""What SLURM's nodes have, and whether a job that asks for so much can run on them."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from torch import distributed
 
 from contnet.engine.hooks import is_due
 from contnet.engine.trainer import Trainer
@@ -28,7 +28,7 @@ class _Vote:
         self.group = None
         if comm.get_world_size() > 1:
             # On the CPU, so that no rank waits for its GPU.
-            self.group = distributed.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo")
         self.ballot = torch.zeros(1, dtype=torch.int32)
         self.work = None
 
@@ -41,8 +41,8 @@ class _Vote:
     def ask(self, signalled: bool) -> None:
         self.ballot.fill_(int(signalled))
         if self.group is not None:
-            self.work = distributed.all_reduce(
-                self.ballot, distributed.ReduceOp.MAX, group=self.group, async_op=True
+            self.work = dist.all_reduce(
+                self.ballot, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
 
 
@@ -65,16 +65,16 @@ class _Preemption(HookBase):
     def after_step(self) -> None:
         trainer = self.trainer
         self.watcher.progress(trainer.iter)
-        leaving = self.vote.answer()
+        preempted = self.vote.answer()
         if trainer.iter + 1 == trainer.max_iter:
             return
         evaluated = is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter)
         saved = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
-        if (leaving or evaluated) and not saved:
+        if (preempted or evaluated) and not saved:
             trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
-        if leaving:
+        if preempted:
             trainer.checkpointer.wait()
-            self.watcher.enter("leaving")
+            self.watcher.enter("preempting")
             raise Preempted
         self.vote.ask(bool(self.watcher.signals))
 

@@ -50,7 +50,7 @@ def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: Cf
 
 
 @contextlib.contextmanager
-def _own_datasets():
+def _temporary_datasets():
     """Forgets the data sets that are registered within, whose names other runs may use anew."""
     before = set(DatasetCatalog.list())
     try:
@@ -113,7 +113,7 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     base, runs, seen = None, [], set()
     for number, arguments in enumerate(expanded, 1):
         try:
-            with _own_datasets():
+            with _temporary_datasets():
                 copy = argparse.Namespace(**asdict(arguments), notes=())
                 cfg = DefaultTrainer.auto_scale_workers(configure(copy), processes)
                 base = base or _base_folder(args, expanded, cfg)

@@ -7,14 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import contnet
-
 __all__ = ["LARGEST_FILE", "list_code", "take_snapshot"]
 
 # Bytes; what is larger is data that git was not told to ignore, not code.
 LARGEST_FILE = 20 * 2**20
 
-_PACKAGE = Path(contnet.__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _git_files(folder: Path) -> tuple[Path, list[str]] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from contnet.launch.arguments import add_run_options, check_counts, config_parser
-from contnet.launch.preflight import check_device
+from contnet.launch.preflight import check_device, check_device_name
 from contnet.modeling.compat import silence_known_warnings
 from contnet.slurm.describe import follow, print_status
 from contnet.slurm.jobs import cancel, check_free
@@ -161,8 +161,7 @@ def _check_local(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def _check_devices(runs: Sequence[Run]) -> None:
     for run in runs:
-        if run.cfg.MODEL.DEVICE != "cpu" and not run.cfg.MODEL.DEVICE.startswith("cuda"):
-            raise UserError(f"MODEL.DEVICE is {run.cfg.MODEL.DEVICE!r}, it must be cuda or cpu")
+        check_device_name(run.cfg)
     if len({torch.device(run.cfg.MODEL.DEVICE).type for run in runs}) > 1:
         raise UserError("the runs of an array must all have the same MODEL.DEVICE")
 

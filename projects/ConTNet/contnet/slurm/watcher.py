@@ -76,7 +76,7 @@ class Watcher(threading.Thread):
 
     Attributes:
         signals: those that have come, oldest first.
-        phase: "starting", "training", "evaluation", "leaving" or "ended".
+        phase: "starting", "training", "evaluation", "preempting" or "ended".
         iteration: the last one done, -1 before.
         first_iteration: the last one that an earlier attempt had done.
         max_iter: their number, 0 before it is known.
@@ -149,7 +149,7 @@ class Watcher(threading.Thread):
             self.enter("training")
 
     def finish(self, how: str) -> None:
-        """The last word of this rank: "finished", "left" or "failed"."""
+        """The last word of this rank: "finished", "preempted" or "failed"."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         # Loader workers, which do not heed the signal that the interpreter would send them.
@@ -246,7 +246,9 @@ class Watcher(threading.Thread):
         if not self.signals and (note := self.folder.read("signalled")):
             self._take(note["signal"])
         # Where there is no SLURM that would end the other ranks, at any time.
-        if ("SIGTERM" in self.signals or self.job.cluster == "local") and self.phase != "leaving":
+        if (
+            "SIGTERM" in self.signals or self.job.cluster == "local"
+        ) and self.phase != "preempting":
             self._look_for_killed()
         if self.signals:
             self._answer_signal()
@@ -300,7 +302,7 @@ class Watcher(threading.Thread):
         )
 
     def _answer_signal(self) -> None:
-        if self.phase == "leaving":
+        if self.phase == "preempting":
             return
         if self.job.rank:
             if self.folder.read("exit"):
@@ -308,7 +310,7 @@ class Watcher(threading.Thread):
         elif self._only_evaluation_to_lose():
             os._exit(self.abandon("a signal came in an evaluation, which will begin again"))
         elif time.monotonic() > self._deadline:
-            os._exit(self.abandon(f"{self.grace:.0f} s were not enough to leave in order"))
+            os._exit(self.abandon(f"{self.grace:.0f} s were not enough to save and exit"))
 
     def _only_evaluation_to_lose(self) -> bool:
         """Whether to leave an evaluation at once: not if this attempt has done nothing before it.

@@ -41,7 +41,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Opens a file that takes its name only once it is complete and on the disk.
 
     A process that dies before that leaves ``<path>.tmp`` behind, which the next write replaces
-    (``<path>.<writer>.tmp`` of a guarded one, which the next start of the run removes).
+    (``<path>.<writer>.tmp`` of a guarded one, which the next attempt of the run removes).
 
     Args:
         path: the final name; an older file of that name is replaced.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-__all__ = ["first_names", "nearest", "plural"]
+__all__ = ["describe_difference", "first_names", "nearest", "plural"]
+
+_SHOWN = 3
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -25,3 +27,18 @@ def plural(number: int, what: str) -> str:
 def first_names(names: Sequence[str]) -> str:
     """The first of many names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def describe_difference(names: Sequence[str], expected: Sequence[str]) -> str:
+    """Says how two lists of names differ, "" if they do not."""
+    here, there = set(names), set(expected)
+    parts = []
+    for what, some in (("too many", here - there), ("missing", there - here)):
+        if some:
+            shown = ", ".join(sorted(some)[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "")
+            parts.append(f"{len(some)} {what}: {shown}")
+    if not parts and list(names) != list(expected):
+        pairs = zip(names, expected, strict=True)
+        number, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        parts.append(f"another order: number {number} is {one} instead of {other}")
+    return "; ".join(parts)

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FILES", "IMAGE_SUFFIX", "Scene", "find_scenes", "sorted_scenes"]
+__all__ = ["GT_FILES", "IMAGE_SUFFIX", "Scene", "find_scenes", "sorted_scenes"]
 
 # What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
-FILES = {
+GT_FILES = {
     "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
     "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png", "instanceIds.png"),
 }
@@ -40,12 +40,12 @@ def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
     Args:
         image_dir: ``leftImg8bit/SPLIT``.
         gt_dir: ``gtFine/SPLIT``.
-        kind: a key of ``FILES``.
+        kind: a key of ``GT_FILES``.
     """
     scenes = []
     for image in sorted(Path(image_dir).glob(f"*/*{IMAGE_SUFFIX}")):
         stem = Path(gt_dir, image.parent.name, image.name.removesuffix(IMAGE_SUFFIX))
-        labels = {end: Path(f"{stem}_gtFine_{end}") for end in FILES[kind]}
+        labels = {end: Path(f"{stem}_gtFine_{end}") for end in GT_FILES[kind]}
         scenes.append(Scene(image, labels))
     return scenes
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
-__all__ = ["LABEL_FILES", "default_root", "prepare_cityscapes"]
+__all__ = ["LABEL_MAPS", "default_root", "prepare_cityscapes"]
 
 _POLYGONS = "_polygons.json"
 
@@ -42,7 +42,7 @@ def _draw_instances(annotation: Annotation) -> Image.Image:
     return Image.fromarray(np.asarray(createInstanceImage(annotation, "ids")).astype(np.uint16))
 
 
-LABEL_FILES: dict[str, Callable[[Annotation], Image.Image]] = {
+LABEL_MAPS: dict[str, Callable[[Annotation], Image.Image]] = {
     "_labelTrainIds.png": partial(createLabelImage, encoding="trainIds"),
     "_labelIds.png": partial(createLabelImage, encoding="ids"),
     "_instanceIds.png": _draw_instances,
@@ -75,7 +75,7 @@ def _read(file: Path) -> Annotation:
 def _prepare(file: Path) -> tuple[int, str]:
     """Draws what is missing beside one polygon file; the number of files written, an error."""
     stem = str(file).removesuffix(_POLYGONS)
-    missing = {Path(stem + end): draw for end, draw in LABEL_FILES.items()}
+    missing = {Path(stem + end): draw for end, draw in LABEL_MAPS.items()}
     missing = {path: draw for path, draw in missing.items() if not path.exists()}
     if not missing:
         return 0, ""
@@ -145,4 +145,4 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int
             f"{len(errors)} of {len(files)} images have no label files: {'; '.join(errors[:3])}"
             f"{'; ...' if errors[3:] else ''}. Unpack these files again, then run this again"
         )
-    return written, len(files) * len(LABEL_FILES) - written
+    return written, len(files) * len(LABEL_MAPS) - written

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from contnet.data.datasets.classes import describe_difference
 from contnet.data.datasets.imagenet_labels import LABEL_FILES, find_label_file, read_labels
 from contnet.data.datasets.shards import (
     CLASSES_FILE,
@@ -33,7 +32,7 @@ from contnet.data.datasets.shards import (
 )
 from contnet.data.findings import ERROR, Findings
 from contnet.utils.errors import UserError
-from contnet.utils.text import plural
+from contnet.utils.text import describe_difference, plural
 
 __all__ = [
     "EVALUATOR_TYPE",

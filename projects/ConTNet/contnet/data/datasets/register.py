@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from contnet.config.values import REGISTER_FORM
-from contnet.data.datasets.classes import CLASS_KEYS, LABELS
+from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS
 from contnet.data.datasets.classification import EVALUATOR_TYPE, ClassificationSource
 from contnet.data.datasets.imagenet import register_classification, register_imagenet
 from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
@@ -73,5 +73,5 @@ def class_key(cfg: CfgNode, name: str) -> str | None:
     """
     if not is_registered(cfg, name):
         return None
-    kind = LABELS if is_classification(name) else "objects"
+    kind = IMAGE_LABELS if is_classification(name) else "objects"
     return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get(kind)

@@ -14,10 +14,10 @@ from PIL import Image
 from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
 from contnet.utils.errors import UserError
 
-__all__ = ["LABELS", "shapes_to_cityscapes"]
+__all__ = ["SHAPE_LABELS", "shapes_to_cityscapes"]
 
 # Of circle, square, triangle and star.
-LABELS = ("car", "truck", "person", "bicycle")
+SHAPE_LABELS = ("car", "truck", "person", "bicycle")
 _CITY = "shapes"
 
 
@@ -30,7 +30,7 @@ def _scene(image: dict, annotations: list[dict]) -> dict:
         # Cityscapes' objects have one polygon: one that others cut in pieces becomes several.
         for corners in each["segmentation"]:
             polygon = [list(corner) for corner in zip(corners[::2], corners[1::2], strict=True)]
-            objects.append({"label": LABELS[each["category_id"] - 1], "polygon": polygon})
+            objects.append({"label": SHAPE_LABELS[each["category_id"] - 1], "polygon": polygon})
     return {"imgHeight": height, "imgWidth": width, "objects": objects}
 
 

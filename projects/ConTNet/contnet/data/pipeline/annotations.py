@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 
-from contnet.data.datasets.cityscapes import FILES, sorted_scenes
+from contnet.data.datasets.cityscapes import GT_FILES, sorted_scenes
 from contnet.data.pipeline.annotation_cache import AnnotationCache, open_cache, release_memory
 from contnet.data.pipeline.annotation_sources import CityscapesSource, find_source
 from contnet.data.pipeline.records import RecordFile, Records
@@ -106,7 +106,7 @@ def load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
 
 
 def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Sequence[dict]:
-    """Loads data sets that :func:`check_datasets` has passed; all processes call it together.
+    """Loads data sets that have passed preflight; all processes call it together.
 
     Args:
         cfg: DATASETS.CACHE_DIR and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
@@ -127,7 +127,7 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
             dicts = load_records(cfg, name, filter_empty)
             if dicts is None:
                 dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-                if MetadataCatalog.get(name).get("evaluator_type") in FILES:
+                if MetadataCatalog.get(name).get("evaluator_type") in GT_FILES:
                     dicts = sorted_scenes(dicts)
             every.append(dicts)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:

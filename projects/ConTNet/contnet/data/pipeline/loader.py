@@ -26,7 +26,9 @@ from contnet.data.pipeline.records import Records
 from contnet.utils.errors import UserError
 from contnet.utils.seed import seed_everything
 
-__all__ = ["TrainingBatchSampler", "build_train_loader", "micro_batch_size"]
+__all__ = ["TRAIN_SAMPLERS", "TrainingBatchSampler", "build_train_loader", "micro_batch_size"]
+
+TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +183,7 @@ def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[..., Sampler
         )
         return partial(RepeatFactorTrainingSampler, factors)
     raise UserError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be TrainingSampler or "
-        "RepeatFactorTrainingSampler"
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be one of {', '.join(TRAIN_SAMPLERS)}"
     )
 
 

@@ -1,8 +1,7 @@
 """What can be wrong with a data set in Cityscapes' layout.
 
 :func:`check_layout` looks at folders and polygon files, :func:`inspect_images` at the pixels of one
-image and its label files. Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
-``gtFine/SPLIT/CITY/NAME_gtFine_*``.
+image and its label files.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from cityscapesscripts.helpers.labels import id2label, name2label
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from contnet.data.datasets.cityscapes import FILES, IMAGE_SUFFIX, Scene, find_scenes
+from contnet.data.datasets.cityscapes import GT_FILES, IMAGE_SUFFIX, Scene, find_scenes
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.coco import is_far, is_size
 from contnet.data.validation.images import check_depth
@@ -52,7 +51,7 @@ def check_layout(
     Args:
         image_dir: ``leftImg8bit/SPLIT``; it and the next exist.
         gt_dir: ``gtFine/SPLIT``.
-        kind: a key of ``FILES``.
+        kind: a key of ``GT_FILES``.
         findings: gets what is found.
         trained: the split is one of DATASETS.TRAIN.
     """
@@ -80,7 +79,7 @@ def check_layout(
     if kind == "cityscapes_instance":
         _check_objects(labels, trained, findings)
     for path in sorted(present - paired):
-        if path.name.endswith(tuple(f"_gtFine_{end}" for end in FILES[kind])):
+        if path.name.endswith(tuple(f"_gtFine_{end}" for end in GT_FILES[kind])):
             findings.note("label files without an image", path.name)
 
 

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from contnet.data.datasets.classes import CLASS_KEYS, LABELS, describe_difference
+from contnet.config.nodes import get_value
+from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS
 from contnet.data.datasets.classification import count_labels
 from contnet.data.datasets.register import is_classification
 from contnet.data.datasets.shards import CLASSES_FILE
 from contnet.data.findings import Findings
 from contnet.data.validation.examine import examine_coco
 from contnet.utils.errors import UserError
-from contnet.utils.text import plural
+from contnet.utils.text import describe_difference, plural
 
 __all__ = ["check_classes", "count_classes"]
 
@@ -31,7 +32,7 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
     for name, findings in found.items():
         for kind, classes in findings.classes.items():
             # Of a model that needs objects and label maps, each set has one of the two.
-            if keys and kind not in keys and (len(keys) == 1 or kind == LABELS):
+            if keys and kind not in keys and (len(keys) == 1 or kind == IMAGE_LABELS):
                 needs = " and ".join(keys)
                 findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
                 continue
@@ -48,11 +49,11 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
             elif kind in keys:
                 _check_number(cfg, keys[kind], len(classes), findings)
     for findings in found.values():
-        if not findings.named and LABELS in first:
+        if not findings.named and IMAGE_LABELS in first:
             findings.error(
-                f"its classes have no names, but those of {first[LABELS][0]} have, so that their "
-                f"order cannot be compared: write {CLASSES_FILE} into its folder, one class a line "
-                "in the order of the labels"
+                "its classes have no names, but those of "
+                f"{first[IMAGE_LABELS][0]} have, so that their order cannot be compared: write "
+                f"{CLASSES_FILE} into its folder, one class a line in the order of the labels"
             )
 
 
@@ -60,26 +61,19 @@ def _shown(classes: Sequence[str]) -> str:
     return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
 
 
-def _value(cfg: CfgNode, key: str) -> object:
-    node = cfg
-    for part in key.split("."):
-        node = node.get(part, {})
-    return node
-
-
 def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
     """Of a set that has labels without names, whose last classes may have no image."""
-    if key is None or _value(cfg, key) == number:
+    if key is None or get_value(cfg, key) == number:
         return
-    said = f"its labels go up to {number - 1}, but {key} is {_value(cfg, key)}"
-    if _value(cfg, key) < number:
+    said = f"its labels go up to {number - 1}, but {key} is {get_value(cfg, key)}"
+    if get_value(cfg, key) < number:
         findings.error(f"{said}: set it to {number}")
     else:
         findings.note(said)
 
 
 def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> None:
-    node = _value(cfg, key)
+    node = get_value(cfg, key)
     if node != number:
         findings.error(f"it has {plural(number, 'class')}, but {key} is {node}: set it to {number}")
 
@@ -88,7 +82,7 @@ def count_classes(cfg: CfgNode, name: str) -> int:
     """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
 
     Args:
-        cfg: as for :func:`contnet.data.pipeline.annotations.examine_coco`.
+        cfg: as for :func:`contnet.data.validation.examine.examine_coco`.
         name: of the data set.
 
     Raises:

@@ -15,8 +15,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.data.datasets.cityscapes import FILES
-from contnet.data.datasets.classes import LABELS
+from contnet.data.datasets.cityscapes import GT_FILES
+from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
 from contnet.data.datasets.register import is_registered
 from contnet.data.findings import ERROR, Findings
@@ -48,7 +48,7 @@ _FOLDERS = {
 def _page(name: str) -> str:
     """Where the layout of a built-in data set is told."""
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind in FILES:
+    if kind in GT_FILES:
         return "docs/cityscapes.md"
     return "docs/imagenet.md" if kind == EVALUATOR_TYPE else "docs/data.md"
 
@@ -151,7 +151,7 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
     if not content.records:
         return
     number = content.number_of_classes
-    findings.classes[LABELS] = content.classes or [f"class {i}" for i in range(number)]
+    findings.classes[IMAGE_LABELS] = content.classes or [f"class {i}" for i in range(number)]
     findings.named = content.classes is not None
     _compare_count(name, (len(content.records), number), "class", findings)
     if name not in cfg.DATASETS.TRAIN or cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
@@ -177,7 +177,7 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind == "coco":
         _check_coco(cfg, name, findings)
-    elif kind in FILES:
+    elif kind in GT_FILES:
         _check_cityscapes(cfg, name, findings)
     elif kind == EVALUATOR_TYPE:
         _check_classification(cfg, name, findings)

@@ -13,12 +13,11 @@ from PIL import Image
 
 from contnet.data.datasets.coco import read_instances
 from contnet.data.datasets.shards import sample_name
-from contnet.data.findings import ERROR, NOTE, Finding
+from contnet.data.findings import ERROR, FACT, NOTE, Finding
 from contnet.data.pipeline.images import EXIF_ORIENTATION, decode, decode_error
 from contnet.utils.errors import UserError
 
 __all__ = [
-    "FACT",
     "ListedImage",
     "check_depth",
     "find_listed",
@@ -26,7 +25,6 @@ __all__ = [
     "inspect_listed",
 ]
 
-FACT = "FACT"  # of an image, to be counted
 _MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK"}
 _EXIF_TURNED = range(5, 9)  # width and height change places
 # Pillow's modes of one channel of 16 or 32 bits.
