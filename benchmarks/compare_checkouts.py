@@ -225,7 +225,7 @@ def _digests(file: Path) -> dict[str, list[tuple[tuple[int, ...], str]]]:
     content = torch.load(file, map_location="cpu", weights_only=True)
     parts = {
         "weights": content["model"],
-        "averaged weights": content.get("ema"),
+        "EMA weights": content.get("ema"),
         "optimiser's state": _optimizer_state(content),
     }
     return {

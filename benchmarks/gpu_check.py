@@ -26,9 +26,11 @@ from torch import Tensor
 import contnet
 from benchmarks.plain import run_plain
 from benchmarks.timing import alternate
+from contnet.checkpoint.names import LAST_CHECKPOINT, numbered_name
 from contnet.data.datasets.shapes import crop_shapes, make_shapes, shapes_datasets
 from contnet.data.datasets.shapes_cityscapes import shapes_to_cityscapes
-from contnet.engine.writers import METRICS_FILE, git_commit
+from contnet.engine.run_record import git_commit
+from contnet.engine.writers import read_metrics
 from contnet.evaluation.results import read_results
 from contnet.utils.errors import UserError, print_error
 
@@ -155,8 +157,7 @@ def _prepare(args: argparse.Namespace, config: str, iterations: int) -> Callable
 
 
 def _figures(folder: Path) -> dict:
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    steps = [line for line in lines if "total_loss" in line]
+    steps = [line for line in read_metrics(folder) if "total_loss" in line]
     metrics = read_results(str(folder))[-1]["metrics"]
     return {
         "losses": [line["total_loss"] for line in steps],
@@ -179,11 +180,11 @@ def _train_and_resume(args: argparse.Namespace, *opts: str) -> None:
     opts = (*opts, "SOLVER.CHECKPOINT_PERIOD", str(half))
     whole = train("whole", *opts)
     _record(args, {"run": "uninterrupted", **whole})
-    checkpoint = f"model_{half - 1:07d}.pth"
+    checkpoint = f"{numbered_name(half - 1)}.pth"
     resumed = args.output / args.part / "resumed"
     resumed.mkdir()
     shutil.copy(resumed.with_name("whole") / checkpoint, resumed)
-    (resumed / "last_checkpoint").write_text(checkpoint)
+    (resumed / LAST_CHECKPOINT).write_text(checkpoint)
     second = train("resumed", *opts, "--resume")
     pairs = zip(whole["losses"][half:], second["losses"], strict=True)
     differences = [abs(again / loss - 1) for loss, again in pairs]

@@ -105,7 +105,7 @@ def change_momentum(content):
     content["trainer"]["optimizer"]["state"][1]["momentum_buffer"] *= 2
 
 
-def add_average(content):
+def add_ema(content):
     content["ema"] = {"c": torch.ones(1)}
 
 
@@ -116,7 +116,7 @@ def add_average(content):
         (transpose, "weights: tensor 1 of 2, of shape (2, 3), (3, 2) after"),
         (change_order, "weights: tensor 0 of 2, of shape (2, 3)"),
         (change_momentum, "optimiser's state: tensor 1 of 2, of shape (3,)"),
-        (add_average, "EMA weights: 0 tensors before, 1 after"),
+        (add_ema, "EMA weights: 0 tensors before, 1 after"),
     ],
 )
 def test_first_tensor_that_differs(runs, change, told):

@@ -15,7 +15,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from contnet.checkpoint.background_writer import HostCopy
-from contnet.checkpoint.checkpointer import BEST, Checkpointer
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.names import BEST
 from contnet.engine.hooks import BestCheckpoint, EvalHook, PeriodicCheckpoint
 from contnet.utils.errors import UserError
 

@@ -859,8 +859,3 @@ def test_a_sweep_goes_on_with_equal_settings_alone(no_slurm, capsys, change, key
         capsys, *argv, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", "out", "SOLVER.BASE_LR", "0.1"
     )
     assert ("other settings" in said) == bool(key) and (key or "data set") in said
-
-
-def test_a_swept_key_is_not_given_twice(no_slurm, capsys):
-    argv = ["--config-file", LEAF, "--sweep", "SEED=1,2", "SEED", "3"]
-    assert "--sweep SEED" in error_of(capsys, *argv)

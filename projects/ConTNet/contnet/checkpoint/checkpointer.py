@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -23,6 +22,7 @@ from contnet.checkpoint.loading import (
     conversion_advice,
     translate_names,
 )
+from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, iteration_of
 from contnet.checkpoint.reading import (
     EMA_KEYS,
     METADATA,
@@ -39,12 +39,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
 from contnet.utils.text import first_names
 
-__all__ = ["BEST", "Checkpointer"]
-
-# Name of the checkpoint with the best evaluation, which is none of the periodic ones.
-BEST = "model_best"
-
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
+__all__ = ["Checkpointer"]
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -170,11 +165,12 @@ class Checkpointer(DetectionCheckpointer):
         self._drop_old()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(Path(self.save_dir, "last_checkpoint"), "w") as file:
+        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w") as file:
             file.write(last_filename_basename)
 
     def _drop_old(self) -> None:
-        numbered = sorted(p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name))
+        files = Path(self.save_dir).glob("*.pth")
+        numbered = sorted(path for path in files if iteration_of(path.stem) is not None)
         for path in numbered[: max(len(numbered) - self.keep, 0)]:
             path.unlink()
 
@@ -187,7 +183,7 @@ class Checkpointer(DetectionCheckpointer):
         path = super().get_checkpoint_file()
         if path and not os.path.isfile(path):
             raise UserError(
-                f"{Path(self.save_dir, 'last_checkpoint')} names {Path(path).name}, which is not "
+                f"{Path(self.save_dir, LAST_CHECKPOINT)} names {Path(path).name}, which is not "
                 "there: write the name of a checkpoint of this folder into it"
             )
         return path

@@ -7,7 +7,6 @@ paths; only the data set and the page are made here.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import sys
@@ -26,10 +25,11 @@ from detectron2.data import (
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.names import FINAL
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
-from contnet.engine.writers import METRICS_FILE
+from contnet.engine.writers import read_metrics
 from contnet.launch.main import main as train
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
@@ -71,7 +71,7 @@ def _pictures(cfg: CfgNode) -> list[ReportImage]:
     model = build_model(cfg).eval()
     records = load_dataset_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
     checkpointer = Checkpointer(model, classes=dataset_class_names(cfg, cfg.DATASETS.TEST))
-    checkpointer.load_checkpoint(str(Path(cfg.OUTPUT_DIR, "model_final.pth")))
+    checkpointer.load_checkpoint(str(Path(cfg.OUTPUT_DIR, f"{FINAL}.pth")))
     loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
     pictures = []
     with torch.no_grad():
@@ -110,7 +110,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
     if train(["--config-file", str(config_file), *opts]):
         raise UserError("the demonstration's training failed, see the line above")
     cfg = load_checked_config(str(config_file), opts)
-    metrics = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    metrics = read_metrics(run)
     ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
     seconds = time.monotonic() - start
     page = write_report(

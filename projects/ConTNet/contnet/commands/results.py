@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from contnet.engine.writers import METRICS_FILE
+from contnet.engine.writers import METRICS_FILE, read_metrics
 from contnet.evaluation.results import RESULTS_FILE, markdown_table, read_results
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.classifier import ImageClassifier
@@ -129,13 +129,8 @@ def _count(cfg: CfgNode) -> dict[str, float]:
 def _measured(run: Path) -> dict[str, list[float]]:
     """The values of metrics.json by name."""
     values: dict[str, list[float]] = {}
-    path = run / METRICS_FILE
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            metrics = json.loads(line)
-        except ValueError:  # half written
-            continue
-        for name, value in metrics.items():
+    for line in read_metrics(run):
+        for name, value in line.items():
             values.setdefault(name, []).append(value)
     return values
 

@@ -14,7 +14,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
 
-from contnet.checkpoint.checkpointer import BEST, Checkpointer
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.names import BEST, FINAL, numbered_name
 from contnet.utils.errors import UserError
 from contnet.utils.files import check_may_write
 
@@ -140,7 +141,7 @@ class PeriodicCheckpoint(HookBase):
         if not is_due(iteration, self.period, self.trainer.max_iter):
             return
         final = iteration + 1 == self.trainer.max_iter
-        name = "model_final" if final else f"model_{iteration:07d}"
+        name = FINAL if final else numbered_name(iteration)
         self.checkpointer.save(name, iteration=iteration)
 
     def after_train(self) -> None:

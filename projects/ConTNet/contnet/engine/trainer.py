@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.names import numbered_name
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
@@ -31,7 +32,8 @@ from contnet.engine.hooks import (
     WriteMetrics,
 )
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
-from contnet.engine.writers import build_writers, record_run, truncate_metrics
+from contnet.engine.run_record import record_run
+from contnet.engine.writers import build_writers, truncate_metrics
 from contnet.evaluation.evaluate import evaluate
 from contnet.evaluation.metrics import main_metric
 from contnet.evaluation.results import truncate_results
@@ -188,11 +190,11 @@ class Trainer(SimpleTrainer):
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
 
-    def save_before_evaluation(self, name: str) -> None:
+    def save_before_evaluation(self) -> None:
         """Saves between the step of an iteration and its evaluation, which a resume then begins."""
         latest = self.storage.latest()
         scalars = {key: float(value) for key, (value, i) in latest.items() if i == self.iter}
-        self.checkpointer.save(name, unfinished=scalars)
+        self.checkpointer.save(numbered_name(self.iter), unfinished=scalars)
 
     def before_train(self) -> None:
         super().before_train()

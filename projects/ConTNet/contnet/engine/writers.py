@@ -1,40 +1,28 @@
-"""What a run leaves behind: its metrics, and a record of how it was started."""
+"""The metrics of a run: written, read, and cut back to a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import detectron2
-from detectron2.config import CfgNode
-from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
 from contnet.utils.files import atomic_write
-from contnet.utils.version import __version__
 
-__all__ = [
-    "COMMIT_VARIABLE",
-    "METRICS_FILE",
-    "RUN_FILE",
-    "build_writers",
-    "git_commit",
-    "record_run",
-    "truncate_metrics",
-]
+__all__ = ["METRICS_FILE", "build_writers", "read_metrics", "truncate_metrics"]
 
-# Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
-COMMIT_VARIABLE = "CONTNET_GIT_COMMIT"
 METRICS_FILE = "metrics.json"
-RUN_FILE = "run.json"
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "fvcore")
+
+def read_metrics(output_dir: str | Path) -> list[dict]:
+    """The lines of metrics.json, without one that was cut short; none if there is no such file."""
+    path = Path(output_dir, METRICS_FILE)
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def truncate_metrics(output_dir: str, iteration: int) -> None:
@@ -45,18 +33,10 @@ def truncate_metrics(output_dir: str, iteration: int) -> None:
         iteration: the last one that the checkpoint has.
     """
     path = Path(output_dir, METRICS_FILE)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            done = json.loads(line)["iteration"]
-        except json.JSONDecodeError:
-            continue  # cut short by the kill
-        if done <= iteration:
-            kept.append(line + "\n")
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
+    if path.exists():
+        kept = [line for line in read_metrics(output_dir) if line["iteration"] <= iteration]
+        with atomic_write(path, "w") as file:
+            file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
 
 
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
@@ -66,62 +46,3 @@ def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[Event
         JSONWriter(str(Path(output_dir, METRICS_FILE)), window_size=1),
         TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
     ]
-
-
-def git_commit() -> str:
-    """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
-    if COMMIT_VARIABLE in os.environ:
-        return os.environ[COMMIT_VARIABLE]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        answer = subprocess.run(
-            [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def _versions() -> dict[str, str]:
-    found = {
-        "python": platform.python_version(),
-        "contnet": __version__,
-        "detectron2": detectron2.__version__,
-    }
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
-    """Appends this attempt of the run to run.json, a list.
-
-    Args:
-        cfg: OUTPUT_DIR and MODEL.DEVICE are read.
-        seed: of the order of images and of all random state.
-        start_iter: the first iteration of this attempt.
-    """
-    path = Path(cfg.OUTPUT_DIR, RUN_FILE)
-    attempts = json.loads(path.read_text()) if path.exists() else []
-    attempts.append(
-        {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [sys.executable, *sys.argv],
-            "folder": str(Path.cwd()),
-            "host": platform.node(),
-            "git_commit": git_commit(),
-            "versions": _versions(),
-            "device": cfg.MODEL.DEVICE,
-            "processes": comm.get_world_size(),
-            "seed": seed,
-            "start_iter": start_iter,
-        }
-    )
-    with atomic_write(path, "w") as file:
-        json.dump(attempts, file, indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -12,7 +12,7 @@ from contnet.evaluation.classification import top_ks
 from contnet.evaluation.coco import COCO_METRICS, coco_tasks
 from contnet.utils.errors import UserError
 
-__all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
+__all__ = ["MAIN_METRICS", "METRIC_NAMES", "check_best_metric", "main_metric"]
 
 # The one number of a data set: the first of these that its evaluators give.
 MAIN_METRICS = (
@@ -25,23 +25,43 @@ MAIN_METRICS = (
 )
 
 
+def _coco_metrics(cfg: CfgNode, name: str) -> set[str]:
+    things = MetadataCatalog.get(name).get("thing_classes", [])
+    metrics = [*COCO_METRICS, *(f"AP-{each}" for each in things if len(things) > 1)]
+    return {f"{task}/{metric}" for task in coco_tasks(cfg) or [] for metric in metrics}
+
+
+def _cityscapes_instance_metrics(cfg: CfgNode, name: str) -> set[str]:
+    known = _coco_metrics(cfg, name)
+    if cfg.MODEL.MASK_ON:
+        things = ["", *(f"-{each}" for each in MetadataCatalog.get(name).thing_classes)]
+        known |= {f"cityscapes/{metric}{each}" for metric in ("AP", "AP50") for each in things}
+    return known
+
+
+def _cityscapes_sem_seg_metrics(cfg: CfgNode, name: str) -> set[str]:
+    known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
+    return known | {f"sem_seg/IoU-{each}" for each in MetadataCatalog.get(name).stuff_classes}
+
+
+def _classification_metrics(cfg: CfgNode, name: str) -> set[str]:
+    return {f"classification/top{k}" for k in top_ks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
+
+
+# By the evaluator_type of a data set's metadata: what its evaluator will give, as metrics.json
+# names it. Data sets of another kind may add theirs.
+METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
+    "coco": _coco_metrics,
+    "cityscapes_instance": _cityscapes_instance_metrics,
+    "cityscapes_sem_seg": _cityscapes_sem_seg_metrics,
+    "classification": _classification_metrics,
+}
+
+
 def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
     """What an evaluator will give, where that can be told before it has run."""
-    metadata = MetadataCatalog.get(name)
-    kind = metadata.get("evaluator_type")
-    if kind not in ("coco", "cityscapes_instance", "cityscapes_sem_seg", "classification"):
-        return []
-    things = metadata.get("thing_classes", [])
-    metrics = [*COCO_METRICS, *(f"AP-{each}" for each in things if len(things) > 1)]
-    known = {f"{task}/{metric}" for task in coco_tasks(cfg) or [] for metric in metrics}
-    if kind == "cityscapes_instance" and cfg.MODEL.MASK_ON:
-        known |= {f"cityscapes/{metric}" for metric in ("AP", "AP50")}
-        known |= {f"cityscapes/{metric}-{each}" for metric in ("AP", "AP50") for each in things}
-    elif kind == "cityscapes_sem_seg":
-        known = {f"sem_seg/{metric}" for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")}
-        known |= {f"sem_seg/IoU-{each}" for each in metadata.stuff_classes}
-    elif kind == "classification":
-        known = {f"classification/top{k}" for k in top_ks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    known = METRIC_NAMES[kind](cfg, name) if kind in METRIC_NAMES else set()
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
     return sorted(prefix + metric for metric in known)
 

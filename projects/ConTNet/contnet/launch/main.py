@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.trainer import Trainer
@@ -87,7 +87,7 @@ def run(
     cfg = _setup(args)
     if args.eval_only:
         return _evaluate_only(cfg, args.resume)
-    if args.resume and not Path(cfg.OUTPUT_DIR, "last_checkpoint").exists():
+    if args.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"

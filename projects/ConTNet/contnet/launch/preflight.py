@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.pipeline.annotations import cache_cityscapes
 from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.dataset import check_datasets
@@ -93,7 +94,7 @@ def check_output(cfg: CfgNode, args: argparse.Namespace, make: bool = True) -> N
         ) from error
     if args.resume or args.eval_only:
         return
-    if (folder / "last_checkpoint").exists() or any(folder.glob("model_*.pth")):
+    if has_last_checkpoint(folder) or any(folder.glob("model_*.pth")):
         raise UserError(
             f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
             "or choose another OUTPUT_DIR"
@@ -102,7 +103,7 @@ def check_output(cfg: CfgNode, args: argparse.Namespace, make: bool = True) -> N
 
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
-    resumable = args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists()
+    resumable = args.resume and has_last_checkpoint(cfg.OUTPUT_DIR)
     if args.eval_only and not weights and not resumable:
         raise UserError(
             "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "

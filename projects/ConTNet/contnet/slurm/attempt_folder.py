@@ -14,6 +14,7 @@ import os
 import time
 from pathlib import Path
 
+from contnet.checkpoint.names import iteration_of, last_checkpoint
 from contnet.utils.files import atomic_write
 
 __all__ = [
@@ -107,8 +108,7 @@ def record_requeue(run_folder: str | Path, record: dict) -> None:
 def last_saved_iteration(run_folder: str | Path) -> int:
     """The iteration of the last complete checkpoint; -1: none; the final one counts as endless."""
     try:
-        name = Path(run_folder, "last_checkpoint").read_text().strip()
+        iteration = iteration_of(last_checkpoint(run_folder).stem)
     except OSError:
         return -1
-    digits = name.removeprefix("model_").removesuffix(".pth")
-    return int(digits) if digits.isdigit() else 2**62
+    return 2**62 if iteration is None else iteration

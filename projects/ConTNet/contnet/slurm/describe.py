@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
-from contnet.engine.writers import METRICS_FILE
+from contnet.checkpoint.names import FINAL
+from contnet.engine.writers import METRICS_FILE, read_metrics
 from contnet.slurm.jobs import live_states
 from contnet.slurm.records import last_submission, read_submissions
 from contnet.slurm.status import read_status
@@ -19,18 +19,8 @@ _OUR_ERROR = f"{UserError.__name__}: "
 
 
 def last_metrics(folder: str | Path) -> dict:
-    """The newest line of metrics.json, {} if there is none."""
-    path = Path(folder, METRICS_FILE)
-    if not path.exists():
-        return {}
-    for line in reversed(path.read_text().splitlines()):
-        try:
-            metrics = json.loads(line)
-        except ValueError:  # half written
-            continue
-        if "total_loss" in metrics:
-            return metrics
-    return {}
+    """The newest line of a training's metrics, {} if there is none."""
+    return next((line for line in reversed(read_metrics(folder)) if "total_loss" in line), {})
 
 
 def iterations_done(folder: str | Path) -> int:
@@ -65,7 +55,7 @@ def describe_run(folder: str | Path, state: str = "") -> str:
     record = (read_submissions(folder) or [{}])[-1]
     status = _status_of_last(folder, record)
     if status.get("state", "finished") == "finished" and (
-        status or Path(folder, "model_final.pth").exists()
+        status or Path(folder, f"{FINAL}.pth").exists()
     ):
         return "finished"
     exit_note = status.get("exit") or {}

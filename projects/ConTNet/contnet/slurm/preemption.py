@@ -7,6 +7,7 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from contnet.checkpoint.names import numbered_name
 from contnet.engine.hooks import is_due
 from contnet.engine.trainer import Trainer
 from contnet.slurm.watcher import Watcher
@@ -71,7 +72,7 @@ class _Preemption(HookBase):
         evaluated = is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter)
         saved = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
         if (preempted or evaluated) and not saved:
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+            trainer.checkpointer.save(numbered_name(trainer.iter), iteration=trainer.iter)
         if preempted:
             trainer.checkpointer.wait()
             self.watcher.enter("preempting")
@@ -84,7 +85,7 @@ def _guard_evaluation(trainer: Trainer, watcher: Watcher) -> None:
     evaluate = trainer.evaluation.function
 
     def guarded() -> dict:
-        trainer.save_before_evaluation(f"model_{trainer.iter:07d}")
+        trainer.save_before_evaluation()
         trainer.checkpointer.wait()
         comm.synchronize()
         watcher.progress(trainer.iter)

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.names import FINAL, has_last_checkpoint, last_checkpoint
 from contnet.checkpoint.reading import read_torch
 from contnet.config.nodes import flatten
 from contnet.launch.arguments import configure
@@ -77,7 +78,7 @@ def _check_same_settings(cfg: CfgNode) -> None:
     """Refuses to go on with a run of a sweep that had other settings; a longer one is fine."""
     folder = Path(cfg.OUTPUT_DIR)
     file = folder / "config.yaml"
-    if not file.exists() or not (folder / "last_checkpoint").exists():
+    if not file.exists() or not has_last_checkpoint(folder):
         return
     try:
         content = yaml.safe_load(file.read_text())
@@ -95,11 +96,10 @@ def _check_same_settings(cfg: CfgNode) -> None:
 
 def _has_finished(cfg: CfgNode, arguments: RunArguments) -> bool:
     folder = Path(cfg.OUTPUT_DIR)
-    last = folder / "last_checkpoint"
-    if not arguments.resume or arguments.eval_only or not last.exists():
+    if not arguments.resume or arguments.eval_only or not has_last_checkpoint(folder):
         return False
-    file = folder / last.read_text().strip()
-    if file.name != "model_final.pth" or not file.exists() or describe_run(folder) != "finished":
+    file = last_checkpoint(folder)
+    if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
         return False
     # MAX_ITER may have been raised since.
     trainer = read_torch(str(file)).get("trainer")

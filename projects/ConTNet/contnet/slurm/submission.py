@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from contnet.data.pipeline.loader import micro_batch_size
-from contnet.engine.writers import COMMIT_VARIABLE, git_commit
+from contnet.engine.run_record import COMMIT_VARIABLE, git_commit
 from contnet.slurm.describe import describe_run, follow
 from contnet.slurm.executors import local_executor, sbatch_text, slurm_executor, submit_jobs
 from contnet.slurm.job import TrainingJob, python_command

@@ -130,9 +130,6 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
     keys = [key for key, _ in sweeps]
     if double := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"--sweep {double[0]} is given twice: list all its values in one")
-    for key in keys:
-        if key in args.opts[::2]:
-            raise UserError(f"{key} has no effect here, --sweep {key} sets it: leave it out")
     runs = []
     for line, *values in itertools.product(lines, *(values for _, values in sweeps)):
         swept = dict(zip(keys, values, strict=True))
@@ -168,15 +165,15 @@ def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> 
     """Gives runs what ``--only`` sets for them alone."""
     for condition, text in only:
         key, value, settings = _parse_only(condition, text)
-        having = [run for run in runs if run.swept.get(key) == value]
+        having = [run for run in runs if run.own.get(key) == value]
         if not having:
-            given = list(dict.fromkeys(run.swept[key] for run in runs if key in run.swept))
+            given = list(dict.fromkeys(run.own[key] for run in runs if key in run.own))
             raise UserError(
                 f"--only {condition}: no run has it, "
                 + (f"{key} is {' or '.join(given)}" if given else f"{key} is not swept")
             )
         for run in having:
-            if fixed := [name for name in settings if name in run.swept]:
+            if fixed := [name for name in settings if name in run.own]:
                 raise UserError(
                     f"--only {condition}: {fixed[0]} is set by --sweep or --array, leave it out"
                 )
@@ -239,7 +236,7 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
         return runs
     _apply_only(args.only, runs)
     for number, run in enumerate(runs, 1):
-        if "OUTPUT_DIR" in run.swept | run.only:
+        if "OUTPUT_DIR" in run.own | run.only:
             raise UserError(
                 f"run {number} of {len(runs)} has an OUTPUT_DIR of its own: give one to the whole "
                 "command, each run gets a folder in it"

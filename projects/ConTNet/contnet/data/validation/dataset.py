@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -26,7 +26,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["check_dataset", "check_datasets"]
+__all__ = ["CHECKS", "check_dataset", "check_datasets"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -164,6 +164,15 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
             )
 
 
+# By the evaluator_type of a data set's metadata: adds what is found of it. Data sets of another
+# kind may add theirs.
+CHECKS: dict[str, Callable[[CfgNode, str, Findings], None]] = {
+    "coco": _check_coco,
+    **dict.fromkeys(GT_FILES, _check_cityscapes),
+    EVALUATOR_TYPE: _check_classification,
+}
+
+
 def check_dataset(cfg: CfgNode, name: str) -> Findings:
     """What can be told of a data set without opening its images.
 
@@ -175,12 +184,8 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     if not _are_there(cfg, name, findings):
         return findings
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind == "coco":
-        _check_coco(cfg, name, findings)
-    elif kind in GT_FILES:
-        _check_cityscapes(cfg, name, findings)
-    elif kind == EVALUATOR_TYPE:
-        _check_classification(cfg, name, findings)
+    if kind in CHECKS:
+        CHECKS[kind](cfg, name, findings)
     else:
         findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
     return findings

@@ -1,0 +1,86 @@
+"""The record of how a run was started: command, code, versions, seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import detectron2
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from contnet.utils.files import atomic_write
+from contnet.utils.version import __version__
+
+__all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
+
+# Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
+COMMIT_VARIABLE = "CONTNET_GIT_COMMIT"
+RUN_FILE = "run.json"
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "fvcore")
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        answer = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "python": platform.python_version(),
+        "contnet": __version__,
+        "detectron2": detectron2.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
+    """Appends this attempt of the run to run.json, a list.
+
+    Args:
+        cfg: OUTPUT_DIR and MODEL.DEVICE are read.
+        seed: of the order of images and of all random state.
+        start_iter: the first iteration of this attempt.
+    """
+    path = Path(cfg.OUTPUT_DIR, RUN_FILE)
+    attempts = json.loads(path.read_text()) if path.exists() else []
+    attempts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": [sys.executable, *sys.argv],
+            "folder": str(Path.cwd()),
+            "host": platform.node(),
+            "git_commit": git_commit(),
+            "versions": _versions(),
+            "device": cfg.MODEL.DEVICE,
+            "processes": comm.get_world_size(),
+            "seed": seed,
+            "start_iter": start_iter,
+        }
+    )
+    with atomic_write(path, "w") as file:
+        json.dump(attempts, file, indent=1)
