@@ -7,22 +7,13 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
-from torch import Tensor
 
-from contnet.checkpoint.key_mapping import convert_resnet_state_dict, revert_state_dict
-from contnet.checkpoint.networks import (
-    FORMS,
-    HEADS,
-    Network,
-    find_network,
-    head_of,
-)
+from contnet.checkpoint.convert import TARGETS, Result, convert, largest_difference
+from contnet.checkpoint.networks import Network, find_network
 from contnet.checkpoint.reading import (
     EMA_KEYS,
     METADATA,
@@ -31,32 +22,17 @@ from contnet.checkpoint.reading import (
     read_checkpoint,
     trained_class_names,
 )
-from contnet.checkpoint.reference import RUNNERS
-from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
 from contnet.utils.version import __version__
 
-__all__ = ["TOLERANCE", "Result", "build_parser", "convert", "largest_difference", "main"]
+__all__ = ["TOLERANCE", "build_parser", "main"]
 
 TOLERANCE = 1e-4
 # A whole number of patches at every stride, none, and odd numbers on the way.
 _SIZES = ((224, 224), (160, 192), (97, 131))
 _INDEX = ".relative_position_index"
 _SUFFIXES = (".pth", ".safetensors")
-_SEED = 0
-# What --to means for either family.
-_TARGETS = {
-    "detectron2": {"contnet": "contnet", "resnet": "detectron2"},
-    "timm": {"contnet": "contnet", "resnet": "timm"},
-    "authors": {"contnet": "authors"},
-}
-_EXPORTS = {
-    "contnet": dict,
-    "timm": dict,
-    "authors": revert_state_dict,
-    "detectron2": convert_resnet_state_dict,
-}
 _EPILOG = """\
 SRC is a checkpoint of the ConTNet authors, of contnet.create_model, of train_net.py (a
 classifier's, or the backbone of a detector's), or a ResNet-18, 34, 50, 101 or 152 of torchvision,
@@ -70,28 +46,6 @@ examples:
   convert_weights.py output/conts/model_best.pth conts.pth --head drop
   convert_weights.py contm-1a2b3c4d.safetensors theirs.pth --to authors
 """
-
-
-@dataclass
-class Result:
-    """Weights in the form asked for.
-
-    Attributes:
-        form: one of the family's ``FORMS``.
-        variant, options: as those of :class:`Network`, with the new head's classes.
-        tensors: by the form's names.
-        mapped: names in the file beside names in the result.
-        new: names in the result that no tensor of the file gave.
-        left: names in the file of tensors of the network that the result does without.
-    """
-
-    form: str
-    variant: str
-    options: dict
-    tensors: dict[str, Tensor]
-    mapped: list[tuple[str, str]]
-    new: list[str]
-    left: list[str]
 
 
 def _head(text: str) -> str | int:
@@ -113,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="DST", help="name ending in .pth or .safetensors")
     parser.add_argument(
         "--to",
-        choices=list(_TARGETS),
+        choices=list(TARGETS),
         default="detectron2",
         help="whose names the result has: Detectron2's, for MODEL.WEIGHTS (the default; for a "
         "ConTNet those of contnet.create_model), timm's and torchvision's, or the ConTNet authors'",
@@ -141,79 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"run source and result on random images, and refuse a difference above {TOLERANCE:g}",
     )
     return parser
-
-
-def _new_head(network: Network, classes: int) -> dict[str, Tensor]:
-    """A random head, always the same one, as the network's own initialisation makes it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        if network.family == "contnet":
-            model = create_model(network.variant, **{**network.options, "num_classes": classes})
-        else:
-            model = timm.create_model(network.variant, num_classes=classes)
-    return head_of(model.state_dict(), network.family)
-
-
-def convert(network: Network, to: str, head: str | int) -> Result:
-    """Brings a network's weights into another form.
-
-    Args:
-        network: is left as it is.
-        to: "detectron2", "timm" or "authors".
-        head: "keep", "drop", or the number of classes of a new one.
-
-    Raises:
-        UserError: if the family has no such form.
-    """
-    form = _TARGETS[to].get(network.family)
-    if form is None:
-        raise UserError(f"--to {to} is for ConTNets, and it holds a {network.variant}")
-    tensors, fresh = dict(network.tensors), {}
-    if head != "keep":
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(HEADS[network.family])}
-        fresh = _new_head(network, head) if isinstance(head, int) else {}
-    options = dict(network.options)
-    if head != "keep":
-        options["num_classes"] = 0 if head == "drop" else head
-    written = _EXPORTS[form]({**tensors, **fresh})
-    rename = FORMS[network.family][form]
-    mapped = [(network.origins[k], rename(k)) for k in tensors if rename(k) in written]
-    given = {name for _, name in mapped}
-    used = {name for name, _ in mapped}
-    return Result(
-        form,
-        network.variant,
-        options,
-        written,
-        mapped,
-        new=[name for name in written if name not in given],
-        left=[name for name in network.origins.values() if name not in used],
-    )
-
-
-@torch.no_grad()
-def largest_difference(
-    network: Network, result: Result, size: tuple[int, int], with_logits: bool
-) -> tuple[float, float]:
-    """Runs source and result on a random image, each by its own names in its own library.
-
-    Args:
-        network: the source.
-        result: what became of it, as read back.
-        size: (height, width) of the image, in pixels.
-        with_logits: compare the logits too, not the last map alone.
-
-    Returns:
-        The largest difference, and the largest output of the source.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    image = torch.randn(1, network.options.get("in_chans", 3), *size, generator=generator)
-    count = 2 if with_logits else 1
-    source = RUNNERS[network.form](network.variant, network.options, network.native, image)
-    made = RUNNERS[result.form](result.variant, result.options, result.tensors, image)
-    pairs = list(zip(source[:count], made[:count], strict=True))
-    difference = max((a - b).abs().max().item() for a, b in pairs)
-    return difference, max(a.abs().max().item() for a, _ in pairs)
 
 
 def _check(network: Network, result: Result, data: bytes, suffix: str) -> None:
