@@ -549,7 +549,7 @@ SLIPS = {
 def test_check_finds_a_wrong_result(refuse, monkeypatch, slip, target):
     form, place, *names = SLIPS[slip]
     wrong = exchange(*(place.format(name) for name in names))
-    monkeypatch.setitem(weights._EXPORTS, form, wrong(weights._EXPORTS[form]))
+    monkeypatch.setitem(weights.EXPORTS, form, wrong(weights.EXPORTS[form]))
     state = make_oracle("contnet_ti").state_dict() if form == "contnet" else ours()
     to = "authors" if form == "authors" else "detectron2"
     assert "source and result differ by" in refuse(state, "--check", "--to", to, target=target)

@@ -448,16 +448,18 @@ def test_masks_as_the_config_wants_them(data, capsys):
     assert _doctor(capsys, *options, "INPUT.MASK_FORMAT", "bitmask")[0] == 0
 
 
-def test_runs_of_compressed_masks_are_pycocotools():
-    from contnet.data.validation.coco import _run_lengths
-
-    rng = np.random.default_rng(0)
-    for share in (0.0, 0.02, 0.5, 1.0):
-        mask = np.asfortranarray((rng.random((70, 90)) < share).astype(np.uint8))
-        runs = _run_lengths(mask_util.encode(mask)["counts"].decode())
-        again = mask_util.frPyObjects({"size": [70, 90], "counts": runs}, 70, 90)
-        assert sum(runs) == 70 * 90
-        assert np.array_equal(mask_util.decode(again), mask)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("more", [0, 1])
+def test_compressed_masks_that_fit_and_that_do_not(data, share, more):
+    """`more`: pixels of the mask that its image has not."""
+    image = data.content["images"][0]
+    size = [image["height"], image["width"]]
+    pixels = np.random.default_rng(0).random((size[0] * size[1] + more, 1)) < share
+    mask = mask_util.encode(np.asfortranarray(pixels.astype(np.uint8)))
+    data.item["segmentation"] = {"size": size, "counts": mask["counts"].decode()}
+    findings = Findings()
+    check_instances(data.content, Use(True, False, masks=True, bitmasks=True), findings)
+    assert [line.startswith("run-length masks") for line in findings.lines(ERROR)] == [True] * more
 
 
 def test_few_lost_objects_of_many_are_a_note(data):

@@ -685,7 +685,7 @@ def test_official_counts(root, capsys, monkeypatch):
 
     counts = {"imagenet_train": (9, 3), "imagenet_val": (6, 3)}
     official = {name: ("ImageNet", count) for name, count in counts.items()}
-    monkeypatch.setattr(checks, "_OFFICIAL", official)
+    monkeypatch.setattr(checks, "OFFICIAL_COUNTS", official)
     status, said = run_doctor(capsys)
     assert status == 0 and said.count("as many as ImageNet itself has") == 2
 

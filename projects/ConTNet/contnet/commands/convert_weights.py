@@ -37,7 +37,15 @@ from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
 
-__all__ = ["TOLERANCE", "Result", "build_parser", "convert", "largest_difference", "main"]
+__all__ = [
+    "EXPORTS",
+    "TOLERANCE",
+    "Result",
+    "build_parser",
+    "convert",
+    "largest_difference",
+    "main",
+]
 
 TOLERANCE = 1e-4
 # A whole number of patches at every stride, none, and odd numbers on the way.
@@ -51,7 +59,8 @@ _TARGETS = {
     "timm": {"contnet": "contnet", "resnet": "timm"},
     "authors": {"contnet": "authors"},
 }
-_EXPORTS = {
+# Gives a state the names of a form.
+EXPORTS = {
     "contnet": dict,
     "timm": dict,
     "authors": revert_state_dict,
@@ -175,7 +184,7 @@ def convert(network: Network, to: str, head: str | int) -> Result:
     options = dict(network.options)
     if head != "keep":
         options["num_classes"] = 0 if head == "drop" else head
-    written = _EXPORTS[form]({**tensors, **fresh})
+    written = EXPORTS[form]({**tensors, **fresh})
     rename = FORMS[network.family][form]
     mapped = [(network.origins[k], rename(k)) for k in tensors if rename(k) in written]
     given = {name for _, name in mapped}
