@@ -426,7 +426,7 @@ def test_classes_that_the_data_set_does_not_have(evaluated):
     rng = np.random.default_rng(12)
     truth = random_truth(rng, 3, 2)
     found = {0: random_detections(rng, random_truth(rng, 3, 5), 0, False)}
-    with pytest.raises(UserError, match="class 4 cannot be evaluated on a data set of 2 classes"):
+    with pytest.raises(UserError, match=r"class 4 .*2 classes"):
         evaluated(truth, found)
 
 
