@@ -15,9 +15,10 @@ import torch
 import contnet
 from contnet.modeling.contnet import VARIANTS
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["SIZES", "add_arguments", "run"]
 
-_SIZES = ((256, 400), (512, 800), (800, 1333), (1600, 2000), (2304, 3472))
+# Height and width of the images, in pixels.
+SIZES = ((256, 400), (512, 800), (800, 1333), (1600, 2000), (2304, 3472))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,7 @@ def _measure(variant: str, size: tuple[int, int], device: str, rounds: int) -> t
 def run(args: argparse.Namespace) -> None:
     """Prints seconds and bytes of each size, and the exponents that fit them best."""
     pixels, seconds, memory = [], [], []
-    for size in _SIZES:
+    for size in SIZES:
         # A process of its own, as a process never forgets its peak.
         with get_context("spawn").Pool(1) as pool:
             took, peak = pool.apply(_measure, (args.variant, size, args.device, args.rounds))

@@ -76,7 +76,7 @@ def test_a_part_computes_or_moves():
 
 @pytest.mark.slow
 def test_growth_with_pixels(capsys, monkeypatch):
-    monkeypatch.setattr(pixels, "_SIZES", ((64, 64), (448, 448)))
+    monkeypatch.setattr(pixels, "SIZES", ((64, 64), (448, 448)))
     argv = ["pixels", "--variant", "contnet_ti", "--rounds", "1", "--device", "cpu"]
     assert main(argv) == 0
     assert re.search(

@@ -253,18 +253,23 @@ def full_disk(monkeypatch):
     return disk
 
 
+def check_for_a_minute(checkpointer):
+    """It does not wait, so it is asked until the write has failed."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        checkpointer.check()
+
+
 @pytest.mark.parametrize("ask", ["wait", "check", "save", "load"])
 def test_an_error_is_raised_once_by_whatever_comes_next(tmp_path, full_disk, ask):
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), background=True)
     checkpointer.save("model_0000001", iteration=1)
     asks = {
         "wait": checkpointer.wait,
-        "check": checkpointer.check,
+        "check": lambda: check_for_a_minute(checkpointer),
         "save": lambda: checkpointer.save("model_0000002", iteration=2),
         "load": lambda: checkpointer.load("model_0000001.pth"),
     }
-    if ask == "check":
-        checkpointer._writer._executor.submit(int).result()  # all before it is done
     with pytest.raises(UserError, match=r"model_0000001\.pth cannot be written: .*unexpected pos"):
         asks[ask]()
     assert not list(tmp_path.iterdir())
@@ -331,10 +336,18 @@ def test_a_training_ends_with_the_error_of_a_file(tmp_path, full_disk):
 
 
 def test_a_failed_training_leaves_whole_files(tmp_path, monkeypatch):
-    save = torch.save
-    monkeypatch.setattr("torch.save", lambda *args: (time.sleep(0.2), save(*args)))
+    loop, failed, saves = Loop(tmp_path, [1.0, 5.0, 2.0], fail_at=2), threading.Event(), []
+    save, fail = torch.save, loop.after_train
+
+    def late(data, file):
+        saves.append(file)
+        assert len(saves) == 1 or failed.wait(60)  # all but the first, for which the second waits
+        save(data, file)
+
+    monkeypatch.setattr("torch.save", late)
+    loop.after_train = lambda: (failed.set(), fail())
     with pytest.raises(ValueError, match="of the training's own"):
-        Loop(tmp_path, [1.0, 5.0, 2.0], fail_at=2).run()
+        loop.run()
     assert weights_in(tmp_path) == {"model_best": (1, 1), "model_0000001": (1, 1)}
 
 

@@ -340,7 +340,7 @@ FILES = {
 
 
 SAID = {
-    "command": "it wants to run code (posix.system), do not use this file",
+    "command": "posix.system",
     "code": "could run code",
     "numbers for names": "holds no weights",
     "not finite": "backbone.bottom_up.stem.weight is not finite",
@@ -415,7 +415,7 @@ def test_classes_of_a_detector_are_compared(tmp_path, lines):
     Checkpointer(model, classes=["cat", "dog"]).load_checkpoint(nameless)
     assert any(f"{nameless} does not name its classes" in line for line in lines())
     swapped = Checkpointer(model, classes=["dog", "cat"])
-    with pytest.raises(UserError, match=r"number 0 is dog instead of cat\): give data that has"):
+    with pytest.raises(UserError, match="number 0 is dog"):
         swapped.load_checkpoint(named)
     # A backbone does for any classes, and what fits nowhere is no matter of classes.
     swapped.load_backbone(named)
@@ -426,7 +426,7 @@ def test_classes_of_a_detector_are_compared(tmp_path, lines):
 def test_last_checkpoint_names_a_file_that_is_gone(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
     checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
-    with pytest.raises(UserError, match=r"names model_0000004\.pth, which is not there"):
+    with pytest.raises(UserError, match=r"last_checkpoint names model_0000004\.pth"):
         checkpointer.get_checkpoint_file()
 
 

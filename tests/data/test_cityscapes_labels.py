@@ -197,13 +197,13 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path):
         prepare_cityscapes(tmp_path, workers=1)
 
 
-def die(file: Path):
+def die(annotation):
     os._exit(9)
 
 
 def test_a_killed_process_is_told(tmp_path, monkeypatch):
     write_polygons(polygon_file(tmp_path), scene("street"))
-    monkeypatch.setattr(preparation, "_prepare", die)
+    monkeypatch.setitem(preparation.LABEL_FILES, "_labelIds.png", die)
     with pytest.raises(UserError, match="a process was killed"):
         prepare_cityscapes(tmp_path, workers=1)
 

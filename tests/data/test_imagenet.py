@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_shards_without_names_beside_named_classes_are_refused(root):
     (home / "new").rename(home / "train")
     cfg = config("MODEL.CLASSIFIER.NUM_CLASSES", "3")
     check_datasets(cfg, ["imagenet_train"])
-    with pytest.raises(UserError, match="imagenet_train: its classes have no names, but those of"):
+    with pytest.raises(UserError, match=r"imagenet_train: .* no names"):
         check_datasets(cfg, ["imagenet_train", "imagenet_val"])
 
 
@@ -272,12 +273,12 @@ def test_own_sets_decide_the_number_of_classes(root):
     assert count_classes(cfg, "mine_val") == 3
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'elsewhere']]"])
-    with pytest.raises(UserError, match=r"the name mine_train is taken already, by .*train: choo"):
+    with pytest.raises(UserError, match="mine_train is taken"):
         register_datasets(other)
-    with pytest.raises(UserError, match="it has labels of images, but a GeneralizedRCNN needs obj"):
+    with pytest.raises(UserError, match=r"labels of images, .*GeneralizedRCNN"):
         detector = configure(parse_arguments(["--config-file", DETECTOR, *options]))
         check_datasets(detector, ["mine_train"])
-    with pytest.raises(UserError, match=r"3 classes, but MODEL.CLASSIFIER.NUM_CLASSES is 5: set"):
+    with pytest.raises(UserError, match=f"3 classes, but {KEY} is 5"):
         check_datasets(config(*options, KEY, "5"), ["mine_train"])
 
 
@@ -285,7 +286,7 @@ def test_a_classifier_refuses_objects(coco_root):
     home = coco_root / "coco"
     sets = [["c", f"{home}/annotations/instances_val2017.json", f"{home}/val2017"]]
     cfg = config("DATASETS.REGISTER", str(sets), "DATASETS.TRAIN", "('c',)")
-    with pytest.raises(UserError, match="it has objects, but a ImageClassifier needs labels of im"):
+    with pytest.raises(UserError, match=r"objects, .*ImageClassifier"):
         check_datasets(cfg, ["c"])
 
 
@@ -293,7 +294,7 @@ def test_a_classifier_refuses_objects(coco_root):
     "value", ["[['m', 'labels.txt']]", "[['m', 'a.json']]", "[['m']]", "[['m', '']]"]
 )
 def test_form_of_entries_is_told(value):
-    with pytest.raises(UserError, match=r"\[name, folder\] or \[name, label file .txt or .csv, f"):
+    with pytest.raises(UserError, match=r"\[name, folder\]"):
         register_datasets(load_config(LEAF, ["DATASETS.REGISTER", value]))
 
 
@@ -374,25 +375,19 @@ def _rename(root: Path, classes: dict) -> None:
 
 
 DAMAGE = {
-    "no folder": (_no_root, "train does not exist (DETECTRON2_DATASETS is '"),
-    "empty class": (_empty_class, "class folders without images (.jpg, "),
+    "no folder": (_no_root, "train does not exist"),
+    "empty class": (_empty_class, "class folders without images"),
     "class that train lacks": (_extra_class, "train (1 too many: n77)"),
-    "hidden folder": (_hidden, "hidden folders among the class folders, remove them: 1 [.ipynb_"),
-    "dead link": (_dead_link, "links among the class folders that lead nowhere: 1 ["),
+    "hidden folder": (_hidden, "[.ipynb_checkpoints"),
+    "dead link": (_dead_link, "lead nowhere"),
     "class that val lacks": (_lost_class, f"train (1 missing: {class_name(0)})"),
-    "folders and images": (_mixed, f"holds folders ({class_name(0)}, ...) and images (stray.png"),
-    "empty": (_nothing, "train is empty: it must hold class folders"),
-    "no label file": (
-        _flat(),
-        f"put one of val_labels.txt, val_labels.csv, LOC_val_solution.csv, {GROUND_TRUTH} into",
-    ),
-    "no meta.mat": (
-        _flat(official, _home("meta.mat", None)),
-        "whose meta.mat says what they mean: put it into",
-    ),
+    "folders and images": (_mixed, "(stray.png"),
+    "empty": (_nothing, "train is empty"),
+    "no label file": (_flat(), f"val_labels.csv, LOC_val_solution.csv, {GROUND_TRUTH}"),
+    "no meta.mat": (_flat(official, _home("meta.mat", None)), "whose meta.mat"),
     "damaged meta.mat": (
         _flat(official, _home("meta.mat", b"MATLAB 5.0 MAT-file")),
-        "meta.mat is not the meta.mat of ImageNet's development kit",
+        "meta.mat is not",
     ),
     "unknown number": (
         _flat(official, _home(GROUND_TRUTH, "1\n2\n7\n1\n2\n3\n")),
@@ -435,14 +430,14 @@ def test_what_is_left_out_is_told_once(root, caplog):
     for _ in range(2):
         assert len(load_dataset_dicts(cfg, ["imagenet_train"], train=True)) == 8
     (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert line.getMessage().startswith("imagenet_train: files that are no images by their names")
+    assert line.getMessage().startswith("imagenet_train: ")
     assert "0.jfif" in line.getMessage()
 
 
 def test_loading_stops_too(root):
     _lost_class(root)
     cfg = config()
-    with pytest.raises(UserError, match=r"data set imagenet_val: its class folders are not those"):
+    with pytest.raises(UserError, match="imagenet_val: its class folders"):
         load_dataset_dicts(cfg, ["imagenet_val"], train=False)
 
 
@@ -451,7 +446,7 @@ def test_numbers_for_classes_are_not_guessed(root):
     numbers = {class_name(label): str(label) for label in range(3)}
     lines(root, {name: numbers[wnid] for name, wnid in classes.items()})
     shutil.rmtree(root / "imagenet" / "train")
-    with pytest.raises(UserError, match="has numbers in place of class names"):
+    with pytest.raises(UserError, match="numbers in place of class names"):
         check_datasets(config(), ["imagenet_val"])
     (root / "imagenet" / "val" / "classes.txt").write_text("2\n1\n0\n")
     records = load(config(), "imagenet_val")
@@ -463,11 +458,11 @@ def test_label_files_are_for_flat_folders(root):
     options = registered(root)
     entries = [["mine_val", str(root / "imagenet/val_labels.txt"), str(root / "imagenet/train")]]
     cfg = config(*options[2:], "DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "()", KEY, "3")
-    with pytest.raises(UserError, match=r"is for a folder of images, but .* holds folders"):
+    with pytest.raises(UserError, match="holds folders"):
         check_datasets(cfg, ["mine_val"])
     entries = [["mine", str(root / "imagenet" / "val")]]
     cfg = config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)", KEY, "3")
-    with pytest.raises(UserError, match=r"give it in DATASETS.REGISTER as \[name, label file, fol"):
+    with pytest.raises(UserError, match=r"DATASETS.REGISTER as \[name, label file"):
         check_datasets(cfg, ["mine"])
     with pytest.raises(UserError, match=r"data set mine: .* need a label file"):
         config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)")
@@ -478,7 +473,7 @@ def test_label_files_are_for_flat_folders(root):
     [("ASPECT_RATIO_GROUPING", "True"), ("SAMPLER_TRAIN", "RepeatFactorTrainingSampler")],
 )
 def test_settings_that_need_objects_are_told(root, key, value):
-    with pytest.raises(UserError, match=f"DATALOADER.{key} is {value}, labels of images need"):
+    with pytest.raises(UserError, match=f"DATALOADER.{key} is {value}"):
         check_datasets(config(f"DATALOADER.{key}", value), NAMES)
 
 
@@ -613,7 +608,7 @@ def test_broken_images_are_named(picture, tmp_path, damage):
         read_image({"file_name": str(file)})
     message = str(caught.value)
     assert message.startswith(f"the image {file} cannot be read (") and "\n" not in message
-    assert ("is of no kind that Pillow knows" in message) == (damage != "cut")
+    assert ("no kind" in message) == (damage != "cut")
     assert "python tools/doctor.py" in message
 
 
@@ -622,7 +617,7 @@ def test_missing_and_strange_images_are_named(picture, tmp_path):
         read_image({"file_name": str(tmp_path / "gone.jpg")})
     for values in (np.full((4, 4), 70000, np.int32), np.zeros((4, 4), np.float32)):
         Image.fromarray(values).save(tmp_path / "p.tif")
-        with pytest.raises(UserError, match=r"p.tif cannot be read \(its pixels are no"):
+        with pytest.raises(UserError, match=r"p.tif .*its pixels"):
             read_image({"file_name": str(tmp_path / "p.tif")})
 
 
@@ -645,10 +640,9 @@ def test_doctor_counts(root, capsys):
     picture.save(first / "2.JPEG", exif=exif.tobytes())
     status, said = run_doctor(capsys)
     assert status == 0, said
-    assert "of these 1 stored as CMYK, 1 stored as grey, 1 turned as EXIF says" in said
-    assert "NOTE   9 images and 3 classes, ImageNet itself has 1281167 and 1000" in said
-    assert "6 images opened" in said
-    assert said[-1] == "0 errors, 2 notes: training can start"
+    assert any(re.search(r"\b1 .*CMYK.*\b1 .*grey.*\b1 .*EXIF", line) for line in said)
+    assert any(re.match(r"NOTE .*\b9 .*\b3 .*\b1281167 .*\b1000\b", line) for line in said)
+    assert said[-1].startswith("0 errors, 2 notes")
 
 
 def test_doctor_lists_what_cannot_be_read(root, capsys):
@@ -661,7 +655,7 @@ def test_doctor_lists_what_cannot_be_read(root, capsys):
     errors = [line for line in said if line.startswith("ERROR")]
     assert len(errors) == 2
     assert errors[0].startswith(f"ERROR  images that cannot be read: 1 [{cut} (")
-    assert any("no images by their names, they are left out: 1 [" in line for line in said)
+    assert any(line.startswith("NOTE") and "Thumbs.db" in line for line in said)
 
 
 def test_doctor_tells_names_that_are_no_text(root, capsys):
@@ -670,7 +664,7 @@ def test_doctor_tells_names_that_are_no_text(root, capsys):
     status, said = run_doctor(capsys)
     assert status == 1
     (error,) = [line for line in said if line.startswith("ERROR")]
-    assert error.endswith("/\\udce9.jpg (it is of no kind that Pillow knows)]")
+    assert "/\\udce9.jpg (" in error
 
 
 @pytest.mark.parametrize("damage", ["no folder", "empty class", "no meta.mat", "unlabelled"])
@@ -687,9 +681,9 @@ def test_official_counts(root, capsys, monkeypatch):
 
     counts = {"imagenet_train": (9, 3), "imagenet_val": (6, 3)}
     official = {name: ("ImageNet", count) for name, count in counts.items()}
-    monkeypatch.setattr(checks, "_OFFICIAL", official)
+    monkeypatch.setattr(checks, "OFFICIAL_COUNTS", official)
     status, said = run_doctor(capsys)
-    assert status == 0 and said.count("as many as ImageNet itself has") == 2
+    assert status == 0 and said[-1].startswith("0 errors, 0 notes")
 
 
 # --- a run ---------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_only_test_sets_count_in_evaluation(drawn):
 def test_a_number_that_the_user_gave_stays_and_is_checked(drawn, tmp_path):
     cfg = configure(_args(*_options(f"{drawn}/"), KEY, "5"))
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 5
-    with pytest.raises(UserError, match=f"mine_train: it has 4 classes, but {KEY} is 5: set it"):
+    with pytest.raises(UserError, match=f"mine_train: .* 4 classes, .*{KEY} is 5"):
         check_datasets(cfg, ["mine_train", "mine_val"])
     file = tmp_path / "leaf.yaml"
     file.write_text(f"_BASE_: {LEAF}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 7}}}}\n")
@@ -115,7 +115,7 @@ def test_other_models_have_other_keys(drawn):
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     check_datasets(cfg, NAMES)
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
-    with pytest.raises(UserError, match="has objects, but a SemanticSegmentor needs label maps"):
+    with pytest.raises(UserError, match=r"objects, .*SemanticSegmentor"):
         check_datasets(cfg, NAMES)
 
 
@@ -137,7 +137,7 @@ def test_names_are_not_taken_twice(drawn):
     register_datasets(cfg)
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'other.json', 'images']]"])
-    with pytest.raises(UserError, match=r"the name mine_train is taken already, by .*train.json"):
+    with pytest.raises(UserError, match=r"mine_train is taken .*train.json"):
         register_datasets(other)
     for name in ("coco_2017_train", "cityscapes_fine_sem_seg_val"):
         built_in = load_config(LEAF, ["DATASETS.REGISTER", f"[['{name}', 'o.json', 'images']]"])
@@ -150,7 +150,7 @@ def test_names_are_not_taken_twice(drawn):
     ["['mine', 'a.json', 'images']", "[['mine', 'a.json']]", "[[1, 'a', 'b']]", "[['m', '', 'b']]"],
 )
 def test_form_is_told(value):
-    with pytest.raises(UserError, match=r"DATASETS.REGISTER has .* \[name, annotation file, image"):
+    with pytest.raises(UserError, match=r"DATASETS.REGISTER .*\[name, annotation file"):
         register_datasets(load_config(LEAF, ["DATASETS.REGISTER", value]))
 
 
@@ -172,12 +172,12 @@ def test_train_and_test_must_agree(drawn, tmp_path, change):
     entries = _entries(f"{drawn}/")
     entries[1][1] = str(tmp_path / "val.json")
     cfg = configure(_args(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries)))
-    with pytest.raises(UserError, match=r"mine_val: its classes .* are not those of mine_train"):
+    with pytest.raises(UserError, match=r"mine_val: its classes .*mine_train"):
         check_datasets(cfg, NAMES)
 
 
 def test_file_must_be_there(tmp_path):
-    with pytest.raises(UserError, match=r"data set mine_train: the annotation file .* cannot be"):
+    with pytest.raises(UserError, match="mine_train: the annotation file"):
         configure(_args(*_options(f"{tmp_path}/")))
 
 
@@ -222,7 +222,7 @@ def test_two_kinds_of_classes_are_not_named(monkeypatch):
 def test_boxes_without_masks(drawn, tmp_path):
     options = _boxes_only(drawn, tmp_path)
     check_datasets(configure(_args(*options)), NAMES)
-    with pytest.raises(UserError, match=r"objects without a mask, which MODEL.MASK_ON needs"):
+    with pytest.raises(UserError, match=r"MODEL.MASK_ON"):
         check_datasets(configure(_args(*options, "MODEL.MASK_ON", "True")), NAMES)
 
 

@@ -2,13 +2,14 @@
 classifiers of every family and recipe, cut in this one.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,28 +75,39 @@ def _options(folder: Path) -> list[str]:
     MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0""".split()
 
 
-def _kill_after(process: subprocess.Popen, folder: Path, checkpoint: str, iteration: int) -> None:
-    """SIGKILL to the run once it has ``checkpoint`` or a later one, and an iteration's metrics."""
+def _is_stopped(group: int) -> bool:
+    """Whether no process of a group runs."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "TZ":
+                return False
+    return True
+
+
+def _copy_after(
+    process: subprocess.Popen, folder: Path, copy: Path, checkpoint: str, iteration: int
+) -> None:
+    """Copies what SIGKILL would leave behind: all processes stand still meanwhile.
+
+    Does so once the run has ``checkpoint`` or a later one, and an iteration's metrics; one that
+    never has is killed.
+    """
     last, further = folder / "last_checkpoint", folder / "metrics.json"
-    output = []
-    # A run that prints into a full pipe waits.
-    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))
-    reader.start()
     deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            reader.join()
-            pytest.fail(f"ended before it could be killed: {output[0][-3000:]}")
+    while time.monotonic() < deadline and process.poll() is None:
         lines = further.read_text().splitlines() if further.exists() else []
         saved = last.exists() and last.read_text() >= checkpoint
         if saved and lines and json.loads(lines[-1])["iteration"] >= iteration:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            reader.join()
+            os.killpg(process.pid, signal.SIGSTOP)
+            while not _is_stopped(process.pid):
+                time.sleep(0.001)
+            shutil.copytree(folder, copy)
+            os.killpg(process.pid, signal.SIGCONT)
             return
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("the run made no progress")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _same(a, b) -> bool:
@@ -109,37 +121,39 @@ def _same(a, b) -> bool:
 
 
 class Trainings:
-    """Trainings of a setting, uncut and killed; each is run once, for all tests that look at it."""
+    """Trainings of a setting; each is run once, for all tests that look at it."""
 
     def __init__(self, train_net, datasets: dict[str, Path], folder: Path):
-        self._train_net, self._datasets, self._folder = train_net, datasets, folder
-        self._uncut, self._killed = {}, {}
+        self.train_net, self.datasets, self.folder = train_net, datasets, folder
+        self.outputs = {}
 
     def start(
         self, setting: str, folder: Path, *options: str, launch: str = ""
     ) -> subprocess.Popen:
         """Starts one as the setting says, but for what is given."""
         usual, more = SETTINGS[setting]
-        data = next((root for name, root in self._datasets.items() if name in usual), None)
+        data = next((root for name, root in self.datasets.items() if name in usual), None)
         environment = {"DETECTRON2_DATASETS": str(data)} if data else {}
         more = [*_options(folder), *more, *options]
-        return self._train_net(f"{usual} {launch}", *more, **environment)
+        return self.train_net(f"{usual} {launch}", *more, **environment)
 
     def uncut(self, setting: str) -> tuple[Path, str]:
         """The folder and the output of one that nobody disturbed."""
-        if setting not in self._uncut:
-            folder = self._folder / f"uncut{len(self._uncut)}"
-            self._uncut[setting] = folder, finish(self.start(setting, folder))
-        return self._uncut[setting]
+        folder = self.folder / str(list(SETTINGS).index(setting)) / "uncut"
+        if setting not in self.outputs:
+            process = self.start(setting, folder)
+            with ThreadPoolExecutor(1) as pool:
+                # A run that prints into a full pipe waits.
+                output = pool.submit(finish, process)
+                # Checkpoints follow iterations 2, 5, 8: cut after the line of 7, off both periods.
+                _copy_after(process, folder, folder.with_name("cut"), "model_0000005.pth", 7)
+                self.outputs[setting] = output.result()
+        return folder, self.outputs[setting]
 
     def killed(self, setting: str, copy: Path) -> None:
-        """Copies the folder of one that was killed."""
-        # Checkpoints follow iterations 2, 5, 8: killed after the line of 7, off both periods.
-        if setting not in self._killed:
-            folder = self._folder / f"killed{len(self._killed)}"
-            _kill_after(self.start(setting, folder), folder, "model_0000005.pth", 7)
-            self._killed[setting] = folder
-        shutil.copytree(self._killed[setting], copy)
+        """Copies the folder as it would be left if that one had been killed."""
+        folder, _ = self.uncut(setting)
+        shutil.copytree(folder.with_name("cut"), copy)
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_
     weights = ("MODEL.WEIGHTS", str(averaged[0] / "model_final.pth"))
     assert main(["--eval-only", *arguments(tmp_path / "eval", *data, *weights)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "was trained on (1 too many: human; 1 missing: person)" in error
+    assert "(1 too many: human; 1 missing: person)" in error
     assert not (tmp_path / "eval" / "results.json").exists()
 
 

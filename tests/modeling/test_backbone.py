@@ -144,7 +144,7 @@ def test_pyramid_pads_to_its_bottom_up():
 
 def test_pyramid_names_a_missing_feature():
     cfg = _pyramid_cfg("build_contnet_fpn_backbone", "MODEL.CONTNET.OUT_FEATURES", ["res5"])
-    with pytest.raises(ValueError, match="'res2', the bottom-up network gives res5"):
+    with pytest.raises(ValueError, match=r"'res2'.* res5"):
         build_backbone(cfg)
 
 
@@ -291,5 +291,5 @@ def test_wrong_arguments(wrong, message):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="no ConTNet is called 'contnet_l'"):
+    with pytest.raises(ValueError, match="'contnet_l'"):
         build_backbone(_cfg("MODEL.CONTNET.VARIANT", "contnet_l"))

@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(leaf, opts, message):
 )
 def test_options_that_timm_refuses_are_one_line(leaf, option):
     cfg = config("MODEL.CLASSIFIER.OPTIONS", str([option]), leaf=leaf)
-    with pytest.raises(UserError, match=f"timm does not take its options {option[0]}"):
+    with pytest.raises(UserError, match=f"timm .*{option[0]}"):
         build_model(cfg)
 
 
@@ -207,7 +207,7 @@ def test_options_that_timm_refuses_are_one_line(leaf, option):
 )
 def test_a_size_that_the_network_does_not_take_is_told_before_training(options, key, size):
     opts = ["MODEL.CLASSIFIER.OPTIONS", options, f"INPUT.CLASSIFIER.{key}", str(size)]
-    with pytest.raises(UserError, match=f"{key} is {size}, which deit_tiny_patch16_224 does not"):
+    with pytest.raises(UserError, match=f"{key} is {size}, .*deit_tiny_patch16_224"):
         build_model(config(*opts, leaf="deit_ti_strong"))
 
 
@@ -448,7 +448,7 @@ def test_another_number_of_classes_keeps_all_but_the_head(tmp_path, said):
     assert torch.equal(model.network.head.weight, before)
     assert torch.equal(model.network.stem.weight, network.stem.weight)
     assert "head starts from random weights" in said()
-    with pytest.raises(UserError, match=r"another shape .*; its head is for another number of cla"):
+    with pytest.raises(UserError, match=r"another shape .*MODEL.CLASSIFIER.NUM_CLASSES"):
         Checkpointer(model).load_checkpoint(str(tmp_path / "a.pth"))
 
 
@@ -533,7 +533,7 @@ def test_an_odd_batch_cannot_be_mixed(tmp_path, capsys, batch):
     opts = f"MODEL.CLASSIFIER.CUTMIX_ALPHA 1.0 OUTPUT_DIR {tmp_path} SOLVER.IMS_PER_BATCH {batch}"
     assert main(["--config-file", LEAF, *SMALL, *RUN, *opts.split()]) == 1
     error = capsys.readouterr().err
-    assert "need an even number of images per process and pass, not 3" in error
+    assert "not 3" in error
     assert error.startswith("error: ") and error.count("\n") == 1
 
 

@@ -14,7 +14,7 @@ from contnet.checkpoint.reference import RUNNERS
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
 
-__all__ = ["TARGETS", "Result", "convert", "largest_difference"]
+__all__ = ["EXPORTS", "TARGETS", "Result", "convert", "largest_difference"]
 
 _SEED = 0
 # The form that each choice of --to gives, by family of networks.
@@ -23,7 +23,8 @@ TARGETS = {
     "timm": {"contnet": "contnet", "resnet": "timm"},
     "authors": {"contnet": "authors"},
 }
-_EXPORTS = {
+# Gives a state the names of a form.
+EXPORTS = {
     "contnet": dict,
     "timm": dict,
     "authors": revert_state_dict,
@@ -85,7 +86,7 @@ def convert(network: Network, to: str, head: str | int) -> Result:
     options = dict(network.options)
     if head != "keep":
         options["num_classes"] = 0 if head == "drop" else head
-    written = _EXPORTS[form]({**tensors, **fresh})
+    written = EXPORTS[form]({**tensors, **fresh})
     rename = FORMS[network.family][form]
     mapped = [(network.origins[k], rename(k)) for k in tensors if rename(k) in written]
     given = {name for _, name in mapped}

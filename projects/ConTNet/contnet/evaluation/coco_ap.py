@@ -18,10 +18,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 
-__all__ = ["ArrayEvaluation", "Detections", "Matches", "encode_masks"]
+__all__ = ["PAIRS_AT_ONCE", "ArrayEvaluation", "Detections", "Matches", "encode_masks"]
 
-# Some 100 bytes each.
-_PAIRS_AT_ONCE = 4_000_000
+# Of a detection and an object, compared at once; some 100 bytes each.
+PAIRS_AT_ONCE = 4_000_000
 
 
 @dataclass
@@ -223,7 +223,7 @@ class ArrayEvaluation(COCOevalMaxDets):
         """Cuts sorted detections between groups, so that the pairs of a part fit into memory."""
         objects = self._truth.groups
         pairs = np.searchsorted(objects, groups, "right") - np.searchsorted(objects, groups)
-        part = (np.cumsum(pairs) // _PAIRS_AT_ONCE)[np.searchsorted(groups, groups)]
+        part = (np.cumsum(pairs) // PAIRS_AT_ONCE)[np.searchsorted(groups, groups)]
         edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(groups)]
         return [slice(*each) for each in itertools.pairwise(edges)]
 

@@ -37,8 +37,6 @@ _LOCAL = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_GLOB
 # Ports that Linux gives out by itself start above these.
 _FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
 _GREETING = "contnet"
-# How long a port may stay silent before the next one is tried, in seconds.
-_ANSWER_TIMEOUT = 3.0
 
 
 @dataclass(frozen=True)
@@ -175,9 +173,9 @@ def _open_store(env: DistributedEnvironment) -> TCPStore:
     raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
 
 
-def _find_store(env: DistributedEnvironment, port: int) -> TCPStore:
+def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -> TCPStore:
     """The other ranks: what does not answer by the name of this very attempt is something else."""
-    with socket.create_connection((env.host, port), timeout=_ANSWER_TIMEOUT) as connection:
+    with socket.create_connection((env.host, port), timeout=answer_timeout) as connection:
         words = connection.makefile().readline(200).split()
     if words[:2] != [_GREETING, env.attempt]:
         raise ConnectionError(f"port {port} is something else's")
@@ -185,7 +183,10 @@ def _find_store(env: DistributedEnvironment, port: int) -> TCPStore:
 
 
 def rendezvous(
-    env: DistributedEnvironment, join_timeout: float = 600.0, timeout: float = 1800.0
+    env: DistributedEnvironment,
+    join_timeout: float = 600.0,
+    timeout: float = 1800.0,
+    answer_timeout: float = 3.0,
 ) -> TCPStore:
     """A store that all processes of this attempt share, on a port that they agree on.
 
@@ -196,6 +197,7 @@ def rendezvous(
         env: under SLURM or the local executor.
         join_timeout: how long to look for rank 0, in seconds: nodes do not start together.
         timeout: of the store's later operations, in seconds.
+        answer_timeout: how long a port may stay silent before the next one is tried, in seconds.
 
     Raises:
         UserError: if it cannot be found.
@@ -209,7 +211,7 @@ def rendezvous(
     while time.monotonic() < deadline:
         for port in ports(env.attempt):
             try:
-                store = _find_store(env, port)
+                store = _find_store(env, port, answer_timeout)
             except (OSError, ValueError, DistError) as error:
                 reason = str(error).partition("\n")[0]
                 continue

@@ -197,7 +197,7 @@ class Attempt:
         if self.job.cluster == "local" and "SIGUSR2" not in self.watcher.signals:
             # By --cancel, or by whoever ends a process of this machine.
             return _TERMINATED, "not requeued, for the processes were told to end"
-        if error := self._reason_to_stop():
+        if error := self.reason_to_stop():
             return 1, error
         record = {
             "job_id": self.job.job_id,
@@ -212,7 +212,8 @@ class Attempt:
             return 1, str(error)
         return (LOCAL_REQUEUE_STATUS if self.job.cluster == "local" else 0), "requeued"
 
-    def _reason_to_stop(self) -> str:
+    def reason_to_stop(self) -> str:
+        """Why the job may not be requeued: the last time, or no progress; "" if it may."""
         if self.job.restart >= self.max_requeues:
             return f"not requeued: this was requeue {self.job.restart}, the last one allowed"
         earlier = [

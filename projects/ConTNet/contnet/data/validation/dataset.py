@@ -26,11 +26,11 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["CHECKS", "check_dataset", "check_datasets"]
+__all__ = ["CHECKS", "OFFICIAL_COUNTS", "check_dataset", "check_datasets"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
-_OFFICIAL = {
+OFFICIAL_COUNTS = {
     "coco_2017_train": ("COCO", (118287, 860001)),
     "coco_2017_val": ("COCO", (5000, 36781)),
     "imagenet_train": ("ImageNet", (1281167, 1000)),
@@ -104,9 +104,9 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
 
 def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:
     """Says whether a built-in set is whole: its images, and how many of what else."""
-    if name not in _OFFICIAL:
+    if name not in OFFICIAL_COUNTS:
         return
-    who, official = _OFFICIAL[name]
+    who, official = OFFICIAL_COUNTS[name]
     if count == official:
         findings.facts.append(f"as many as {who} itself has")
         return
