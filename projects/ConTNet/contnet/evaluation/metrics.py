@@ -12,7 +12,7 @@ from contnet.evaluation.classification import top_ks
 from contnet.evaluation.coco import COCO_METRICS, coco_tasks
 from contnet.utils.errors import UserError
 
-__all__ = ["MAIN_METRICS", "METRIC_NAMES", "check_best_metric", "main_metric"]
+__all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
 
 # The one number of a data set: the first of these that its evaluators give.
 MAIN_METRICS = (
@@ -48,9 +48,9 @@ def _classification_metrics(cfg: CfgNode, name: str) -> set[str]:
     return {f"classification/top{k}" for k in top_ks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
 
 
-# By the evaluator_type of a data set's metadata: what its evaluator will give, as metrics.json
-# names it. Data sets of another kind may add theirs.
-METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
+# By the evaluator_type of a data set's metadata: what its evaluator gives, by the names of
+# metrics.json.
+_METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
     "coco": _coco_metrics,
     "cityscapes_instance": _cityscapes_instance_metrics,
     "cityscapes_sem_seg": _cityscapes_sem_seg_metrics,
@@ -61,7 +61,7 @@ METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
 def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
     """What an evaluator will give, where that can be told before it has run."""
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    known = METRIC_NAMES[kind](cfg, name) if kind in METRIC_NAMES else set()
+    known = _METRIC_NAMES[kind](cfg, name) if kind in _METRIC_NAMES else set()
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
     return sorted(prefix + metric for metric in known)
 

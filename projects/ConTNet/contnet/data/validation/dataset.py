@@ -26,7 +26,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["CHECKS", "OFFICIAL_COUNTS", "check_dataset", "check_datasets"]
+__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -164,9 +164,8 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
             )
 
 
-# By the evaluator_type of a data set's metadata: adds what is found of it. Data sets of another
-# kind may add theirs.
-CHECKS: dict[str, Callable[[CfgNode, str, Findings], None]] = {
+# By the evaluator_type of a data set's metadata: adds what is found of it.
+_CHECKS: dict[str, Callable[[CfgNode, str, Findings], None]] = {
     "coco": _check_coco,
     **dict.fromkeys(GT_FILES, _check_cityscapes),
     EVALUATOR_TYPE: _check_classification,
@@ -184,8 +183,8 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     if not _are_there(cfg, name, findings):
         return findings
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind in CHECKS:
-        CHECKS[kind](cfg, name, findings)
+    if kind in _CHECKS:
+        _CHECKS[kind](cfg, name, findings)
     else:
         findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
     return findings
