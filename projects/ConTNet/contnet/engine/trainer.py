@@ -273,6 +273,7 @@ class Trainer(SimpleTrainer):
 
     def state_dict(self) -> dict:
         state = super().state_dict()
+        # Named so since the first checkpoints, which still load.
         state["stream"] = self.batch_sampler.state_dict(self._batches_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = _loss_normalizers(self.unwrapped_model)

@@ -25,8 +25,6 @@ __all__ = [
 
 # Mid-tones that stand out from white and from black.
 _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
-
-
 _SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
 
 

@@ -20,14 +20,26 @@ from contnet.utils.files import atomic_write
 __all__ = [
     "AttemptFolder",
     "last_saved_iteration",
+    "lease_file",
     "read_json",
     "read_requeues",
     "record_requeue",
+    "slurm_folder",
     "write_json",
 ]
 
 # A note of another attempt under the same number (a cluster that counts from the beginning again).
 _STALE = 300.0
+
+
+def slurm_folder(run_folder: str | Path) -> Path:
+    """Where a run's folder keeps all about its jobs."""
+    return Path(run_folder, "slurm")
+
+
+def lease_file(run_folder: str | Path) -> Path:
+    """The file that names the attempt that owns the run."""
+    return slurm_folder(run_folder) / "lease.json"
 
 
 def read_json(path: Path) -> object:
@@ -49,7 +61,7 @@ class AttemptFolder:
     """Heartbeats and notes of one attempt of a job."""
 
     def __init__(self, run_folder: str | Path, job_id: str, restart: int):
-        self.path = Path(run_folder, "slurm", "attempts", f"{job_id}-{restart:03d}")
+        self.path = slurm_folder(run_folder) / "attempts" / f"{job_id}-{restart:03d}"
         self.opened = time.time()
 
     def rank_file(self, rank: int, suffix: str) -> Path:
@@ -90,7 +102,7 @@ class AttemptFolder:
 
 
 def _requeues_file(run_folder: str | Path) -> Path:
-    return Path(run_folder, "slurm", "requeues.json")
+    return slurm_folder(run_folder) / "requeues.json"
 
 
 def read_requeues(run_folder: str | Path) -> list[dict]:

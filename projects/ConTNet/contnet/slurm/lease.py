@@ -7,6 +7,7 @@ from pathlib import Path
 
 from contnet.slurm.attempt_folder import (
     AttemptFolder,
+    lease_file,
     read_json,
     write_json,
 )
@@ -30,7 +31,7 @@ class Lease:
 
     def __init__(self, run_folder: str | Path, job: Job):
         self.run_folder = Path(run_folder)
-        self.path = self.run_folder / "slurm" / "lease.json"
+        self.path = lease_file(run_folder)
         self.job = job
         self._held = False
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from contnet.slurm.attempt_folder import slurm_folder
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
@@ -14,16 +15,10 @@ __all__ = [
     "add_submission",
     "last_submission",
     "read_submissions",
-    "slurm_folder",
     "write_submissions",
 ]
 
 SUBMISSION_FILE = "submission.json"
-
-
-def slurm_folder(folder: str | Path) -> Path:
-    """Where a run folder keeps everything about its jobs."""
-    return Path(folder, "slurm")
 
 
 def read_submissions(folder: str | Path) -> list[dict]:

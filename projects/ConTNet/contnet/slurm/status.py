@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from contnet.slurm.attempt_folder import AttemptFolder, read_json, read_requeues
+from contnet.slurm.attempt_folder import AttemptFolder, lease_file, read_json, read_requeues
 
 __all__ = ["read_status"]
 
@@ -60,7 +60,7 @@ def read_status(run_folder: str | Path) -> dict:
           "reason", "time"};
         - folder: of heartbeats and stacks.
     """
-    lease = read_json(Path(run_folder, "slurm", "lease.json"))
+    lease = read_json(lease_file(run_folder))
     if lease is None:
         return {}
     attempt = AttemptFolder(run_folder, lease["job_id"], lease["restart"])

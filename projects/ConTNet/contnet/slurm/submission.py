@@ -17,11 +17,12 @@ import torch
 
 from contnet.data.pipeline.loader import micro_batch_size
 from contnet.engine.run_record import COMMIT_VARIABLE, git_commit
+from contnet.slurm.attempt_folder import slurm_folder
 from contnet.slurm.describe import describe_run, follow
 from contnet.slurm.executors import local_executor, sbatch_text, slurm_executor, submit_jobs
 from contnet.slurm.job import TrainingJob, python_command
 from contnet.slurm.jobs import end_local, live_states, process_start
-from contnet.slurm.records import add_submission, slurm_folder
+from contnet.slurm.records import add_submission
 from contnet.slurm.runs import Run
 from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.snapshot import list_code, take_snapshot
