@@ -203,7 +203,7 @@ def die(annotation):
 
 def test_a_killed_process_is_told(tmp_path, monkeypatch):
     write_polygons(polygon_file(tmp_path), scene("street"))
-    monkeypatch.setitem(preparation.LABEL_FILES, "_labelIds.png", die)
+    monkeypatch.setitem(preparation.LABEL_MAPS, "_labelIds.png", die)
     with pytest.raises(UserError, match="a process was killed"):
         prepare_cityscapes(tmp_path, workers=1)
 
