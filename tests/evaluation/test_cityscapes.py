@@ -1,10 +1,9 @@
-"""Evaluation on Cityscapes: as the official scripts do it, over processes; COCO's view of it."""
+"""Evaluation on Cityscapes: as the official scripts do it, over processes."""
 
 import argparse
 import json
 import math
 import os
-import shutil
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,25 @@ import pytest
 import torch
 from cityscapes import make_cityscapes, use_cityscapes, write_polygons
 from cityscapesscripts.evaluation.instances2dict import instances2dict
-from cityscapesscripts.helpers.labels import id2label, name2label, trainId2label
+from cityscapesscripts.helpers.labels import name2label, trainId2label
 from conftest import REPOSITORY
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine.launch import _find_free_port
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from PIL import Image
+from predicted_scenes import (
+    CLASSES,
+    INSTANCES,
+    THINGS,
+    images_of,
+    predict_classes,
+    predict_instances,
+    read,
+    run_evaluator,
+    to_instances,
+    truth_file,
+)
 
 from contnet.config import load_config
 from contnet.evaluation.build import build_evaluator
@@ -35,82 +45,11 @@ from contnet.evaluation.cityscapes import (
     CityscapesSemSegEvaluator,
     match_instances,
 )
-from contnet.evaluation.cityscapes_coco import NumberedImages, as_coco
-from contnet.evaluation.coco import ArrayCOCOEvaluator
 from contnet.launch.distributed import launch_run
 from contnet.utils.errors import UserError
 
+pytest_plugins = ["predicted_scenes"]
 pytestmark = pytest.mark.numpy1
-
-INSTANCES, CLASSES = "cityscapes_fine_instance_seg_train", "cityscapes_fine_sem_seg_train"
-THINGS = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
-
-
-def truth_file(image: str, kind: str) -> str:
-    return image.replace("leftImg8bit/", "gtFine/").replace("leftImg8bit", f"gtFine_{kind}")
-
-
-def read(file: str) -> np.ndarray:
-    with Image.open(file) as image:
-        return np.asarray(image)
-
-
-def images_of(root: Path, split: str = "train") -> list[str]:
-    return sorted(map(str, (root / "cityscapes" / "leftImg8bit" / split).glob("*/*.png")))
-
-
-def to_instances(masks: list, classes: list[int], scores: list[float]) -> Instances:
-    masks = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, 64, 128)
-    instances = Instances(tuple(masks.shape[1:]))
-    instances.pred_masks = masks.bool()
-    instances.pred_boxes = Boxes(BitMasks(instances.pred_masks).get_bounding_boxes().tensor)
-    instances.scores = torch.tensor(scores, dtype=torch.float32)
-    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
-    return instances
-
-
-def predict_instances(image: str, exact: bool = False) -> Instances:
-    """Objects of the truth; unless exact, shifted, twice, of other classes, empty, on void."""
-    rng = np.random.default_rng(int(Path(image).stem[-22:-19], 36))
-    pixels = read(truth_file(image, "instanceIds"))
-    masks, classes, scores = [], [], []
-
-    def add(mask, index):
-        masks.append(mask)
-        classes.append(index)
-        scores.append(rng.integers(1, 8) / 8 if rng.random() < 0.5 else rng.random())
-
-    for value in np.unique(pixels[pixels >= 1000]):
-        index = THINGS.index(id2label[int(value) // 1000].name)
-        add(pixels == value, index)
-        if exact:
-            continue
-        masks[-1] = np.roll(masks[-1], rng.integers(-2, 3, 2), axis=(0, 1))
-        if rng.random() < 0.4:
-            add(np.roll(masks[-1], 1, axis=1), index)
-        if rng.random() < 0.3:
-            add(masks[-1], rng.integers(len(THINGS)))
-    if not exact:
-        for mask in (pixels == 26, pixels == 3, pixels == 0, pixels < 0, pixels == 7):
-            add(mask, THINGS.index("car"))
-    return to_instances(masks, [int(index) for index in classes], scores)
-
-
-def predict_classes(image: str, seed: int = 0) -> torch.Tensor:
-    """Scores (19, H, W): mostly the truth's class, else any."""
-    rng = np.random.default_rng([seed, int(Path(image).stem[-22:-19], 36)])
-    truth = read(truth_file(image, "labelTrainIds"))
-    other = rng.integers(0, 19, (8, 16)).repeat(8, axis=0).repeat(8, axis=1)
-    chosen = np.where((rng.random(truth.shape) < 0.8) & (truth < 19), truth, other)
-    return torch.nn.functional.one_hot(torch.from_numpy(chosen).long(), 19).permute(2, 0, 1).float()
-
-
-def run_evaluator(evaluator, images: list[str], predictions: list[dict]) -> dict:
-    evaluator.reset()
-    for image, prediction in zip(images, predictions, strict=True):
-        record = {"file_name": image, "image_id": os.path.basename(image)}
-        evaluator.process([record], [prediction])
-    return evaluator.evaluate()
 
 
 def equal(one: float, other: float) -> bool:
@@ -344,16 +283,6 @@ def test_a_model_of_other_classes_is_told(cityscapes_root):
 # --- damaged ground truth ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_root(tmp_path, cityscapes_root):
-    """A data set to damage, to which Detectron2's names point during a test."""
-    root = tmp_path / "own"
-    shutil.copytree(cityscapes_root, root)
-    use_cityscapes(root)
-    yield root
-    use_cityscapes(cityscapes_root)
-
-
 def cut(file):
     Path(file).write_bytes(Path(file).read_bytes()[:200])
 
@@ -459,70 +388,3 @@ def test_nothing_is_left_in_the_working_directory(cityscapes_root, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     evaluate_everything(cityscapes_root, tmp_path / "out", slice(None))
     assert os.listdir(tmp_path) == ["out"]
-
-
-# --- instances as COCO sees them -----------------------------------------------------------------
-
-
-def test_instances_also_get_cocos_metrics(cityscapes_root, tmp_path):
-    config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
-    cfg = load_config(config, ["OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", "True"])
-    images = images_of(cityscapes_root)
-    outputs = [{"instances": predict_instances(image, exact=True)} for image in images]
-    results = run_evaluator(build_evaluator(cfg, INSTANCES), images, outputs)
-    assert list(results) == ["cityscapes", "bbox", "segm"]
-    for task in ("bbox", "segm"):
-        assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-car"} <= results[task].keys()
-    # Detectron2's polygons follow the pictures to about a pixel.
-    assert results["segm"]["AP50"] > 90
-    cfg.MODEL.MASK_ON = False
-    assert list(run_evaluator(build_evaluator(cfg, INSTANCES), images, outputs)) == ["bbox"]
-
-
-def test_cocos_metrics_are_pycocotools(cityscapes_root, tmp_path):
-    images = images_of(cityscapes_root)
-    outputs = [{"instances": predict_instances(image)} for image in images]
-    results = []
-    for evaluator_class in (COCOEvaluator, ArrayCOCOEvaluator):
-        name = as_coco(INSTANCES, str(tmp_path))
-        coco = evaluator_class(name, output_dir=str(tmp_path), use_fast_impl=False)
-        results.append(run_evaluator(NumberedImages(coco, INSTANCES), images, outputs))
-    slow, fast = results
-    for task, scores in slow.items():
-        assert fast[task] == pytest.approx(scores, abs=1e-12, rel=0, nan_ok=True)
-    assert 0 < slow["bbox"]["AP"] < 100 and 0 < slow["segm"]["APs"] < 100
-
-
-def annotations(folder: Path) -> list[Path]:
-    return sorted(folder.glob("annotations-*.json"))
-
-
-def test_cocos_annotations_follow_the_data(own_root, tmp_path):
-    folder = tmp_path / "inference"
-    name = as_coco(INSTANCES, str(folder))
-    (first,) = annotations(folder)
-    assert MetadataCatalog.get(name).json_file == str(first)
-    assert "json_file" not in MetadataCatalog.get(INSTANCES).as_dict()
-    written = first.stat().st_mtime_ns
-    assert as_coco(INSTANCES, str(folder)) == name
-    assert first.stat().st_mtime_ns == written
-    count = len(json.loads(first.read_text())["annotations"])
-    polygons = Path(truth_file(images_of(own_root)[0], "polygons")).with_suffix(".json")
-    write_polygons(polygons, [])
-    lost = as_coco(INSTANCES, str(folder))
-    (second,) = annotations(folder)
-    assert lost != name and second != first
-    assert len(json.loads(second.read_text())["annotations"]) < count
-    picture = Path(images_of(own_root)[1])
-    picture.unlink()
-    as_coco(INSTANCES, str(folder))
-    (third,) = annotations(folder)
-    names = {Path(image["file_name"]) for image in json.loads(third.read_text())["images"]}
-    assert names == set(map(Path, images_of(own_root)))
-
-
-def test_other_kinds_have_no_evaluator(cityscapes_root):
-    cfg = load_config(str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml"))
-    assert "voc_2007_val" in DatasetCatalog.list()
-    with pytest.raises(UserError, match="no evaluator here"):
-        build_evaluator(cfg, "voc_2007_val")

@@ -1,0 +1,64 @@
+"""Runs of the authors' tensors, and comparisons of a source with its result."""
+
+import pytest
+import torch
+from conversions import chosen, ours
+from oracle import make_oracle
+
+from contnet.checkpoint.convert import EXPORTS
+from contnet.checkpoint.reference import run_authors
+
+pytest_plugins = ["conversions"]
+
+
+@pytest.mark.parametrize("mask", range(0, 16, 3))
+@torch.no_grad()
+def test_what_check_runs_is_the_authors_network(mask):
+    """The tool's own run of their tensors, beside the tests' one."""
+    options = chosen(mask)
+    theirs = make_oracle("contnet_ti", **options)
+    for size in ((224, 224), (97, 131)):
+        image = torch.randn(1, 3, *size)
+        features, logits = run_authors(theirs.state_dict(), image, options.get("pre_norm", False))
+        torch.testing.assert_close(logits, theirs(image), rtol=0, atol=1e-4)
+        torch.testing.assert_close(features, theirs.features(image)["res5"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["drop", "4"])
+def test_check_with_another_head_compares_the_last_map(convert, head):
+    _, lines = convert(ours(), "--head", head, "--check", "--to", "authors")
+    assert all("last map at" in line for line in lines if line.startswith("check"))
+
+
+def exchange(first, second):
+    """Gives two tensors each other's values, as a slip in a table of names would."""
+
+    def wrong(export):
+        def make(state):
+            state = dict(export(state))
+            shapes = state[first].shape, state[second].shape
+            values = state[second].reshape(shapes[0]), state[first].reshape(shapes[1])
+            state[first], state[second] = values
+            return state
+
+        return make
+
+    return wrong
+
+
+SLIPS = {
+    "norms": ("contnet", "stages.0.0.encoders.0.{}", "norm1.weight", "norm2.weight"),
+    "tables": ("authors", "layer4.ConTBlock0.ste2.{}", "pe.0", "pe.1"),
+    "encoders": ("contnet", "stages.3.0.{}", "encoders.0.attn.proj.bias", "encoders.1.norm2.bias"),
+}
+
+
+@pytest.mark.parametrize("target", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("slip", SLIPS)
+def test_check_finds_a_wrong_result(refuse, monkeypatch, slip, target):
+    form, place, *names = SLIPS[slip]
+    wrong = exchange(*(place.format(name) for name in names))
+    monkeypatch.setitem(EXPORTS, form, wrong(EXPORTS[form]))
+    state = make_oracle("contnet_ti").state_dict() if form == "contnet" else ours()
+    to = "authors" if form == "authors" else "detectron2"
+    assert "source and result differ by" in refuse(state, "--check", "--to", to, target=target)

@@ -1,0 +1,114 @@
+"""Runs of tools/convert_weights.py, weights for them, and what their results hold."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, REPOSITORY, SMALL
+from oracle import make_oracle
+
+import contnet
+from contnet.checkpoint.reading import read_checkpoint
+from contnet.commands import convert_weights as weights
+from contnet.config import load_config
+from contnet.modeling.build import build_model
+
+CONTNET, RESNET = "faster_rcnn_contti.yaml", "faster_rcnn_r50.yaml"
+ALL = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
+
+
+def chosen(mask):
+    """The options whose bits are set."""
+    return {k: v for i, (k, v) in enumerate(ALL.items()) if mask >> i & 1}
+
+
+COUNT = "num_batches_tracked"
+
+
+def as_file(source, folder):
+    """The path of a file, or of one made of what is to be in it."""
+    if not isinstance(source, (str, Path)):
+        torch.save(source, folder / "source.pth")
+        source = folder / "source.pth"
+    return str(source)
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    """Runs the tool on a file or on what is to be in one; returns its result's path and lines."""
+
+    def run(source, *options, target="result.pth"):
+        status = weights.main([as_file(source, tmp_path), str(tmp_path / target), *options])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        lines = captured.out.splitlines()
+        return Path(lines[-1]), lines
+
+    return run
+
+
+@pytest.fixture
+def refuse(tmp_path, capsys):
+    """Runs the tool on what it must refuse; returns its one line."""
+
+    def run(source, *options, target="result.pth"):
+        source = as_file(source, tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        assert weights.main([source, str(tmp_path / target), *options]) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def load(path):
+    """Tensors and metadata of a result."""
+    content = read_checkpoint(str(path))
+    return content["model"], content["contnet"]
+
+
+def rebuilt(path):
+    """The network that a result of ours says it is, with its weights."""
+    tensors, metadata = load(path)
+    model = contnet.create_model(metadata["variant"], **metadata["options"])
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def assert_same(a, b):
+    """Same names but for the norms' counts, and bit-equal tensors."""
+    a, b = ({k: v for k, v in x.items() if not k.endswith(COUNT)} for x in (a, b))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@lru_cache(maxsize=4)
+def _ours(name, options):
+    return contnet.convert_state_dict(make_oracle(name, **dict(options)).state_dict())[0]
+
+
+def ours(name="contnet_ti", **options):
+    """A state dict of ours in which no tensor is a constant; its tensors are not to be changed."""
+    return dict(_ours(name, tuple(options.items())))
+
+
+def shaken(model):
+    """A network whose norms are not the identity, and whose outputs stay small."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+            torch.nn.init.uniform_(module.weight, 0.3, 0.5)
+            torch.nn.init.uniform_(module.bias, -0.1, 0.1)
+    return model.eval()
+
+
+def make_detector(leaf, *options):
+    """A small model with random weights."""
+    small = QUICK if leaf.startswith("imagenet/") else SMALL
+    return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*small, *options]))
