@@ -17,7 +17,7 @@ from torch import nn
 from contnet.checkpoint.background_writer import HostCopy
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import BEST
-from contnet.engine.hooks import BestCheckpoint, EvalHook, PeriodicCheckpoint
+from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
 from contnet.utils.errors import UserError
 
 DEVICES = [
@@ -299,7 +299,7 @@ class Loop(TrainerBase):
         self.values, self.fail_at = values, fail_at
         self.checkpointer = Checkpointer(self.model, str(folder), background=True, trainer=self)
         evaluate = lambda: {"bbox": {"AP": values[self.iter]}}  # noqa: E731
-        evaluation = EvalHook(1, evaluate, lambda scalars: "bbox/AP")
+        evaluation = Evaluation(1, evaluate, lambda scalars: "bbox/AP")
         best = BestCheckpoint(self.checkpointer, evaluation)
         periodic = PeriodicCheckpoint(self.checkpointer, 2)
         self.register_hooks([evaluation, best, periodic])

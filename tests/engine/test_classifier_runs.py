@@ -175,4 +175,4 @@ def test_a_resume_on_other_classes_is_refused(imagenet_root, trained, tmp_path):
     register_datasets(cfg)
     cfg.OUTPUT_DIR = str(trained)
     with pytest.raises(UserError, match=r"1 too many: n00000009; 1 missing: n00000001"):
-        Trainer(cfg, 1).load(resume=True)
+        Trainer(cfg, 1).resume_or_load(resume=True)

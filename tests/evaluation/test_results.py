@@ -13,7 +13,7 @@ from torch import nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
-from contnet.engine.hooks import BestCheckpoint, EvalHook, PeriodicCheckpoint
+from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
 from contnet.evaluation.metrics import check_best_metric, main_metric
 from contnet.evaluation.results import (
     markdown_tables,
@@ -206,7 +206,7 @@ class Loop(TrainerBase):
         self.model = nn.Linear(1, 1, bias=False)
         self.checkpointer = Checkpointer(self.model, str(folder), keep=1, trainer=self)
         evaluate = lambda: {"bbox": {metric[5:]: values[self.iter]}}  # noqa: E731
-        self.evaluation = EvalHook(1, evaluate, lambda scalars: metric)
+        self.evaluation = Evaluation(1, evaluate, lambda scalars: metric)
         self.register_hooks([self.evaluation])
         if self.checkpointer.has_checkpoint():
             self.checkpointer.load_checkpoint(self.checkpointer.get_checkpoint_file(), resume=True)
@@ -248,7 +248,7 @@ class Killable(Loop):
 def best_of(folder):
     """Weight and the remembered best value of model_best.pth."""
     content = torch.load(folder / "model_best.pth")
-    return content["model"]["weight"].item(), content["trainer"]["hooks"]["EvalHook"]
+    return content["model"]["weight"].item(), content["trainer"]["hooks"]["Evaluation"]
 
 
 def test_best_is_the_first_highest_number(tmp_path):

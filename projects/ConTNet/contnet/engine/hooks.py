@@ -21,7 +21,7 @@ from contnet.utils.files import check_may_write
 
 __all__ = [
     "BestCheckpoint",
-    "EvalHook",
+    "Evaluation",
     "PeriodicCheckpoint",
     "UpdateEMA",
     "WriteMetrics",
@@ -46,8 +46,10 @@ class UpdateEMA(HookBase):
         self.ema.update(self.trainer.unwrapped_model)
 
 
-class EvalHook(HookBase):
+class Evaluation(HookBase):
     """Evaluates each period and after the last iteration, and remembers the best one.
+
+    Checkpoints keep what it remembers under the name of this class.
 
     Args:
         period: in iterations; 0 for only at the end.
@@ -101,7 +103,7 @@ class WriteMetrics(HookBase):
     Args:
         writers: to write to; only those of the main process.
         period: in iterations.
-        evaluation_period: in iterations, as of :class:`EvalHook`.
+        evaluation_period: in iterations, as of :class:`Evaluation`.
     """
 
     def __init__(self, writers: list[EventWriter], period: int, evaluation_period: int):
@@ -161,7 +163,7 @@ class BestCheckpoint(HookBase):
         evaluation: has come before, and knows the best one.
     """
 
-    def __init__(self, checkpointer: Checkpointer, evaluation: EvalHook):
+    def __init__(self, checkpointer: Checkpointer, evaluation: Evaluation):
         self.checkpointer = checkpointer
         self.evaluation = evaluation
 

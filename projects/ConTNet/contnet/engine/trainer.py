@@ -26,7 +26,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.engine.hooks import (
     BestCheckpoint,
-    EvalHook,
+    Evaluation,
     PeriodicCheckpoint,
     UpdateEMA,
     WriteMetrics,
@@ -118,7 +118,7 @@ class Trainer(SimpleTrainer):
             **extras,
         )
         self.last_hooks = []  # a launcher's, to come after all others
-        self.evaluation = EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
+        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
                 hooks.IterationTimer(),
