@@ -93,8 +93,8 @@ class ToyJob(TrainingJob):
 
     Attributes:
         faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) at which a rank does
-            so, in the first start; "pace": seconds that an iteration takes, "slow" only in the
-            first start, "evaluation" the evaluation of a batch; "save": seconds that a checkpoint
+            so, in the first attempt; "pace": seconds that an iteration takes, "slow" only in the
+            first attempt, "evaluation" the evaluation of a batch; "save": seconds that a checkpoint
             takes while it is being written.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from submitit.helpers import DelayedSubmission
 
@@ -62,7 +62,8 @@ class TrainingJob:
         silence_known_warnings()  # before Detectron2 is imported
         from contnet.slurm.attempt import Attempt
 
-        return Attempt(**asdict(self)).run()
+        names = [each.name for each in fields(TrainingJob)]  # a subclass may have more
+        return Attempt(**{name: getattr(self, name) for name in names}).run()
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit would run after a requeue of its own making."""
