@@ -152,9 +152,10 @@ class BackgroundWriter:
 
     def check(self) -> None:
         """Raises what a function has raised so far, once; does not wait."""
-        if any(task.done() and task.exception() for task in self._tasks):
+        done = [task for task in self._tasks if task.done()]  # asked once: others end meanwhile
+        if any(task.exception() for task in done):
             self.wait()
-        self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks = [task for task in self._tasks if task not in done]
 
     def wait(self) -> None:
         """Returns when all is done; raises what a function has raised, once."""
