@@ -15,7 +15,7 @@ import pytest
 import submitit
 import torch
 from cluster import Cluster, free_ports, running_cluster, why_no_slurm
-from conftest import REPOSITORY, SMALL
+from conftest import REPOSITORY, SMALL, metrics_of
 from toy import FAULTS, ToyJob
 
 from contnet.launch.main import main
@@ -27,7 +27,6 @@ __all__ = [
     "PATIENCE",
     "Lab",
     "arguments",
-    "metrics_of",
     "run_here",
     "running_lab",
     "same_training",
@@ -37,7 +36,6 @@ __all__ = [
 ITERATIONS = 30
 # No job of these tests takes longer, also on a machine that does other things; in seconds.
 PATIENCE = 240
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "host_memory_mb"}
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
@@ -190,12 +188,6 @@ def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]
     finally:
         sys.stdout.flush()
         os._exit(status)
-
-
-def metrics_of(run: Path) -> list[dict]:
-    """Lines of metrics.json without times."""
-    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def _equal(one, other) -> bool:
