@@ -24,7 +24,7 @@ FEWER_CASES = [*(("contnet_ti", chosen(mask)) for mask in (0, 1, 2, 4, 8, 15)), 
 
 def flag(options):
     """What the command line must be told."""
-    return ["--pre-norm"] if options.get("pre_norm") else []
+    return ["--pre-norm"] if options.get("pre_norm") else ["--no-pre-norm"]
 
 
 # --- the authors' ConTNet ------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def test_the_authors_logits(convert, name, options):
     released = {f"module.{k}": v for k, v in theirs.state_dict().items()}
     path, lines = convert({"model": released, "epoch": 199}, *flag(options))
     _, metadata = load(path)
-    assert metadata["variant"] == name
+    assert metadata["network"] == name
     given = {"relative": False, "pre_norm": False, "use_avgdown": False, "qkv_bias": True}
     given |= {"num_classes": 10, "in_chans": 3, **options}
     assert metadata["options"] == given
@@ -67,7 +67,7 @@ def test_to_ours_and_back_is_exact(convert, name, options):
     assert all(torch.equal(value, tensors[k]) for k, value in theirs.items())
     # The first result says pre_norm, which the second was not told.
     assert metadata["options"]["pre_norm"] == options.get("pre_norm", False)
-    assert metadata["form"] == "authors"
+    assert metadata["conversion"]["form"] == "authors"
     again, _ = convert(back, "--to", "timm", target="a.safetensors")
     assert_same(load(again)[0], load(path)[0])
 
@@ -108,7 +108,10 @@ def test_resnets_there_and_back(convert, name, target):
     theirs = shaken(timm.create_model(name, num_classes=9))
     path, lines = convert(theirs.state_dict(), "--check", target=target)
     tensors, metadata = load(path)
-    assert (metadata["variant"], metadata["options"]) == (name, {"num_classes": 9})
+    assert (metadata["network"], metadata["options"]) == (
+        name,
+        {"num_classes": 9, "stride_in_1x1": False},
+    )
     assert "stem.conv1.norm.weight" in tensors
     assert len([line for line in lines if line.startswith("check")]) >= 2
     back, _ = convert(path, "--to", "timm", "--check", target=target)
@@ -120,7 +123,7 @@ def test_resnets_there_and_back(convert, name, target):
 def test_resnets_of_other_depths(convert, name):
     theirs = shaken(timm.create_model(name, num_classes=9))
     path, _ = convert(theirs.state_dict())
-    assert load(path)[1]["variant"] == name
+    assert load(path)[1]["network"] == name
     back, _ = convert(path, "--to", "timm")
     assert_same(load(back)[0], theirs.state_dict())
 

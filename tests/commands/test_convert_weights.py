@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 
 import contnet
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import Metadata
 from contnet.modeling.backbone import backbone_prefix
 
 pytest_plugins = ["conversions"]
@@ -35,22 +36,25 @@ class Classifier(torch.nn.Module):
         self.network = network
 
 
-def save_run(model, folder, ema=False):
+def save_run(model, folder, ema=False, **facts):
     """A checkpoint as a run leaves it; the average's weights are twice the last ones."""
     extras = {"ema": ModelEmaV3(model)} if ema else {}
     if ema:
         with torch.no_grad():
             for value in extras["ema"].module.parameters():
                 value.mul_(2)
-    trainer = {"iteration": 3, "classes": list("abcdefg")}
-    Checkpointer(model, str(folder), **extras).save("model_final", trainer=trainer)
+    metadata = Metadata(**{"network": "contnet_ti", "options": {"pre_norm": False}, **facts})
+    Checkpointer(model, str(folder), metadata=metadata, **extras).save("model_final")
     return folder / "model_final.pth"
 
 
 def test_a_classifier_of_ours(convert, tmp_path):
     network = contnet.create_model("contnet_s", num_classes=7, relative=True)
     network.load_state_dict(ours("contnet_s", relative=True, num_classes=7))
-    path, lines = convert(save_run(Classifier(network), tmp_path), "--check")
+    path, lines = convert(
+        save_run(Classifier(network), tmp_path, network="contnet_s", classes=list("abcdefg")),
+        "--check",
+    )
     assert_same(load(path)[0], network.state_dict())
     assert "mapped   network.head.bias -> head.bias" in lines
     assert load(path)[1]["options"]["num_classes"] == 7
@@ -68,26 +72,28 @@ def test_averaged_weights_are_taken_unless_told_otherwise(convert, tmp_path, opt
     assert_same(found, {k: v * factor for k, v in expected.items()})
     key = "'model'" if option else "'ema'"
     assert any(line.startswith("source") and f"its {key}, left behind: " in line for line in lines)
-    assert load(path)[1]["source_key"] == key.strip("'")
+    assert load(path)[1]["conversion"]["source_key"] == key.strip("'")
 
 
 @pytest.mark.parametrize("leaf", [CONTNET, "cityscapes/pspnet_contti.yaml"])
 def test_a_detectors_contnet(convert, tmp_path, leaf):
     options = [] if leaf == CONTNET else ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"]
     model = make_detector(leaf, *options)
-    path, lines = convert(save_run(model, tmp_path), "--check")
+    path, lines = convert(save_run(model, tmp_path, classes=list("abcdefg")), "--check")
     prefix = backbone_prefix(model)
     expected = {
         k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)
     }
     assert_same(load(path)[0], expected)
-    assert "classes" not in load(path)[1]  # they are not its backbone's
+    assert load(path)[1]["classes"] is None  # they are not its backbone's
     assert any(line.startswith("dropped") and "no part of the network" in line for line in lines)
 
 
 def test_a_detectors_resnet_becomes_torchvisions(convert, tmp_path):
     model = make_detector(RESNET)
-    path, _ = convert(save_run(model, tmp_path), "--to", "timm", "--check")
+    path, _ = convert(
+        save_run(model, tmp_path, network="resnet50", options={}), "--to", "timm", "--check"
+    )
     theirs = torchvision.models.resnet50()
     theirs.fc = torch.nn.Identity()
     theirs.load_state_dict(load(path)[0], strict=True)
@@ -110,11 +116,12 @@ def test_the_name_has_the_files_hash_and_the_file_says_what_it_is(convert, tmp_p
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.name == f"contti-{digest[:8]}{suffix}"
     metadata = load(path)[1]
+    conversion = metadata["conversion"]
     source = tmp_path / "source.pth"
-    assert metadata["source"] == "source.pth"
-    assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert metadata["contnet_version"] == contnet.__version__
-    assert metadata["variant"] == "contnet_ti"
+    assert conversion["source"] == "source.pth"
+    assert conversion["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert metadata["versions"]["contnet"] == contnet.__version__
+    assert metadata["network"] == "contnet_ti"
     assert metadata["options"]["num_classes"] == 5
     if suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -137,7 +144,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     torch.save(make_oracle("contnet_ti", num_classes=3).state_dict(), tmp_path / "theirs.pth")
     script = str(REPOSITORY / "tools" / "convert_weights.py")
     files = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.safetensors")]
-    command = [sys.executable, script, *files, "--check"]
+    command = [sys.executable, script, *files, "--check", "--no-pre-norm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -209,7 +209,7 @@ class Loop(TrainerBase):
         self.evaluation = Evaluation(1, evaluate, lambda scalars: metric)
         self.register_hooks([self.evaluation])
         if self.checkpointer.has_checkpoint():
-            self.checkpointer.load_checkpoint(self.checkpointer.get_checkpoint_file(), resume=True)
+            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
             self.start_iter = self.iter + 1
         self.register_hooks(
             [

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from contnet.checkpoint.background_writer import BackgroundWriter, HostCopy
-from contnet.checkpoint.loading import (
-    check_class_names,
-    check_pre_norm,
-    check_tensors,
-    conversion_advice,
-    translate_names,
-)
+from contnet.checkpoint.loading import load_weights
+from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, iteration_of
-from contnet.checkpoint.reading import (
-    EMA_KEYS,
-    METADATA,
-    MODEL_KEYS,
-    pick_weights,
-    read_plain_pickle,
-    read_safetensors,
-    read_torch,
-    trained_class_names,
-)
-from contnet.modeling.backbone import backbone_prefix
-from contnet.modeling.classifier import ImageClassifier
+from contnet.checkpoint.reading import EMA_KEYS, Weights, read_weights
 from contnet.utils.errors import UserError
 from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
-from contnet.utils.text import first_names
 
 __all__ = ["Checkpointer"]
 
@@ -58,8 +40,8 @@ class Checkpointer(DetectionCheckpointer):
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
         model_optimizer: in the background, the optimiser in whose step alone its parameters and
             its state change: the thread copies these, too, and the next step waits until it has.
-        classes: names of the data's classes, in order; None where nothing tells them. A whole
-            checkpoint that was trained on others is refused.
+        metadata: facts of the model, which checkpoints carry and files are compared with; None to
+            save and compare nothing.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
@@ -72,7 +54,7 @@ class Checkpointer(DetectionCheckpointer):
         keep: int = 3,
         background: bool = False,
         model_optimizer: Optimizer | None = None,
-        classes: Sequence[str] | None = None,
+        metadata: Metadata | None = None,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -86,9 +68,7 @@ class Checkpointer(DetectionCheckpointer):
         self._optimizer = model_optimizer
         if background and model_optimizer is not None:
             model_optimizer.register_step_pre_hook(self._await_copy)
-        self.classes = classes
-        self._strict_prefix = ""
-        self._file = ""
+        self.metadata = metadata
 
     def save(self, name: str, *, iteration: int | None = None, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
@@ -149,6 +129,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _state(self, **kwargs) -> dict:
         data = {"model": self.model.state_dict()}
+        if self.metadata is not None:
+            data[METADATA] = self.metadata.state()
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         data.update(kwargs)
         return data
@@ -188,134 +170,61 @@ class Checkpointer(DetectionCheckpointer):
             )
         return path
 
+    def _read(self, path: str, ema: bool = False) -> Weights:
+        self.wait()
+        self.logger.info(f"Loading weights of {path}")
+        weights = read_weights(path, prefer_ema=ema)
+        if weights.is_ema and not ema:
+            self.logger.warning(f"{path} has EMA weights alone ({weights.key!r}), which are used")
+        return weights
+
     def load_backbone(self, path: str) -> None:
         """Starts from weights that must give every tensor of the backbone.
 
         Args:
-            path: a detector of ours, a classifier of ours or of the ConTNet authors, a ResNet of
-                torchvision or timm, or a Detectron2 model-zoo backbone (.pkl). A classifier also
-                gets its head from it, if that has as many classes. The last weights count, an
-                EMA only where there are no others.
+            path: a file or URL of any form that docs/weights.md lists. Of a run of ours the rest of
+                the model is taken, too, where it fits. The last weights count, an EMA only where
+                there are no others.
 
         Raises:
-            UserError: if the file cannot be read, or gives not all of the backbone's tensors.
+            UserError: if the file cannot be read, gives not all of the backbone's tensors, or says
+                that they are of a network of another function.
         """
-        self._strict_prefix = backbone_prefix(self.model)
-        rest = self.load(path, checkpointables=[])
-        if ema := [key for key in EMA_KEYS if key in rest]:
+        weights = self._read(path)
+        options = {"ours": self.metadata, "allow_missing": self.allow_missing}
+        load_weights(self.model, weights, whole=False, **options)
+        if ema := [key for key in EMA_KEYS if key in weights.rest]:
             self.logger.warning(
                 f"{path} also has EMA weights ({ema[0]!r}), which are not used: for them "
                 "give the file that tools/convert_weights.py makes of it"
             )
 
-    def load_checkpoint(self, path: str, resume: bool = False) -> dict:
+    def load(
+        self, path: str, checkpointables: Sequence[str] | None = None, *, ema: bool = False
+    ) -> dict:
         """Loads a checkpoint that must give every tensor of the model.
 
         Args:
-            path: the file.
-            resume: also load the checkpointables.
+            path: a file or URL.
+            checkpointables: names of those to load, too; None for all.
+            ema: load the EMA of the weights.
 
         Returns:
             What else the checkpoint holds.
 
         Raises:
-            UserError: if the file cannot be read, is one of another architecture, or was trained
-                on other classes.
+            UserError: if the file cannot be read, has no EMA that was asked for, is one of another
+                architecture, or was trained on other classes.
         """
-        self._strict_prefix = ""
-        return self.load(path, checkpointables=None if resume else [])
-
-    def _torch_load(self, f: str) -> dict:
-        content = read_safetensors(f) if f.endswith(".safetensors") else read_torch(f)
-        state, key, _ = pick_weights(content, (*MODEL_KEYS, *EMA_KEYS))
-        if not key:
-            return content
-        if key in EMA_KEYS:
-            self.logger.warning(f"{f} has EMA weights alone ({key!r}), which are used")
-        return {**{name: value for name, value in content.items() if name != key}, "model": state}
-
-    def _load_file(self, filename: str) -> dict:
-        if filename.endswith(".pkl"):
-            read_plain_pickle(filename)
-        loaded = super()._load_file(filename)
-        state = loaded["model"]
-        pairs = isinstance(state, Mapping) and state.items()
-        if not pairs or not all(
-            isinstance(name, str) and isinstance(value, (Tensor, np.ndarray))
-            for name, value in pairs
-        ):
-            raise UserError(
-                f"{filename} holds no weights: it must be tensors by name alone, or have them as "
-                f"{' or '.join(map(repr, MODEL_KEYS))}; {conversion_advice(filename)}"
-            )
-        self._file = filename
-        check_pre_norm(self.model, loaded.get(METADATA), filename)
-        if not loaded.get("matching_heuristics"):
-            loaded["model"] = translate_names(self.model, state, filename)
-        check_tensors(self.model, loaded["model"], self._strict_prefix, filename)
-        # Of another architecture the classes are the lesser trouble.
-        if not self._strict_prefix and self.model.state_dict().keys() & loaded["model"].keys():
-            check_class_names(self.model, self.classes, trained_class_names(loaded), filename)
-        return loaded
-
-    def _load_model(self, checkpoint: dict):
-        given = [name.removeprefix("module.") for name in checkpoint["model"]]
-        # Detectron2 fills in a FrozenBN's absent statistics and counts them as loaded, which is
-        # right for its own model zoo alone.
-        exact = not checkpoint.get("matching_heuristics")
-        incompatible = super()._load_model(checkpoint)
-        wanted = [
-            name
-            for name in self.model.state_dict()
-            if name.startswith(self._strict_prefix) and not name.endswith("num_batches_tracked")
-        ]
-        unfit = {*incompatible.missing_keys, *(each[0] for each in incompatible.incorrect_shapes)}
-        if self._strict_prefix and isinstance(self.model, ImageClassifier):
-            head = self.model.head_names()
-            wanted = [name for name in wanted if name not in head]
-            if new := [name for name in head if name in unfit]:
-                self.logger.info(
-                    f"The classifier's head starts from random weights: {first_names(new)}"
-                )
-        misshapen = [name for name, _, _ in incompatible.incorrect_shapes if name in wanted]
-        absent = set(incompatible.missing_keys) | (set(wanted) - set(given) if exact else set())
-        absent = [name for name in wanted if name in absent and name not in misshapen]
-        loaded = len(wanted) - len(misshapen) - len(absent)
-        what = "backbone" if self._strict_prefix else "model"
-        line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
-        if misshapen or absent:
-            line += f"; {len(absent)} are not in it" if absent else ""
-            line += f" ({first_names(absent)})" if absent else ""
-            line += (
-                f"; {len(misshapen)} have another shape ({first_names(misshapen)})"
-                if misshapen
-                else ""
-            )
-            if not (self._strict_prefix and self.allow_missing):
-                raise UserError(f"{line}; {self._advice(given, misshapen, absent)}")
-        self.logger.info(line)
-        return incompatible
-
-    def _advice(self, given: list[str], misshapen: list[str], absent: list[str]) -> str:
-        if self._strict_prefix:
-            return (
-                "give weights of this very backbone (variant and options), or allow it with "
-                f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(self._file)}"
-            )
-        classifies = isinstance(self.model, ImageClassifier)
-        if classifies and not absent and set(misshapen) <= set(self.model.head_names()):
-            return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
-        if not absent:
-            return "it is a checkpoint of another architecture, or of another number of classes"
-        return f"it is a checkpoint of another architecture, its first tensor is {given[0]!r}"
-
-    def load(self, path: str, *args, **kwargs) -> dict:
-        self.wait()
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            # Detectron2 leaves it set if loading fails, and then refuses to load again.
-            self._parsed_url_during_load = None
+        weights = self._read(path, ema)
+        if ema and not weights.is_ema:
+            raise UserError(f"{path} has no EMA weights: set SOLVER.EMA.ENABLED False")
+        load_weights(self.model, weights, whole=True, ours=self.metadata)
+        rest = weights.rest
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in rest:
+                self.checkpointables[key].load_state_dict(rest.pop(key))
+        return rest
 
     def remove_leftovers(self) -> None:
         """Deletes what a killed process left half written."""

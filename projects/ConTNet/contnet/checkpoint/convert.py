@@ -74,11 +74,16 @@ def convert(network: Network, to: str, head: str | int) -> Result:
         head: "keep", "drop", or the number of classes of a new one.
 
     Raises:
-        UserError: if the family has no such form.
+        UserError: if there is no such form of this network.
     """
     form = TARGETS[to].get(network.family)
     if form is None:
         raise UserError(f"--to {to} is for ConTNets, and it holds a {network.variant}")
+    if form == "timm" and network.stride_in_1x1:
+        raise UserError(
+            "its strides are in the 1x1 convolutions (MODEL.RESNETS.STRIDE_IN_1X1 True), where "
+            "timm's and torchvision's ResNets cannot have them: leave --to timm out"
+        )
     tensors, fresh = dict(network.tensors), {}
     if head != "keep":
         tensors = {k: v for k, v in tensors.items() if not k.startswith(HEADS[network.family])}

@@ -10,7 +10,7 @@ ResNets of torchvision and timm (the plain stem) become Detectron2's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,16 +20,25 @@ from contnet.modeling.contnet import VARIANTS, create_model
 from contnet.modeling.patches import relative_index
 
 __all__ = [
+    "MARKS",
     "ConversionReport",
     "authors_name",
     "convert_resnet_state_dict",
     "convert_state_dict",
     "detectron2_name",
     "is_resnet",
+    "locate_networks",
     "revert_state_dict",
     "torchvision_name",
 ]
 
+# By form: one tensor that each of its networks has. "timm" is torchvision's too, "contnet" is ours.
+MARKS = {
+    "authors": "layer0.conv.conv.weight",
+    "contnet": "stem.weight",
+    "timm": "layer1.0.conv1.weight",
+    "detectron2": "stem.conv1.weight",
+}
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
 _THEIR_BLOCK = re.compile(r"layer(\d+)\.ConTBlock(\d+)\.")
 _INDEX = ".attn.relative_position_index"
@@ -80,6 +89,16 @@ class ConversionReport:
     unexpected: list[str] = field(default_factory=list)
     variant: str = ""
     options: dict = field(default_factory=dict)
+
+
+def locate_networks(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Form and prefix of each network whose tensors are among names."""
+    return [
+        (form, name.removesuffix(mark))
+        for name in names
+        for form, mark in MARKS.items()
+        if f".{name}".endswith(f".{mark}")
+    ]
 
 
 def authors_name(ours: str) -> str:

@@ -1,57 +1,40 @@
-"""What becomes of a file's weights before a model takes them: names translated, values checked."""
+"""Loads weights into a model: names translated, values and facts checked, all of it or nothing."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.layers import FrozenBatchNorm2d
+from fvcore.common.checkpoint import (
+    get_missing_parameters_message,
+    get_unexpected_parameters_message,
+)
 from torch import Tensor, nn
 
 from contnet.checkpoint.key_mapping import (
     convert_resnet_state_dict,
     convert_state_dict,
-    is_resnet,
+    locate_networks,
     torchvision_name,
 )
-from contnet.checkpoint.reading import strip_wrapper_prefix
+from contnet.checkpoint.metadata import Metadata, check_class_names, check_network
+from contnet.checkpoint.reading import Weights, conversion_advice
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
-from contnet.modeling.encoder import Encoder
 from contnet.utils.errors import UserError
-from contnet.utils.text import describe_difference, first_names
+from contnet.utils.text import first_names
 
-__all__ = [
-    "check_class_names",
-    "check_pre_norm",
-    "check_tensors",
-    "conversion_advice",
-    "translate_names",
-]
+__all__ = ["load_weights"]
 
 logger = logging.getLogger(__name__)
 
-
-def conversion_advice(path: str) -> str:
-    """What may help with a file that does not fit."""
-    return (
-        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of "
-        "a ConTNet or ResNet in it fit"
-    )
+_HEADS = ("head.", "fc.", "linear.")
+_COUNT = "num_batches_tracked"
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-def _under_backbone(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A network's tensors by the names that they have in a model."""
-    prefix = backbone_prefix(model)
-    keep_head = isinstance(model, ImageClassifier)
-    return {
-        prefix + name: value
-        for name, value in state.items()
-        if keep_head or not name.startswith(("head.", "linear."))
-    }
 
 
 def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -64,130 +47,179 @@ def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor
     return converted
 
 
-def _converted(model: nn.Module, path: str, convert: Callable[[], dict]) -> dict[str, Tensor]:
-    try:
-        return _under_backbone(model, convert())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {conversion_advice(path)}") from error
+def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
+    """A file's network by the names of another form; as it is, if it is of another family."""
+    state = weights.network_tensors()
+    if (weights.form, form) == ("authors", "contnet"):
+        return _convert_authors(state, weights.path)
+    if (weights.form, form) == ("timm", "detectron2"):
+        return convert_resnet_state_dict(state)
+    if (weights.form, form) == ("detectron2", "timm"):
+        return {torchvision_name(name): value for name, value in state.items()}
+    return state
 
 
-def translate_names(model: nn.Module, state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Translates the names of a state dict to those of a model.
-
-    Args:
-        model: that shall take them.
-        state: of a detector or classifier of ours, the ConTNet authors' network, or a ResNet of
-            torchvision, timm or Detectron2.
-        path: of the file, for messages.
+def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """A file's tensors by a model's names.
 
     Raises:
-        UserError: if it is a network whose tensors do not fit together.
+        UserError: if its network cannot be translated.
     """
-    state = {strip_wrapper_prefix(name): value for name, value in state.items()}
-    classifies = isinstance(model, ImageClassifier)
-    if not classifies:
-        state = {name.removeprefix("network."): value for name, value in state.items()}
-    if any(name.endswith("layer0.conv.conv.weight") for name in state):
-        return _converted(model, path, lambda: _convert_authors(state, path))
-    if classifies:
-        if "stem.conv1.weight" in state:
-            state = {torchvision_name(name): value for name, value in state.items()}
-        prefix = backbone_prefix(model)
-        bare = not any(name.startswith(prefix) for name in state)
-        return _under_backbone(model, state) if bare else state
-    if is_resnet(state):
-        return _converted(model, path, lambda: convert_resnet_state_dict(state))
-    if "stem.weight" not in state and "stem.conv1.weight" not in state:
-        return state
-    return _under_backbone(model, state)
+    own = model.state_dict()
+    if weights.matching:
+        c2 = weights.matching == "caffe2"
+        return align_and_update_state_dicts(own, dict(weights.tensors), c2_conversion=c2)
+    targets = locate_networks(own)
+    if not weights.form or len(targets) != 1:
+        bare = not any(name.startswith("network.") for name in weights.tensors)
+        prefix = "network." if bare and isinstance(model, ImageClassifier) else ""
+        return {prefix + name: value for name, value in weights.tensors.items()}
+    form, prefix = targets[0]
+    if (form, prefix) == (weights.form, weights.prefix):
+        return weights.tensors
+    try:
+        network = _network_in_form(weights, form)
+    except ValueError as error:
+        raise UserError(f"{weights.path}: {error}; {conversion_advice(weights.path)}") from error
+    return {
+        prefix + name: value
+        for name, value in network.items()
+        if prefix + name in own or not name.startswith(_HEADS)
+    }
 
 
 # --- values --------------------------------------------------------------------------------------
 
 
-def check_tensors(model: nn.Module, state: Mapping[str, Tensor], prefix: str, path: str) -> None:
-    """Refuses damaged and quantised weights, which would load without a word.
-
-    Args:
-        model: that shall take them.
-        state: by the model's names.
-        prefix: of the tensors that are wanted.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: naming the first such tensor.
-    """
-    for name, own in model.state_dict().items():
-        if name not in state or not name.startswith(prefix):
+def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str) -> None:
+    """Refuses damaged and quantised weights, which would load without a word."""
+    for name, expected in own.items():
+        if name not in state or not expected.is_floating_point():
             continue
-        value = torch.as_tensor(state[name])
-        if own.is_floating_point() and not value.is_floating_point():
+        value = state[name]
+        if not value.is_floating_point():
             raise UserError(
-                f"{path}: {name} holds {value.dtype}, as of quantised weights, where {own.dtype} "
-                "is needed: give weights that are not quantised"
+                f"{path}: {name} holds {value.dtype}, as of quantised weights, where "
+                f"{expected.dtype} is needed: give weights that are not quantised"
             )
-        if own.is_floating_point() and not value.isfinite().all():
+        if not value.isfinite().all():
             raise UserError(
                 f"{path}: {name} is not finite: the file is damaged, or its training had "
                 "diverged; give an earlier checkpoint, or copy the file again"
             )
 
 
-# --- what the file says of itself ----------------------------------------------------------------
+def _frozen_statistics(model: nn.Module) -> set[str]:
+    """Names of the statistics that a FrozenBN fills in by itself, where a file has none."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenBatchNorm2d)
+        for leaf in ("running_mean", "running_var")
+    }
 
 
-def _renaming(model: nn.Module) -> str:
-    if isinstance(model, ImageClassifier):
+def _tally(what: str, wanted: list[str], absent: list[str], misshapen: list[str]) -> str:
+    """How much of the tensors that are wanted came from the file."""
+    loaded = len(wanted) - len(misshapen) - len(absent)
+    line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
+    if absent:
+        line += f"; {len(absent)} are not in it ({first_names(absent)})"
+    if misshapen:
+        line += f"; {len(misshapen)} have another shape ({first_names(misshapen)})"
+    return line
+
+
+def _advice(
+    model: nn.Module, weights: Weights, absent: list[str], misshapen: list[str], whole: bool
+) -> str:
+    if not whole:
         return (
-            "rename its class folders, or for a flat folder write the names in that order into "
-            "classes.txt in it"
+            "give weights of this very backbone (variant and options), or allow it with "
+            f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(weights.path)}"
         )
-    return "give data that has these names in this order, or weights of a run on this data"
+    classifies = isinstance(model, ImageClassifier)
+    if classifies and not absent and set(misshapen) <= set(model.head_names()):
+        return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
+    if not absent:
+        return "it is a checkpoint of another architecture, or of another number of classes"
+    first = next(iter(weights.tensors))
+    return f"it is a checkpoint of another architecture, its first tensor is {first!r}"
 
 
-def check_class_names(
-    model: nn.Module, ours: Sequence[str] | None, theirs: Sequence[str] | None, path: str
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def _head_counts(
+    model: nn.Module, ours: Metadata, weights: Weights, given: Mapping[str, Tensor], whole: bool
+) -> bool:
+    """Whether a head is taken from the file, so that its classes must be the data's."""
+    if whole:  # of a file that says nothing, check_network has told
+        return bool(given) and bool(weights.metadata or weights.classes)
+    if not ours.classes or len(ours.classes) != len(weights.classes or ()):
+        return False
+    if isinstance(model, ImageClassifier):
+        return any(name in given for name in model.head_names())
+    return any(not name.startswith(backbone_prefix(model)) for name in given)
+
+
+def _log_leftovers(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> None:
-    """Compares names of classes, for labels are numbers that mean nothing without them.
+    if missing := [name for name in own if name not in given and not name.endswith(_COUNT)]:
+        logger.warning(get_missing_parameters_message(missing))
+    if unexpected := [name for name in state if name not in own]:
+        logger.warning(get_unexpected_parameters_message(unexpected))
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    whole: bool,
+    ours: Metadata | None = None,
+    allow_missing: bool = False,
+) -> None:
+    """Loads what a file has into a model, which stays as it is if anything is wrong.
 
     Args:
-        model: that shall take the weights.
-        ours: names of the data's classes, in order; None where nothing tells them.
-        theirs: those of the file.
-        path: of the file, for messages.
+        model: to take the weights.
+        weights: of :func:`contnet.checkpoint.reading.read_weights`.
+        whole: the file must give every tensor of the model. Otherwise it must give every tensor of
+            the backbone (of a classifier: all but its head), and whatever else fits is taken, too.
+        ours: facts of the model, to compare with the file's; None to compare nothing.
+        allow_missing: accept a file without some of the backbone's tensors.
 
     Raises:
-        UserError: if they differ.
+        UserError: if tensors are missing, have another shape, are damaged or quantised, or were
+            trained in a network of another function or on other classes.
     """
-    if theirs is None or ours is None:
-        who = "the data set does" if theirs else f"{path} does"
-        logger.warning(
-            f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
-            "and of the weights' outputs mean the same"
-        )
-    elif differing := describe_difference(ours, theirs):
+    path = weights.path
+    if weights.odd:
         raise UserError(
-            f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
-            f"({differing}): {_renaming(model)}"
+            f"{path} has entries among its tensors that are none ({first_names(weights.odd)}); "
+            f"{conversion_advice(path)}"
         )
-
-
-def check_pre_norm(model: nn.Module, metadata: object, path: str) -> None:
-    """Compares what a file of tools/convert_weights.py says, since tensors do not show it.
-
-    Args:
-        model: that shall take the weights.
-        metadata: of the file.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: if its ConTNet normalises at another place.
-    """
-    options = metadata.get("options") if isinstance(metadata, Mapping) else None
-    theirs = options.get("pre_norm") if isinstance(options, Mapping) else None
-    ours = {each.pre_norm for each in model.modules() if isinstance(each, Encoder)}
-    if theirs is not None and ours - {theirs}:
-        raise UserError(
-            f"{path} says that its ConTNet has pre_norm {theirs}: set MODEL.CONTNET.PRE_NORM "
-            f"{theirs}, or convert the weights again with or without --pre-norm"
-        )
+    if ours is not None:
+        check_network(ours, weights.metadata, path, weights.form, whole)
+    own, state = model.state_dict(), _name_as_in(model, weights)
+    prefix = "" if whole else backbone_prefix(model)
+    wanted = [name for name in own if name.startswith(prefix) and not name.endswith(_COUNT)]
+    _check_values({name: own[name] for name in wanted}, state, path)
+    given = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if ours is not None and _head_counts(model, ours, weights, given, whole):
+        check_class_names(model, ours.classes, weights.classes, path)
+    if not whole and isinstance(model, ImageClassifier):
+        head = model.head_names()
+        wanted = [name for name in wanted if name not in head]
+        if new := [name for name in head if name not in given]:
+            logger.info(f"The classifier's head starts from random weights: {first_names(new)}")
+    misshapen = [name for name in wanted if name in state and name not in given]
+    filled = _frozen_statistics(model) if weights.matching else ()
+    absent = [name for name in wanted if name not in state and name not in filled]
+    line = _tally("model" if whole else "backbone", wanted, absent, misshapen)
+    if (absent or misshapen) and (whole or not allow_missing):
+        raise UserError(f"{line}; {_advice(model, weights, absent, misshapen, whole)}")
+    logger.info(line)
+    _log_leftovers(own, state, given)
+    model.load_state_dict(given, strict=False)

@@ -11,26 +11,21 @@ import torch
 from torch import Tensor
 
 from contnet.checkpoint.key_mapping import (
+    MARKS,
     authors_name,
     convert_state_dict,
     detectron2_name,
+    locate_networks,
     revert_state_dict,
     torchvision_name,
 )
-from contnet.checkpoint.reading import strip_wrapper_prefix
+from contnet.checkpoint.reading import Weights
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
 
 __all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 
-# One tensor that every network of a form has. "timm" is torchvision's too.
-_MARKS = {
-    "authors": "layer0.conv.conv.weight",
-    "contnet": "stem.weight",
-    "timm": "layer1.0.conv1.weight",
-    "detectron2": "stem.conv1.weight",
-}
 # By family: its forms, each with the function from the family's own names (the first form's).
 FORMS: dict[str, dict[str, Callable[[str], str]]] = {
     "contnet": {"contnet": str, "authors": authors_name},
@@ -63,6 +58,7 @@ class Network:
         origins: names in the file by the family's own names.
         dropped: names in the file of what is no part of the network.
         missing: the family's own names of what the file lacks, at most the head.
+        stride_in_1x1: of a ResNet, as MODEL.RESNETS.STRIDE_IN_1X1; None where nothing shows it.
     """
 
     family: str
@@ -74,6 +70,7 @@ class Network:
     origins: dict[str, str]
     dropped: list[str]
     missing: list[str]
+    stride_in_1x1: bool | None = None
 
 
 def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -81,21 +78,42 @@ def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith(HEADS[family])}
 
 
-def _locate(state: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Form and prefix of the one network in a state dict."""
-    found = [
-        (form, name.removesuffix(mark))
-        for form, mark in _MARKS.items()
-        for name in state
-        if f".{name}".endswith(f".{mark}")
-    ]
+def _check_single(weights: Weights) -> None:
+    """Raises UserError unless there is exactly one network of a known form."""
+    found = locate_networks(weights.tensors)
     if not found:
-        first = f", its first tensor is {next(iter(state))!r}" if state else ""
-        raise UserError(f"it holds neither a ConTNet nor a ResNet{first}")
+        first = next(iter(weights.tensors))
+        raise UserError(f"it holds neither a ConTNet nor a ResNet, its first tensor is {first!r}")
     if len(found) > 1:
-        names = ", ".join(prefix + _MARKS[form] for form, prefix in found)
+        names = ", ".join(prefix + MARKS[form] for form, prefix in found)
         raise UserError(f"it holds several networks ({names}): leave one of them in the file")
-    return found[0]
+
+
+def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
+    """Whether a ConTNet normalises first, as the file or else the user says: no tensor shows it."""
+    said = weights.metadata.options.get("pre_norm") if weights.metadata else None
+    if said is None and asked is None:
+        raise UserError(
+            "nothing in it shows whether its ConTNet was trained with pre_norm: add --pre-norm or "
+            "--no-pre-norm (the default of the authors and of this package)"
+        )
+    if said is not None and asked is not None and said != asked:
+        raise UserError(f"it says that its ConTNet has pre_norm {said}: leave the option out")
+    return said if asked is None else asked
+
+
+def _check_said(network: Network, weights: Weights) -> None:
+    """Refuses a file whose tensors are not what it says."""
+    if weights.metadata is None:
+        return
+    found = {"network": network.variant, **network.options}
+    said = {"network": weights.metadata.network, **weights.metadata.options}
+    for name in ("network", "in_chans", "relative", "use_avgdown", "qkv_bias"):
+        if name in found and said.get(name, found[name]) != found[name]:
+            raise UserError(
+                f"it says that it has {name} {said[name]}, and its tensors are of {found[name]}: "
+                "do not use this file"
+            )
 
 
 def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
@@ -134,7 +152,7 @@ def _classes(head: Mapping[str, Tensor]) -> int:
     return next((len(value) for value in head.values() if value.ndim), 0)
 
 
-def _find_contnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Network:
+def _find_contnet(form: str, native: dict[str, Tensor]) -> Network:
     try:
         theirs = native if form == "authors" else revert_state_dict(native)
         tensors, report = convert_state_dict(theirs)
@@ -143,7 +161,7 @@ def _find_contnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Netwo
         for ours in native if form == "contnet" else ():
             message = message.replace(authors_name(ours), ours)
         raise UserError(message) from error
-    options = {**report.options, "pre_norm": pre_norm}
+    options = dict(report.options)
     options["num_classes"] = _classes(head_of(tensors, "contnet"))
     name = FORMS["contnet"][form]
     origins = {ours: name(ours) for ours in tensors}
@@ -173,9 +191,7 @@ def _resnet_variant(tensors: Mapping[str, Tensor]) -> str:
     return variant
 
 
-def _find_resnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Network:
-    if pre_norm:
-        raise UserError("--pre-norm is an option of ConTNet, and this is a ResNet")
+def _find_resnet(form: str, native: dict[str, Tensor]) -> Network:
     rename = torchvision_name if form == "detectron2" else str
     origins = {rename(name): name for name in native}
     tensors = {ours: native[name] for ours, name in origins.items()}
@@ -193,35 +209,36 @@ def _find_resnet(form: str, native: dict[str, Tensor], pre_norm: bool) -> Networ
     return network
 
 
-def find_network(state: Mapping, pre_norm: bool = False) -> Network:
-    """Finds the network in a state dict: a classifier's, or a detector's backbone.
+def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
+    """Finds the network in a file: a classifier's, or a detector's backbone.
 
     Args:
-        state: of any of the forms, also behind ``module.``, ``network.``, ``backbone.`` and the
-            like.
-        pre_norm: of a ConTNet, which its weights do not show.
+        weights: of any of the forms.
+        pre_norm: of a ConTNet, which its tensors do not show; None if the file says it.
 
     Raises:
-        UserError: if there is none, more than one, or one that is not whole. The message does not
-            name the file.
+        UserError: if there is none, more than one, one that is not whole, or not the one that the
+            file says. The message does not name the file.
     """
-    bare, odd = {}, []
-    for name, value in state.items():
-        short = strip_wrapper_prefix(str(name))
-        if not isinstance(value, Tensor) or short == _NUM_AVERAGED:
-            odd.append(str(name))
-        elif short in bare:
-            raise UserError(f"it holds {short!r} twice, with and without a wrapper's prefix")
-        else:
-            bare[short] = (str(name), value)
-    form, prefix = _locate(bare)
-    inside = {k.removeprefix(prefix): pair for k, pair in bare.items() if k.startswith(prefix)}
-    native = {short: value for short, (_, value) in inside.items()}
-    find = _find_resnet if form in FORMS["resnet"] else _find_contnet
-    network = find(form, native, pre_norm)
-    network.origins = {ours: inside[name][0] for ours, name in network.origins.items()}
-    used = set(network.origins.values())
-    network.dropped = [name for name, _ in bare.values() if name not in used] + odd
+    _check_single(weights)
+    form, native = weights.form, weights.network_tensors()
+    native.pop(_NUM_AVERAGED, None)
+    if form in FORMS["contnet"]:
+        network = _find_contnet(form, native)
+        network.options["pre_norm"] = _pre_norm_of(weights, pre_norm)
+    elif pre_norm is not None:
+        raise UserError("--pre-norm is an option of ConTNet, and this is a ResNet")
+    else:
+        network = _find_resnet(form, native)
+        said = weights.metadata.options if weights.metadata else {}
+        # torchvision and timm have no other ones.
+        network.stride_in_1x1 = False if form == "timm" else said.get("stride_in_1x1")
+    _check_said(network, weights)
+    names = {ours: weights.prefix + name for ours, name in network.origins.items()}
+    used = set(names.values())
+    network.origins = {ours: weights.origins[name] for ours, name in names.items()}
+    unused = [origin for name, origin in weights.origins.items() if name not in used]
+    network.dropped = unused + weights.odd
     if form != "authors":  # whose run looks up what it needs, the file's own index buffers too
-        network.native = {k: v for k, v in native.items() if inside[k][0] in used}
+        network.native = {k: v for k, v in native.items() if weights.prefix + k in used}
     return network

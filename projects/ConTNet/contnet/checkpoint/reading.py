@@ -1,38 +1,42 @@
-"""Reads files of weights without ever running code from them: .safetensors, PyTorch's and .pkl."""
+"""Reads files of weights: what they hold, never running code from them, and what is known of it.
+
+A file of whatever form (ours, the authors', torchvision's, timm's, Detectron2's; PyTorch's,
+.safetensors, .pkl) is opened once and becomes :class:`Weights`. Forms are recognised here and
+nowhere else.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
+from torch import Tensor
 
+from contnet.checkpoint.key_mapping import locate_networks
+from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.utils.errors import UserError
 
-__all__ = [
-    "EMA_KEYS",
-    "METADATA",
-    "MODEL_KEYS",
-    "pick_weights",
-    "read_checkpoint",
-    "read_plain_pickle",
-    "read_safetensors",
-    "read_torch",
-    "strip_wrapper_prefix",
-    "trained_class_names",
-]
+__all__ = ["EMA_KEYS", "Weights", "conversion_advice", "read_content", "read_weights"]
 
-# Under this name a file of tools/convert_weights.py says what it holds.
-METADATA = "contnet"
+logger = logging.getLogger(__name__)
+
 # EMA weights by the names of our trainer, torchvision's scripts and timm's.
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
-# Weights of the last step.
-MODEL_KEYS = ("model", "state_dict")
+# Weights of the last step; the last two names are pycls's and Caffe2's.
+_MODEL_KEYS = ("model", "state_dict", "model_state", "blobs")
+# What DistributedDataParallel and torch.compile put before names.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 
 # All that arrays and plain values are made of in a pickle.
@@ -56,8 +60,13 @@ _NUMBERS = [
     np.dtype,
     *dict.fromkeys(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
+# What torch.save wrote before PyTorch 1.6 begins with: a pickle of a number.
+_TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
 _BLOCKED = re.compile(r"GLOBAL (\S+) whose module \S+ is blocked")
+
+
+# --- the content of a file -----------------------------------------------------------------------
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -67,21 +76,12 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_plain_pickle(path: str) -> Mapping:
-    """Reads a .pkl file, which Detectron2 loads without any check, as arrays and plain values.
-
-    Raises:
-        UserError: if it is anything else.
-    """
+def _read_pickle(file: BinaryIO, path: str) -> object:
     try:
-        with open(path, "rb") as file:
-            content = _PlainUnpickler(file, encoding="latin1").load()
+        return _PlainUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a file that is no pickle may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a pickle of plain arrays: {reason}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
@@ -102,97 +102,204 @@ def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
     )
 
 
-def read_torch(path: str) -> dict:
-    """Reads what ``torch.save`` wrote: tensors, plain values and numpy's numbers.
-
-    Raises:
-        UserError: if it holds anything else, is cut short, or is no dict.
-    """
+def _read_torch(file: BinaryIO, path: str) -> object:
     try:
         with torch.serialization.safe_globals(_NUMBERS):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
         raise UserError(f"{path} cannot be read, it may be cut short: {reason}") from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
-    return dict(loaded)
 
 
-def read_safetensors(path: str) -> dict:
-    """Reads tensors under "model", and under ``METADATA`` what the file says of itself.
-
-    Raises:
-        UserError: if it is no whole .safetensors file.
-    """
+def _read_safetensors(file: BinaryIO, path: str) -> dict:
+    """Tensors under "model", and under ``METADATA`` what the file says of itself."""
+    data = file.read()
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = (file.metadata() or {}).get(METADATA, "{}")
-    except (SafetensorError, OSError) as error:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} cannot be read, it may be cut short or no .safetensors file: {reason}"
         ) from error
+    # The file begins with the length of its header, which is JSON.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
-        metadata = json.loads(said)
+        said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except ValueError as error:
         raise UserError(f"{path} has metadata that are no JSON: {error}") from error
-    return {"model": tensors, METADATA: metadata}
+    return {"model": tensors, METADATA: said}
 
 
-def pick_weights(content: Mapping, keys: Sequence[str]) -> tuple[Mapping, str, list[str]]:
-    """Finds the state dict of a checkpoint.
+def _format(start: bytes, suffix: str) -> str:
+    """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
+    if start.startswith((b"PK", _TORCH_MAGIC)):
+        return "torch"
+    if start[8:9] == b"{" or suffix == ".safetensors":
+        return "safetensors"
+    return "pickle" if start.startswith(b"\x80") or suffix == ".pkl" else "torch"
+
+
+_READERS = {"torch": _read_torch, "safetensors": _read_safetensors, "pickle": _read_pickle}
+
+
+def read_content(file: BinaryIO, path: str) -> dict:
+    """Reads a dict of tensors and plain values; the file's form goes by its content.
 
     Args:
-        content: of the file.
-        keys: where it may be, the first choice first.
-
-    Returns:
-        The state dict, its key in the checkpoint ("" where it is the checkpoint itself), and the
-        other keys.
-    """
-    for key in keys:
-        if isinstance(content.get(key), Mapping) and content[key]:
-            return content[key], key, [str(other) for other in content if other != key]
-    return content, "", []
-
-
-def strip_wrapper_prefix(name: str) -> str:
-    """A tensor's name without what DistributedDataParallel and torch.compile put before it."""
-    return _WRAPPERS.sub("", name)
-
-
-def trained_class_names(content: Mapping) -> list[str] | None:
-    """The classes that a checkpoint was trained on, in order, where it says so."""
-    for key in ("trainer", METADATA):
-        said = content.get(key)
-        names = said.get("classes") if isinstance(said, Mapping) else None
-        if isinstance(names, list) and names:
-            return [str(name) for name in names]
-    return None
-
-
-def read_checkpoint(path: str) -> dict:
-    """Reads a file of weights by its suffix; any but .safetensors and .pkl is PyTorch's.
+        file: open, at its beginning.
+        path: its name.
 
     Raises:
-        UserError: if it is not there, not whole, or holds more than tensors and plain values.
+        UserError: if it is not whole, holds anything else, or is no dict.
     """
+    start = file.read(len(_TORCH_MAGIC))
+    file.seek(0)
+    content = _READERS[_format(start, Path(path).suffix)](file, path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)
+
+
+# --- what it is ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """The tensors of a file, and what is known about them.
+
+    Attributes:
+        path: of the file, for messages.
+        tensors: by the names in the file, without the prefixes of wrappers.
+        origins: the names in the file of these names.
+        odd: names in the file of entries among the tensors that are none.
+        key: where in the file they were; "" where the file holds nothing else.
+        is_ema: whether they are an exponential moving average.
+        rest: what else the file holds.
+        metadata: what the file says of itself; None where it says nothing of its network.
+        classes: names of the classes that it was trained on, in order; None if it does not say.
+        form: whose names the one network in it has, a key of ``MARKS``; "" for an unknown network.
+        prefix: of this network's names in ``tensors``.
+        matching: "" where names are exact; "detectron2" or "caffe2" where Detectron2 finds out by
+            similarity which tensor is which.
+        sha256: of the file, if it was asked for.
+    """
+
+    path: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    odd: list[str] = field(default_factory=list)
+    key: str = ""
+    is_ema: bool = False
+    rest: dict = field(default_factory=dict)
+    metadata: Metadata | None = None
+    classes: list[str] | None = None
+    form: str = ""
+    prefix: str = ""
+    matching: str = ""
+    sha256: str = ""
+
+    def network_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the one network of a known form, by the names of that form."""
+        return {
+            name.removeprefix(self.prefix): value
+            for name, value in self.tensors.items()
+            if name.startswith(self.prefix)
+        }
+
+
+def conversion_advice(path: str) -> str:
+    """What may help with a file that does not fit."""
+    return (
+        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of "
+        "a ConTNet or ResNet in it fit"
+    )
+
+
+def _pick(content: Mapping, prefer_ema: bool) -> tuple[Mapping, str]:
+    """The state dict of a checkpoint, and its key; the checkpoint itself, and ""."""
+    keys = (*EMA_KEYS, *_MODEL_KEYS) if prefer_ema else (*_MODEL_KEYS, *EMA_KEYS)
+    for key in keys:
+        if isinstance(content.get(key), Mapping) and content[key]:
+            return content[key], key
+    return content, ""
+
+
+def _matching(content: Mapping, state: Mapping) -> str:
+    """How names are matched; the model zoos of pycls, Detectron2 and Caffe2 leave that open."""
+    if "model_state" in content or content.get("matching_heuristics") is True:
+        return "detectron2"
+    arrays = any(isinstance(value, np.ndarray) for value in state.values())
+    exact = "__author__" in content or locate_networks(map(str, state))
+    return "caffe2" if arrays and not exact else ""
+
+
+def _fill(weights: Weights, state: Mapping) -> None:
+    """Sorts the entries of a state dict, and finds the network in it."""
+    for name, value in state.items():
+        short = _WRAPPERS.sub("", str(name))
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.array(value))
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            weights.odd.append(str(name))
+        elif short in weights.tensors:
+            raise UserError(
+                f"{weights.path}: it holds {short!r} twice, with and without a wrapper's prefix"
+            )
+        else:
+            weights.tensors[short], weights.origins[short] = value, name
+    networks = locate_networks(weights.tensors)
+    if len(networks) == 1:
+        weights.form, weights.prefix = networks[0]
+
+
+def _class_names(rest: Mapping, metadata: Metadata | None) -> list[str] | None:
+    if metadata is not None:
+        return metadata.classes
+    # Checkpoints of the first version.
+    trainer = rest.get("trainer")
+    names = trainer.get("classes") if isinstance(trainer, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, list) and names else None
+
+
+def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False) -> Weights:
+    """Reads a file of weights, once.
+
+    Args:
+        source: a file, or a URL that Detectron2's ``PathManager`` fetches.
+        prefer_ema: take the EMA of weights, where there is one, and not the last weights.
+        digest: compute the file's SHA-256.
+
+    Raises:
+        UserError: if it is not there, not whole, or holds no tensors or more than tensors and
+            plain values.
+    """
+    path = PathManager.get_local_path(source) if "://" in source else source
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file (looked for in {Path.cwd()})")
-    if path.endswith(".safetensors"):
-        return read_safetensors(path)
-    if path.endswith(".pkl"):
-        content = dict(read_plain_pickle(path))
-        state = content.get("model", content)
-        if not isinstance(state, Mapping):
-            return content
-        tensors = {
-            name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-            for name, value in state.items()
-        }
-        return {**content, "model": tensors} if "model" in content else tensors
-    return read_torch(path)
+    weights = Weights(source)
+    try:
+        with open(path, "rb") as file:
+            if digest:
+                weights.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+            content = read_content(file, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    state, weights.key = _pick(content, prefer_ema)
+    weights.matching = _matching(content, state)
+    if weights.matching == "caffe2":
+        state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+    if weights.key:
+        weights.rest = {name: value for name, value in content.items() if name != weights.key}
+    weights.is_ema = weights.key in EMA_KEYS
+    weights.metadata = Metadata.read(weights.rest.get(METADATA), source)
+    weights.classes = _class_names(weights.rest, weights.metadata)
+    _fill(weights, state)
+    if not weights.tensors:
+        raise UserError(
+            f"{source} holds no weights: it must be tensors by name alone, or have them as "
+            f"{' or '.join(map(repr, _MODEL_KEYS[:2]))}; {conversion_advice(source)}"
+        )
+    return weights

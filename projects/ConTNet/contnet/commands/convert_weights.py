@@ -13,18 +13,11 @@ import safetensors.torch
 import torch
 
 from contnet.checkpoint.convert import TARGETS, Result, convert, largest_difference
+from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.networks import Network, find_network
-from contnet.checkpoint.reading import (
-    EMA_KEYS,
-    METADATA,
-    MODEL_KEYS,
-    pick_weights,
-    read_checkpoint,
-    trained_class_names,
-)
+from contnet.checkpoint.reading import Weights, read_content, read_weights
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
-from contnet.utils.version import __version__
 
 __all__ = ["TOLERANCE", "build_parser", "main"]
 
@@ -81,8 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pre-norm",
-        action="store_true",
-        help="the ConTNet was trained with pre_norm, which its weights do not show",
+        action=argparse.BooleanOptionalAction,
+        help="whether the ConTNet was trained with pre_norm: needed for a file that does not say "
+        "it, such as the authors', whose default is --no-pre-norm",
     )
     parser.add_argument(
         "--last",
@@ -99,10 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _check(network: Network, result: Result, data: bytes, suffix: str) -> None:
     """Compares outputs; the result's tensors are those of the bytes to be written."""
-    if suffix == ".pth":
-        result.tensors = torch.load(io.BytesIO(data), weights_only=True)["model"]
-    else:
-        result.tensors = safetensors.torch.load(data)
+    result.tensors = read_content(io.BytesIO(data), f"DST{suffix}")["model"]
     classes = network.options["num_classes"]
     with_logits = classes > 0 and not any(name in result.new for name in _head_names(result))
     with_logits = with_logits and result.options["num_classes"] > 0
@@ -174,47 +165,48 @@ def _print_report(network: Network, result: Result) -> None:
     )
 
 
-def _was_pre_norm(content: dict) -> bool:
-    """Whether a file of this tool says that its network is one with pre_norm."""
-    said = content.get(METADATA)
-    options = said.get("options") if isinstance(said, dict) else None
-    return isinstance(options, dict) and options.get("pre_norm") is True
+def _describe(weights: Weights, network: Network, result: Result, head: str | int) -> Metadata:
+    """The facts of a result, those of its source among them."""
+    source = weights.metadata or Metadata(result.variant)
+    # The classes of a detector are not those of a head that its backbone may have.
+    keeps = head == "keep" and len(weights.classes or ()) == result.options["num_classes"]
+    options = {**source.options, **result.options}
+    if network.stride_in_1x1 is not None:
+        options["stride_in_1x1"] = network.stride_in_1x1
+    return Metadata(
+        network=result.variant,
+        options=options,
+        norm=source.norm,
+        classes=weights.classes if keeps else None,
+        pixels=source.pixels,
+        config=source.config,
+        conversion={
+            "form": result.form,
+            "source": Path(weights.path).name,
+            "source_sha256": weights.sha256,
+            "source_key": weights.key,
+        },
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     target = Path(args.target)
     _check_target(target)
-    content = read_checkpoint(args.source)
-    with open(args.source, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    state, key, others = pick_weights(
-        content, MODEL_KEYS if args.last else (*EMA_KEYS, *MODEL_KEYS)
-    )
+    weights = read_weights(args.source, prefer_ema=not args.last, digest=True)
     try:
-        network = find_network(state, args.pre_norm or _was_pre_norm(content))
+        network = find_network(weights, args.pre_norm)
         result = convert(network, args.to, args.head)
     except UserError as error:
         raise UserError(f"{args.source}: {error}") from error
-    others = [other for other in others if other != METADATA]
+    others = [other for other in weights.rest if other != METADATA]
     beside = f", left behind: {', '.join(others)}" if others else ""
-    print(f"source   {args.source}, {f'its {key!r}' if key else 'a bare state dict'}{beside}")
+    key = f"its {weights.key!r}" if weights.key else "a bare state dict"
+    print(f"source   {args.source}, {key}{beside}")
     shown = ", ".join(f"{name} {value}" for name, value in network.options.items())
     print(f"network  {network.variant} by the names of {network.form} ({shown})")
     _print_report(network, result)
-    metadata = {
-        "variant": result.variant,
-        "options": result.options,
-        "form": result.form,
-        "source": Path(args.source).name,
-        "source_sha256": digest,
-        "source_key": key,
-        "contnet_version": __version__,
-    }
-    names = trained_class_names(content) if args.head == "keep" else None
-    # A detector's are not those of a head that its backbone may have.
-    if names and len(names) == result.options["num_classes"]:
-        metadata["classes"] = names
-    data = _encode(result, metadata, target.suffix)
+    metadata = _describe(weights, network, result, args.head)
+    data = _encode(result, metadata.state(), target.suffix)
     if args.check:
         _check(network, result, data, target.suffix)
     print(_write(target, data))

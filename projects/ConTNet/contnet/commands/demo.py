@@ -25,6 +25,7 @@ from detectron2.data import (
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import describe_model
 from contnet.checkpoint.names import FINAL
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
@@ -70,8 +71,8 @@ def _pictures(cfg: CfgNode) -> list[ReportImage]:
     """Detections of the trained model beside the ground truth, on the first validation images."""
     model = build_model(cfg).eval()
     records = load_dataset_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
-    checkpointer = Checkpointer(model, classes=dataset_class_names(cfg, cfg.DATASETS.TEST))
-    checkpointer.load_checkpoint(str(Path(cfg.OUTPUT_DIR, f"{FINAL}.pth")))
+    metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
+    Checkpointer(model, metadata=metadata).load(str(Path(cfg.OUTPUT_DIR, f"{FINAL}.pth")))
     loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
     pictures = []
     with torch.no_grad():

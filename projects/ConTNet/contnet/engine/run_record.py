@@ -8,23 +8,19 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import detectron2
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from contnet.utils.files import atomic_write
-from contnet.utils.version import __version__
+from contnet.utils.version import installed_versions
 
 __all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
 
 # Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
 COMMIT_VARIABLE = "CONTNET_GIT_COMMIT"
 RUN_FILE = "run.json"
-
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "pillow", "fvcore")
 
 
 def git_commit() -> str:
@@ -44,20 +40,6 @@ def git_commit() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def _versions() -> dict[str, str]:
-    found = {
-        "python": platform.python_version(),
-        "contnet": __version__,
-        "detectron2": detectron2.__version__,
-    }
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
     """Appends this attempt of the run to run.json, a list.
 
@@ -75,7 +57,7 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
             "folder": str(Path.cwd()),
             "host": platform.node(),
             "git_commit": git_commit(),
-            "versions": _versions(),
+            "versions": installed_versions(),
             "device": cfg.MODEL.DEVICE,
             "processes": comm.get_world_size(),
             "seed": seed,

@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import describe_model
 from contnet.checkpoint.names import numbered_name
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
@@ -88,7 +89,7 @@ class Trainer(SimpleTrainer):
     def __init__(self, cfg: CfgNode, seed: int):
         use_plain_focal_loss()
         dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
-        self.classes = dataset_class_names(cfg, cfg.DATASETS.TRAIN)
+        metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TRAIN))
         self.unwrapped_model = build_model(cfg)
         optimizer = build_optimizer(cfg, self.unwrapped_model)
         loader = build_train_loader(cfg, dicts, seed)
@@ -112,7 +113,7 @@ class Trainer(SimpleTrainer):
             keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             background=cfg.SOLVER.CHECKPOINT_BACKGROUND,
             model_optimizer=optimizer,
-            classes=self.classes,
+            metadata=metadata,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),
             **extras,
@@ -142,9 +143,7 @@ class Trainer(SimpleTrainer):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
             file = self.checkpointer.get_checkpoint_file()
-            self.pending_evaluation = self.checkpointer.load_checkpoint(file, resume=True).get(
-                "unfinished"
-            )
+            self.pending_evaluation = self.checkpointer.load(file).get("unfinished")
             self.start_iter = self.iter + 1
         elif weights:
             self.checkpointer.load_backbone(weights)
@@ -277,8 +276,6 @@ class Trainer(SimpleTrainer):
         state["stream"] = self.batch_sampler.state_dict(self._batches_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = _loss_normalizers(self.unwrapped_model)
-        if self.classes:
-            state["classes"] = self.classes
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:

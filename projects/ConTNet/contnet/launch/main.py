@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import describe_model
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
@@ -54,17 +55,12 @@ def _iteration(rest: dict) -> int | None:
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
     dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=dataset_class_names(cfg, dicts))
+    metadata = describe_model(cfg, dataset_class_names(cfg, dicts))
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
-    rest = checkpointer.load_checkpoint(file)
-    if cfg.SOLVER.EMA.ENABLED:
-        if "ema" not in rest:
-            raise UserError(f"{file} has no EMA weights: set SOLVER.EMA.ENABLED False")
-        model.load_state_dict(
-            {name.removeprefix("module."): value for name, value in rest["ema"].items()}
-        )
+    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED)
     return evaluate(
         cfg,
         model,

@@ -36,7 +36,7 @@ from contnet.modeling.contnet import (
     VARIANTS,
 )
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
-from contnet.modeling.fpn import BOTTOM_UPS, TOP_BLOCKS
+from contnet.modeling.fpn import BOTTOM_UPS, bottom_up_name
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.modeling.tta import tta_class
 from contnet.utils.text import nearest
@@ -132,11 +132,9 @@ def _check_network(cfg: CfgNode) -> None:
 
 
 def _check_pyramid(cfg: CfgNode) -> None:
-    bottom_ups = {
-        f"build_{prefix}{name}_fpn_backbone": name for prefix in TOP_BLOCKS for name in BOTTOM_UPS
-    }
-    bottom_up = bottom_ups.get(cfg.MODEL.BACKBONE.NAME)
-    if bottom_up is None:
+    builder = cfg.MODEL.BACKBONE.NAME
+    bottom_up = bottom_up_name(builder)
+    if bottom_up not in BOTTOM_UPS or not builder.endswith("_fpn_backbone"):
         return
     key = BOTTOM_UPS[bottom_up].out_features_key
     given = list(get_value(cfg, key) if key else FEATURES)

@@ -25,6 +25,7 @@ __all__ = [
     "BottomUp",
     "DivisibleFPN",
     "TopBlockMaker",
+    "bottom_up_name",
     "register_bottom_up",
     "register_top_block",
 ]
@@ -58,6 +59,12 @@ class DivisibleFPN(FPN):
 # "retinanet_" of build_retinanet_resnet_fpn_backbone.
 BOTTOM_UPS: dict[str, BottomUp] = {}
 TOP_BLOCKS: dict[str, TopBlockMaker] = {}
+# Builders of the networks alone.
+_BARE_BUILDERS = {
+    "build_contnet_backbone": "contnet",
+    "build_resnet_backbone": "resnet",
+    "build_dilated_resnet_backbone": "resnet",
+}
 
 
 def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlockMaker) -> Callable:
@@ -94,6 +101,19 @@ def _register_pyramids() -> None:
             builder = f"build_{prefix}{name}_fpn_backbone"
             if builder not in BACKBONE_REGISTRY:
                 BACKBONE_REGISTRY.register(_make_builder(builder, bottom_up.build, make_top_block))
+
+
+def bottom_up_name(builder: str) -> str:
+    """The name that a builder's bottom-up network is registered under, such as "contnet".
+
+    Args:
+        builder: MODEL.BACKBONE.NAME, of a pyramid or of the bare network.
+
+    Returns:
+        The builder's own name, if it belongs to no registered network.
+    """
+    names = {f"build_{p}{name}_fpn_backbone": name for p in TOP_BLOCKS for name in BOTTOM_UPS}
+    return {**names, **_BARE_BUILDERS}.get(builder, builder)
 
 
 def register_bottom_up(name: str, bottom_up: BottomUp) -> None:

@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 
 from contnet.checkpoint.names import FINAL, has_last_checkpoint, last_checkpoint
-from contnet.checkpoint.reading import read_torch
+from contnet.checkpoint.reading import read_weights
 from contnet.config.nodes import flatten
 from contnet.launch.arguments import configure
 from contnet.launch.preflight import check_inputs, check_output
@@ -102,7 +102,7 @@ def _has_finished(cfg: CfgNode, arguments: RunArguments) -> bool:
     if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
         return False
     # MAX_ITER may have been raised since.
-    trainer = read_torch(str(file)).get("trainer")
+    trainer = read_weights(str(file)).rest.get("trainer")
     return isinstance(trainer, dict) and trainer.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER
 
 

@@ -1,0 +1,289 @@
+"""What a checkpoint says of itself, and what must agree before a model takes its weights.
+
+Tensors do not show everything that a network's function depends on: ``pre_norm``, for one, leaves
+no trace in names and shapes. Every checkpoint and converted file has these facts under "contnet".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import msgspec
+from detectron2.config import CfgNode
+from torch import nn
+
+from contnet.modeling.classifier import ImageClassifier, contnet_options
+from contnet.modeling.contnet import VARIANTS
+from contnet.modeling.fpn import bottom_up_name
+from contnet.utils.errors import UserError
+from contnet.utils.text import describe_difference
+from contnet.utils.version import installed_versions
+
+__all__ = ["METADATA", "Metadata", "check_class_names", "check_network", "describe_model"]
+
+# The key, of a checkpoint or of a .safetensors file's metadata.
+METADATA = "contnet"
+_FORMAT = 1
+
+# Options that change the function and leave the shapes as they are, or that name what differs
+# better than shapes do; each with its config key.
+_DECISIVE = {
+    "relative": "MODEL.CONTNET.RELATIVE",
+    "pre_norm": "MODEL.CONTNET.PRE_NORM",
+    "use_avgdown": "MODEL.CONTNET.USE_AVGDOWN",
+    "qkv_bias": "MODEL.CONTNET.QKV_BIAS",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+_DILATED_PATCHES = "MODEL.CONTNET.DILATED_PATCHES"
+# Options that weights can be trained further with, at some loss.
+_ADVISABLE = ("taps", "output_stride")
+# Norms that compute the same of the same statistics.
+_BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Facts about weights.
+
+    Attributes:
+        network: name of the backbone or of the classifier's network, such as "contnet_m".
+        options: its options, for a ConTNet as arguments of :func:`contnet.create_model`.
+        norm: the norm of the backbone, as MODEL.CONTNET.NORM names it; "" where that is not known.
+        classes: names of the classes of the head, in order; None where nothing tells them.
+        pixels: what the network's input is: "format", "mean" and "std" of its channels.
+        config: the config of the run, as yaml; "" for a file that no run has written.
+        versions: of the packages that wrote the file.
+        conversion: of a converted file: its form, and the name, SHA-256 and key of its source.
+        format: version of this form.
+    """
+
+    network: str
+    options: dict = field(default_factory=dict)
+    norm: str = ""
+    classes: list[str] | None = None
+    pixels: dict = field(default_factory=dict)
+    config: str = ""
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    conversion: dict[str, str] = field(default_factory=dict)
+    format: int = _FORMAT
+
+    def state(self) -> dict:
+        """Plain values, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, said: object, path: str) -> Metadata | None:
+        """The facts of a file; None where it states none.
+
+        Args:
+            said: what the file has under ``METADATA``.
+            path: of the file, for messages.
+
+        Raises:
+            UserError: if a later version wrote them, or they are damaged.
+        """
+        if not said:
+            return None
+        if isinstance(said, Mapping) and "format" not in said and "variant" in said:
+            said = _upgrade(said)
+        if isinstance(said, Mapping) and said.get("format", _FORMAT) != _FORMAT:
+            raise UserError(
+                f"{path} is of format {said['format']!r}, this version reads {_FORMAT}: use the "
+                "version of contnet that wrote it, or a later one"
+            )
+        try:
+            return msgspec.convert(said, cls)
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"{path}: its metadata under {METADATA!r} are damaged ({error})"
+            ) from error
+
+
+def _upgrade(said: Mapping) -> dict:
+    """What tools/convert_weights.py of the first version says, in the present form."""
+    options = dict(said.get("options") or {})
+    if not options.get("pre_norm"):  # it took this for granted
+        options.pop("pre_norm", None)
+    return {"network": said["variant"], "options": options, "classes": said.get("classes")}
+
+
+# --- of a config ---------------------------------------------------------------------------------
+
+
+def _contnet_facts(variant: str, cfg: CfgNode) -> dict:
+    drops = {"drop_rate": 0.0, "last_drop_rate": 0.0}
+    drops = {name: VARIANTS[variant].get(name, rate) for name, rate in drops.items()}
+    return {"in_chans": len(cfg.MODEL.PIXEL_MEAN), **drops, **contnet_options(cfg)}
+
+
+def _describe_classifier(cfg: CfgNode) -> dict:
+    node = cfg.MODEL.CLASSIFIER
+    name = node.NAME.partition(".")[0]  # timm's tag of weights comes after a dot
+    if name in VARIANTS:
+        options = {**_contnet_facts(name, cfg), "num_classes": node.NUM_CLASSES}
+        return {"network": name, "options": options, "norm": "BN"}
+    options = {**dict(node.OPTIONS), "num_classes": node.NUM_CLASSES}
+    if name.startswith("resnet"):
+        options["stride_in_1x1"] = False  # timm has no such option
+    return {"network": name, "options": options}
+
+
+def _describe_backbone(cfg: CfgNode) -> dict:
+    kind = bottom_up_name(cfg.MODEL.BACKBONE.NAME)
+    if kind == "contnet":
+        node = cfg.MODEL.CONTNET
+        options = _contnet_facts(node.VARIANT, cfg) | {
+            "num_classes": 0,
+            "taps": node.TAPS,
+            "output_stride": node.OUTPUT_STRIDE,
+            "dilated_patches": node.DILATED_PATCHES,
+        }
+        return {"network": node.VARIANT, "options": options, "norm": node.NORM}
+    if kind == "resnet":
+        node = cfg.MODEL.RESNETS
+        dilated = cfg.MODEL.BACKBONE.NAME == "build_dilated_resnet_backbone"
+        options = {
+            "stride_in_1x1": node.STRIDE_IN_1X1,
+            "output_stride": node.OUTPUT_STRIDE if dilated else 32,
+            "num_groups": node.NUM_GROUPS,
+            "width_per_group": node.WIDTH_PER_GROUP,
+        }
+        return {"network": f"resnet{node.DEPTH}", "options": options, "norm": node.NORM}
+    return {"network": kind}
+
+
+def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
+    """The facts of the model that a config builds.
+
+    Args:
+        cfg: of the run.
+        classes: names of the data's classes, in order; None where nothing tells them.
+    """
+    classifies = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    return Metadata(
+        **(_describe_classifier if classifies else _describe_backbone)(cfg),
+        classes=None if classes is None else list(classes),
+        pixels={
+            "format": cfg.INPUT.FORMAT,
+            "mean": list(cfg.MODEL.PIXEL_MEAN),
+            "std": list(cfg.MODEL.PIXEL_STD),
+        },
+        config=cfg.dump(),
+    )
+
+
+# --- compared ------------------------------------------------------------------------------------
+
+
+def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
+    """Refuses weights of a network of another function."""
+    if theirs.network != ours.network:
+        raise UserError(
+            f"{path} has weights of {theirs.network}, and the config builds {ours.network}: set "
+            "MODEL.CONTNET.VARIANT (of a classifier MODEL.CLASSIFIER.NAME), or give other weights"
+        )
+    keys = dict(_DECISIVE)
+    # Patches that lie apart are another function where convolutions dilate, and the same elsewhere.
+    if all(facts.options.get("output_stride", 32) < 32 for facts in (ours, theirs)):
+        keys["dilated_patches"] = _DILATED_PATCHES
+    for option, key in keys.items():
+        pair = [facts.options.get(option) for facts in (theirs, ours)]
+        if None not in pair and pair[0] != pair[1]:
+            raise UserError(
+                f"{path} was trained with {key} {pair[0]}, and the config has {pair[1]}: set {key} "
+                f"{pair[0]}, or give other weights"
+            )
+
+
+def _same_norm(ours: str, theirs: str, whole: bool) -> bool:
+    # That the statistics of a trained backbone are frozen is the rule.
+    return ours == theirs or (not whole and {ours, theirs} <= set(_BATCH_NORMS))
+
+
+def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
+    """What weights can be used with, though they were trained with something else."""
+    pairs = {name: (theirs.options.get(name), ours.options.get(name)) for name in _ADVISABLE}
+    for name in ("format", "mean", "std"):
+        pairs[f"pixel {name}"] = (theirs.pixels.get(name), ours.pixels.get(name))
+    if not _same_norm(ours.norm, theirs.norm, whole):
+        pairs["norm"] = (theirs.norm, ours.norm)
+    return [
+        f"{name} {before}, now {now}"
+        for name, (before, now) in pairs.items()
+        if before not in (None, "") and now not in (None, "") and before != now
+    ]
+
+
+def _warn_of_silence(ours: Metadata, path: str) -> None:
+    pre_norm = ours.options.get("pre_norm")
+    also = "" if pre_norm is None else f", MODEL.CONTNET.PRE_NORM {pre_norm} among them"
+    logger.warning(
+        f"{path} does not say all that tensors leave open of a network, its pixels and classes: "
+        f"the config's settings are taken{also}"
+    )
+
+
+def check_network(
+    ours: Metadata, theirs: Metadata | None, path: str, form: str, whole: bool
+) -> None:
+    """Compares what a file says of its network with the one that shall take its weights.
+
+    Args:
+        ours: of the model.
+        theirs: of the file; None where it states nothing, which is a warning.
+        path: of the file, for messages.
+        form: whose names the file has, a key of ``key_mapping.MARKS``, or "".
+        whole: the file must give all of the model, not the backbone alone.
+
+    Raises:
+        UserError: for weights of another variant, or an option that changes the function.
+    """
+    if theirs is None:
+        _warn_of_silence(ours, path)
+        # The strides are at one place in all ResNets of torchvision and timm.
+        options = {"stride_in_1x1": False} if form == "timm" else {}
+        _check_decisive(ours, Metadata(ours.network, options), path)
+        return
+    _check_decisive(ours, theirs, path)
+    if "pre_norm" in ours.options and "pre_norm" not in theirs.options:
+        _warn_of_silence(ours, path)
+    if changed := _differences(ours, theirs, whole):
+        logger.warning(f"{path} was trained with another setting: {'; '.join(changed)}")
+
+
+def check_class_names(
+    model: nn.Module, ours: Sequence[str] | None, theirs: Sequence[str] | None, path: str
+) -> None:
+    """Compares names of classes, for labels are numbers that mean nothing without them.
+
+    Args:
+        model: that has taken the head of the file.
+        ours: names of the data's classes, in order; None where nothing tells them.
+        theirs: those of the file.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: if they differ.
+    """
+    if theirs is None or ours is None:
+        who = "the data set does" if theirs else f"{path} does"
+        logger.warning(
+            f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
+            "and of the weights' outputs mean the same"
+        )
+    elif differing := describe_difference(ours, theirs):
+        advice = "give data that has these names in this order, or weights of a run on this data"
+        if isinstance(model, ImageClassifier):
+            advice = (
+                "rename its class folders, or for a flat folder write the names in that order into "
+                "classes.txt in it"
+            )
+        raise UserError(
+            f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
+            f"({differing}): {advice}; to train a new head, give the backbone alone, as "
+            f"tools/convert_weights.py {path} NEW.pth --head drop makes it"
+        )
