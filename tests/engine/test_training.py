@@ -145,9 +145,11 @@ def test_checkpoints_are_whole_and_bounded(averaged):
     assert checkpoints_of(folder) == sorted([*kept, "model_best.pth"])
     assert (folder / "last_checkpoint").read_text() == "model_final.pth"
     for i, name in enumerate(kept):
-        state = torch.load(folder / name)["trainer"]
-        assert state["iteration"] == 2 + i
-        assert len(state["classes"]) == 80 and state["classes"][:2] == ["person", "bicycle"]
+        checkpoint = torch.load(folder / name)
+        assert checkpoint["trainer"]["iteration"] == 2 + i
+        said = checkpoint["contnet"]
+        assert len(said["classes"]) == 80 and said["classes"][:2] == ["person", "bicycle"]
+        assert said["config"] == (folder / "config.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -280,6 +282,19 @@ def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_
     error = capsys.readouterr().err.splitlines()[-1]
     assert "(1 too many: human; 1 missing: person)" in error
     assert not (tmp_path / "eval" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--eval-only", "--resume"])
+def test_pre_norm_that_the_weights_were_not_trained_with(averaged, tmp_path, capsys, how):
+    """Names and shapes are the same, and AP would fall without a word."""
+    folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
+    metrics = (folder / "metrics.json").read_text()
+    options = ["MODEL.CONTNET.PRE_NORM", "True", "MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    assert main([how, *arguments(folder, *EMA, *options, "SOLVER.MAX_ITER", "8")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "MODEL.CONTNET.PRE_NORM False, and the config has True" in error
+    assert (folder / "metrics.json").read_text() == metrics
 
 
 # --- going on ------------------------------------------------------------------------------------
