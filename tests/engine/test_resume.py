@@ -18,7 +18,7 @@ from conftest import QUICK, REPOSITORY, finish, metrics_of
 from detectron2.engine import HookBase
 
 from contnet.launch.arguments import parse_arguments
-from contnet.launch.main import run
+from contnet.launch.run import run
 
 ITERATIONS = 10
 LEAF = "--config-file configs/faster_rcnn_contti.yaml"

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from contnet.config import load_config
 from contnet.engine.trainer import Trainer
 from contnet.launch.arguments import parse_arguments
-from contnet.launch.main import main, run
+from contnet.launch.main import main
+from contnet.launch.run import run
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 ANNOTATIONS = "coco/annotations/instances_train2017.json"

@@ -21,7 +21,7 @@ from detectron2.engine import DefaultTrainer
 
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.distributed import launch_run
-from contnet.launch.main import run
+from contnet.launch.run import run
 from contnet.launch.preflight import check_run, count_processes
 from contnet.slurm.attempt_folder import (
     AttemptFolder,
