@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from contnet.config import load_config
 from contnet.engine.trainer import Trainer
-from contnet.launch.arguments import parse_arguments
+from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.main import main
 from contnet.launch.run import run
 
@@ -180,7 +180,8 @@ def test_progress_is_printed(averaged):
 def evaluate(folder, *options):
     """Metrics of --eval-only by name, as metrics.json has them."""
     args = parse_arguments(["--eval-only", *arguments(folder, *MANY_BOXES, *options)])
-    return {f"bbox/{name}": value for name, value in run(args)["bbox"].items()}
+    found = run(build_run_settings(args))["bbox"]
+    return {f"bbox/{name}": value for name, value in found.items()}
 
 
 def assert_last_metrics(folder, found):
@@ -248,7 +249,7 @@ def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
     tasks = {"bbox", "segm", "bbox_TTA", "segm_TTA"}
     assert {name.split("/")[0] for name in last if "/AP" in name} == tasks
     args = ["--eval-only", "--resume", *arguments(folder, *more)]
-    found = run(parse_arguments(args))
+    found = run(build_run_settings(parse_arguments(args)))
     assert set(found) == tasks
     for task, metrics in found.items():
         assert repr(metrics["AP"]) == repr(last[f"{task}/AP"])

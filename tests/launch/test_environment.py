@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 from launchers import LOCAL, STEP, TORCHRUN
@@ -16,6 +17,16 @@ from contnet.launch.environment import (
     rendezvous,
 )
 from contnet.utils.errors import UserError
+
+ALONE = DistributedEnvironment()
+IN_JOB = DistributedEnvironment(cluster="slurm", job_id="77")
+IN_STEP = DistributedEnvironment(
+    "slurm", 3, 4, 1, 2, "gpu07", "77.0.0", cluster="slurm", job_id="77", num_nodes=2
+)
+IN_LOCAL = DistributedEnvironment(
+    "local", 1, 2, 1, 2, "127.0.0.1", "99.0.0", cluster="local", job_id="99"
+)
+BY_TORCHRUN = DistributedEnvironment("torchrun", 1, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -35,24 +46,35 @@ def test_first_host(nodes, host):
 @pytest.mark.parametrize(
     ("variables", "environment"),
     [
-        ({}, None),
-        (STEP, DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.0")),
+        ({}, ALONE),
+        (STEP, IN_STEP),
         (
             {**STEP, "SLURM_RESTART_COUNT": "2"},
-            DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.2"),
+            replace(IN_STEP, attempt="77.0.2", restart=2),
         ),
         (
             {**STEP, "SLURM_STEP_LAUNCHER_PORT": "4000"},
-            DistributedEnvironment("slurm", 3, 4, 1, 2, "gpu07", "77.0.0.4000"),
+            replace(IN_STEP, attempt="77.0.0.4000"),
+        ),
+        (
+            {**STEP, "SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"},
+            replace(IN_STEP, job_id="75_2"),
         ),
         # An interactive shell: of salloc, of srun --pty, and a batch script.
-        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, None),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
-        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
-        (LOCAL, DistributedEnvironment("local", 1, 2, 1, 2, "127.0.0.1", "99.0.0")),
-        ({**LOCAL, "SUBMITIT_LOCAL_NTASKS": "1"}, None),
-        (TORCHRUN, DistributedEnvironment("torchrun", 1, 2, 0, 1)),
-        ({**STEP, **TORCHRUN}, DistributedEnvironment("torchrun", 1, 2, 0, 1)),
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, IN_JOB),
+        (
+            {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},
+            replace(IN_JOB, num_nodes=2),
+        ),
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, IN_JOB),
+        (LOCAL, IN_LOCAL),
+        ({**STEP, **LOCAL}, IN_LOCAL),
+        ({**LOCAL, "SUBMITIT_LOCAL_NTASKS": "1"}, replace(ALONE, cluster="local", job_id="99")),
+        (TORCHRUN, BY_TORCHRUN),
+        (
+            {**STEP, **TORCHRUN},
+            replace(BY_TORCHRUN, cluster="slurm", job_id="77", num_nodes=2),
+        ),
     ],
 )
 def test_environment(variables, environment):

@@ -14,14 +14,21 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
 from contnet.utils.errors import UserError
 
-__all__ = ["DistributedEnvironment", "find_environment", "first_host", "ports", "rendezvous"]
+__all__ = [
+    "DistributedEnvironment",
+    "Processes",
+    "find_environment",
+    "first_host",
+    "ports",
+    "rendezvous",
+]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = (
@@ -41,23 +48,32 @@ _GREETING = "contnet"
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """What a launcher says of one process among those of a run.
+    """What its environment says of one process: its place in a run, and its job.
 
     Attributes:
-        launcher: what started it: "torchrun", "slurm" or "local".
+        launcher: what started all processes of the run: "torchrun", "slurm" or "local" (submitit's
+            local executor); "" for a process that is alone, or is to start the others.
         rank, world_size: of all processes.
         local_rank, local_size: of those on this machine.
         host: name of rank 0's machine; "" under torchrun, which brings its own rendezvous.
-        attempt: names this attempt of the run, as no other is named.
+        attempt: names this attempt of the run, as no other is named; "" under torchrun.
+        cluster: what runs the job that the process belongs to: "slurm", "local", or "" for none.
+        job_id: as SLURM's commands take it, "12_3" for a task of an array; "" outside a job.
+        restart: attempts of the job before this one. The local executor does not count: always 0.
+        num_nodes: machines of the job.
     """
 
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
+    launcher: str = ""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
     host: str = ""
     attempt: str = ""
+    cluster: str = ""
+    job_id: str = ""
+    restart: int = 0
+    num_nodes: int = 1
 
 
 def _need(environ: Mapping[str, str], names: tuple[str, ...], sign: str) -> list[str]:
@@ -83,12 +99,12 @@ def _torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
     return DistributedEnvironment("torchrun", rank, world_size, local_rank, local_size)
 
 
-def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment | None:
+def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
     sign = "SLURM_STEP_ID" if "SLURM_STEP_ID" in environ else "SLURM_STEP_NUM_TASKS"
     job, step, tasks, nodes, per_node, rank, local_rank = _need(environ, _SLURM, sign)
     rank, world_size, local_rank = int(rank), int(tasks), int(local_rank)
     if world_size == 1:  # also a shell that was opened by srun
-        return None
+        return DistributedEnvironment()
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(sizes) > 1:
         raise UserError(
@@ -109,33 +125,83 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment | None:
     )
 
 
-def _local(environ: Mapping[str, str]) -> DistributedEnvironment | None:
+def _local(environ: Mapping[str, str]) -> DistributedEnvironment:
     job, tasks, rank = _need(environ, _LOCAL, "SUBMITIT_EXECUTOR local")
     if tasks == "1":
-        return None
+        return DistributedEnvironment()
     # The executor's process is the parent of all tasks, and a restart has the same parent: what
     # an earlier attempt left behind has ended before the next one begins.
     rank, tasks = int(rank), int(tasks)
     return DistributedEnvironment("local", rank, tasks, rank, tasks, "127.0.0.1", f"{job}.0.0")
 
 
-def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment | None:
-    """The environment of this process; None where no launcher has started several.
+def _is_local(environ: Mapping[str, str]) -> bool:
+    return environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ
 
-    None also in a shell inside an allocation (salloc, or ``srun --pty``): what is typed there
-    starts its own processes.
+
+def _find_place(environ: Mapping[str, str]) -> DistributedEnvironment:
+    """The place in a run."""
+    if "RANK" in environ:
+        return _torchrun(environ)
+    if _is_local(environ):
+        return _local(environ)
+    if "SLURM_STEP_ID" in environ or "SLURM_STEP_NUM_TASKS" in environ:
+        return _slurm(environ)
+    return DistributedEnvironment()
+
+
+def _find_job(environ: Mapping[str, str]) -> dict[str, object]:
+    """The fields of a :class:`DistributedEnvironment` that are about the job."""
+    if _is_local(environ):
+        return {"cluster": "local", "job_id": environ["SUBMITIT_LOCAL_JOB_ID"]}
+    if "SLURM_JOB_ID" not in environ:
+        return {}
+    job_id = environ["SLURM_JOB_ID"]
+    # The last task of an array has the array's own number, which would stand for all of them.
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        job_id = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return {
+        "cluster": "slurm",
+        "job_id": job_id,
+        "restart": int(environ.get("SLURM_RESTART_COUNT", 0)),
+        "num_nodes": int(environ.get("SLURM_STEP_NUM_NODES", 1)),
+    }
+
+
+def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment:
+    """The environment of this process.
+
+    In a shell inside an allocation (salloc, or ``srun --pty``) no launcher is found: what is typed
+    there starts its own processes.
 
     Raises:
         UserError: if some of the variables are missing, or the tasks are spread in a way that
             Detectron2's local process groups do not know.
     """
-    if "RANK" in environ:
-        return _torchrun(environ)
-    if environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ:
-        return _local(environ)
-    if "SLURM_STEP_ID" in environ or "SLURM_STEP_NUM_TASKS" in environ:
-        return _slurm(environ)
-    return None
+    return replace(_find_place(environ), **_find_job(environ))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: what was asked for, and what a launcher has started.
+
+    Attributes:
+        num_gpus: processes on each machine.
+        num_machines, machine_rank, dist_url: as Detectron2's launcher takes them.
+        environment: of this process. Where a launcher has started all processes, it decides.
+    """
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+    environment: DistributedEnvironment = field(default_factory=find_environment)
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        started = self.environment
+        return started.world_size if started.launcher else self.num_gpus * self.num_machines
 
 
 def ports(attempt: str) -> list[int]:

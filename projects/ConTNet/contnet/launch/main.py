@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from detectron2.engine import DefaultTrainer
 
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.distributed import launch_run
-from contnet.launch.preflight import check_run, count_processes
+from contnet.launch.preflight import check_run
 from contnet.launch.run import run
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
@@ -28,10 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     silence_known_warnings()
     try:
-        args = parse_arguments(argv)
-        cfg = DefaultTrainer.auto_scale_workers(configure(args), count_processes(args))
-        check_run(cfg, args)
-        launch_run(run, args, torch.device(cfg.MODEL.DEVICE).type)
+        settings = build_run_settings(parse_arguments(argv))
+        check_run(settings)
+        launch_run(run, settings, settings.processes, torch.device(settings.cfg.MODEL.DEVICE).type)
     except UserError as error:
         print_error(error)
         return 1

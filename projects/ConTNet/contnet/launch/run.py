@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.datasets.register import register_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import evaluate
-from contnet.launch.arguments import configure
+from contnet.launch.arguments import RunSettings
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError
@@ -27,15 +27,20 @@ __all__ = ["run"]
 logger = logging.getLogger(__name__)
 
 
-def _setup(args: argparse.Namespace) -> CfgNode:
+def _setup(settings: RunSettings) -> CfgNode:
+    """Makes this process ready; the config, with a seed."""
     silence_known_warnings()
-    cfg = DefaultTrainer.auto_scale_workers(configure(args), comm.get_world_size())
+    cfg = settings.cfg
+    register_datasets(cfg)  # a process that was started for the run has read no config
     if cfg.SEED < 0:
+        # Not before: processes that a launcher has started on several machines agree on it here.
+        cfg = cfg.clone()
+        cfg.defrost()
         cfg.SEED = comm.shared_random_seed()
-    cfg.freeze()
-    default_setup(cfg, args)
+        cfg.freeze()
+    default_setup(cfg, settings)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
-    for note in args.notes:
+    for note in settings.notes:
         logger.info(note)
     if "naiveSyncBN" in cfg.dump():
         logger.info("Norms over all processes are computed by naiveSyncBN: SyncBN needs GPUs")
@@ -72,24 +77,22 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     )
 
 
-def run(
-    args: argparse.Namespace, prepare: Callable[[Trainer], None] = lambda trainer: None
-) -> dict:
+def run(settings: RunSettings, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict:
     """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
 
     Args:
-        args: of :func:`contnet.launch.arguments.parse_arguments`.
+        settings: the same in all processes.
         prepare: what a launcher adds to the trainer before it starts.
     """
-    cfg = _setup(args)
-    if args.eval_only:
-        return _evaluate_only(cfg, args.resume)
-    if args.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
+    cfg = _setup(settings)
+    if settings.eval_only:
+        return _evaluate_only(cfg, settings.resume)
+    if settings.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
     trainer = Trainer(cfg, cfg.SEED)
-    trainer.resume_or_load(args.resume)
+    trainer.resume_or_load(settings.resume)
     prepare(trainer)
     return trainer.fit()
