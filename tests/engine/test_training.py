@@ -340,10 +340,12 @@ def of_two(train_net, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_recipe_is_scaled_to_the_processes_that_there_are(of_two):
-    folder, _ = of_two
+    folder, output = of_two
     solver = load_config(str(folder / "config.yaml")).SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (2, 4, (2,))
     assert solver.BASE_LR == 0.005
+    (line,) = [line for line in output.splitlines() if "scaled to 2 processes" in line]
+    assert "SOLVER.BASE_LR 0.01 -> 0.005" in line
     assert metrics_of(folder)[-1]["images_seen"] == 8
 
 

@@ -17,6 +17,7 @@ from contnet.data.validation.classes import count_classes
 from contnet.launch.environment import Processes
 from contnet.launch.preflight_config import load_checked_config
 from contnet.utils.errors import UserError
+from contnet.utils.text import plural
 
 __all__ = [
     "RunSettings",
@@ -176,7 +177,8 @@ def _scale(cfg: CfgNode, processes: int) -> tuple[CfgNode, list[str]]:
         for key, before in flatten(cfg, cfg)
         if (after := get_value(scaled, key)) != before
     ]
-    return scaled, [f"scaled to {processes} processes: {', '.join(changed)}"] if changed else []
+    size = plural(processes, "process")
+    return scaled, [f"scaled to {size}: {', '.join(changed)}"] if changed else []
 
 
 def configure(
