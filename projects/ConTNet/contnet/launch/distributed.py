@@ -13,7 +13,8 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from contnet.launch.environment import DistributedEnvironment, Processes, rendezvous
+from contnet.launch.environment import DistributedEnvironment, Processes
+from contnet.launch.rendezvous import rendezvous
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError, print_error
 
