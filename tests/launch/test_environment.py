@@ -5,11 +5,7 @@ from dataclasses import replace
 import pytest
 from launchers import LOCAL, STEP, TORCHRUN
 
-from contnet.launch.environment import (
-    DistributedEnvironment,
-    find_environment,
-    first_host,
-)
+from contnet.launch.environment import DistributedEnvironment, find_environment, first_host
 from contnet.utils.errors import UserError
 
 ALONE = DistributedEnvironment()

@@ -1,8 +1,8 @@
 """Which process of which run this one is, and of which job.
 
 torchrun, SLURM's srun (with or without submitit) and submitit's local executor each start all
-processes themselves and say in environment variables who is who. Nothing else is asked for: no
-``scontrol``, and no free port on the machine that submits.
+processes themselves and say in environment variables who is who; nothing else, such as
+``scontrol``, is asked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from contnet.utils.errors import UserError
 
-__all__ = [
-    "DistributedEnvironment",
-    "Processes",
-    "find_environment",
-    "first_host",
-]
+__all__ = ["DistributedEnvironment", "Processes", "find_environment", "first_host"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = (

@@ -1,4 +1,7 @@
-"""How the processes of a run find each other under SLURM and submitit's local executor."""
+"""How the processes of a run find each other under SLURM and submitit's local executor.
+
+The port follows from the job's number, and is not looked for on the machine that submits.
+"""
 
 from __future__ import annotations
 
