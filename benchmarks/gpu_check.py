@@ -266,9 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--output", type=lambda name: Path(name).resolve(), required=True, metavar="FOLDER"
+    )
     args = parser.parse_args(argv)
-    args.output = args.output.resolve()
     runs = args.output / args.part
     shutil.rmtree(runs, ignore_errors=True)
     try:

@@ -19,6 +19,7 @@ import contnet
 from benchmarks.timing import alternate, print_ratios
 from contnet.engine.trainer import wrap_ddp
 from contnet.launch.distributed import launch_run
+from contnet.launch.environment import Processes
 from contnet.utils.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -87,5 +88,4 @@ def _measure(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         raise UserError("this machine has not two GPUs: measure with --device cpu")
-    args.num_gpus, args.num_machines, args.machine_rank, args.dist_url = 2, 1, 0, "auto"
-    launch_run(_measure, args, args.device)
+    launch_run(_measure, args, Processes(num_gpus=2), args.device)

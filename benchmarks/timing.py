@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+from contnet.utils.cpus import available_cpus
 
 __all__ = ["alternate", "describe_machine", "print_ratios"]
 
@@ -77,7 +78,7 @@ def _processor() -> str:
 
 def describe_machine() -> str:
     """One line: date, processor, cores, threads, GPU if there is one, versions."""
-    device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = f"{_processor()}, {available_cpus()} cores, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f", {torch.cuda.get_device_name()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "numpy"))

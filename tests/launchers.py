@@ -6,6 +6,7 @@ STEP = {
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     "SLURM_PROCID": "3",

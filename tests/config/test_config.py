@@ -5,11 +5,17 @@ import math
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.events import EventStorage
 from leaves import CONFIGS, LEAVES, TINY, random_batch
 
-from contnet.config import add_contnet_config, check_values, load_config
+from contnet.config import (
+    add_contnet_config,
+    check_values,
+    load_config,
+    load_finished_config,
+)
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
@@ -319,3 +325,27 @@ def test_values_may_be_checked_again():
     cfg.SOLVER.NESTEROV, cfg.SOLVER.MOMENTUM = True, 0.0
     with pytest.raises(UserError, match="needs a SOLVER"):
         check_values(cfg)
+
+
+def test_a_finished_config_is_read_as_it_was_written(tmp_path):
+    cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), ["SOLVER.MAX_ITER", "7"])
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 0  # would be refused
+    again = load_finished_config(_write(tmp_path, cfg.dump()))
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump()) and again.is_frozen()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("BASE_LR:", "BASE_LRS:", "it lacks SOLVER.BASE_LR"),
+        ("BASE_LR:", "BASE_LRS: 1\n  BASE_LR:", "SOLVER.BASE_LRS"),
+        ("MAX_ITER: 90000", "MAX_ITER: many", "many"),
+        ("VERSION: 2", "VERSION: 1", "VERSION 1"),
+    ],
+)
+def test_a_finished_config_that_was_changed(tmp_path, old, new, said):
+    text = load_config(str(CONFIGS / "faster_rcnn_contm.yaml")).dump()
+    assert text.count(f" {old}") + text.count(f"\n{old}") == 1
+    with pytest.raises(UserError, match=said) as error:
+        load_finished_config(_write(tmp_path, text.replace(old, new)))
+    assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from imagenet import class_name, make_imagenet
 
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.validation.dataset import check_datasets
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.arguments import configure
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 KEY = "MODEL.CLASSIFIER.NUM_CLASSES"
@@ -34,10 +34,8 @@ def root(drawn_images, tmp_path, monkeypatch) -> Path:
 
 
 def config(*options: str) -> CfgNode:
-    command = ["--config-file", LEAF, *options]
-    if KEY not in options and "DATASETS.REGISTER" not in options:
-        command += [KEY, "3"]
-    return configure(parse_arguments(command))
+    number = [] if KEY in options or "DATASETS.REGISTER" in options else [KEY, "3"]
+    return configure(LEAF, [*options, *number])[0]
 
 
 def load(cfg: CfgNode, name: str) -> list[dict]:

@@ -19,7 +19,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.validation.classes import count_classes
 from contnet.data.validation.dataset import check_datasets
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.arguments import configure
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["image_folders"]
@@ -112,10 +112,9 @@ def registered(root: Path) -> list[str]:
 
 def test_own_sets_decide_the_number_of_classes(root):
     options = registered(root)
-    args = parse_arguments(["--config-file", LEAF, *options])
-    cfg = configure(args)
+    cfg, notes = configure(LEAF, options)
     assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
-    assert args.notes == (f"{KEY} 3: the number of classes of mine_train",)
+    assert notes == [f"{KEY} 3: the number of classes of mine_train"]
     check_datasets(cfg, ["mine_train", "mine_val"])
     assert len(load_dataset_dicts(cfg, ["mine_train"], train=True)) == 9
     assert len(load_dataset_dicts(cfg, ["mine_val"], train=False)) == 6
@@ -125,7 +124,7 @@ def test_own_sets_decide_the_number_of_classes(root):
     with pytest.raises(UserError, match="mine_train is taken"):
         register_datasets(other)
     with pytest.raises(UserError, match=r"labels of images, .*GeneralizedRCNN"):
-        detector = configure(parse_arguments(["--config-file", DETECTOR, *options]))
+        detector, _ = configure(DETECTOR, options)
         check_datasets(detector, ["mine_train"])
     with pytest.raises(UserError, match=f"3 classes, but {KEY} is 5"):
         check_datasets(config(*options, KEY, "5"), ["mine_train"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, finish, metrics_of
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.config import is_set, load_config
@@ -14,7 +15,7 @@ from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.data.datasets.shapes import make_shapes
 from contnet.data.validation.dataset import check_datasets
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.arguments import configure
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -45,13 +46,13 @@ def _options(root="") -> list[str]:
     ]
 
 
-def _args(*more: str, file: str = LEAF):
-    return parse_arguments(["--config-file", file, *more])
+def _config(*opts: str, file: str = LEAF, eval_only: bool = False) -> CfgNode:
+    return configure(file, opts, eval_only)[0]
 
 
 def test_paths_start_in_the_working_directory(drawn, monkeypatch):
     monkeypatch.chdir(drawn)
-    cfg = configure(_args(*_options()))
+    cfg = _config(*_options())
     registered = cfg.DATASETS.REGISTER
     assert registered == _entries(f"{drawn}/")
     monkeypatch.chdir("/")
@@ -76,41 +77,38 @@ def test_yaml_and_its_dump_say_the_same(drawn, tmp_path):
     }
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(content))
-    cfg = configure(_args(file=str(file)))
+    cfg = _config(file=str(file))
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    again = _args(file=str(tmp_path / "config.yaml"))
-    assert json.dumps(configure(again)) == json.dumps(cfg)
-    assert again.notes == ()
+    again, notes = configure(str(tmp_path / "config.yaml"))
+    assert json.dumps(again) == json.dumps(cfg)
+    assert notes == []
 
 
 def test_number_of_classes_comes_from_the_file(drawn):
-    args = _args(*_options(f"{drawn}/"))
-    assert configure(args).MODEL.ROI_HEADS.NUM_CLASSES == 4
-    assert args.opts[-2:] == [KEY, "4"]
-    assert args.notes == (f"{KEY} 4: the number of classes of mine_train",)
-    configure(args)
-    assert len(args.notes) == 1
+    cfg, notes = configure(LEAF, _options(f"{drawn}/"))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 4
+    assert notes == [f"{KEY} 4: the number of classes of mine_train"]
 
 
 def test_only_test_sets_count_in_evaluation(drawn):
     options = [*_options(f"{drawn}/"), "DATASETS.TRAIN", "('coco_2017_train',)"]
-    assert configure(_args(*options)).MODEL.ROI_HEADS.NUM_CLASSES == 80
-    assert configure(_args(*options, "--eval-only")).MODEL.ROI_HEADS.NUM_CLASSES == 4
+    assert _config(*options).MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert _config(*options, eval_only=True).MODEL.ROI_HEADS.NUM_CLASSES == 4
 
 
 def test_a_number_that_the_user_gave_stays_and_is_checked(drawn, tmp_path):
-    cfg = configure(_args(*_options(f"{drawn}/"), KEY, "5"))
+    cfg = _config(*_options(f"{drawn}/"), KEY, "5")
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 5
     with pytest.raises(UserError, match=f"mine_train: .* 4 classes, .*{KEY} is 5"):
         check_datasets(cfg, ["mine_train", "mine_val"])
     file = tmp_path / "leaf.yaml"
     file.write_text(f"_BASE_: {LEAF}\nMODEL: {{ROI_HEADS: {{NUM_CLASSES: 7}}}}\n")
-    assert configure(_args(*_options(f"{drawn}/"), file=str(file))).MODEL.ROI_HEADS.NUM_CLASSES == 7
+    assert _config(*_options(f"{drawn}/"), file=str(file)).MODEL.ROI_HEADS.NUM_CLASSES == 7
 
 
 def test_other_models_have_other_keys(drawn):
-    cfg = configure(_args(*_options(f"{drawn}/"), "MODEL.META_ARCHITECTURE", "RetinaNet"))
+    cfg = _config(*_options(f"{drawn}/"), "MODEL.META_ARCHITECTURE", "RetinaNet")
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 4
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     check_datasets(cfg, NAMES)
@@ -128,8 +126,8 @@ def test_is_set(tmp_path):
 
 
 def test_built_in_sets_keep_the_configs_number():
-    assert configure(_args(KEY, "3")).MODEL.ROI_HEADS.NUM_CLASSES == 3
-    assert configure(_args()).MODEL.ROI_HEADS.NUM_CLASSES == 80
+    assert _config(KEY, "3").MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert _config().MODEL.ROI_HEADS.NUM_CLASSES == 80
 
 
 def test_names_are_not_taken_twice(drawn):
@@ -171,14 +169,14 @@ def test_train_and_test_must_agree(drawn, tmp_path, change):
     (tmp_path / "val.json").write_text(json.dumps(content))
     entries = _entries(f"{drawn}/")
     entries[1][1] = str(tmp_path / "val.json")
-    cfg = configure(_args(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries)))
+    cfg = _config(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries))
     with pytest.raises(UserError, match=r"mine_val: its classes .*mine_train"):
         check_datasets(cfg, NAMES)
 
 
 def test_file_must_be_there(tmp_path):
     with pytest.raises(UserError, match="mine_train: the annotation file"):
-        configure(_args(*_options(f"{tmp_path}/")))
+        _config(*_options(f"{tmp_path}/"))
 
 
 def _boxes_only(root: Path, target: Path) -> list[str]:
@@ -221,9 +219,9 @@ def test_two_kinds_of_classes_are_not_named(monkeypatch):
 
 def test_boxes_without_masks(drawn, tmp_path):
     options = _boxes_only(drawn, tmp_path)
-    check_datasets(configure(_args(*options)), NAMES)
+    check_datasets(_config(*options), NAMES)
     with pytest.raises(UserError, match=r"MODEL.MASK_ON"):
-        check_datasets(configure(_args(*options, "MODEL.MASK_ON", "True")), NAMES)
+        check_datasets(_config(*options, "MODEL.MASK_ON", "True"), NAMES)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from PIL import Image
 from contnet.data.findings import ERROR, NOTE, Findings
 from contnet.data.validation import dataset as checks
 from contnet.data.validation.coco import DatasetUse, check_instances
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.launch.arguments import configure
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["drawn_set"]
@@ -129,7 +129,7 @@ def test_damaged_annotations(data, capsys, damage):
     errors = [line for line in lines if line.startswith("  ERROR")]
     assert any(said in line for line in errors), lines
     assert lines[-1].endswith("this would stop or corrupt training")
-    cfg = configure(parse_arguments(["--config-file", LEAF, *options]))
+    cfg, _ = configure(LEAF, options)
     with pytest.raises(UserError) as raised:
         checks.check_datasets(cfg, ["train", "val"])
     assert "data set train: " in str(raised.value)
@@ -242,7 +242,7 @@ def test_harmless(data, drawn, capsys, oddity):
     elif oddity == "nothing":
         assert lines[-1].startswith("0 errors, ")
         assert lines[-1].endswith(": training can start")
-    cfg = configure(parse_arguments(["--config-file", LEAF, *options]))
+    cfg, _ = configure(LEAF, options)
     checks.check_datasets(cfg, ["train", "val"])
 
 

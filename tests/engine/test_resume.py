@@ -17,8 +17,8 @@ import torch
 from conftest import QUICK, REPOSITORY, finish, metrics_of
 from detectron2.engine import HookBase
 
-from contnet.launch.arguments import parse_arguments
-from contnet.launch.main import run
+from contnet.launch.arguments import build_run_settings, parse_arguments
+from contnet.launch.run import run
 
 ITERATIONS = 10
 LEAF = "--config-file configs/faster_rcnn_contti.yaml"
@@ -244,15 +244,16 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
     file = str(REPOSITORY / "configs" / "imagenet" / f"{leaf}.yaml")
     options = ["--config-file", file, *QUICK, *FEW_OPTIONS.split(), *CLASSIFIERS[leaf].split()]
 
-    def arguments(folder, *more):
-        return parse_arguments([*options, "OUTPUT_DIR", str(folder), *more])
+    def settings(folder, *more):
+        args = parse_arguments([*options, "OUTPUT_DIR", str(folder), *more])
+        return build_run_settings(args)
 
-    run(arguments(uncut))
+    run(settings(uncut))
     with pytest.raises(InterruptedError):
-        run(arguments(cut), lambda trainer: trainer.last_hooks.append(Cut()))
+        run(settings(cut), lambda trainer: trainer.last_hooks.append(Cut()))
     assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
     assert [line["iteration"] for line in metrics_of(cut)] == [0, 1, 2]
-    run(arguments(cut, "--resume"))
+    run(settings(cut, "--resume"))
 
     expected = metrics_of(uncut)
     assert metrics_of(cut) == expected and len(expected) == 4

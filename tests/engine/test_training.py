@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from contnet.config import load_config
 from contnet.engine.trainer import Trainer
-from contnet.launch.arguments import parse_arguments
-from contnet.launch.main import main, run
+from contnet.launch.arguments import build_run_settings, parse_arguments
+from contnet.launch.main import main
+from contnet.launch.run import run
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 ANNOTATIONS = "coco/annotations/instances_train2017.json"
@@ -181,7 +182,8 @@ def test_progress_is_printed(averaged):
 def evaluate(folder, *options):
     """Metrics of --eval-only by name, as metrics.json has them."""
     args = parse_arguments(["--eval-only", *arguments(folder, *MANY_BOXES, *options)])
-    return {f"bbox/{name}": value for name, value in run(args)["bbox"].items()}
+    found = run(build_run_settings(args))["bbox"]
+    return {f"bbox/{name}": value for name, value in found.items()}
 
 
 def assert_last_metrics(folder, found):
@@ -249,7 +251,7 @@ def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
     tasks = {"bbox", "segm", "bbox_TTA", "segm_TTA"}
     assert {name.split("/")[0] for name in last if "/AP" in name} == tasks
     args = ["--eval-only", "--resume", *arguments(folder, *more)]
-    found = run(parse_arguments(args))
+    found = run(build_run_settings(parse_arguments(args)))
     assert set(found) == tasks
     for task, metrics in found.items():
         assert repr(metrics["AP"]) == repr(last[f"{task}/AP"])
@@ -353,10 +355,12 @@ def of_two(train_net, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_recipe_is_scaled_to_the_processes_that_there_are(of_two):
-    folder, _ = of_two
+    folder, output = of_two
     solver = load_config(str(folder / "config.yaml")).SOLVER
     assert (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS) == (2, 4, (2,))
     assert solver.BASE_LR == 0.005
+    (line,) = [line for line in output.splitlines() if "scaled to 2 processes" in line]
+    assert "SOLVER.BASE_LR 0.01 -> 0.005" in line
     assert metrics_of(folder)[-1]["images_seen"] == 8
 
 

@@ -46,6 +46,7 @@ from contnet.evaluation.cityscapes import (
     match_instances,
 )
 from contnet.launch.distributed import launch_run
+from contnet.launch.environment import Processes
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["predicted_scenes"]
@@ -367,11 +368,15 @@ def evaluate_in_parallel(args):
 def test_two_processes_get_the_same_numbers(machines, cityscapes_root, tmp_path):
     """Also where the machines share no folder."""
     url = f"tcp://127.0.0.1:{_find_free_port()}"
-    args = {"num_gpus": 2 // machines, "num_machines": machines, "dist_url": url}
-    args |= {"root": cityscapes_root, "folder": tmp_path}
+    where = {"root": cityscapes_root, "folder": tmp_path}
     with ThreadPoolExecutor(machines) as starters:
-        ranks = [argparse.Namespace(**args, machine_rank=rank) for rank in range(machines)]
-        started = [starters.submit(launch_run, evaluate_in_parallel, a, "cpu") for a in ranks]
+        started = []
+        for rank in range(machines):
+            args = argparse.Namespace(**where, machine_rank=rank)
+            processes = Processes(2 // machines, machines, rank, url)
+            started.append(
+                starters.submit(launch_run, evaluate_in_parallel, args, processes, "cpu")
+            )
     assert [start.result() for start in started] == [None] * machines
     expected = evaluate_everything(cityscapes_root, tmp_path / "single", slice(None))
     (first, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

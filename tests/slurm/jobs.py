@@ -16,6 +16,7 @@ import submitit
 import torch
 from cluster import Cluster, free_ports, running_cluster, why_no_slurm
 from conftest import REPOSITORY, SMALL, metrics_of
+from finished import write_config
 from toy import FAULTS, ToyJob
 
 from contnet.launch.main import main
@@ -61,14 +62,15 @@ class Lab:
 
     def job(self, name: str, *options: str, **settings) -> ToyJob:
         """A job of the run ``name``; further settings are a :class:`ToyJob`'s."""
-        run = self.folder / name
+        argv = arguments(self.folder / name, *options)
         values = {
+            **write_config(argv, self.folder / "configs" / f"{name}.yaml"),
             "heartbeat_interval": 0.5,
             "signal_delay": 30,
             "hang_timeout": 120.0,
             **settings,
         }
-        return ToyJob(arguments(run, *options), str(run), **values)
+        return ToyJob(**values)
 
     def submit(self, *jobs: ToyJob, nodes: int, tasks: int, minutes: int = 10, **parameters):
         """Submits a job, or an array of them; returns submitit's jobs."""

@@ -10,11 +10,13 @@ import time
 from dataclasses import asdict
 
 import pytest
+from finished import write_config
 from launchers import LOCAL, STEP
 
+from contnet.launch.environment import find_environment
 from contnet.slurm.attempt import Attempt
 from contnet.slurm.attempt_folder import AttemptFolder, last_saved_iteration, record_requeue
-from contnet.slurm.cluster import Job, find_job
+from contnet.slurm.cluster import Job
 from contnet.slurm.describe import describe_run
 from contnet.slurm.job import TrainingJob, python_command
 from contnet.slurm.lease import Lease
@@ -22,17 +24,22 @@ from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
 
 
+def _job(environ):
+    return Job.of(find_environment(environ))
+
+
 def test_jobs_by_the_names_that_commands_take():
     step = {**STEP, "SLURM_RESTART_COUNT": "3"}
-    assert find_job(step) == Job("slurm", "77", 3, 3, 4)
+    assert _job(step) == Job("slurm", "77", 3, 3, 4, 2)
     array = {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}
-    assert find_job({**STEP, **array}).job_id == "75_2"
-    assert find_job({**STEP, **LOCAL}) == Job("local", "99", 0, 1, 2)
-    assert find_job({}).cluster == ""
+    assert _job({**STEP, **array}).job_id == "75_2"
+    assert _job({**STEP, **LOCAL}) == Job("local", "99", 0, 1, 2)
+    assert _job({"SLURM_JOB_ID": "77"}) == Job("slurm", "77")
+    assert _job({}) == Job("", f"process{os.getpid()}")
 
 
 def test_signals_wait_until_the_job_can_take_them(tmp_path):
-    job = TrainingJob(["--help"], str(tmp_path), heartbeat_interval=1)
+    job = TrainingJob("config.yaml", str(tmp_path), heartbeat_interval=1)
     assert pickle.loads(pickle.dumps(job)) == job
     code = (
         "import signal, sys; print('up', flush=True); sys.stdin.read(); "
@@ -94,7 +101,7 @@ def test_last_saved(tmp_path):
 
 def _attempt(run_folder, **options):
     """An attempt as a job makes it."""
-    return Attempt(**asdict(TrainingJob([], str(run_folder), **options)))
+    return Attempt(**asdict(TrainingJob("", str(run_folder), **options)))
 
 
 def test_no_requeue_without_progress(tmp_path, monkeypatch):
@@ -197,7 +204,8 @@ def test_a_signalled_job_in_one_process(
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
     more = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "1e-4", "OUTPUT_DIR", str(run)]
     argv = ["--config-file", config, *SMALL, *more]
-    job = TrainingJob(argv, str(run), heartbeat_interval=0.2, interface=interface)
+    told = write_config(argv, tmp_path / "config.yaml")
+    job = TrainingJob(**told, heartbeat_interval=0.2, interface=interface)
     code = JOB.format(job)
     process = subprocess.Popen(
         [sys.executable, "-c", code],

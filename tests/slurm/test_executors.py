@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY, SMALL
 from submissions import LEAF, error_of
 
+from contnet.data.datasets.shapes import make_shapes
 from contnet.slurm.attempt_folder import last_saved_iteration
 from contnet.slurm.describe import describe_run
 from contnet.slurm.executors import local_executor, submit_jobs
@@ -156,6 +158,32 @@ def test_attempts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
     (job_id,) = submit_jobs(executor, [partial(exec, start)])
     wait_for(lambda: not process_start(int(job_id)))
     assert (no_slurm / "attempts").read_text() == 8 * "x"
+
+
+@pytest.mark.slow
+def test_a_resumed_attempt_uses_what_the_submission_has_read(no_slurm):
+    """The config file is another one when the job starts, and gone when it starts again."""
+    out, mine = no_slurm / "out", no_slurm / "mine.yaml"
+    drawn = make_shapes(no_slurm / "drawn", num_train=4, num_val=2)
+    sets = [["mine", str(drawn / "annotations" / "instances_train.json"), str(drawn / "train")]]
+    data = {"REGISTER": sets, "TRAIN": ["mine"], "TEST": []}
+    solver = {"MAX_ITER": 60, "REFERENCE_WORLD_SIZE": 2, "CHECKPOINT_PERIOD": 1000}
+    mine.write_text(yaml.safe_dump({"_BASE_": LEAF, "DATASETS": data, "SOLVER": solver}))
+    argv = ["--config-file", "mine.yaml", *QUICK, "SOLVER.IMS_PER_BATCH", "4", "--no-snapshot"]
+    assert main([*argv, "OUTPUT_DIR", "out"]) == 0
+    mine.write_text("SOLVER: {MAX_ITER: 3}")
+    wait_for(lambda: read_status(out).get("iteration", -1) >= 1)
+    mine.unlink()
+    os.kill(read_status(out)["ranks"][0]["pid"], signal.SIGUSR2)
+    wait_for(lambda: not processes_of(out))
+    status = read_status(out)
+    assert status["state"] == "finished", status["failure"]
+    assert (status["restart"], len(status["requeues"])) == (1, 1)
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["SOLVER"]["MAX_ITER"] == 120 and saved["SOLVER"]["IMS_PER_BATCH"] == 2
+    log = (out / "log.txt").read_text()
+    assert log.count("MODEL.ROI_HEADS.NUM_CLASSES 4: the number of classes of mine") == 2
+    assert log.count("scaled to 1 process: ") == 2
 
 
 @pytest.mark.slow

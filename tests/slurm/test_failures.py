@@ -11,7 +11,7 @@ from cluster import NODES
 from jobs import PATIENCE, arguments, run_here, same_training, starts_of
 from submitit.core.utils import FailedJobError
 
-from contnet.launch.environment import ports
+from contnet.launch.rendezvous import ports
 from contnet.slurm.status import read_status
 
 pytest_plugins = ["jobs"]

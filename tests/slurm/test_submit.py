@@ -11,8 +11,8 @@ from conftest import REPOSITORY, SMALL
 from submissions import ANNOTATIONS, GPU, JOB, LEAF, error_of, submit
 from submitit.core.utils import DelayedSubmission
 
-from contnet.config import load_config
-from contnet.launch.arguments import parse_arguments
+from contnet.config import load_config, load_finished_config
+from contnet.config.nodes import flatten
 from contnet.slurm.records import read_submissions
 from contnet.slurm.submit import main
 
@@ -91,14 +91,14 @@ def test_the_config_is_frozen_and_paths_keep_their_meaning(slurm, here, coco_roo
     (here / "mine.yaml").write_text("SOLVER: {BASE_LR: 7.0}")
     (record,) = read_submissions(here / "out")
     job = DelayedSubmission.load(Path(record["job_folder"]) / "4242_submitted.pkl").function
-    args = parse_arguments(job.argv)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_finished_config(job.config_file)
     assert cfg.SOLVER.BASE_LR == 0.005
     assert str(here / "weights.pth") == cfg.MODEL.WEIGHTS
     assert [["mine", str(here / "mine.json"), str(here / "images")]] == cfg.DATASETS.REGISTER
     assert str(here / "out") == cfg.OUTPUT_DIR
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80  # was counted in the file
-    assert args.num_gpus == 2
+    assert job.num_gpus == 2
+    assert job.notes == ("MODEL.ROI_HEADS.NUM_CLASSES 80: the number of classes of mine",)
     assert record["job_id"] == "4242"
     assert record["command"][1:] == argv
     assert record["folder"] == str(here)
@@ -111,9 +111,13 @@ def test_every_config_can_be_written_and_read_again(tmp_path):
         if not path.name.startswith("Base"):
             cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
             (tmp_path / "whole.yaml").write_text(cfg.dump())
-            again = load_config(str(tmp_path / "whole.yaml"))
+            again = load_finished_config(str(tmp_path / "whole.yaml"))
+            assert again.is_frozen()
             # As JSON, which has no tuples: those within tuples come back as lists.
             assert json.dumps(again) == json.dumps(cfg), path
+            types = [dict(flatten(each, each)) for each in (again, cfg)]
+            types = [{key: type(value) for key, value in each.items()} for each in types]
+            assert types[0] == types[1], path
 
 
 def test_scaled_recipe(slurm, here, capsys):
@@ -225,7 +229,7 @@ def test_checkpoints_of_another_run(slurm, here, capsys):
     assert "already holds checkpoints" in line
     assert submit("--resume", *GPU, "OUTPUT_DIR", "out") == 0
     sent = here / "out" / "slurm" / "submission1" / "4242_submitted.pkl"
-    assert "--resume" in DelayedSubmission.load(sent).function.argv
+    assert DelayedSubmission.load(sent).function.resume
 
 
 def test_run_folder_in_use(slurm, here, capsys):

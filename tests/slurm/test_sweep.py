@@ -5,8 +5,7 @@ from conftest import REPOSITORY
 from submissions import GPU, JOB, LEAF, error_of, submit
 from submitit.core.utils import DelayedSubmission
 
-from contnet.config import load_config
-from contnet.launch.arguments import parse_arguments
+from contnet.config import load_config, load_finished_config
 from contnet.slurm.records import read_submissions
 from contnet.slurm.submit import main, parse_submission
 from contnet.slurm.sweep import expand_runs
@@ -39,8 +38,7 @@ def test_sweep_is_one_array(slurm, here, capsys):
     for i, name in enumerate(names):
         job = DelayedSubmission.load(folder / f"4242_{i}_submitted.pkl").function
         assert job.run_folder == str(here / "out" / name)
-        args = parse_arguments(job.argv)
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_finished_config(job.config_file)
         assert job.run_folder == cfg.OUTPUT_DIR
         assert float(name[8:12]) == cfg.SOLVER.BASE_LR
         assert read_submissions(here / "out" / name)[0]["job_id"] == f"4242_{i}"

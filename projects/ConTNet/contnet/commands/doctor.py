@@ -121,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_intermixed_args(argv)
         check_positive(args, "workers")
-        cfg = configure(args)
-        for note in args.notes:
-            print(note)
+        cfg, added = configure(args.config_file, args.opts)
+        for line in added:
+            print(line)
         found = diagnose(cfg, args.workers)
     except UserError as error:
         print_error(error)

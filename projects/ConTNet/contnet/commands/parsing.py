@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 
 __all__ = ["add_workers_option", "check_positive"]
@@ -15,7 +15,7 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cpus(),
         metavar="N",
         help="processes (default: one for each core)",
     )

@@ -14,7 +14,7 @@ from contnet.config.values import check_values
 from contnet.utils.errors import UserError
 from contnet.utils.text import nearest
 
-__all__ = ["is_set", "load_config"]
+__all__ = ["is_set", "load_config", "load_finished_config"]
 
 
 def _read_yaml(config_file: str) -> dict:
@@ -164,4 +164,26 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
     ]
     _substitute_sync_bn(cfg)
+    return cfg
+
+
+def load_finished_config(config_file: str) -> CfgNode:
+    """Reads back the whole config that ``cfg.dump()`` wrote; its values are not checked again.
+
+    Returns:
+        The config, frozen, each value of the type that it had.
+
+    Raises:
+        UserError: for a file that cannot be read, or does not hold this project's keys.
+    """
+    content = _read_yaml(config_file)
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    if missing := dict(flatten(cfg, cfg)).keys() - dict(flatten(content, cfg)).keys():
+        raise config_error(f"{config_file} is no whole config, it lacks {min(missing)}")
+    try:
+        cfg.merge_from_other_cfg(CfgNode(content))
+    except (KeyError, ValueError) as error:
+        raise config_error(f"{config_file}: {error}; submit the run again") from error
+    cfg.freeze()
     return cfg

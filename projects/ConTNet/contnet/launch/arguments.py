@@ -1,21 +1,29 @@
-"""Command lines: that of train_net.py, and what others share with it."""
+"""Command lines: that of train_net.py, what others share with it, and the settings they make."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 from contnet.config import is_set
+from contnet.config.nodes import flatten, get_value
 from contnet.data.datasets.register import class_key, register_datasets
 from contnet.data.validation.classes import count_classes
+from contnet.launch.environment import Processes
 from contnet.launch.preflight_config import load_checked_config
 from contnet.utils.errors import UserError
+from contnet.utils.text import plural
 
 __all__ = [
+    "RunSettings",
     "add_run_options",
     "build_parser",
+    "build_run_settings",
     "check_counts",
     "config_parser",
     "configure",
@@ -60,35 +68,7 @@ def config_parser(description: str, epilog: str, required: bool = True) -> argpa
     parser.add_argument(
         "opts", nargs="*", metavar="KEY VALUE", help="config keys and their values, in pairs"
     )
-    parser.set_defaults(eval_only=False, notes=())
     return parser
-
-
-def configure(args: argparse.Namespace) -> CfgNode:
-    """The config that a command line describes, with its own data sets registered.
-
-    Args:
-        args: of a :func:`config_parser`. If the number of classes is taken from the data,
-            ``args.opts`` gets it, so that a second call need not look, and ``args.notes`` says so.
-
-    Returns:
-        The config, checked and not frozen.
-
-    Raises:
-        UserError: for mistakes in the config, in the names of DATASETS.REGISTER, or in the file
-            that gives the number of classes.
-    """
-    cfg = load_checked_config(args.config_file, args.opts)
-    register_datasets(cfg)
-    names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-    key = class_key(cfg, names[0]) if names else None
-    if key is None or is_set(key, args.config_file, args.opts):
-        return cfg
-    number = str(count_classes(cfg, names[0]))
-    args.opts = [*args.opts, key, number]
-    args.notes = (*args.notes, f"{key} {number}: the number of classes of {names[0]}")
-    cfg.merge_from_list([key, number])
-    return cfg
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -153,3 +133,92 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--num-machines needs --dist-url tcp://HOST:PORT, an address of the first machine"
         )
     return args
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is started with: made once, and given to each of its processes.
+
+    Attributes:
+        cfg: the config as it was read, checked and completed, frozen.
+        resume: go on from the last checkpoint in OUTPUT_DIR.
+        eval_only: evaluate.
+        processes: of the run.
+        arguments: where the config came from, for the log.
+        notes: what was added to the config, a line each, for the log.
+    """
+
+    cfg: CfgNode = field(repr=False)
+    resume: bool = False
+    eval_only: bool = False
+    processes: Processes = field(default_factory=Processes)
+    arguments: str = ""
+    notes: tuple[str, ...] = field(default=(), repr=False)
+
+
+def _set_num_classes(
+    cfg: CfgNode, config_file: str, opts: Sequence[str], eval_only: bool
+) -> list[str]:
+    """Takes the number of classes from the first data set, if that decides; says so."""
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    key = class_key(cfg, names[0]) if names else None
+    if key is None or is_set(key, config_file, opts):
+        return []
+    number = count_classes(cfg, names[0])
+    cfg.merge_from_list([key, number])
+    return [f"{key} {number}: the number of classes of {names[0]}"]
+
+
+def _scale(cfg: CfgNode, processes: int) -> tuple[CfgNode, list[str]]:
+    """The recipe as SOLVER.REFERENCE_WORLD_SIZE has it for so many processes, and what changed."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    changed = [
+        f"{key} {before} -> {after}"
+        for key, before in flatten(cfg, cfg)
+        if (after := get_value(scaled, key)) != before
+    ]
+    size = plural(processes, "process")
+    return scaled, [f"scaled to {size}: {', '.join(changed)}"] if changed else []
+
+
+def configure(
+    config_file: str, opts: Sequence[str] = (), eval_only: bool = False, processes: int = 0
+) -> tuple[CfgNode, list[str]]:
+    """Reads and completes a config, and registers its own data sets.
+
+    Args:
+        config_file: a yaml file.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+        eval_only: whether DATASETS.TRAIN is not used.
+        processes: of the run, which SOLVER.REFERENCE_WORLD_SIZE scales to; 0: nothing is scaled.
+
+    Returns:
+        The config, checked and not frozen; and what was added to it, a line each.
+
+    Raises:
+        UserError: for mistakes in the config, in the names of DATASETS.REGISTER, or in the file
+            that gives the number of classes.
+    """
+    cfg = load_checked_config(config_file, opts)
+    register_datasets(cfg)
+    notes = _set_num_classes(cfg, config_file, opts, eval_only)
+    if not processes:
+        return cfg, notes
+    cfg, scaled = _scale(cfg, processes)
+    return cfg, [*notes, *scaled]
+
+
+def build_run_settings(args: argparse.Namespace) -> RunSettings:
+    """The settings that a command line of train_net.py describes.
+
+    Args:
+        args: of :func:`parse_arguments`.
+
+    Raises:
+        UserError: as :func:`configure`, and for variables of a launcher that do not fit together.
+    """
+    processes = Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    cfg, notes = configure(args.config_file, args.opts, args.eval_only, processes.world_size)
+    cfg.freeze()
+    arguments = shlex.join([args.config_file, *args.opts])
+    return RunSettings(cfg, args.resume, args.eval_only, processes, arguments, tuple(notes))

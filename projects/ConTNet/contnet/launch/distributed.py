@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -14,25 +13,34 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from contnet.launch.environment import DistributedEnvironment, find_environment, rendezvous
+from contnet.launch.environment import DistributedEnvironment, Processes
+from contnet.launch.rendezvous import rendezvous
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["launch_run"]
 
 
-def _share_cores(processes: int) -> None:
+def _share_cpus(cpus: int, processes: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.set_num_threads(max(1, cpus // processes))
 
 
-def _worker(function: Callable, args: argparse.Namespace, on_cpu: bool) -> None:
+def _machine_cpus(env: DistributedEnvironment) -> int:
+    """CPUs of all processes of this machine: SLURM may have bound each to its own."""
+    bound = comm.all_gather(os.sched_getaffinity(0))
+    first = env.rank - env.local_rank
+    return len(set().union(*bound[first : first + env.local_size]))
+
+
+def _worker(function: Callable, argument: object, num_gpus: int, on_cpu: bool) -> None:
     """A spawned process; its caller only sees its exit status."""
     # Spawned processes would spawn their loader workers too, each importing everything again.
     torch.multiprocessing.set_start_method("fork", force=True)
     if on_cpu:
-        _share_cores(args.num_gpus)
+        _share_cpus(available_cpus(), num_gpus)
     try:
-        function(args)
+        function(argument)
         # Threads of gloo that outlive the interpreter would abort the process.
         dist.destroy_process_group()
     except UserError as error:
@@ -54,15 +62,12 @@ def _choose_gpu(env: DistributedEnvironment) -> None:
 
 
 def _join_run(
-    env: DistributedEnvironment,
-    function: Callable,
-    args: argparse.Namespace,
-    on_cpu: bool,
-    timeout: float,
-) -> None:
-    if args.num_gpus not in (1, env.local_size):
+    function: Callable, argument: object, processes: Processes, on_cpu: bool, timeout: float
+) -> object:
+    env = processes.environment
+    if processes.num_gpus not in (1, env.local_size):
         raise UserError(
-            f"--num-gpus is {args.num_gpus}, but {env.launcher} started {env.local_size} "
+            f"--num-gpus is {processes.num_gpus}, but {env.launcher} started {env.local_size} "
             "processes per machine: it must start one for each GPU"
         )
     if not on_cpu:
@@ -75,23 +80,31 @@ def _join_run(
     try:
         comm.create_local_process_group(env.local_size)
         if on_cpu:
-            _share_cores(env.local_size)
-        function(args)
+            _share_cpus(_machine_cpus(env), env.local_size)
+        return function(argument)
     finally:
         dist.destroy_process_group()
 
 
 def launch_run(
-    function: Callable, args: argparse.Namespace, device: str, timeout: float = 1800.0
-) -> None:
-    """Runs ``function(args)`` in every process of a run.
+    function: Callable,
+    argument: object,
+    processes: Processes,
+    device: str,
+    timeout: float = 1800.0,
+) -> object:
+    """Runs ``function(argument)`` in every process of a run.
 
     Args:
         function: importable, called once the processes can talk to each other.
-        args: of :func:`contnet.launch.arguments.parse_arguments`.
+        argument: the same in all processes; pickled for those that are started here.
+        processes: of the run.
         device: MODEL.DEVICE. Processes on the CPU talk through gloo, also where there are GPUs.
         timeout: seconds after which processes that torchrun or SLURM started stop to wait for
             each other.
+
+    Returns:
+        What ``function`` returns, if it was called in this process; otherwise None.
 
     Raises:
         UserError: from ``function``, where this is the only process of the machine.
@@ -101,20 +114,19 @@ def launch_run(
     if on_cpu:
         # Detectron2's launcher takes NCCL wherever it sees a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if env := find_environment():
-        _join_run(env, function, args, on_cpu, timeout)
-        return
-    if args.num_gpus * args.num_machines == 1:
-        function(args)
-        return
+    if processes.environment.launcher:
+        return _join_run(function, argument, processes, on_cpu, timeout)
+    if processes.world_size == 1:
+        return function(argument)
     try:
         launch(
             _worker,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(function, args, on_cpu),
+            processes.num_gpus,
+            num_machines=processes.num_machines,
+            machine_rank=processes.machine_rank,
+            dist_url=processes.dist_url,
+            args=(function, argument, processes.num_gpus, on_cpu),
         )
     except ProcessExitedException as error:
         sys.exit(error.exit_code if error.exit_code > 0 else 1)
+    return None

@@ -1,27 +1,20 @@
-"""Which process of which run this one is, and how the processes of a run find each other.
+"""Which process of which run this one is, and of which job.
 
 torchrun, SLURM's srun (with or without submitit) and submitit's local executor each start all
-processes themselves and say in environment variables who is who. Nothing else is asked for: no
-``scontrol``, and no free port on the machine that submits.
+processes themselves and say in environment variables who is who; nothing else, such as
+``scontrol``, is asked.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import socket
-import threading
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import timedelta
-
-from torch.distributed import DistError, TCPStore
+from dataclasses import dataclass, field, replace
 
 from contnet.utils.errors import UserError
 
-__all__ = ["DistributedEnvironment", "find_environment", "first_host", "ports", "rendezvous"]
+__all__ = ["DistributedEnvironment", "Processes", "find_environment", "first_host"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = (
@@ -34,30 +27,36 @@ _SLURM = (
     "SLURM_LOCALID",
 )
 _LOCAL = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_GLOBALID")
-# Ports that Linux gives out by itself start above these.
-_FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
-_GREETING = "contnet"
 
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """What a launcher says of one process among those of a run.
+    """What its environment says of one process: its place in a run, and its job.
 
     Attributes:
-        launcher: what started it: "torchrun", "slurm" or "local".
+        launcher: what started all processes of the run: "torchrun", "slurm" or "local" (submitit's
+            local executor); "" for a process that is alone, or is to start the others.
         rank, world_size: of all processes.
         local_rank, local_size: of those on this machine.
         host: name of rank 0's machine; "" under torchrun, which brings its own rendezvous.
-        attempt: names this attempt of the run, as no other is named.
+        attempt: names this attempt of the run, as no other is named; "" under torchrun.
+        cluster: what runs the job that the process belongs to: "slurm", "local", or "" for none.
+        job_id: as SLURM's commands take it, "12_3" for a task of an array; "" outside a job.
+        restart: attempts of the job before this one. The local executor does not count: always 0.
+        num_nodes: machines of the job.
     """
 
-    launcher: str
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
+    launcher: str = ""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
     host: str = ""
     attempt: str = ""
+    cluster: str = ""
+    job_id: str = ""
+    restart: int = 0
+    num_nodes: int = 1
 
 
 def _need(environ: Mapping[str, str], names: tuple[str, ...], sign: str) -> list[str]:
@@ -83,12 +82,12 @@ def _torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
     return DistributedEnvironment("torchrun", rank, world_size, local_rank, local_size)
 
 
-def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment | None:
+def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
     sign = "SLURM_STEP_ID" if "SLURM_STEP_ID" in environ else "SLURM_STEP_NUM_TASKS"
     job, step, tasks, nodes, per_node, rank, local_rank = _need(environ, _SLURM, sign)
     rank, world_size, local_rank = int(rank), int(tasks), int(local_rank)
     if world_size == 1:  # also a shell that was opened by srun
-        return None
+        return DistributedEnvironment()
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(sizes) > 1:
         raise UserError(
@@ -109,117 +108,80 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment | None:
     )
 
 
-def _local(environ: Mapping[str, str]) -> DistributedEnvironment | None:
+def _local(environ: Mapping[str, str]) -> DistributedEnvironment:
     job, tasks, rank = _need(environ, _LOCAL, "SUBMITIT_EXECUTOR local")
     if tasks == "1":
-        return None
+        return DistributedEnvironment()
     # The executor's process is the parent of all tasks, and a restart has the same parent: what
     # an earlier attempt left behind has ended before the next one begins.
     rank, tasks = int(rank), int(tasks)
     return DistributedEnvironment("local", rank, tasks, rank, tasks, "127.0.0.1", f"{job}.0.0")
 
 
-def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment | None:
-    """The environment of this process; None where no launcher has started several.
+def _is_local(environ: Mapping[str, str]) -> bool:
+    return environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ
 
-    None also in a shell inside an allocation (salloc, or ``srun --pty``): what is typed there
-    starts its own processes.
+
+def _find_place(environ: Mapping[str, str]) -> DistributedEnvironment:
+    """The place in a run."""
+    if "RANK" in environ:
+        return _torchrun(environ)
+    if _is_local(environ):
+        return _local(environ)
+    if "SLURM_STEP_ID" in environ or "SLURM_STEP_NUM_TASKS" in environ:
+        return _slurm(environ)
+    return DistributedEnvironment()
+
+
+def _find_job(environ: Mapping[str, str]) -> dict[str, object]:
+    """The fields of a :class:`DistributedEnvironment` that are about the job."""
+    if _is_local(environ):
+        return {"cluster": "local", "job_id": environ["SUBMITIT_LOCAL_JOB_ID"]}
+    if "SLURM_JOB_ID" not in environ:
+        return {}
+    job_id = environ["SLURM_JOB_ID"]
+    # The last task of an array has the array's own number, which would stand for all of them.
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        job_id = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return {
+        "cluster": "slurm",
+        "job_id": job_id,
+        "restart": int(environ.get("SLURM_RESTART_COUNT", 0)),
+        "num_nodes": int(environ.get("SLURM_STEP_NUM_NODES", 1)),
+    }
+
+
+def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment:
+    """The environment of this process.
+
+    In a shell inside an allocation (salloc, or ``srun --pty``) no launcher is found: what is typed
+    there starts its own processes.
 
     Raises:
         UserError: if some of the variables are missing, or the tasks are spread in a way that
             Detectron2's local process groups do not know.
     """
-    if "RANK" in environ:
-        return _torchrun(environ)
-    if environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ:
-        return _local(environ)
-    if "SLURM_STEP_ID" in environ or "SLURM_STEP_NUM_TASKS" in environ:
-        return _slurm(environ)
-    return None
+    return replace(_find_place(environ), **_find_job(environ))
 
 
-def ports(attempt: str) -> list[int]:
-    """Where rank 0 of an attempt may listen, in order; a function of job and step alone."""
-    job, step = attempt.split(".")[:2]
-    first = int(job) * 37 + int(step) * 7919
-    return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: what was asked for, and what a launcher has started.
 
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
-
-
-def _serve(server: socket.socket, answer: bytes) -> None:
-    """Tells all who ask, as long as this process lives."""
-    while True:
-        connection, _ = server.accept()
-        with contextlib.suppress(OSError), connection:
-            connection.sendall(answer)
-
-
-def _open_store(env: DistributedEnvironment) -> TCPStore:
-    """Rank 0: answers on the first port that nobody else has where the store is."""
-    for port in ports(env.attempt):
-        try:
-            server = _listen(port)
-        except OSError:
-            continue
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        answer = f"{_GREETING} {env.attempt} {store.port}\n".encode()
-        threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
-        return store
-    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
-
-
-def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -> TCPStore:
-    """The other ranks: what does not answer by the name of this very attempt is something else."""
-    with socket.create_connection((env.host, port), timeout=answer_timeout) as connection:
-        words = connection.makefile().readline(200).split()
-    if words[:2] != [_GREETING, env.attempt]:
-        raise ConnectionError(f"port {port} is something else's")
-    return TCPStore(env.host, int(words[2]), is_master=False, wait_for_workers=False)
-
-
-def rendezvous(
-    env: DistributedEnvironment,
-    join_timeout: float = 600.0,
-    timeout: float = 1800.0,
-    answer_timeout: float = 3.0,
-) -> TCPStore:
-    """A store that all processes of this attempt share, on a port that they agree on.
-
-    Rank 0 answers on the first free port of a list that follows from the job's number; the others
-    go through the list until they are answered by the name of their attempt.
-
-    Args:
-        env: under SLURM or the local executor.
-        join_timeout: how long to look for rank 0, in seconds: nodes do not start together.
-        timeout: of the store's later operations, in seconds.
-        answer_timeout: how long a port may stay silent before the next one is tried, in seconds.
-
-    Raises:
-        UserError: if it cannot be found.
+    Attributes:
+        num_gpus: processes on each machine.
+        num_machines, machine_rank, dist_url: as Detectron2's launcher takes them.
+        environment: of this process. Where a launcher has started all processes, it decides.
     """
-    if env.rank == 0:
-        store = _open_store(env)
-        store.set_timeout(timedelta(seconds=timeout))
-        return store
-    deadline = time.monotonic() + join_timeout
-    reason = ""
-    while time.monotonic() < deadline:
-        for port in ports(env.attempt):
-            try:
-                store = _find_store(env, port, answer_timeout)
-            except (OSError, ValueError, DistError) as error:
-                reason = str(error).partition("\n")[0]
-                continue
-            store.set_timeout(timedelta(seconds=timeout))
-            return store
-        time.sleep(0.2)
-    raise UserError(
-        f"rank {env.rank} on {socket.gethostname()} found no rank 0 on {env.host}, ports "
-        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): does the name resolve, does a "
-        "firewall stand between the nodes, did rank 0 start?"
-    )
+
+    num_gpus: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+    environment: DistributedEnvironment = field(default_factory=find_environment)
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        started = self.environment
+        return started.world_size if started.launcher else self.num_gpus * self.num_machines

@@ -18,7 +18,7 @@ from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.dataset import check_datasets
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
-from contnet.launch.environment import find_environment
+from contnet.launch.arguments import RunSettings
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
 
@@ -28,17 +28,10 @@ __all__ = [
     "check_inputs",
     "check_output",
     "check_run",
-    "count_processes",
 ]
 
 # What the shipped recipes are made for.
 _RECIPE_GPUS = 8
-
-
-def count_processes(args: argparse.Namespace) -> int:
-    """Processes of the run on all machines."""
-    env = find_environment()
-    return env.world_size if env else args.num_gpus * args.num_machines
 
 
 def check_device_name(cfg: CfgNode) -> None:
@@ -74,25 +67,24 @@ def _writable(folder: Path, make: bool) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def check_output(cfg: CfgNode, args: argparse.Namespace, make: bool = True) -> None:
+def check_output(settings: RunSettings, make: bool = True) -> None:
     """Checks the output folder.
 
     Args:
-        cfg: OUTPUT_DIR is read.
-        args: ``resume`` and ``eval_only`` are read.
+        settings: of the run.
         make: make the folder; otherwise nothing is written.
 
     Raises:
         UserError: if it cannot be written, or holds another run.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    folder = Path(settings.cfg.OUTPUT_DIR)
     try:
         _writable(folder.absolute(), make)
     except OSError as error:
         raise UserError(
             f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): choose another"
         ) from error
-    if args.resume or args.eval_only:
+    if settings.resume or settings.eval_only:
         return
     if has_last_checkpoint(folder) or any(folder.glob("model_*.pth")):
         raise UserError(
@@ -121,6 +113,7 @@ def _scaled(cfg: CfgNode, processes: int) -> str:
     ):
         return ""
     cfg = cfg.clone()
+    cfg.defrost()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = _RECIPE_GPUS
     solver = DefaultTrainer.auto_scale_workers(cfg, processes).SOLVER
     keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
@@ -154,50 +147,47 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
         )
 
 
-def _datasets(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+def _datasets(settings: RunSettings) -> list[str]:
     """Names of the data sets of a run, each once."""
-    names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    return list(dict.fromkeys(names))
+    names = settings.cfg.DATASETS
+    used = names.TEST if settings.eval_only else (*names.TRAIN, *names.TEST)
+    return list(dict.fromkeys(used))
 
 
-def check_inputs(cfg: CfgNode, args: argparse.Namespace, processes: int, data: bool = True) -> None:
+def check_inputs(settings: RunSettings, data: bool = True) -> None:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
     Args:
-        cfg: the config, scaled to the number of processes.
-        args: ``resume`` and ``eval_only`` are read.
-        processes: of the run, on all machines.
+        settings: of the run.
         data: look into the data sets; not needed if that was done for the same ones before.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
-    datasets = _datasets(cfg, args)
+    cfg, datasets = settings.cfg, _datasets(settings)
     if not datasets:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
-    if not args.eval_only:
+    if not settings.eval_only:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
-        _check_batch(cfg, processes)
+        _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
-    env = find_environment()
-    if data and (env is None or env.local_rank == 0):
+    if data and settings.processes.environment.local_rank == 0:
         check_datasets(cfg, datasets)
-    if not args.eval_only:
+    if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
-    _check_weights(cfg, args)
+    _check_weights(cfg, settings)
 
 
-def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_run(settings: RunSettings) -> None:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
-    check_device(cfg, args.num_gpus)
-    check_inputs(cfg, args, count_processes(args))
-    check_output(cfg, args)
-    env = find_environment()
-    if env is None or env.local_rank == 0:
-        cache_cityscapes(cfg, _datasets(cfg, args))
+    check_device(settings.cfg, settings.processes.num_gpus)
+    check_inputs(settings)
+    check_output(settings)
+    if settings.processes.environment.local_rank == 0:
+        cache_cityscapes(settings.cfg, _datasets(settings))

@@ -7,7 +7,6 @@ ranks can save anything together, and counts requeues by how long an attempt has
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -17,19 +16,21 @@ from functools import partial
 from threading import Lock
 
 import torch
-from detectron2.engine import DefaultTrainer
 
-from contnet.launch.arguments import configure, parse_arguments
+from contnet.config import load_finished_config
+from contnet.data.datasets.register import register_datasets
+from contnet.launch.arguments import RunSettings
 from contnet.launch.distributed import launch_run
-from contnet.launch.main import run
-from contnet.launch.preflight import check_run, count_processes
+from contnet.launch.environment import DistributedEnvironment, Processes
+from contnet.launch.preflight import check_run
+from contnet.launch.run import run
 from contnet.slurm.attempt_folder import (
     AttemptFolder,
     last_saved_iteration,
     read_requeues,
     record_requeue,
 )
-from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job, find_job
+from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job
 from contnet.slurm.lease import Lease
 from contnet.slurm.preemption import Preempted, prepare_trainer
 from contnet.slurm.watcher import Watcher, lost_contact
@@ -44,8 +45,8 @@ _TERMINATED = 143
 _NODE_SILENCE = 40
 
 
-def _find_job(run_folder: str) -> Job:
-    job = find_job()
+def _find_job(env: DistributedEnvironment, run_folder: str) -> Job:
+    job = Job.of(env)
     if job.cluster != "local":
         return job
     earlier = [record["job_id"] for record in read_requeues(run_folder)].count(job.job_id)
@@ -61,20 +62,28 @@ class Attempt:
     def __init__(
         self,
         *,
-        argv: Sequence[str],
+        config_file: str,
         run_folder: str,
+        num_gpus: int,
+        resume: bool,
+        eval_only: bool,
+        notes: Sequence[str],
         max_requeues: int,
         hang_timeout: float,
         interface: str,
         signal_delay: float,
         heartbeat_interval: float,
     ):
-        self.argv = argv
+        self.config_file = config_file
         self.run_folder = run_folder
+        self.resume = resume
+        self.eval_only = eval_only
+        self.notes = notes
         self.max_requeues = max_requeues
         self.hang_timeout = hang_timeout
         self.interface = interface
-        self.job = _find_job(run_folder)
+        self.processes = Processes(num_gpus)
+        self.job = _find_job(self.processes.environment, run_folder)
         self.folder = AttemptFolder(run_folder, self.job.job_id, self.job.restart)
         self.lease = Lease(run_folder, self.job)
         self.metrics = {}
@@ -113,7 +122,7 @@ class Attempt:
         It takes minutes to notice a dead node, and would call the job failed if this process ended
         before. A rank that failed has said so; of one that was killed SLURM knows.
         """
-        if self.job.cluster != "slurm" or os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        if self.job.cluster != "slurm" or self.job.num_nodes == 1:
             return False
         end = time.monotonic() + _NODE_SILENCE + (10 if self.job.rank else 0)
         while time.monotonic() < end:
@@ -136,19 +145,31 @@ class Attempt:
             for library in ("NCCL", "GLOO"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = self.interface
 
+    def _settings(self) -> RunSettings:
+        """The settings of the run, whose config the submission has finished."""
+        cfg = load_finished_config(self.config_file)
+        size, scaled = self.processes.world_size, cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if scaled not in (0, size):
+            raise UserError(
+                f"{self.config_file} is scaled to {scaled} processes, but the job has {size}: "
+                "submit it again"
+            )
+        register_datasets(cfg)
+        resume = self.resume or self.job.restart > 0
+        return RunSettings(
+            cfg, resume, self.eval_only, self.processes, self.config_file, self.notes
+        )
+
     def _train(self) -> None:
-        args = parse_arguments(self.argv)
-        args.resume = args.resume or self.job.restart > 0
-        cfg = DefaultTrainer.auto_scale_workers(configure(args), count_processes(args))
-        check_run(cfg, args)
-        if args.eval_only:
+        settings = self._settings()
+        check_run(settings)
+        if settings.eval_only:
             self.watcher.enter("evaluation")
+        function = partial(run, prepare=partial(prepare_trainer, watcher=self.watcher))
+        device = torch.device(settings.cfg.MODEL.DEVICE).type
         # Longer than the watcher waits, who can say more about a hang.
         timeout = self.hang_timeout + 60
-        launch_run(self._function, args, torch.device(cfg.MODEL.DEVICE).type, timeout)
-
-    def _function(self, args: argparse.Namespace) -> None:
-        self.metrics = run(args, partial(prepare_trainer, watcher=self.watcher))
+        self.metrics = launch_run(function, settings, self.processes, device, timeout)
 
     def _exit(self) -> None:
         """After the checkpoint: rank 0 decides, the others wait for its word."""

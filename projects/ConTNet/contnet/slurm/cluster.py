@@ -1,15 +1,15 @@
-"""The job that this process belongs to, and what its cluster can be asked."""
+"""The job that this process belongs to: its state, and how it is requeued."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from contnet.launch.environment import DistributedEnvironment
 from contnet.slurm.client import SHORT_TIMEOUT, ask_slurm, job_state
 from contnet.utils.errors import UserError
 
-__all__ = ["LOCAL_REQUEUE_STATUS", "Job", "find_job"]
+__all__ = ["LOCAL_REQUEUE_STATUS", "Job"]
 
 # The exit status by which submitit's local executor knows that it shall start the tasks again.
 LOCAL_REQUEUE_STATUS = 144
@@ -24,6 +24,7 @@ class Job:
         job_id: as SLURM's commands take it, "12_3" for a task of an array.
         restart: attempts of this job before this one.
         rank, world_size: of this task.
+        num_nodes: machines of the job.
     """
 
     cluster: str
@@ -31,6 +32,19 @@ class Job:
     restart: int = 0
     rank: int = 0
     world_size: int = 1
+    num_nodes: int = 1
+
+    @classmethod
+    def of(cls, env: DistributedEnvironment) -> Job:
+        """The job of a process; outside a cluster, one that is named by the process's number."""
+        return cls(
+            env.cluster,
+            env.job_id or f"process{os.getpid()}",
+            env.restart,
+            env.rank,
+            env.world_size,
+            env.num_nodes,
+        )
 
     def state(self) -> str:
         """SLURM's word for the job's state, "" if it gives none; elsewhere RUNNING."""
@@ -50,27 +64,3 @@ class Job:
             ask_slurm("scontrol", "requeue", self.job_id, timeout=SHORT_TIMEOUT)
         except UserError as error:
             raise UserError(f"SLURM does not requeue job {self.job_id}: {error}") from error
-
-
-def find_job(environ: Mapping[str, str] = os.environ) -> Job:
-    """The job of this process. A local job's restart is 0: its executor does not count."""
-    if environ.get("SUBMITIT_EXECUTOR") == "local":
-        return Job(
-            "local",
-            environ["SUBMITIT_LOCAL_JOB_ID"],
-            rank=int(environ["SUBMITIT_LOCAL_GLOBALID"]),
-            world_size=int(environ["SUBMITIT_LOCAL_NTASKS"]),
-        )
-    if "SLURM_JOB_ID" not in environ:
-        return Job("", f"process{os.getpid()}")
-    job_id = environ["SLURM_JOB_ID"]
-    # The last task of an array has the array's own number, which would stand for all of them.
-    if "SLURM_ARRAY_JOB_ID" in environ:
-        job_id = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return Job(
-        "slurm",
-        job_id,
-        restart=int(environ.get("SLURM_RESTART_COUNT", 0)),
-        rank=int(environ.get("SLURM_PROCID", 0)),
-        world_size=int(environ.get("SLURM_STEP_NUM_TASKS", 1)),
-    )

@@ -33,10 +33,15 @@ class TrainingJob:
     --requeue`` and submitit's ``signal_delay_s``.
 
     Attributes:
-        argv: train_net.py's own arguments; paths are absolute, OUTPUT_DIR is among them. An
-            attempt after the first resumes by itself, another job in the same folder needs
-            ``--resume``.
+        config_file: a whole config, finished for the job's processes: what
+            :func:`contnet.launch.arguments.configure` returns, as its ``dump()``. Each attempt
+            reads it as it is. Its paths are absolute.
         run_folder: OUTPUT_DIR; what concerns the job lies in its ``slurm`` folder.
+        num_gpus: processes on each machine.
+        resume: go on from the last checkpoint in the first attempt, too; later ones do by
+            themselves.
+        eval_only: evaluate.
+        notes: lines for the log, such as those of ``configure``.
         max_requeues: how many attempts may follow the first, for whatever reason.
         hang_timeout: seconds without progress after which the job is given up.
         interface: network interface for NCCL and gloo; "" for their own choice.
@@ -44,8 +49,12 @@ class TrainingJob:
         heartbeat_interval: seconds between heartbeats; with many ranks they are fewer.
     """
 
-    argv: list[str]
+    config_file: str
     run_folder: str
+    num_gpus: int = 1
+    resume: bool = False
+    eval_only: bool = False
+    notes: tuple[str, ...] = ()
     max_requeues: int = 20
     hang_timeout: float = 1800
     interface: str = ""

@@ -6,18 +6,18 @@ import argparse
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
 
 from contnet.checkpoint.names import FINAL, has_last_checkpoint, last_checkpoint
 from contnet.checkpoint.reading import read_weights
 from contnet.config.nodes import flatten
-from contnet.launch.arguments import configure
+from contnet.launch.arguments import RunSettings, configure
+from contnet.launch.environment import DistributedEnvironment, Processes
 from contnet.launch.preflight import check_inputs, check_output
 from contnet.slurm.describe import describe_run
 from contnet.slurm.jobs import check_free
@@ -29,16 +29,25 @@ __all__ = ["Run", "prepare_runs"]
 
 @dataclass
 class Run:
-    """A run of a submission: what was asked for, its whole config, and its folder.
+    """A run of a submission.
 
-    ``finished`` is whether there is nothing left to do: it is to be resumed, and has trained all of
-    its iterations.
+    Attributes:
+        arguments: what was asked for.
+        settings: with the finished config.
+        folder: OUTPUT_DIR.
+        finished: there is nothing left to do, for it is to be resumed, and has trained all of its
+            iterations.
     """
 
     arguments: RunArguments
-    cfg: CfgNode
+    settings: RunSettings
     folder: Path
     finished: bool = False
+
+    @property
+    def cfg(self) -> CfgNode:
+        """The finished config."""
+        return self.settings.cfg
 
 
 def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: CfgNode) -> Path:
@@ -62,15 +71,16 @@ def _temporary_datasets():
             MetadataCatalog.pop(name)
 
 
-def _check_content(cfg: CfgNode, arguments: RunArguments, processes: int, seen: set) -> None:
+def _check_content(settings: RunSettings, seen: set) -> None:
     """The checks of train_net.py; of what runs have in common, the data sets, once."""
-    relevant = cfg.clone()
+    relevant = settings.cfg.clone()
+    relevant.defrost()
     relevant.OUTPUT_DIR = relevant.MODEL.WEIGHTS = ""
     for key in ("BASE_LR", "MAX_ITER", "STEPS", "WEIGHT_DECAY", "WARMUP_ITERS"):
         relevant.SOLVER.pop(key)
     relevant.SEED = 0
-    key = (relevant.dump(), arguments.eval_only)
-    check_inputs(cfg, argparse.Namespace(**asdict(arguments)), processes, data=key not in seen)
+    key = (relevant.dump(), settings.eval_only)
+    check_inputs(settings, data=key not in seen)
     seen.add(key)
 
 
@@ -94,45 +104,75 @@ def _check_same_settings(cfg: CfgNode) -> None:
         )
 
 
-def _has_finished(cfg: CfgNode, arguments: RunArguments) -> bool:
-    folder = Path(cfg.OUTPUT_DIR)
-    if not arguments.resume or arguments.eval_only or not has_last_checkpoint(folder):
+def _has_finished(run: Run) -> bool:
+    folder, settings = run.folder, run.settings
+    if not settings.resume or settings.eval_only or not has_last_checkpoint(folder):
         return False
     file = last_checkpoint(folder)
     if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
         return False
     # MAX_ITER may have been raised since.
     trainer = read_weights(str(file)).rest.get("trainer")
-    return isinstance(trainer, dict) and trainer.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER
+    return isinstance(trainer, dict) and trainer.get("iteration", -1) + 1 >= run.cfg.SOLVER.MAX_ITER
+
+
+def _make_run(
+    arguments: RunArguments, cfg: CfgNode, notes: list[str], folder: Path, processes: Processes
+) -> Run:
+    """A run whose paths keep their meaning in the job."""
+    for note in notes:
+        print(note)
+    cfg.OUTPUT_DIR = str(folder)
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights:
+        cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
+    cfg.freeze()
+    settings = RunSettings(
+        cfg, arguments.resume, arguments.eval_only, processes, notes=tuple(notes)
+    )
+    return Run(arguments, settings, folder)
+
+
+def _check(run: Run, seen: set) -> None:
+    """Finds what is wrong with a run, here and now."""
+    settings = run.settings
+    if run.arguments.name and settings.resume and not settings.eval_only:
+        _check_same_settings(run.cfg)
+    _check_content(settings, seen)
+    check_free(run.folder)
+    check_output(settings, make=False)
 
 
 def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
-    """Reads and checks every run; nothing is written."""
+    """Reads, completes and checks the config of every run; nothing is written.
+
+    Args:
+        args: of :func:`contnet.slurm.submit.parse_submission`.
+
+    Returns:
+        The folder of the run, or the one that the runs of an array lie in; and the runs.
+    """
     expanded = expand_runs(args)
-    processes = args.num_gpus * args.num_machines
+    # Those of the job, whatever has started this process.
+    processes = Processes(args.num_gpus, args.num_machines, environment=DistributedEnvironment())
     base, runs, seen = None, [], set()
     for number, arguments in enumerate(expanded, 1):
         try:
             with _temporary_datasets():
-                copy = argparse.Namespace(**asdict(arguments), notes=())
-                cfg = DefaultTrainer.auto_scale_workers(configure(copy), processes)
+                cfg, notes = configure(
+                    arguments.config_file,
+                    arguments.opts,
+                    arguments.eval_only,
+                    processes.world_size,
+                )
                 base = base or _base_folder(args, expanded, cfg)
-                cfg.OUTPUT_DIR = str(base / arguments.name)
-                weights = cfg.MODEL.WEIGHTS
-                if weights and "://" not in weights:
-                    cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
-                for note in copy.notes:
-                    print(note)
-                if arguments.name and arguments.resume and not arguments.eval_only:
-                    _check_same_settings(cfg)
-                _check_content(cfg, arguments, processes, seen)
-                check_free(cfg.OUTPUT_DIR)
-                check_output(cfg, argparse.Namespace(**asdict(arguments)), make=False)
-                finished = _has_finished(cfg, arguments)
+                run = _make_run(arguments, cfg, notes, base / arguments.name, processes)
+                _check(run, seen)
+                run.finished = _has_finished(run)
         except UserError as error:
             if not arguments.name:
                 raise
             which = f"run {number} of {len(expanded)} ({arguments.name})"
             raise UserError(f"{which}: {error}") from error
-        runs.append(Run(arguments, cfg, Path(cfg.OUTPUT_DIR), finished))
+        runs.append(run)
     return base, runs

@@ -1,4 +1,4 @@
-"""A submission: what is decided, what is written, what is sent."""
+"""A submission: what is decided, written and sent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -15,20 +14,19 @@ from pathlib import Path
 
 import torch
 
-from contnet.data.pipeline.loader import micro_batch_size
 from contnet.engine.run_record import COMMIT_VARIABLE, git_commit
 from contnet.slurm.attempt_folder import slurm_folder
-from contnet.slurm.describe import describe_run, follow
-from contnet.slurm.executors import local_executor, sbatch_text, slurm_executor, submit_jobs
+from contnet.slurm.describe import follow
+from contnet.slurm.executors import local_executor, slurm_executor, submit_jobs
 from contnet.slurm.job import TrainingJob, python_command
-from contnet.slurm.jobs import end_local, live_states, process_start
+from contnet.slurm.jobs import process_start
 from contnet.slurm.records import add_submission
 from contnet.slurm.runs import Run
 from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.snapshot import list_code, take_snapshot
 from contnet.utils.errors import UserError
 
-__all__ = ["Submission", "describe", "next_folder", "send", "show_dry_run"]
+__all__ = ["Submission", "next_folder", "send", "write_files"]
 
 
 @dataclass
@@ -75,15 +73,13 @@ class Submission:
 
     def job(self, run: Run) -> TrainingJob:
         """What is called in every task."""
-        flags = {"--resume": run.arguments.resume, "--eval-only": run.arguments.eval_only}
         return TrainingJob(
-            argv=[
-                *("--config-file", str(self.config_file(run))),
-                *("--num-gpus", str(self.args.num_gpus)),
-                *(flag for flag, given in flags.items() if given),
-                *("OUTPUT_DIR", str(run.folder)),
-            ],
+            config_file=str(self.config_file(run)),
             run_folder=str(run.folder),
+            num_gpus=self.args.num_gpus,
+            resume=run.settings.resume,
+            eval_only=run.settings.eval_only,
+            notes=run.settings.notes,
             max_requeues=self.settings.max_requeues,
             hang_timeout=self.settings.hang_timeout,
             interface=self.settings.interface,
@@ -169,69 +165,12 @@ def next_folder(base: Path) -> Path:
     return folder / f"submission{max(numbers, default=0) + 1}"
 
 
-def describe(plan: Submission) -> None:
-    """Prints what a submission is going to run, and on what."""
-    args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
-    where = "SLURM" if plan.cluster == "slurm" else "this machine"
-    device = "GPU" if plan.gpus else "process"
-    nodes, tasks = args.num_machines, args.num_gpus
-    print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
-    if not runs[0].arguments.eval_only:
-        images = micro_batch_size(cfg, nodes * tasks)
-        solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
-        print(
-            f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
-            f"images x {solver.GRAD_ACCUM_STEPS} passes; learning rate {solver.BASE_LR:g}, "
-            f"{solver.MAX_ITER} iterations"
-        )
-    if plan.is_array:
-        print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
-        for run in runs:
-            print(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
-    else:
-        print(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
-    workers = cfg.DATALOADER.NUM_WORKERS
-    if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
-        print(
-            "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
-            f"{workers}) share what the cluster gives, often one core"
-        )
-    _describe_code(plan)
+def write_files(plan: Submission) -> None:
+    """Makes the folder of a submission, with the code and the config of each run.
 
-
-def _describe_code(plan: Submission) -> None:
-    if plan.args.no_snapshot:
-        print(f"code {plan.code}, as it will be when the job starts (--no-snapshot)")
-        return
-    root, files, large, _ = list_code()
-    print(f"code: a copy of {len(files)} files of {root}, commit {git_commit() or 'unknown'}")
-    if large:
-        print(f"  left out, for they are larger than 20 MiB: {', '.join(large[:5])}")
-
-
-def show_dry_run(plan: Submission) -> None:
-    """Prints what would be written and sent."""
-    print("dry run: nothing is submitted or written")
-    print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
-    if plan.cluster == "slurm":
-        print(
-            f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.pending))}"
-        )
-    else:
-        lines = [f"export {name}={shlex.quote(v)}" for name, v in plan.environment().items()]
-        print("\n".join(["would run here, with", *lines, *plan.settings.setup]))
-        print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
-    for run in plan.pending:
-        print(f"{run.arguments.name or 'training'}: {shlex.join(plan.job(run).argv)}")
-    settings = plan.settings
-    network = f", on network {settings.interface}" if settings.interface else ""
-    print(
-        f"requeued at most {settings.max_requeues} times, given up after "
-        f"{settings.hang_timeout:g} s without progress{network}"
-    )
-
-
-def _write_files(plan: Submission) -> None:
+    Raises:
+        UserError: if another submission is going on, or the folder cannot be made.
+    """
     try:
         plan.folder.mkdir(parents=True)
     except FileExistsError as error:
@@ -258,39 +197,8 @@ def _record(plan: Submission, job_ids: Sequence[str]) -> None:
         add_submission(plan.base, plan.record(first, plan.base, runs))
 
 
-def _run_queue(plan: Submission) -> bool:
-    """Runs an array on this machine, some runs at a time; stays until all have ended."""
-    waiting, slots, jobs = plan.pending, {}, {}
-    names = {run.arguments.name: "" for run in plan.runs}
-    add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by --cancel
-    try:
-        while waiting or slots:
-            for slot in sorted(set(range(plan.parallel)) - set(slots))[: len(waiting)]:
-                run = waiting.pop(0)
-                (job_id,) = submit_jobs(plan.local_executor(slot), [plan.job(run)])
-                jobs[slot] = (run, plan.record(job_id, run.folder))
-                add_submission(run.folder, jobs[slot][1])
-                slots[slot] = run
-                print(f"{run.arguments.name}: started, process {job_id}", flush=True)
-            time.sleep(1)
-            for slot, run in list(slots.items()):
-                if not live_states(jobs[slot][1]):
-                    del slots[slot]
-                    print(f"{run.arguments.name}: {describe_run(run.folder)}", flush=True)
-    except KeyboardInterrupt:
-        end_local([jobs[slot][1] for slot in slots])
-        raise UserError("interrupted: the runs that were going on are cancelled") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return all(describe_run(run.folder) == "finished" for run in plan.runs)
-
-
 def send(plan: Submission) -> bool:
-    """Writes and submits; returns whether all is well."""
-    _write_files(plan)
-    if plan.cluster == "local" and plan.is_array:
-        return _run_queue(plan)
+    """Submits what :func:`write_files` has written; returns whether all is well."""
     try:
         executor = plan.slurm_executor() if plan.cluster == "slurm" else plan.local_executor()
         job_ids = submit_jobs(executor, [plan.job(run) for run in plan.pending])

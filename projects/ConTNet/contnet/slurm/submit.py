@@ -15,10 +15,12 @@ from contnet.launch.preflight import check_device, check_device_name
 from contnet.modeling.compat import silence_known_warnings
 from contnet.slurm.describe import follow, print_status
 from contnet.slurm.jobs import cancel, check_free
+from contnet.slurm.local_queue import run_queue
 from contnet.slurm.nodes import check_request, check_shared, is_one_machine, read_nodes
+from contnet.slurm.preview import describe, show_dry_run
 from contnet.slurm.runs import Run, prepare_runs
 from contnet.slurm.settings import ClusterSettings, add_cluster_options, read_settings
-from contnet.slurm.submission import Submission, describe, next_folder, send, show_dry_run
+from contnet.slurm.submission import Submission, next_folder, send, write_files
 from contnet.utils.errors import UserError, print_error
 
 __all__ = ["build_parser", "main", "parse_submission"]
@@ -191,7 +193,8 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     if args.dry_run:
         show_dry_run(plan)
         return True
-    return send(plan)
+    write_files(plan)
+    return run_queue(plan) if plan.is_array and cluster == "local" else send(plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

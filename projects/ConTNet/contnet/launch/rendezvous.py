@@ -1,0 +1,110 @@
+"""How the processes of a run find each other under SLURM and submitit's local executor.
+
+The port follows from the job's number, and is not looked for on the machine that submits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore
+
+from contnet.launch.environment import DistributedEnvironment
+from contnet.utils.errors import UserError
+
+__all__ = ["ports", "rendezvous"]
+
+# Ports that Linux gives out by itself start above these.
+_FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
+_GREETING = "contnet"
+
+
+def ports(attempt: str) -> list[int]:
+    """Where rank 0 of an attempt may listen, in order; a function of job and step alone."""
+    job, step = attempt.split(".")[:2]
+    first = int(job) * 37 + int(step) * 7919
+    return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def _serve(server: socket.socket, answer: bytes) -> None:
+    """Tells all who ask, as long as this process lives."""
+    while True:
+        connection, _ = server.accept()
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(answer)
+
+
+def _open_store(env: DistributedEnvironment) -> TCPStore:
+    """Rank 0: answers on the first port that nobody else has where the store is."""
+    for port in ports(env.attempt):
+        try:
+            server = _listen(port)
+        except OSError:
+            continue
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        answer = f"{_GREETING} {env.attempt} {store.port}\n".encode()
+        threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
+        return store
+    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
+
+
+def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -> TCPStore:
+    """The other ranks: what does not answer by the name of this very attempt is something else."""
+    with socket.create_connection((env.host, port), timeout=answer_timeout) as connection:
+        words = connection.makefile().readline(200).split()
+    if words[:2] != [_GREETING, env.attempt]:
+        raise ConnectionError(f"port {port} is something else's")
+    return TCPStore(env.host, int(words[2]), is_master=False, wait_for_workers=False)
+
+
+def rendezvous(
+    env: DistributedEnvironment,
+    join_timeout: float = 600.0,
+    timeout: float = 1800.0,
+    answer_timeout: float = 3.0,
+) -> TCPStore:
+    """A store that all processes of this attempt share, on a port that they agree on.
+
+    Rank 0 answers on the first free port of a list that follows from the job's number; the others
+    go through the list until they are answered by the name of their attempt.
+
+    Args:
+        env: under SLURM or the local executor.
+        join_timeout: how long to look for rank 0, in seconds: nodes do not start together.
+        timeout: of the store's later operations, in seconds.
+        answer_timeout: how long a port may stay silent before the next one is tried, in seconds.
+
+    Raises:
+        UserError: if it cannot be found.
+    """
+    if env.rank == 0:
+        store = _open_store(env)
+        store.set_timeout(timedelta(seconds=timeout))
+        return store
+    deadline = time.monotonic() + join_timeout
+    reason = ""
+    while time.monotonic() < deadline:
+        for port in ports(env.attempt):
+            try:
+                store = _find_store(env, port, answer_timeout)
+            except (OSError, ValueError, DistError) as error:
+                reason = str(error).partition("\n")[0]
+                continue
+            store.set_timeout(timedelta(seconds=timeout))
+            return store
+        time.sleep(0.2)
+    raise UserError(
+        f"rank {env.rank} on {socket.gethostname()} found no rank 0 on {env.host}, ports "
+        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): does the name resolve, does a "
+        "firewall stand between the nodes, did rank 0 start?"
+    )

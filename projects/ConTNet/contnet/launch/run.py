@@ -1,0 +1,93 @@
+"""What each process of a run does: it trains, or evaluates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import describe_model
+from contnet.checkpoint.names import has_last_checkpoint
+from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.datasets.register import register_datasets
+from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.engine.trainer import Trainer
+from contnet.evaluation.evaluate import evaluate
+from contnet.launch.arguments import RunSettings
+from contnet.modeling.build import build_model
+from contnet.modeling.compat import silence_known_warnings
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+
+def _setup(settings: RunSettings) -> CfgNode:
+    """Makes this process ready; the config, with a seed."""
+    silence_known_warnings()
+    cfg = settings.cfg
+    register_datasets(cfg)  # a process that was started for the run has read no config
+    if cfg.SEED < 0:
+        # Not before: processes that a launcher has started on several machines agree on it here.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED = comm.shared_random_seed()
+        cfg.freeze()
+    default_setup(cfg, settings)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
+    for note in settings.notes:
+        logger.info(note)
+    if "naiveSyncBN" in cfg.dump():
+        logger.info("Norms over all processes are computed by naiveSyncBN: SyncBN needs GPUs")
+    return cfg
+
+
+def _iteration(rest: dict) -> int | None:
+    """The last iteration that a checkpoint's weights have seen, if it says so."""
+    trainer = rest.get("trainer", rest)
+    return trainer.get("iteration") if isinstance(trainer, dict) else None
+
+
+def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
+    model = build_model(cfg)
+    dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
+    metadata = describe_model(cfg, dataset_class_names(cfg, dicts))
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
+    file = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        file = checkpointer.get_checkpoint_file()
+    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED)
+    return evaluate(
+        cfg,
+        model,
+        iteration=_iteration(rest),
+        weights=file,
+        tta=cfg.TEST.AUG.ENABLED,
+        dicts=dicts,
+    )
+
+
+def run(settings: RunSettings, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict:
+    """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
+
+    Args:
+        settings: the same in all processes.
+        prepare: what a launcher adds to the trainer before it starts.
+    """
+    cfg = _setup(settings)
+    if settings.eval_only:
+        return _evaluate_only(cfg, settings.resume)
+    if settings.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
+        logger.warning(
+            f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
+            f" {cfg.MODEL.WEIGHTS or '(empty)'}"
+        )
+    trainer = Trainer(cfg, cfg.SEED)
+    trainer.resume_or_load(settings.resume)
+    prepare(trainer)
+    return trainer.fit()

@@ -1,0 +1,75 @@
+"""Says what a submission is going to do, before it does."""
+
+from __future__ import annotations
+
+import shlex
+
+from contnet.data.pipeline.loader import micro_batch_size
+from contnet.engine.run_record import git_commit
+from contnet.slurm.executors import sbatch_text
+from contnet.slurm.snapshot import list_code
+from contnet.slurm.submission import Submission
+
+__all__ = ["describe", "show_dry_run"]
+
+
+def describe(plan: Submission) -> None:
+    """Prints what a submission is going to run, and on what."""
+    args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
+    where = "SLURM" if plan.cluster == "slurm" else "this machine"
+    device = "GPU" if plan.gpus else "process"
+    nodes, tasks = args.num_machines, args.num_gpus
+    print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
+    if not runs[0].arguments.eval_only:
+        images = micro_batch_size(cfg, nodes * tasks)
+        solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
+        print(
+            f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
+            f"images x {solver.GRAD_ACCUM_STEPS} passes; learning rate {solver.BASE_LR:g}, "
+            f"{solver.MAX_ITER} iterations"
+        )
+    if plan.is_array:
+        print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
+        for run in runs:
+            print(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
+    else:
+        print(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
+    workers = cfg.DATALOADER.NUM_WORKERS
+    if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
+        print(
+            "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
+            f"{workers}) share what the cluster gives, often one core"
+        )
+    _describe_code(plan)
+
+
+def _describe_code(plan: Submission) -> None:
+    if plan.args.no_snapshot:
+        print(f"code {plan.code}, as it will be when the job starts (--no-snapshot)")
+        return
+    root, files, large, _ = list_code()
+    print(f"code: a copy of {len(files)} files of {root}, commit {git_commit() or 'unknown'}")
+    if large:
+        print(f"  left out, for they are larger than 20 MiB: {', '.join(large[:5])}")
+
+
+def show_dry_run(plan: Submission) -> None:
+    """Prints what would be written and sent."""
+    print("dry run: nothing is submitted or written")
+    print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
+    if plan.cluster == "slurm":
+        print(
+            f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.pending))}"
+        )
+    else:
+        lines = [f"export {name}={shlex.quote(v)}" for name, v in plan.environment().items()]
+        print("\n".join(["would run here, with", *lines, *plan.settings.setup]))
+        print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
+    for run in plan.pending:
+        print(f"{run.arguments.name or 'training'}: {plan.job(run)}")
+    settings = plan.settings
+    network = f", on network {settings.interface}" if settings.interface else ""
+    print(
+        f"requeued at most {settings.max_requeues} times, given up after "
+        f"{settings.hang_timeout:g} s without progress{network}"
+    )
