@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, REPOSITORY, finish, metrics_of
-from detectron2.engine import HookBase
 
+from contnet.engine.hooks import LauncherHook
 from contnet.launch.arguments import parse_arguments
 from contnet.launch.main import run
 
@@ -229,7 +229,7 @@ CLASSIFIERS = {
 }
 
 
-class Cut(HookBase):
+class Cut(LauncherHook):
     """Ends a run between two checkpoints."""
 
     def after_step(self):
@@ -249,7 +249,7 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
 
     run(arguments(uncut))
     with pytest.raises(InterruptedError):
-        run(arguments(cut), lambda trainer: trainer.last_hooks.append(Cut()))
+        run(arguments(cut), Cut())
     assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
     assert [line["iteration"] for line in metrics_of(cut)] == [0, 1, 2]
     run(arguments(cut, "--resume"))

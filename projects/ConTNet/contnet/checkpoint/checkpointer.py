@@ -36,7 +36,7 @@ from contnet.checkpoint.reading import (
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError
-from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_write
 from contnet.utils.text import first_names
 
 __all__ = ["Checkpointer"]
@@ -60,6 +60,7 @@ class Checkpointer(DetectionCheckpointer):
             its state change: the thread copies these, too, and the next step waits until it has.
         classes: names of the data's classes, in order; None where nothing tells them. A whole
             checkpoint that was trained on others is refused.
+        guard: is asked before anything is written or removed.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
@@ -73,6 +74,7 @@ class Checkpointer(DetectionCheckpointer):
         background: bool = False,
         model_optimizer: Optimizer | None = None,
         classes: Sequence[str] | None = None,
+        guard: WriteGuard = NO_GUARD,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -87,6 +89,7 @@ class Checkpointer(DetectionCheckpointer):
         if background and model_optimizer is not None:
             model_optimizer.register_step_pre_hook(self._await_copy)
         self.classes = classes
+        self.guard = guard
         self._strict_prefix = ""
         self._file = ""
 
@@ -155,7 +158,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _write(self, path: Path, read: Callable[[], object]) -> None:
         try:
-            with atomic_write(path) as file:
+            with atomic_write(path, guard=self.guard) as file:
                 torch.save(read(), file)
             if path.stem != BEST:
                 self.tag_last_checkpoint(path.name)
@@ -165,7 +168,7 @@ class Checkpointer(DetectionCheckpointer):
         self._drop_old()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w") as file:
+        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w", self.guard) as file:
             file.write(last_filename_basename)
 
     def _drop_old(self) -> None:
@@ -320,5 +323,6 @@ class Checkpointer(DetectionCheckpointer):
     def remove_leftovers(self) -> None:
         """Deletes what a killed process left half written."""
         self.wait()
+        self.guard.check()  # those of a later attempt are still being written
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
             path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -16,6 +16,7 @@ from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.engine.hooks import LauncherHook
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import evaluate
 from contnet.launch.arguments import configure, parse_arguments
@@ -24,6 +25,7 @@ from contnet.launch.preflight import check_run, count_processes
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
+from contnet.utils.files import WriteGuard
 
 __all__ = ["main", "run"]
 
@@ -51,7 +53,7 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
-def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
+def _evaluate_only(cfg: CfgNode, resume: bool, guard: WriteGuard) -> dict:
     model = build_model(cfg)
     dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=dataset_class_names(cfg, dicts))
@@ -72,29 +74,28 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
         weights=file,
         tta=cfg.TEST.AUG.ENABLED,
         dicts=dicts,
+        guard=guard,
     )
 
 
-def run(
-    args: argparse.Namespace, prepare: Callable[[Trainer], None] = lambda trainer: None
-) -> dict:
+def run(args: argparse.Namespace, launcher: LauncherHook | None = None) -> dict:
     """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
 
     Args:
         args: of :func:`contnet.launch.arguments.parse_arguments`.
-        prepare: what a launcher adds to the trainer before it starts.
+        launcher: what the launcher of this process adds.
     """
+    launcher = launcher or LauncherHook()
     cfg = _setup(args)
     if args.eval_only:
-        return _evaluate_only(cfg, args.resume)
+        return _evaluate_only(cfg, args.resume, launcher.guard)
     if args.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
-    trainer = Trainer(cfg, cfg.SEED)
+    trainer = Trainer(cfg, cfg.SEED, launcher)
     trainer.resume_or_load(args.resume)
-    prepare(trainer)
     return trainer.fit()
 
 
