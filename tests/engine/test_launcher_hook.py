@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 import torch
 from conftest import QUICK, REPOSITORY, metrics_of
 
 from contnet.engine.hooks import LauncherHook
-from contnet.launch.arguments import parse_arguments
+from contnet.engine.run_record import record_run
+from contnet.engine.writers import truncate_metrics
+from contnet.evaluation.results import truncate_results
+from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.main import run
 from contnet.utils.files import WriteGuard
 
@@ -75,58 +79,83 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-class Limited(WriteGuard):
-    """Lets a run write until it has asked a number of times; notes what is there then."""
+class Lease(WriteGuard):
+    """Can be lost, and notes what is there then."""
 
     writer = "first"
 
-    def __init__(self, folder, allowed):
-        self.folder, self.allowed = folder, allowed
-        self.asked, self.files = 0, None
+    def __init__(self, folder):
+        self.folder, self.files = folder, None
+
+    def lose(self):
+        if self.files is None:
+            self.files = files_of(self.folder)
 
     def check(self):
-        self.asked += 1
-        if self.asked > self.allowed:
-            if self.files is None:
-                self.files = files_of(self.folder)
+        if self.files is not None:
             raise Lost
 
-
-class Guarded(LauncherHook):
-    def __init__(self, guard):
-        self.guard = guard
-
-
-def test_nothing_is_written_once_that_is_refused(arguments, tmp_path):
-    """Wherever in a run: its record, metrics, checkpoints, results."""
-    endless = Limited(tmp_path / "whole", 10**6)
-    run(arguments(tmp_path / "whole"), Guarded(endless))
-    assert endless.asked > 20
-    for allowed in range(0, endless.asked, 5):  # odd: the beginnings and the ends of files
-        folder = tmp_path / str(allowed)
-        guard = Limited(folder, allowed)
-        with pytest.raises(Lost):
-            run(arguments(folder), Guarded(guard))
-        # What was begun is gone.
-        expected = {k: v for k, v in guard.files.items() if not k.endswith(".first.tmp")}
-        assert files_of(folder) == expected, allowed
+    def assert_nothing_changed(self):
+        """But for a file that was begun, which is gone."""
+        kept = {k: v for k, v in self.files.items() if not k.endswith(".first.tmp")}
+        assert files_of(self.folder) == kept
 
 
-def test_nothing_is_written_in_the_background_either(arguments, tmp_path, monkeypatch):
-    """The guard refuses while a checkpoint is half written."""
-    guard = Limited(tmp_path, 10**6)
+class Loses(LauncherHook):
+    """Loses the lease at a moment of the second iteration."""
+
+    def __init__(self, folder, moment=""):
+        self.guard, self.moment = Lease(folder), moment
+
+    def _at(self, moment):
+        if moment == self.moment and self.trainer.iter == 1:
+            self.guard.lose()
+
+    def before_step(self):
+        self._at("step")
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        self._at("evaluation")
+        yield
+
+    def after_step(self):
+        self._at("end")
+
+
+RARE = ("LOG_PERIOD", "100", "TEST.EVAL_PERIOD", "0")
+
+
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [
+        ("step", ()),  # the metrics come next
+        ("step", RARE),  # a checkpoint
+        ("evaluation", ()),  # results.json
+        ("end", ()),
+    ],
+)
+def test_nothing_is_written_after_the_loss(arguments, tmp_path, moment, options):
+    hook = Loses(tmp_path, moment)
+    with pytest.raises(Lost):
+        run(arguments(tmp_path, *options), hook)
+    hook.guard.assert_nothing_changed()
+
+
+@pytest.mark.parametrize("background", ["False", "True"])
+def test_a_loss_in_a_checkpoint(arguments, tmp_path, monkeypatch, background):
+    """The one before stays the last."""
+    hook = Loses(tmp_path)
     save = torch.save
 
-    def refused(data, file):
+    def losing(data, file):
         save(data, file)
         if file.name.endswith("model_0000001.pth.first.tmp"):
-            guard.allowed = 0
+            hook.guard.lose()
 
-    monkeypatch.setattr("torch.save", refused)
-    hook = Guarded(guard)
-    background = ("SOLVER.CHECKPOINT_BACKGROUND", "True")
+    monkeypatch.setattr("torch.save", losing)
     with pytest.raises(Lost) as lost:
-        run(arguments(tmp_path, *background), hook)
+        run(arguments(tmp_path, "SOLVER.CHECKPOINT_BACKGROUND", background), hook)
     with contextlib.suppress(Lost):
         hook.trainer.checkpointer.wait()  # lives as long as the traceback
     del lost
@@ -134,14 +163,71 @@ def test_nothing_is_written_in_the_background_either(arguments, tmp_path, monkey
     checkpoints = sorted(name for name in files if ".pth" in name)
     assert checkpoints == ["model_0000000.pth", "model_best.pth"]
     assert files["last_checkpoint"] == b"model_0000000.pth"
+    if background == "False":
+        hook.guard.assert_nothing_changed()
+
+
+def test_a_loss_between_a_checkpoint_and_its_note(arguments, tmp_path, monkeypatch):
+    hook = Loses(tmp_path)
+    replace = os.replace
+
+    def losing(source, target):
+        replace(source, target)
+        if str(target).endswith("model_0000001.pth"):
+            hook.guard.lose()
+
+    monkeypatch.setattr("os.replace", losing)
+    with pytest.raises(Lost):
+        run(arguments(tmp_path), hook)
+    assert (tmp_path / "model_0000001.pth").exists()
+    hook.guard.assert_nothing_changed()
+
+
+class Cut(LauncherHook):
+    """Ends a run that has metrics of an iteration more than its last checkpoint."""
+
+    def after_step(self):
+        if self.trainer.iter == 1:
+            raise InterruptedError
+
+
+def test_a_resume_that_comes_too_late(arguments, tmp_path):
+    """It neither cuts metrics back nor removes what another attempt has begun."""
+    with pytest.raises(InterruptedError):
+        run(arguments(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "3"), Cut())
+    (tmp_path / "model_0000000.pth.second.tmp").write_text("half")
+    (tmp_path / "results.json").write_text(json.dumps([]))
+    hook = Loses(tmp_path)
+    hook.guard.lose()
+    with pytest.raises(Lost):
+        run(arguments(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "3", "--resume"), hook)
+    hook.guard.assert_nothing_changed()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda cfg, guard: truncate_metrics(cfg.OUTPUT_DIR, 0, guard),
+        lambda cfg, guard: truncate_results(cfg.OUTPUT_DIR, 0, guard),
+        lambda cfg, guard: record_run(cfg, 1, 0, guard),
+    ],
+    ids=["metrics", "results", "record"],
+)
+def test_each_file_of_a_start_is_guarded(arguments, tmp_path, write):
+    args = arguments(tmp_path)
+    run(args)
+    guard = Lease(tmp_path)
+    guard.lose()
+    with pytest.raises(Lost):
+        write(configure(args), guard)
+    guard.assert_nothing_changed()
 
 
 def test_an_evaluation_alone_is_guarded(arguments, tmp_path):
     run(arguments(tmp_path / "trained"))
     weights = ("MODEL.WEIGHTS", str(tmp_path / "trained" / "model_final.pth"))
-    for allowed in range(3):
-        folder = tmp_path / str(allowed)
-        guard = Limited(folder, allowed)
-        with pytest.raises(Lost) if allowed < 2 else contextlib.nullcontext():
-            run(arguments(folder, *weights, "--eval-only"), Guarded(guard))
-        assert (folder / "results.json").exists() == (allowed == 2)
+    hook = Loses(tmp_path / "alone")
+    hook.guard.lose()
+    with pytest.raises(Lost):
+        run(arguments(tmp_path / "alone", *weights, "--eval-only"), hook)
+    assert not (tmp_path / "alone" / "results.json").exists()
