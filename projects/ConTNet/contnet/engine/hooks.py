@@ -128,7 +128,6 @@ class WriteMetrics(HookBase):
                 writer.write()
 
     def after_train(self) -> None:
-        self.guard.check()  # TensorBoard's writes what it has kept
         for writer in self.writers:
             writer.close()
 
