@@ -368,11 +368,22 @@ def test_a_failed_training_tells_of_a_file_too(tmp_path, monkeypatch, full_disk,
 LEAVERS = """
 import json, os, signal, sys, time, torch
 from contnet.checkpoint.checkpointer import Checkpointer
-from contnet.utils.files import guard_writes
+from contnet.utils.files import WriteGuard
+
+class Lease(WriteGuard):
+    writer = "start"
+
+    def __init__(self, how):
+        self.how, self.begun = how, False
+
+    def check(self):
+        if self.how == "lease" and self.begun:
+            raise SystemExit(3)
 
 def train(folder, how):
     model = torch.nn.Linear(1000, 1000, bias=False)
-    checkpointer = Checkpointer(model, folder, background=True)
+    guard = Lease(how)
+    checkpointer = Checkpointer(model, folder, background=True, guard=guard)
     torch.nn.init.constant_(model.weight, 1)
     checkpointer.save("model_0000001")
     checkpointer.wait()
@@ -382,22 +393,17 @@ def train(folder, how):
         save(data, file)
         file.flush()
         open(folder + "/half", "w").close()
+        guard.begun = True
         time.sleep(60 if how == "kill" else 0.5)
 
     torch.save = slow
-    asked = []
-
-    def lease():  # asked before a file is begun, and before it takes its name
-        asked.append(1)
-        if how == "lease" and len(asked) == 2:
-            os._exit(3)
-
-    guard_writes("start", lease)
     torch.nn.init.constant_(model.weight, 2)
     checkpointer.save("model_0000002")
     torch.nn.init.constant_(model.weight, 3)
     if how == "crash":
         raise SystemExit("a crash")
+    if how == "lease":
+        checkpointer.wait()
 
 for folder in sys.argv[1:]:
     os.makedirs(folder)
@@ -425,5 +431,5 @@ def test_processes_leave_a_whole_last_checkpoint(tmp_path):
         name = (folder / "last_checkpoint").read_text()
         assert name == f"model_000000{last}.pth", how
         assert (torch.load(folder / name)["model"]["weight"] == last).all()
-        assert len(list(folder.glob("model_0000002.pth.start.tmp"))) == (0 if last == 2 else 1)
+        assert len(list(folder.glob("model_0000002.pth.start.tmp"))) == (1 if how == "kill" else 0)
         assert len(list(folder.glob("*.pth"))) == last

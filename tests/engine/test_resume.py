@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, REPOSITORY, finish, metrics_of
-from detectron2.engine import HookBase
 
+from contnet.engine.hooks import LauncherHook
 from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.run import run
 
@@ -229,7 +229,7 @@ CLASSIFIERS = {
 }
 
 
-class Cut(HookBase):
+class Cut(LauncherHook):
     """Ends a run between two checkpoints."""
 
     def after_step(self):
@@ -250,7 +250,7 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
 
     run(settings(uncut))
     with pytest.raises(InterruptedError):
-        run(settings(cut), lambda trainer: trainer.last_hooks.append(Cut()))
+        run(settings(cut), Cut())
     assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
     assert [line["iteration"] for line in metrics_of(cut)] == [0, 1, 2]
     run(settings(cut, "--resume"))

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contnet.report.curves import by_iteration, loss_curve, running_median
-from contnet.report.page import write_report
+from contnet.report.curves import by_iteration, loss_curve, running_median, score_curve
+from contnet.report.detection import write_detection_report
+from contnet.report.page import Curves, Facts, Gallery, Tiles, write_page
 from contnet.report.pictures import Box, ReportImage, place_tag
 
 CLASS_NAMES = ("circle", "<b>square</b>")
@@ -60,9 +61,10 @@ def images():
     y, x = np.mgrid[:48, :64]
     ramp = np.stack([3 * x, 4 * y, 128 + 0 * x], axis=-1).astype(np.uint8)
     truth = [Box((4, 5, 30, 40), 0), Box((20.5, 10, 60, 44), 1)]
+    found = [Box(np.array([5.0, 6, 31, 39]), 0, 0.876)]
     return [
-        ReportImage("one.jpg", ramp, truth, [Box(np.array([5.0, 6, 31, 39]), 0, 0.876)]),
-        ReportImage('two <&"> .jpg', ramp[::-1, ::-1], [], []),
+        ReportImage("one.jpg", ramp, {"Ground truth": truth, "Detections": found}),
+        ReportImage('two <&"> .jpg', ramp[::-1, ::-1], {"Ground truth": [], "Detections": []}),
     ]
 
 
@@ -84,7 +86,7 @@ def write(path, **changes):
         "summary": SUMMARY,
         "class_names": CLASS_NAMES,
     }
-    return write_report(path, **{**arguments, **changes})
+    return write_detection_report(path, **{**arguments, **changes})
 
 
 @pytest.fixture
@@ -136,6 +138,56 @@ def test_text_is_escaped(html):
     assert not page.all("of") and not page.all("b") and not page.all("d")
 
 
+HOSTILE = """</title></svg><script>alert(1)</script>" onload="alert(1)' onload='alert(1)"""
+
+
+def test_no_text_becomes_markup(tmp_path):
+    """Names of files, classes, views, metrics and facts may be anything."""
+    views = {HOSTILE: [Box((4, 5, 30, 40), 0)], f"no {HOSTILE}": []}
+    html = write(
+        tmp_path / "report.html",
+        title=HOSTILE,
+        images=[ReportImage(HOSTILE, np.zeros((48, 64, 3), np.uint8), views)],
+        metrics=[{"iteration": 1, f"loss_{HOSTILE}": 1.0, f"bbox/AP-{HOSTILE}": 2.0}],
+        summary={HOSTILE: HOSTILE},
+        class_names=[HOSTILE],
+    ).read_text()
+    page = Page(html)
+    assert not page.all("script")
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    labels = [attributes["aria-label"] for attributes in page.all("svg", class_="picture")]
+    assert labels == [f"{HOSTILE} of {HOSTILE}: {HOSTILE}", f"no {HOSTILE} of {HOSTILE}: none"]
+    assert page.all("section")[0]["aria-label"] == HOSTILE
+    assert f"loss_{HOSTILE}" in page.text  # in the table
+    # Title, heading, name and value of the fact, class in its table and in the legend, name of the
+    # image, title of the box and its label, captions of the views.
+    assert page.words().count(HOSTILE) >= 11
+
+
+def test_sections_in_any_order_and_number(tmp_path):
+    """A page is what it is given: here one of a classifier, with two galleries."""
+    rows = {i: {"total_loss": 2.0 - i, "classification/top1": 40.0 + i} for i in range(2)}
+    top1 = score_curve(
+        rows, ["classification/top1"], ylabel="%", label="Top-1 by iteration", caption="Accuracy."
+    )
+    truth, wrong = ({"shown": []}, {"shown": [], "again": [Box((1, 1, 9, 9), 1)]})
+    blank = np.zeros((12, 12, 3), np.uint8)
+    galleries = [
+        Gallery(heading, ["cat", "dog"], [ReportImage(heading, blank, views)])
+        for heading, views in (("Right", truth), ("Wrong", wrong))
+    ]
+    curves = Curves("Accuracy", [top1], ["classification/top1"], rows)
+    sections = [*galleries, curves, Facts("Facts", {"epochs": 2}), Tiles({"top-1": "41.0"})]
+    html = write_page(tmp_path / "page.html", "A classifier", sections).read_text()
+    page = Page(html)
+    assert re.findall("<h2>(.*?)</h2>", html) == ["Right", "Wrong", "Accuracy", "Facts"]
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert [a["href"] for a in page.all("use") if "href" in a] == ["#image-2-0"]
+    assert "top-1 41.0" in page.words() and "Average precision" not in html
+    assert page.all("svg", **{"aria-label": "Top-1 by iteration"})
+
+
 def test_holds_every_image(html):
     embedded = Page(html).all("image")
     assert len(embedded) == 2
@@ -167,11 +219,12 @@ def test_boxes_are_drawn_where_they_are(html):
 def test_labels_stay_in_the_image_and_avoid_each_other():
     taken = []
     for _ in range(4):
-        left, top = place_tag(Box((70, 0, 110, 50), 0), (40, 10), (100, 80), taken)
-        assert 0 <= left <= 60 and 0 <= top <= 70
-        taken.append((left, top, left + 40, top + 10))
+        place = place_tag(Box((70, 0, 110, 50), 0), (40, 10), (100, 80), taken)
+        assert 0 <= place.x <= 60 and 0 <= place.y <= 70
+        assert (place.width, place.height) == (40, 10)
+        taken.append(place)
     assert len(set(taken[:3])) == 3
-    assert not any(a[1] < b[3] and b[1] < a[3] for a, b in itertools.pairwise(taken))
+    assert not any(a.y < b.y + 10 and b.y < a.y + 10 for a, b in itertools.pairwise(taken))
 
 
 def test_summary_and_last_numbers_are_said(html):
@@ -204,7 +257,7 @@ def test_curves_are_drawn_and_named(html):
 
 def test_a_falling_loss_falls_in_the_curve():
     rows = {i: {"total_loss": 5.0 - i / 10} for i in range(40)}
-    path = re.search(r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', loss_curve(rows))
+    path = re.search(r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', loss_curve(rows).body)
     heights = [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path.group(1))]
     assert len(heights) >= 2 and heights == sorted(heights)  # In SVG, y grows downwards.
 
@@ -274,12 +327,13 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
 )
 def test_wrong_images(tmp_path, array):
     with pytest.raises(ValueError, match="expected a uint8 image"):
-        write(tmp_path / "report.html", images=[ReportImage("x", array, [], [])])
+        write(tmp_path / "report.html", images=[ReportImage("x", array, {})])
 
 
 @pytest.mark.parametrize("index", [-1, 2])
 def test_unknown_class(tmp_path, index):
-    item = ReportImage("x", np.zeros((8, 8, 3), np.uint8), [], [Box((0, 0, 4, 4), index, 0.5)])
+    found = [Box((0, 0, 4, 4), index, 0.5)]
+    item = ReportImage("x", np.zeros((8, 8, 3), np.uint8), {"Detections": found})
     with pytest.raises(ValueError, match="has no name"):
         write(tmp_path / "report.html", images=[item])
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, iteration_of
 from contnet.checkpoint.reading import EMA_KEYS, Weights, read_weights
 from contnet.utils.errors import UserError
-from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_write
 
 __all__ = ["Checkpointer"]
 
@@ -42,6 +42,7 @@ class Checkpointer(DetectionCheckpointer):
             its state change: the thread copies these, too, and the next step waits until it has.
         metadata: facts of the model, which checkpoints carry and files are compared with; None to
             save and compare nothing.
+        guard: is asked before anything is written or removed.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
     """
 
@@ -55,6 +56,7 @@ class Checkpointer(DetectionCheckpointer):
         background: bool = False,
         model_optimizer: Optimizer | None = None,
         metadata: Metadata | None = None,
+        guard: WriteGuard = NO_GUARD,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -69,6 +71,7 @@ class Checkpointer(DetectionCheckpointer):
         if background and model_optimizer is not None:
             model_optimizer.register_step_pre_hook(self._await_copy)
         self.metadata = metadata
+        self.guard = guard
 
     def save(self, name: str, *, iteration: int | None = None, **kwargs) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
@@ -137,7 +140,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _write(self, path: Path, read: Callable[[], object]) -> None:
         try:
-            with atomic_write(path) as file:
+            with atomic_write(path, guard=self.guard) as file:
                 torch.save(read(), file)
             if path.stem != BEST:
                 self.tag_last_checkpoint(path.name)
@@ -147,7 +150,7 @@ class Checkpointer(DetectionCheckpointer):
         self._drop_old()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w") as file:
+        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w", self.guard) as file:
             file.write(last_filename_basename)
 
     def _drop_old(self) -> None:
@@ -229,5 +232,6 @@ class Checkpointer(DetectionCheckpointer):
     def remove_leftovers(self) -> None:
         """Deletes what a killed process left half written."""
         self.wait()
+        self.guard.check()  # those of a later attempt are still being written
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
             path.unlink()

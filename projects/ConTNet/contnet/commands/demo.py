@@ -34,7 +34,7 @@ from contnet.engine.writers import read_metrics
 from contnet.launch.main import main as train
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
-from contnet.report.page import write_report
+from contnet.report.detection import write_detection_report
 from contnet.report.pictures import Box, ReportImage
 from contnet.utils.errors import UserError, print_error
 
@@ -82,8 +82,10 @@ def _pictures(cfg: CfgNode) -> list[ReportImage]:
                 ReportImage(
                     name=Path(record["file_name"]).name,
                     image=detection_utils.read_image(record["file_name"], "RGB"),
-                    ground_truth=_ground_truth(record),
-                    detections=_detections(output["instances"]),
+                    views={
+                        "Ground truth": _ground_truth(record),
+                        "Detections": _detections(output["instances"]),
+                    },
                 )
             )
     return pictures
@@ -114,7 +116,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
     metrics = read_metrics(run)
     ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
     seconds = time.monotonic() - start
-    page = write_report(
+    page = write_detection_report(
         output / "report.html",
         title="ConTNet on drawn shapes",
         images=_pictures(cfg),

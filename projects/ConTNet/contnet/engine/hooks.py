@@ -4,6 +4,7 @@ metrics, then checkpoints, so that whatever a checkpoint has passed is on the di
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -17,11 +18,12 @@ from timm.utils import ModelEmaV3
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import BEST, FINAL, numbered_name
 from contnet.utils.errors import UserError
-from contnet.utils.files import check_may_write
+from contnet.utils.files import NO_GUARD, WriteGuard
 
 __all__ = [
     "BestCheckpoint",
     "Evaluation",
+    "LauncherHook",
     "PeriodicCheckpoint",
     "UpdateEMA",
     "WriteMetrics",
@@ -104,16 +106,24 @@ class WriteMetrics(HookBase):
         writers: to write to; only those of the main process.
         period: in iterations.
         evaluation_period: in iterations, as of :class:`Evaluation`.
+        guard: is asked before anything is written.
     """
 
-    def __init__(self, writers: list[EventWriter], period: int, evaluation_period: int):
+    def __init__(
+        self,
+        writers: list[EventWriter],
+        period: int,
+        evaluation_period: int,
+        guard: WriteGuard = NO_GUARD,
+    ):
         self.writers = writers
         self.periods = (period, evaluation_period)
+        self.guard = guard
 
     def after_step(self) -> None:
         trainer = self.trainer
         if any(is_due(trainer.iter, period, trainer.max_iter) for period in self.periods):
-            check_may_write()
+            self.guard.check()
             for writer in self.writers:
                 writer.write()
 
@@ -172,3 +182,17 @@ class BestCheckpoint(HookBase):
         if best.get("iteration") == self.trainer.iter:
             logger.info(f"The best {best['metric']} so far: {best['value']:.2f}")
             self.checkpointer.save(BEST, iteration=self.trainer.iter)
+
+
+class LauncherHook(HookBase):
+    """What a launcher adds to a training, as the last of its hooks; this one adds nothing.
+
+    Attributes:
+        guard: is asked before anything is written into the run's folder.
+    """
+
+    guard: WriteGuard = NO_GUARD
+
+    def evaluating(self) -> contextlib.AbstractContextManager:
+        """Entered by every process before each evaluation in training, and left after it."""
+        return contextlib.nullcontext()

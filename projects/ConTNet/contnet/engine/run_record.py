@@ -13,7 +13,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from contnet.utils.files import atomic_write
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 from contnet.utils.version import installed_versions
 
 __all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
@@ -40,13 +40,14 @@ def git_commit() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
+def record_run(cfg: CfgNode, seed: int, start_iter: int, guard: WriteGuard = NO_GUARD) -> None:
     """Appends this attempt of the run to run.json, a list.
 
     Args:
         cfg: OUTPUT_DIR and MODEL.DEVICE are read.
         seed: of the order of images and of all random state.
         start_iter: the first iteration of this attempt.
+        guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(cfg.OUTPUT_DIR, RUN_FILE)
     attempts = json.loads(path.read_text()) if path.exists() else []
@@ -64,5 +65,5 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int) -> None:
             "start_iter": start_iter,
         }
     )
-    with atomic_write(path, "w") as file:
+    with atomic_write(path, "w", guard) as file:
         json.dump(attempts, file, indent=1)

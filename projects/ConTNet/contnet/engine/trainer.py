@@ -28,6 +28,7 @@ from contnet.data.pipeline.loader import build_train_loader
 from contnet.engine.hooks import (
     BestCheckpoint,
     Evaluation,
+    LauncherHook,
     PeriodicCheckpoint,
     UpdateEMA,
     WriteMetrics,
@@ -84,9 +85,10 @@ class Trainer(SimpleTrainer):
     Args:
         cfg: the config.
         seed: of the order of images and of all random state, the same on all ranks.
+        launcher: what the launcher of this process adds.
     """
 
-    def __init__(self, cfg: CfgNode, seed: int):
+    def __init__(self, cfg: CfgNode, seed: int, launcher: LauncherHook | None = None):
         use_plain_focal_loss()
         dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
         metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TRAIN))
@@ -95,6 +97,7 @@ class Trainer(SimpleTrainer):
         loader = build_train_loader(cfg, dicts, seed)
         super().__init__(wrap_ddp(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
         self.cfg = cfg
+        self.launcher = launcher or LauncherHook()
         self.batch_sampler = loader.batch_sampler
         self.grad_accum_steps = cfg.SOLVER.GRAD_ACCUM_STEPS
         self.scaler = grad_scaler(cfg)
@@ -114,11 +117,11 @@ class Trainer(SimpleTrainer):
             background=cfg.SOLVER.CHECKPOINT_BACKGROUND,
             model_optimizer=optimizer,
             metadata=metadata,
+            guard=self.launcher.guard,
             save_to_disk=comm.is_main_process(),
             trainer=weakref.proxy(self),
             **extras,
         )
-        self.last_hooks = []  # a launcher's, to come after all others
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
@@ -136,7 +139,10 @@ class Trainer(SimpleTrainer):
         """
         model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
-        return evaluate(self.cfg, model, iteration=self.iter, tta=tta)
+        with self.launcher.evaluating():
+            return evaluate(
+                self.cfg, model, iteration=self.iter, tta=tta, guard=self.launcher.guard
+            )
 
     def resume_or_load(self, resume: bool) -> None:
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
@@ -171,10 +177,11 @@ class Trainer(SimpleTrainer):
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
             done = self.start_iter - 1 - (self.pending_evaluation is not None)
-            truncate_metrics(self.cfg.OUTPUT_DIR, done)
-            truncate_results(self.cfg.OUTPUT_DIR, done)
-            record_run(self.cfg, self.batch_sampler.seed, self.start_iter)
-        self.register_hooks([*self._output_hooks(), *self.last_hooks])
+            guard = self.launcher.guard
+            truncate_metrics(self.cfg.OUTPUT_DIR, done, guard)
+            truncate_results(self.cfg.OUTPUT_DIR, done, guard)
+            record_run(self.cfg, self.batch_sampler.seed, self.start_iter, guard)
+        self.register_hooks([*self._output_hooks(), self.launcher])
         self.train(self.start_iter, self.max_iter)
         return self.evaluation.results
 
@@ -184,7 +191,7 @@ class Trainer(SimpleTrainer):
         if comm.is_main_process():
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
         return [
-            WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD),
+            WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, self.launcher.guard),
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]

@@ -20,6 +20,7 @@ from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
+from contnet.utils.files import NO_GUARD, WriteGuard
 
 __all__ = ["evaluate"]
 
@@ -82,6 +83,7 @@ def evaluate(
     weights: str | None = None,
     tta: bool = False,
     dicts: Mapping[str, Sequence[dict]] | None = None,
+    guard: WriteGuard = NO_GUARD,
 ) -> dict[str, dict]:
     """Evaluates on every data set of DATASETS.TEST, over all processes; prints and records it.
 
@@ -92,6 +94,7 @@ def evaluate(
         weights: the file it comes from, for results.json; None in training.
         tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
         dicts: of data sets that are loaded already, by name; the others are loaded.
+        guard: is asked before results.json is written.
 
     Returns:
         On the main process the metrics by task (by data set and task, if there are several data
@@ -111,7 +114,9 @@ def evaluate(
     if comm.is_main_process():
         ema = cfg.SOLVER.EMA.ENABLED
         if given := {name: metrics for name, metrics in results.items() if metrics}:
-            record_results(cfg.OUTPUT_DIR, given, iteration=iteration, weights=weights, ema=ema)
+            record_results(
+                cfg.OUTPUT_DIR, given, iteration=iteration, weights=weights, ema=ema, guard=guard
+            )
     if len(results) == 1:
         (results,) = results.values()
     if comm.is_main_process():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from contnet.utils.errors import UserError
-from contnet.utils.files import atomic_write
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 
 __all__ = [
     "RESULTS_FILE",
@@ -93,8 +93,8 @@ def read_results(output_dir: str) -> list[dict]:
     return records
 
 
-def _write(output_dir: str, records: Sequence[dict]) -> None:
-    with atomic_write(Path(output_dir, RESULTS_FILE), "w") as file:
+def _write(output_dir: str, records: Sequence[dict], guard: WriteGuard) -> None:
+    with atomic_write(Path(output_dir, RESULTS_FILE), "w", guard) as file:
         json.dump(records, file, indent=1, allow_nan=False)
 
 
@@ -105,6 +105,7 @@ def record_results(
     iteration: int | None,
     weights: str | None,
     ema: bool,
+    guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
 
@@ -114,6 +115,7 @@ def record_results(
         iteration: the last one that trained the weights; None if that is not known.
         weights: the file of an evaluation alone; None for one of a training.
         ema: whether the weights were an EMA.
+        guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     added = [
         {
@@ -128,17 +130,18 @@ def record_results(
     keys = [[each[key] for key in _KEYS] for each in added]
     records = read_results(output_dir)
     kept = [each for each in records if [each.get(key) for key in _KEYS] not in keys]
-    _write(output_dir, kept + added)
+    _write(output_dir, kept + added, guard)
 
 
-def truncate_results(output_dir: str, iteration: int) -> None:
+def truncate_results(output_dir: str, iteration: int, guard: WriteGuard = NO_GUARD) -> None:
     """Drops what a resumed run is going to evaluate again; evaluations alone stay.
 
     Args:
         output_dir: the run's folder.
         iteration: the last one that the checkpoint has.
+        guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     records = read_results(output_dir)
     kept = [each for each in records if each["weights"] or each["iteration"] <= iteration]
     if len(kept) < len(records):
-        _write(output_dir, kept)
+        _write(output_dir, kept, guard)

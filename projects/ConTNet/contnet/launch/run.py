@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -16,11 +15,13 @@ from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.engine.hooks import LauncherHook
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import evaluate
 from contnet.launch.arguments import RunSettings
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
+from contnet.utils.files import WriteGuard
 
 __all__ = ["run"]
 
@@ -53,7 +54,7 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
-def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
+def _evaluate_only(cfg: CfgNode, resume: bool, guard: WriteGuard) -> dict:
     model = build_model(cfg)
     dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
     metadata = describe_model(cfg, dataset_class_names(cfg, dicts))
@@ -69,25 +70,26 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
         weights=file,
         tta=cfg.TEST.AUG.ENABLED,
         dicts=dicts,
+        guard=guard,
     )
 
 
-def run(settings: RunSettings, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict:
+def run(settings: RunSettings, launcher: LauncherHook | None = None) -> dict:
     """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
 
     Args:
         settings: the same in all processes.
-        prepare: what a launcher adds to the trainer before it starts.
+        launcher: what the launcher of this process adds.
     """
+    launcher = launcher or LauncherHook()
     cfg = _setup(settings)
     if settings.eval_only:
-        return _evaluate_only(cfg, settings.resume)
+        return _evaluate_only(cfg, settings.resume, launcher.guard)
     if settings.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
-    trainer = Trainer(cfg, cfg.SEED)
+    trainer = Trainer(cfg, cfg.SEED, launcher)
     trainer.resume_or_load(settings.resume)
-    prepare(trainer)
     return trainer.fit()

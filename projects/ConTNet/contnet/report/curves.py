@@ -1,4 +1,4 @@
-"""Numbers and curves of a run, as SVG in the page."""
+"""Numbers of a run, and curves of them as SVG."""
 
 from __future__ import annotations
 
@@ -6,26 +6,43 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 __all__ = [
-    "ap_curve",
+    "Curve",
     "by_iteration",
-    "format_number",
     "loss_curve",
+    "loss_keys",
     "running_median",
+    "score_curve",
     "series",
-    "shown_columns",
 ]
 
 # Mid-tones that stand out from white and from black.
 _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
 _SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A drawing in the page's text colour and font.
+
+    Attributes:
+        label: what it shows, for those who cannot see it.
+        caption: stands below it.
+        view_box: SVG's viewBox.
+        body: SVG elements.
+    """
+
+    label: str
+    caption: str
+    view_box: str
+    body: str
 
 
 def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
@@ -43,19 +60,11 @@ def series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int]
     return [i for i, _ in points], [value for _, value in points]
 
 
-def shown_columns(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """The keys that the page shows, in its order: losses, then AP over all classes."""
+def loss_keys(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """The keys of losses, the total first."""
     keys = {key for row in rows.values() for key in row}
-    losses = sorted(key for key in keys if key.startswith("loss_"))
-    scores = sorted(key for key in keys if re.fullmatch(r"(bbox|segm)/AP[0-9a-z]*", key))
-    return [key for key in ("total_loss",) if key in keys] + losses + scores
-
-
-def format_number(value: object) -> str:
-    """A value of a table, with few digits."""
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
-    return str(value)
+    total = [key for key in ("total_loss",) if key in keys]
+    return total + sorted(key for key in keys if key.startswith("loss_"))
 
 
 def running_median(values: list[float]) -> list[float]:
@@ -78,27 +87,24 @@ def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """A figure as an inline <svg> in the page's text colour and font."""
+def _curve(figure: Figure, label: str, caption: str) -> Curve:
     if figure.axes[0].get_legend_handles_labels()[1]:
         figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=_SENTINEL)
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    opening, body = re.search("<svg([^>]*)>(.*)", stream.getvalue(), re.DOTALL).groups()
-    view_box = re.search('viewBox="[^"]*"', opening).group()
+    opening, body = re.search("<svg([^>]*)>(.*)</svg>", stream.getvalue(), re.DOTALL).groups()
+    view_box = re.search('viewBox="([^"]*)"', opening).group(1)
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    body = body.replace(_SENTINEL, "currentColor")
-    return f'<svg role="img" aria-label="{escape(label)}" {view_box}>{body}'
+    return Curve(label, caption, view_box, body.replace(_SENTINEL, "currentColor").strip())
 
 
-def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
+def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> Curve:
     """All losses: their running medians, and faintly each value of the total."""
     figure, axes = _new_figure("loss")
-    keys = [key for key in shown_columns(rows) if key.startswith(("total_loss", "loss_"))]
-    for index, key in enumerate(keys):
+    for index, key in enumerate(loss_keys(rows)):
         x, y = series(rows, key)
         colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
         if key == "total_loss":
@@ -107,16 +113,29 @@ def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
         marker = "o" if len(x) == 1 else None
         axes.plot(x, running_median(y), color=colour, linewidth=width, marker=marker, label=key)
     axes.set_ylim(bottom=0)
-    return _svg(figure, "Loss against iteration")
+    return _curve(figure, "Loss against iteration", "Losses; lines are running medians.")
 
 
-def ap_curve(rows: Mapping[int, Mapping[str, float]]) -> str:
-    """Average precision over all classes."""
-    figure, axes = _new_figure("AP")
-    keys = [key for key in shown_columns(rows) if re.fullmatch(r"(bbox|segm)/AP(50|75)?", key)]
+def score_curve(
+    rows: Mapping[int, Mapping[str, float]],
+    keys: Sequence[str],
+    *,
+    ylabel: str,
+    label: str,
+    caption: str,
+) -> Curve:
+    """Scores in percent.
+
+    Args:
+        rows: values of an iteration by key.
+        keys: of the scores to draw.
+        ylabel: what they have in common.
+        label, caption: as of :class:`Curve`.
+    """
+    figure, axes = _new_figure(ylabel)
     for index, key in enumerate(keys):
         x, y = series(rows, key)
         colour = _LINE_COLOURS[(index + 1) % len(_LINE_COLOURS)]
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=key)
     axes.set_ylim(0, 100)
-    return _svg(figure, "Average precision against iteration")
+    return _curve(figure, label, caption)

@@ -1,20 +1,29 @@
-"""Pictures with boxes, as SVG in the page."""
+"""Images with boxes: what the page draws over them, and where."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASS_COLOURS", "Box", "ReportImage", "draw_pair", "place_tag"]
+__all__ = [
+    "Box",
+    "LabelledBox",
+    "Place",
+    "ReportImage",
+    "class_colour",
+    "data_url",
+    "label_boxes",
+    "place_tag",
+]
 
 # Light enough for black text on top, and far apart from each other in lightness or hue.
-CLASS_COLOURS = (
+_CLASS_COLOURS = (
     "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
@@ -38,109 +47,114 @@ class Box:
 
 @dataclass(frozen=True)
 class ReportImage:
-    """An image with its true boxes and the boxes that were found.
+    """An image, shown once for each view of it.
 
     Attributes:
         name: what the page calls the image, e.g. its file name.
         image: uint8 RGB array of shape (H, W, 3).
-        ground_truth: the true boxes.
-        detections: the detector's boxes; give only those that should be seen.
+        views: boxes to draw, by the view's name, e.g. ground truth and detections.
     """
 
     name: str
     image: np.ndarray
-    ground_truth: Sequence[Box]
-    detections: Sequence[Box]
+    views: Mapping[str, Sequence[Box]]
 
 
-def _data_url(image: np.ndarray) -> str:
+class Place(NamedTuple):
+    """A rectangle in pixels of the image."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """A box as it is drawn.
+
+    Attributes:
+        xyxy: of the box.
+        text: its class and score.
+        colour: of its class.
+        outline: the box.
+        tag: the field behind the text.
+        letter: size of the font in pixels of the image.
+        text_width: in pixels of the image.
+    """
+
+    xyxy: tuple[float, float, float, float]
+    text: str
+    colour: str
+    outline: Place
+    tag: Place
+    letter: float
+    text_width: float
+
+
+def data_url(image: np.ndarray) -> str:
+    """A uint8 RGB image (H, W, 3) as a JPEG in a URL."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=92)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _caption(box: Box, class_names: Sequence[str]) -> str:
-    name = class_names[box.class_index]
-    return name if box.score is None else f"{name} {box.score:.2f}"
+def class_colour(index: int) -> str:
+    """The colour of a class, as CSS writes it."""
+    return _CLASS_COLOURS[index % len(_CLASS_COLOURS)]
 
 
 def place_tag(
-    box: Box, size: tuple[float, float], limits: tuple[int, int], taken: list[tuple[float, ...]]
-) -> tuple[float, float]:
-    """The left top corner of a box's label: at the box, in the image, over no label if possible."""
+    box: Box, size: tuple[float, float], limits: tuple[int, int], taken: Sequence[Place]
+) -> Place:
+    """Where a box's label stands: at the box, in the image, over no other label if possible.
+
+    Args:
+        box: to label.
+        size: width and height of the label.
+        limits: width and height of the image.
+        taken: where the labels before it stand.
+    """
     (x0, y0, x1, y1), (width, height) = (float(v) for v in box.xyxy), size
     places = []
     for y in (y0 - height, y1, y0, y1 - height):
         for x in (x0, x1 - width):
             left, top = min(x, limits[0] - width), min(y, limits[1] - height)
-            places.append((max(left, 0.0), max(top, 0.0)))
+            places.append(Place(max(left, 0.0), max(top, 0.0), width, height))
 
-    def hidden(place: tuple[float, float]) -> float:
+    def hidden(place: Place) -> float:
         overlaps = (
-            max(min(place[0] + width, right) - max(place[0], left), 0)
-            * max(min(place[1] + height, bottom) - max(place[1], top), 0)
-            for left, top, right, bottom in taken
+            max(min(place.x + width, other.x + other.width) - max(place.x, other.x), 0)
+            * max(min(place.y + height, other.y + other.height) - max(place.y, other.y), 0)
+            for other in taken
         )
         return sum(overlaps)
 
     return min(places, key=hidden)
 
 
-def _drawn_boxes(boxes: Sequence[Box], names: Sequence[str], width: int, height: int) -> str:
-    """Boxes and, above them all, their labels, in units of the image's pixels."""
-    size = max(width, height) / 23
-    outlines, tags = [], []
-    taken: list[tuple[float, ...]] = []
+def label_boxes(
+    boxes: Sequence[Box], class_names: Sequence[str], width: int, height: int
+) -> list[LabelledBox]:
+    """Boxes with their labels, which avoid each other, in an image of ``width`` and ``height``."""
+    letter = max(width, height) / 23
+    labelled: list[LabelledBox] = []
     for box in boxes:
-        x0, y0, x1, y1 = (float(v) for v in box.xyxy)
-        text = _caption(box, names)
-        colour = CLASS_COLOURS[box.class_index % len(CLASS_COLOURS)]
-        place = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-        outlines.append(
-            f'<g class="box"><title>{escape(text)} at {x0:.0f}, {y0:.0f}, {x1:.0f}, {y1:.0f}'
-            f'</title><rect {place} class="halo"/><rect {place} stroke="{colour}"/></g>'
+        x0, y0, x1, y1 = xyxy = tuple(float(v) for v in box.xyxy)
+        text = class_names[box.class_index]
+        if box.score is not None:
+            text += f" {box.score:.2f}"
+        text_width = len(text) * _LETTER_WIDTH * letter
+        size = (text_width + 0.5 * letter, 1.2 * letter)
+        labelled.append(
+            LabelledBox(
+                xyxy=xyxy,
+                text=text,
+                colour=class_colour(box.class_index),
+                outline=Place(x0, y0, x1 - x0, y1 - y0),
+                tag=place_tag(box, size, (width, height), [each.tag for each in labelled]),
+                letter=letter,
+                text_width=text_width,
+            )
         )
-        length = len(text) * _LETTER_WIDTH * size
-        tag_width, tag_height = length + 0.5 * size, 1.2 * size
-        left, top = place_tag(box, (tag_width, tag_height), (width, height), taken)
-        taken.append((left, top, left + tag_width, top + tag_height))
-        tags.append(
-            f'<g class="tag"><rect x="{left:.1f}" y="{top:.1f}" width="{tag_width:.1f}" '
-            f'height="{tag_height:.1f}" rx="{0.15 * size:.1f}" fill="{colour}"/>'
-            f'<text x="{left + 0.25 * size:.1f}" y="{top + 0.93 * size:.1f}" '
-            f'font-size="{size:.1f}" textLength="{length:.1f}" '
-            f'lengthAdjust="spacingAndGlyphs">{escape(text)}</text></g>'
-        )
-    return "".join(outlines + tags)
-
-
-def _picture(
-    content: str, kind: str, item: ReportImage, boxes: Sequence[Box], names: Sequence[str]
-) -> str:
-    """One image with boxes and the caption that says what they are."""
-    height, width = item.image.shape[:2]
-    listed = ", ".join(_caption(box, names) for box in boxes) or "none"
-    drawn = _drawn_boxes(boxes, names, width, height)
-    count = "1 box" if len(boxes) == 1 else f"{len(boxes)} boxes"
-    return (
-        f'<figure><svg class="picture" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{kind} of {escape(item.name)}: {escape(listed)}">{content}{drawn}</svg>'
-        f"<figcaption>{kind}: {count}</figcaption></figure>"
-    )
-
-
-def draw_pair(index: int, item: ReportImage, class_names: Sequence[str]) -> str:
-    """Ground truth and detections of one image, side by side."""
-    height, width = item.image.shape[:2]
-    content = (
-        f'<image id="image-{index}" width="{width}" height="{height}" '
-        f'href="{_data_url(item.image)}"/>'
-    )
-    again = f'<use href="#image-{index}"/>'
-    return (
-        f'<section class="pair" aria-label="{escape(item.name)}"><h3>{escape(item.name)}</h3>'
-        f'<div class="sides">'
-        + _picture(content, "Ground truth", item, item.ground_truth, class_names)
-        + _picture(again, "Detections", item, item.detections, class_names)
-        + "</div></section>\n"
-    )
+    return labelled

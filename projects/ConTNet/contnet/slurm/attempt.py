@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from threading import Lock
 
 import torch
@@ -31,11 +30,10 @@ from contnet.slurm.attempt_folder import (
     record_requeue,
 )
 from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job
-from contnet.slurm.lease import Lease
-from contnet.slurm.preemption import Preempted, prepare_trainer
+from contnet.slurm.lease import Lease, LeaseLost
+from contnet.slurm.preemption import Preempted, Preemption
 from contnet.slurm.watcher import Watcher, lost_contact
 from contnet.utils.errors import UserError
-from contnet.utils.files import guard_writes
 
 __all__ = ["Attempt"]
 
@@ -102,10 +100,19 @@ class Attempt:
         """Trains or evaluates, as ``TrainingJob`` says; returns the last evaluation's metrics."""
         self.watcher.start()
         try:
+            self._run()
+        except LeaseLost:
+            self.watcher.end_replaced()
+        return self.metrics
+
+    def _run(self) -> None:
+        try:
             self._begin()
             self._train()
         except Preempted:
             self._exit()
+        except LeaseLost:
+            raise
         except BaseException as error:
             if lost_contact(error) and self._node_is_gone():
                 sys.exit(self._end("a node does not answer any more"))
@@ -114,7 +121,6 @@ class Attempt:
         self.watcher.finish("finished")
         if self.job.rank == 0:
             self.lease.release()
-        return self.metrics
 
     def _node_is_gone(self) -> bool:
         """On rank 0, whether others are gone in a way that SLURM has not noticed.
@@ -137,8 +143,7 @@ class Attempt:
                 f"job {self.job.job_id} has been started {self.job.restart + 1} times and may be "
                 f"requeued {self.max_requeues} times: submit it again to go on"
             )
-        guard_writes(self.folder.path.name, self.watcher.check_lease)
-        self.watcher.check_lease()
+        self.lease.check()
         if self.job.rank == 0:
             self.lease.take(timeout=12 * self.watcher.heartbeat_interval)
         if self.interface:
@@ -165,11 +170,13 @@ class Attempt:
         check_run(settings)
         if settings.eval_only:
             self.watcher.enter("evaluation")
-        function = partial(run, prepare=partial(prepare_trainer, watcher=self.watcher))
         device = torch.device(settings.cfg.MODEL.DEVICE).type
         # Longer than the watcher waits, who can say more about a hang.
         timeout = self.hang_timeout + 60
-        self.metrics = launch_run(function, settings, self.processes, device, timeout)
+        self.metrics = launch_run(self._run, settings, self.processes, device, timeout)
+
+    def _run(self, settings: RunSettings) -> dict:
+        return run(settings, Preemption(self.watcher, self.lease))
 
     def _exit(self) -> None:
         """After the checkpoint: rank 0 decides, the others wait for its word."""
@@ -226,7 +233,7 @@ class Attempt:
             "iteration": last_saved_iteration(self.run_folder),
             "reason": reason,
         }
-        record_requeue(self.run_folder, record)
+        record_requeue(self.run_folder, record, self.lease)
         try:
             self.job.requeue()
         except UserError as error:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from contnet.checkpoint.names import iteration_of, last_checkpoint
-from contnet.utils.files import atomic_write
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 
 __all__ = [
     "AttemptFolder",
@@ -110,10 +110,10 @@ def read_requeues(run_folder: str | Path) -> list[dict]:
     return read_json(_requeues_file(run_folder)) or []
 
 
-def record_requeue(run_folder: str | Path, record: dict) -> None:
-    """Appends to them."""
+def record_requeue(run_folder: str | Path, record: dict, guard: WriteGuard = NO_GUARD) -> None:
+    """Appends to them, if the guard lets this process."""
     records = [*read_requeues(run_folder), {**record, "time": time.time()}]
-    with atomic_write(_requeues_file(run_folder), "w") as file:
+    with atomic_write(_requeues_file(run_folder), "w", guard) as file:
         json.dump(records, file, indent=1)
 
 

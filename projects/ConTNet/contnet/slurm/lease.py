@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from contnet.slurm.attempt_folder import (
 from contnet.slurm.client import job_state
 from contnet.slurm.cluster import Job
 from contnet.utils.errors import UserError
+from contnet.utils.files import TEMPORARY_SUFFIX, WriteGuard
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "LeaseLost"]
 
 
-class Lease:
+class LeaseLost(BaseException):
+    """A later attempt owns the run, so this one must end; no error of the training."""
+
+
+class Lease(WriteGuard):
     """Says which attempt of which job may write into a run's folder.
 
     SLURM starts a job again when it loses touch with a node, whose tasks may live on; the later
@@ -33,6 +39,7 @@ class Lease:
         self.run_folder = Path(run_folder)
         self.path = lease_file(run_folder)
         self.job = job
+        self.writer = AttemptFolder(run_folder, job.job_id, job.restart).path.name
         self._held = False
 
     def _ours(self, lease: dict) -> bool:
@@ -48,6 +55,17 @@ class Lease:
             return False
         later = lease["job_id"] == self.job.job_id and lease["restart"] > self.job.restart
         return self._held or later
+
+    def check(self) -> None:
+        """Raises LeaseLost if another attempt owns the run."""
+        if self.lost():
+            raise LeaseLost(f"a later attempt of the job owns {self.run_folder}")
+
+    def remove_unfinished(self) -> None:
+        """Deletes what this attempt has half written; the later one did so before it trained."""
+        for path in self.run_folder.glob(f"*.{self.writer}{TEMPORARY_SUFFIX}"):
+            with contextlib.suppress(OSError):  # it has no other name, and nobody reads it
+                path.unlink()
 
     def take(self, timeout: float) -> None:
         """Takes the lease, from another job only once that has ended.

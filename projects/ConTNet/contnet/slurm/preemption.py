@@ -1,18 +1,20 @@
-"""Adds to a trainer what makes it leave in order when its job is signalled."""
+"""What a job adds to a training, so that it leaves in order when it is signalled."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from contnet.checkpoint.names import numbered_name
-from contnet.engine.hooks import is_due
-from contnet.engine.trainer import Trainer
+from contnet.engine.hooks import LauncherHook, is_due
+from contnet.slurm.lease import Lease
 from contnet.slurm.watcher import Watcher
 
-__all__ = ["Preempted", "prepare_trainer"]
+__all__ = ["Preempted", "Preemption"]
 
 
 class Preempted(BaseException):
@@ -47,21 +49,36 @@ class _Vote:
             )
 
 
-class _Preemption(HookBase):
-    """The last of all hooks: saves and leaves when a rank was signalled.
+class Preemption(LauncherHook):
+    """Tells the watcher how the training goes; saves and leaves when a rank was signalled.
 
     At least one iteration is done in each attempt, so that signals alone cannot keep a job from
-    going forward.
+    going forward. Before each evaluation all that it could lose is saved.
+
+    Args:
+        watcher: of this process, which has joined the run's others.
+        lease: of the run.
     """
 
-    def __init__(self, watcher: Watcher):
+    def __init__(self, watcher: Watcher, lease: Lease):
         self.watcher = watcher
+        self.guard = lease
         self.vote = _Vote()
 
     def before_train(self) -> None:
+        self._watch_models()
         self.watcher.max_iter = self.trainer.max_iter
         self.watcher.iteration = self.watcher.first_iteration = self.trainer.start_iter - 1
         self.watcher.enter("training")
+
+    def _watch_models(self) -> None:
+        models = [self.trainer.unwrapped_model]
+        if self.trainer.ema is not None:
+            models.append(self.trainer.ema.module)
+        for model in models:
+            # By the backbone, where there is one: test-time augmentation calls it, too.
+            seen = getattr(model, "backbone", model)
+            seen.register_forward_pre_hook(lambda *_: self.watcher.progress())
 
     def after_step(self) -> None:
         trainer = self.trainer
@@ -79,30 +96,12 @@ class _Preemption(HookBase):
             raise Preempted
         self.vote.ask(bool(self.watcher.signals))
 
-
-def _guard_evaluation(trainer: Trainer, watcher: Watcher) -> None:
-    """Has all that an evaluation could lose saved before it begins."""
-    evaluate = trainer.evaluation.function
-
-    def guarded() -> dict:
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        trainer = self.trainer
         trainer.save_before_evaluation()
         trainer.checkpointer.wait()
         comm.synchronize()
-        watcher.progress(trainer.iter)
-        with watcher.evaluating():
-            return evaluate()
-
-    trainer.evaluation.function = guarded
-
-
-def prepare_trainer(trainer: Trainer, watcher: Watcher) -> None:
-    """Lets a watcher follow a trainer that is about to start, and end it."""
-    _guard_evaluation(trainer, watcher)
-    models = [trainer.unwrapped_model]
-    if trainer.ema is not None:
-        models.append(trainer.ema.module)
-    for model in models:
-        # By the backbone, where there is one: test-time augmentation calls it, too.
-        seen = getattr(model, "backbone", model)
-        seen.register_forward_pre_hook(lambda *_: watcher.progress())
-    trainer.last_hooks.append(_Preemption(watcher))
+        self.watcher.progress(trainer.iter)
+        with self.watcher.evaluating():
+            yield

@@ -20,10 +20,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from contnet.slurm.attempt_folder import AttemptFolder
 from contnet.slurm.cluster import Job
-from contnet.slurm.lease import Lease
+from contnet.slurm.lease import Lease, LeaseLost
 
 __all__ = ["SIGNALS", "Watcher", "lost_contact"]
 
@@ -34,6 +35,9 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 # How long a rank waits for its own end after another one's, in seconds.
 _LINGER = 10.0
+
+# Exit status of a process that a later attempt has replaced.
+_REPLACED = 3
 
 
 def _ignore(number: int, frame: object) -> None:
@@ -193,6 +197,8 @@ class Watcher(threading.Thread):
         while self.ended is None:
             try:
                 self._look()
+            except LeaseLost:
+                self.end_replaced()
             except OSError as error:  # a shared folder may fail for a while
                 logger.warning(f"The job's folder {self.folder.path}: {error}")
             self._listen()
@@ -234,7 +240,7 @@ class Watcher(threading.Thread):
         }
 
     def _look(self) -> None:
-        self.check_lease()
+        self.lease.check()
         if self.ended is not None:
             return
         # If this thread cannot run, for a call that keeps the interpreter, this still does.
@@ -253,12 +259,12 @@ class Watcher(threading.Thread):
         if self.signals:
             self._answer_signal()
 
-    def check_lease(self) -> None:
-        """Ends this process at once if another attempt owns the run."""
-        if self.lease.lost():
-            print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(3)
+    def end_replaced(self) -> NoReturn:
+        """Ends this process at once, for a later attempt owns the run; from any thread."""
+        self.lease.remove_unfinished()
+        print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(_REPLACED)
 
     def dump_stacks(self) -> None:
         """Adds the stacks of all threads to ``rank-<rank>.stack``."""

@@ -1,15 +1,31 @@
 """Files that are either whole or not there, and which are there."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_write", "check_may_write", "file_names", "guard_writes"]
+__all__ = ["NO_GUARD", "TEMPORARY_SUFFIX", "WriteGuard", "atomic_write", "file_names"]
 
 TEMPORARY_SUFFIX = ".tmp"
-_guards: dict[str, Callable[[], None]] = {}
+
+
+class WriteGuard:
+    """Whether this process may still write into a run's folder; by this one it always may.
+
+    Attributes:
+        writer: tells the unfinished files of this process from those of others, by their names; ""
+            where there are no others.
+    """
+
+    writer = ""
+
+    def check(self) -> None:
+        """Raises what the subclass says if this process may write no longer."""
+
+
+NO_GUARD = WriteGuard()
 
 
 def file_names(folder: str | Path) -> set[str]:
@@ -20,42 +36,29 @@ def file_names(folder: str | Path) -> set[str]:
         return {entry.name for entry in entries if entry.is_file()}
 
 
-def guard_writes(writer: str, guard: Callable[[], None]) -> None:
-    """Has ``guard`` asked before any file is written.
-
-    Args:
-        writer: tells the unfinished files of this process from those of others.
-        guard: does not return if this process may write no longer.
-    """
-    _guards[writer] = guard
-
-
-def check_may_write() -> None:
-    """Asks the guards, for files that are written in another way than :func:`atomic_write`."""
-    for guard in _guards.values():
-        guard()
-
-
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUARD) -> Iterator[IO]:
     """Opens a file that takes its name only once it is complete and on the disk.
 
     A process that dies before that leaves ``<path>.tmp`` behind, which the next write replaces
-    (``<path>.<writer>.tmp`` of a guarded one, which the next attempt of the run removes).
+    (``<path>.<writer>.tmp`` if the guard has a writer, which the next attempt of the run removes).
 
     Args:
         path: the final name; an older file of that name is replaced.
         mode: "wb" or "w".
+        guard: is asked before the file is begun and before it takes its name; if it raises, there
+            is no new file, and nothing unfinished.
     """
     path = Path(path)
-    temporary = path.with_name(".".join([path.name, *_guards]) + TEMPORARY_SUFFIX)
-    check_may_write()
+    name = f"{path.name}.{guard.writer}" if guard.writer else path.name
+    temporary = path.with_name(name + TEMPORARY_SUFFIX)
+    guard.check()
     try:
         with open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        check_may_write()
+        guard.check()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
