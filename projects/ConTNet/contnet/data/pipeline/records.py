@@ -35,6 +35,7 @@ _BYTE = np.dtype("u1")
 _PIECE = 1 << 22
 # Extension types of MessagePack.
 _FLOATS, _TUPLE, _BOX_MODE, _LONG, _NO_UNICODE = range(1, 6)
+_PLAIN = {str, bytes, int, float, bool, type(None)}
 
 
 # --- one record ----------------------------------------------------------------------------------
@@ -60,6 +61,8 @@ def _extend(value: object) -> object:
             value.encode()
         except UnicodeEncodeError:  # a file's name that is no text
             return msgpack.Ext(_NO_UNICODE, value.encode(errors="surrogatepass"))
+    if kind not in _PLAIN:  # msgspec would make a list of a set, a number of an enumeration
+        raise TypeError(f"a {kind.__name__} cannot be kept")
     return value
 
 
