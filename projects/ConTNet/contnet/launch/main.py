@@ -15,9 +15,8 @@ from detectron2.utils.logger import setup_logger
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
-from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.trainer import Trainer
-from contnet.evaluation.evaluate import evaluate
+from contnet.evaluation.evaluate import Evaluator
 from contnet.launch.arguments import configure, parse_arguments
 from contnet.launch.distributed import launch_run
 from contnet.launch.preflight import check_run, count_processes
@@ -53,8 +52,10 @@ def _iteration(rest: dict) -> int | None:
 
 def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
     model = build_model(cfg)
-    dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=dataset_class_names(cfg, dicts))
+    evaluator = Evaluator(cfg)
+    evaluator.load()
+    classes = dataset_class_names(cfg, cfg.DATASETS.TEST)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, classes=classes)
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
@@ -65,13 +66,8 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> dict:
         model.load_state_dict(
             {name.removeprefix("module."): value for name, value in rest["ema"].items()}
         )
-    return evaluate(
-        cfg,
-        model,
-        iteration=_iteration(rest),
-        weights=file,
-        tta=cfg.TEST.AUG.ENABLED,
-        dicts=dicts,
+    return evaluator.evaluate(
+        model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
     )
 
 
