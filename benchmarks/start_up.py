@@ -238,6 +238,8 @@ def _measure_coco(args: argparse.Namespace, folder: Path) -> None:
         _forget(cfg)
         _start(cfg, processes, True, "first start")
         added.append(_start(cfg, processes, True, "second start"))
+        (kept,) = Path(cfg.DATASETS.CACHE_DIR).glob("*.records")
+        print(f"kept records: {kept.stat().st_size / 2**20:.0f} MiB")
         print(f"memory added by {processes} processes: {added[-1] / added[0]:.2f} x the first's")
     for processes in args.detectron2:
         _start(cfg, processes, False, "Detectron2, every start")

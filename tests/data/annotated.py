@@ -101,6 +101,15 @@ def usable_content() -> dict:
     return content
 
 
+def described(value: object) -> object:
+    """A value with all its types and the order of its keys."""
+    if isinstance(value, dict):
+        return [(key, described(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [described(each) for each in value]
+    return type(value), value
+
+
 class Drawn:
     """A registered data set of COCO's form, and a config that keeps annotations beside it."""
 

@@ -2,21 +2,25 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from annotated import SCENES, Drawn, draw_content, scenes_of_detectron2, usable_content
 from cityscapes import draw_scene, write_polygons
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
+from msgspec import msgpack
 from torch import distributed, multiprocessing
 
+from contnet.data.datasets import coco
 from contnet.data.datasets.register import register_datasets
 from contnet.data.findings import NOTE
-from contnet.data.pipeline import annotation_cache, annotation_sources
+from contnet.data.pipeline import annotations
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.records import Records
 from contnet.data.validation import examine
@@ -160,14 +164,6 @@ def test_new_scenes_are_seen(scenes):
     assert len(load_dataset_dicts(cfg, SCENES[:1], train=True)) == before + 1
 
 
-def test_another_format_does_not_find_what_an_older_one_made(usable, monkeypatch):
-    first = _begin(usable)
-    for module, name in ((annotation_cache, "_RECORDS_FORMAT"), (examine, "_CHECKS_FORMAT")):
-        monkeypatch.setattr(module, name, 99)
-    assert _begin(usable) == first
-    assert len(usable.kept()) == len(usable.kept("checks")) == 2
-
-
 def test_checks_of_one_model_do_not_stand_for_those_of_another(tmp_path):
     content = usable_content()
     for item in content["annotations"]:
@@ -209,8 +205,98 @@ def test_images_that_went_are_missed_each_time(usable):
 def test_a_loader_of_the_users_own_is_left_alone(usable):
     _begin(usable)
     DatasetCatalog.remove("drawn")
+    MetadataCatalog.remove("drawn")
     DatasetCatalog.register("drawn", lambda: [{"file_name": "a.jpg", "width": 3, "height": 4}])
     assert usable.load() == [{"file_name": "a.jpg", "width": 3, "height": 4}]
+
+
+# --- what goes, and what stays -------------------------------------------------------------------
+
+
+def _make(folder: Path, name: str, days: float = 1, size: int = 1000) -> Path:
+    """A file that was last used so many days ago."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(bytes(size))
+    then = time.time() - 86400 * days
+    os.utime(path, (then, then))
+    return path
+
+
+def _file_name(number: int, ending: str) -> str:
+    return f"other-{number:024x}.{ending}"
+
+
+def _change(drawn: Drawn) -> None:
+    content = usable_content()
+    content["annotations"][0]["bbox"][0] += 1
+    drawn.write(content)
+
+
+def test_files_of_other_formats_go(usable, monkeypatch):
+    endings = ["records", "checks", "v1.records", "v1.checks", "v999.records"]
+    old = [_make(usable.cache, _file_name(i, ending)) for i, ending in enumerate(endings)]
+    others = [_make(usable.cache, name) for name in ("notes.txt", "mine.records", "x-12.checks")]
+    first = _begin(usable)
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in others)
+    (kept,) = [path for path in usable.kept() if path not in others]
+    monkeypatch.setattr(annotations, "_FORMAT", annotations._FORMAT + 1)
+    assert _begin(usable) == first
+    (new,) = [path for path in usable.kept() if path not in others]
+    assert new != kept
+
+
+def test_the_longest_unused_go_first(tmp_path):
+    drawn = Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", "0.00005")
+    current = f"v{annotations._FORMAT}.records"
+    files = [_make(drawn.cache, _file_name(i, current), 1 + i, 20_000) for i in range(4)]
+    _begin(drawn)
+    assert [path.exists() for path in files] == [True, True, False, False]
+    assert sum(path.stat().st_size for path in drawn.cache.iterdir()) <= 50_000
+    assert len(drawn.kept()) == 3
+
+
+def test_what_is_used_again_stays(tmp_path):
+    drawn = Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", "1e-9")
+    _begin(drawn)
+    (first,) = drawn.kept()
+    for path in drawn.cache.iterdir():
+        os.utime(path, (0, 0))
+    before = _begin(drawn)
+    assert all(path.stat().st_mtime > 0 for path in (first, *drawn.kept("checks")))
+    _change(drawn)
+    assert _begin(drawn) != before
+    assert first.exists() and len(drawn.kept()) == 2
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_a_run_has_open_stays(tmp_path, held):
+    drawn = Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", "1e-9")
+    records = drawn.load()
+    expected = records[:]
+    (first,) = drawn.kept()
+    os.utime(first, (0, 0))
+    if not held:
+        del records
+    _change(drawn)
+    drawn.load()
+    assert first.exists() == held
+    if held:
+        assert pickle.loads(pickle.dumps(records))[:] == expected
+
+
+@pytest.mark.parametrize("size", ["0", "10"])
+def test_within_the_limit_all_stay(tmp_path, size):
+    drawn = Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", size)
+    old = _make(drawn.cache, _file_name(0, f"v{annotations._FORMAT}.records"))
+    _begin(drawn)
+    assert old.exists()
+
+
+def test_a_size_below_0_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"DATASETS\.CACHE_SIZE_GB is -1"):
+        Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", "-1")
 
 
 # --- damage, and folders that cannot be written --------------------------------------------------
@@ -225,7 +311,7 @@ def _flip(path: Path, place: int) -> None:
 def _tables(path: Path) -> int:
     """Where the tables begin."""
     size = int.from_bytes(path.read_bytes()[-40:-32], "little")
-    return json.loads(path.read_bytes()[size:-40])["tables"]["starts"][0]
+    return msgpack.decode(path.read_bytes()[size:-40])["tables"]["starts"][0]
 
 
 DAMAGES = {
@@ -293,14 +379,14 @@ def test_a_full_disk_is_told_and_leaves_nothing(usable, caplog):
 
 
 def test_a_change_while_it_is_read_is_an_error(usable, monkeypatch):
-    plain = annotation_sources.read_instances
+    plain = coco.read_instances
 
     def slow(file):
         content = plain(file)
         usable.write(draw_content())
         return content
 
-    monkeypatch.setattr(annotation_sources, "read_instances", slow)
+    monkeypatch.setattr(coco, "read_instances", slow)
     with pytest.raises(UserError, match="drawn changed"):
         usable.load()
     assert not usable.kept()

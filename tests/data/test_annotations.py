@@ -6,7 +6,14 @@ import os
 import pickle
 
 import pytest
-from annotated import SCENES, Drawn, draw_content, scenes_of_detectron2, usable_content
+from annotated import (
+    SCENES,
+    Drawn,
+    described,
+    draw_content,
+    scenes_of_detectron2,
+    usable_content,
+)
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json
 
@@ -24,15 +31,6 @@ pytestmark = pytest.mark.usefixtures("forget_datasets")
 @pytest.fixture
 def drawn(tmp_path) -> Drawn:
     return Drawn(tmp_path, draw_content())
-
-
-def described(value: object) -> object:
-    """A value with all its types and the order of its keys."""
-    if isinstance(value, dict):
-        return [(key, described(each)) for key, each in value.items()]
-    if isinstance(value, (list, tuple)):
-        return type(value), [described(each) for each in value]
-    return type(value), value
 
 
 @pytest.mark.parametrize("train", [False, True])

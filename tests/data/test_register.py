@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import NoneType
 
 import pytest
 import torch
@@ -9,20 +10,24 @@ import yaml
 from conftest import REPOSITORY, finish, metrics_of
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from contnet.config import is_set, load_config
+from contnet.data.datasets.cityscapes import CityscapesSource
 from contnet.data.datasets.classes import dataset_class_names
-from contnet.data.datasets.register import register_datasets
+from contnet.data.datasets.classification import ClassificationSource
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source, register_datasets
 from contnet.data.datasets.shapes import make_shapes
-from contnet.data.validation.dataset import check_datasets
+from contnet.data.findings import ERROR, NOTE
+from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.data.validation.dataset import check_dataset, check_datasets
 from contnet.launch.arguments import configure
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 NAMES = ("mine_train", "mine_val")
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
@@ -58,6 +63,54 @@ def test_paths_start_in_the_working_directory(drawn, monkeypatch):
     monkeypatch.chdir("/")
     assert len(DatasetCatalog.get("mine_train")) == 6
     assert MetadataCatalog.get("mine_val").evaluator_type == "coco"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mine_val", CocoSource),
+        ("coco_2017_val", CocoSource),
+        ("keypoints_coco_2017_train", CocoSource),
+        ("cityscapes_fine_instance_seg_val", CityscapesSource),
+        ("cityscapes_fine_sem_seg_train", CityscapesSource),
+        ("imagenet_val", ClassificationSource),
+        ("coco_2017_val_panoptic_separated", NoneType),
+        ("cityscapes_fine_panoptic_val", NoneType),
+        ("lvis_v1_val", NoneType),
+        ("nobody's", NoneType),
+    ],
+)
+def test_kinds(drawn, name, kind):
+    register_datasets(load_config(LEAF, _options(f"{drawn}/")))
+    assert type(find_source(name)) is kind
+
+
+def test_all_of_coco_is_known():
+    kinds = {
+        name: find_source(name)
+        for name in DatasetCatalog.list()
+        if MetadataCatalog.get(name).get("evaluator_type") == "coco"
+    }
+    assert len(kinds) > 10 and all(isinstance(each, CocoSource) for each in kinds.values())
+    assert all(source.json_file.endswith(".json") for source in kinds.values())
+
+
+def test_a_loader_of_ones_own_counts_whatever_its_metadata_say(drawn):
+    """A part of an annotation file, as Python chooses it, is not taken for the whole."""
+    file, images = _entries(f"{drawn}/")[0][1:]
+    DatasetCatalog.register("mine", lambda: load_coco_json(file, images, "mine")[:2])
+    MetadataCatalog.get("mine").set(json_file=file, image_root=images, evaluator_type="coco")
+    cfg = load_config(LEAF, ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()"])
+    assert len(load_dataset_dicts(cfg, ["mine"], train=True)) == 2
+    findings = check_dataset(cfg, "mine")
+    assert not findings.lines(ERROR) and len(findings.lines(NOTE)) == 1
+
+
+def test_a_set_of_detectron2s_own_call_is_loaded(drawn):
+    register_coco_instances("theirs", {}, *_entries(f"{drawn}/")[0][1:])
+    cfg = load_config(LEAF, ["DATASETS.TRAIN", "('theirs',)", "DATASETS.TEST", "()"])
+    check_datasets(cfg, ["theirs"])
+    assert len(load_dataset_dicts(cfg, ["theirs"], train=True)) == 6
 
 
 def test_home_is_expanded(monkeypatch):

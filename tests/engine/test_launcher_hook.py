@@ -214,7 +214,7 @@ def test_a_resume_that_comes_too_late(arguments, tmp_path):
 )
 def test_each_file_of_a_start_is_guarded(arguments, tmp_path, write):
     settings = arguments(tmp_path)
-    run(args)
+    run(settings)
     guard = Lease(tmp_path)
     guard.lose()
     with pytest.raises(Lost):

@@ -10,12 +10,13 @@ from functools import partial
 from multiprocessing import get_context
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from contnet.commands.parsing import add_workers_option, check_positive
-from contnet.data.datasets.cityscapes import GT_FILES, find_scenes
-from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
+from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
+from contnet.data.datasets.classification import ClassificationSource, read_set
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source
 from contnet.data.findings import ERROR, FACT, NOTE, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
@@ -48,19 +49,18 @@ def _in_parallel(
 
 
 def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -> None:
-    metadata = MetadataCatalog.get(name)
-    kind = metadata.get("evaluator_type")
-    if kind == "coco":
-        function = partial(inspect_listed, mode=cfg.INPUT.FORMAT)
-        items = find_listed(name)
-    elif kind in GT_FILES:
-        function = inspect_images
-        items = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
-    elif kind == EVALUATOR_TYPE:
-        function = inspect_image
-        items = read_set(metadata.source, Findings()).records
-    else:
-        return
+    match find_source(name):
+        case CocoSource():
+            function = partial(inspect_listed, mode=cfg.INPUT.FORMAT)
+            items = find_listed(name)
+        case CityscapesSource(_, image_dir, gt_dir, kind):
+            function = inspect_images
+            items = find_scenes(image_dir, gt_dir, kind)
+        case ClassificationSource() as source:
+            function = inspect_image
+            items = read_set(source, Findings()).records
+        case _:
+            return
     facts = Counter()
     for found in _in_parallel(function, items, name, workers):
         for finding in found:

@@ -183,6 +183,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # starts (docs/data.md). "auto": $XDG_CACHE_HOME/contnet, or ~/.cache/contnet. "": none, each
     # process reads them anew.
     cfg.DATASETS.CACHE_DIR = "auto"
+    # How large that folder may grow, in GB (10^9 bytes); 0: without limit. What has not been used
+    # for the longest time goes first, never what a run has open or was used within the last hour.
+    cfg.DATASETS.CACHE_SIZE_GB = 10.0
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""

@@ -57,6 +57,7 @@ COUNTS = {
 
 # Intervals as they are printed; a round bracket leaves the bound out.
 RANGES = {
+    "DATASETS.CACHE_SIZE_GB": "[0, inf)",
     "INPUT.CLASSIFIER.COLOR_JITTER": "[0, 1]",
     "INPUT.CLASSIFIER.RANDOM_ERASING": "[0, 1]",
     "MODEL.CLASSIFIER.CUTMIX_ALPHA": "[0, inf)",

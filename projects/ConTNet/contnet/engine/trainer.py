@@ -36,7 +36,7 @@ from contnet.engine.hooks import (
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.engine.run_record import record_run
 from contnet.engine.writers import build_writers, truncate_metrics
-from contnet.evaluation.evaluate import evaluate
+from contnet.evaluation.evaluate import Evaluator
 from contnet.evaluation.metrics import main_metric
 from contnet.evaluation.results import truncate_results
 from contnet.modeling.amp import autocast, grad_scaler
@@ -122,6 +122,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
+        self.evaluator = Evaluator(cfg, self.launcher.guard)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [
@@ -140,9 +141,7 @@ class Trainer(SimpleTrainer):
         model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         with self.launcher.evaluating():
-            return evaluate(
-                self.cfg, model, iteration=self.iter, tta=tta, guard=self.launcher.guard
-            )
+            return self.evaluator.evaluate(model, iteration=self.iter, tta=tta)
 
     def resume_or_load(self, resume: bool) -> None:
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""

@@ -34,7 +34,8 @@ def _build_classification(cfg: CfgNode, name: str, folder: str) -> DatasetEvalua
 
 
 # By the evaluator_type of a data set's metadata: makes an evaluator from the config, the data set's
-# name and a folder for its files. Data sets of another kind add theirs.
+# name and a folder for its files. A training makes it once, and resets it before each evaluation.
+# Data sets of another kind add theirs.
 EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
     "coco": build_coco_evaluator,
     "cityscapes_instance": _build_cityscapes_instance,

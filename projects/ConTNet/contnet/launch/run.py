@@ -14,10 +14,9 @@ from contnet.checkpoint.metadata import describe_model
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
-from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.engine.hooks import LauncherHook
 from contnet.engine.trainer import Trainer
-from contnet.evaluation.evaluate import evaluate
+from contnet.evaluation.evaluate import Evaluator
 from contnet.launch.arguments import RunSettings
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
@@ -56,21 +55,16 @@ def _iteration(rest: dict) -> int | None:
 
 def _evaluate_only(cfg: CfgNode, resume: bool, guard: WriteGuard) -> dict:
     model = build_model(cfg)
-    dicts = {name: load_dataset_dicts(cfg, [name], train=False) for name in cfg.DATASETS.TEST}
-    metadata = describe_model(cfg, dataset_class_names(cfg, dicts))
+    evaluator = Evaluator(cfg, guard)
+    evaluator.load()
+    metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
     rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED)
-    return evaluate(
-        cfg,
-        model,
-        iteration=_iteration(rest),
-        weights=file,
-        tta=cfg.TEST.AUG.ENABLED,
-        dicts=dicts,
-        guard=guard,
+    return evaluator.evaluate(
+        model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
     )
 
 

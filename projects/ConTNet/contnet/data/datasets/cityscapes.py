@@ -1,4 +1,4 @@
-"""Cityscapes' layout on the disk.
+"""Cityscapes' layout on the disk, and its records.
 
 Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
 ``gtFine/SPLIT/CITY/NAME_gtFine_*``.
@@ -6,11 +6,25 @@ Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-__all__ = ["GT_FILES", "IMAGE_SUFFIX", "Scene", "find_scenes", "sorted_scenes"]
+import detectron2
+import shapely
+from detectron2.data import DatasetCatalog
+
+__all__ = [
+    "GT_FILES",
+    "IMAGE_SUFFIX",
+    "CityscapesSource",
+    "Scene",
+    "find_scenes",
+    "sorted_scenes",
+]
 
 # What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
 GT_FILES = {
@@ -57,3 +71,53 @@ def sorted_scenes(records: Iterable[dict]) -> list[dict]:
     data would otherwise not agree on which image is the tenth.
     """
     return sorted(records, key=lambda record: record["file_name"])
+
+
+@dataclass(frozen=True)
+class CityscapesSource:
+    """A data set of Detectron2's ``register_all_cityscapes``.
+
+    Attributes:
+        name: of the data set.
+        image_dir: ``leftImg8bit/SPLIT``.
+        gt_dir: ``gtFine/SPLIT``.
+        kind: a key of ``GT_FILES``.
+    """
+
+    name: str
+    image_dir: str
+    gt_dir: str
+    kind: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}_{Path(self.image_dir).name}"
+
+    def digest(self) -> str:
+        """Of all that the records depend on.
+
+        These are the polygons, the names of all files, the paths, and the libraries that make
+        records of them.
+
+        Raises:
+            OSError: if a file or folder cannot be read.
+        """
+        digest = hashlib.sha256()
+        versions = detectron2.__version__, shapely.__version__, shapely.geos_version_string
+        digest.update(json.dumps([astuple(self), versions]).encode())
+        for root in (self.image_dir, self.gt_dir):
+            for city in sorted(Path(root).iterdir()):
+                names = sorted(os.listdir(city)) if city.is_dir() else None
+                digest.update(json.dumps([city.name, names]).encode())
+                for name in names or ():
+                    if name.endswith("_polygons.json"):
+                        digest.update(hashlib.sha256((city / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+    def read(self) -> list[dict]:
+        """Its records, in the order of their names."""
+        return sorted_scenes(DatasetCatalog.get(self.name))
+
+    def convert(self, content: list[dict]) -> tuple[list[dict], dict, list[str]]:
+        """What is kept of them: see :meth:`contnet.data.datasets.coco.CocoSource.convert`."""
+        return content, {}, []

@@ -7,18 +7,28 @@ here the content that was checked is used.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from contnet.utils.errors import UserError
 
-__all__ = ["class_names", "is_whole", "make_records", "read_instances"]
+__all__ = [
+    "CocoSource",
+    "class_names",
+    "image_names",
+    "is_whole",
+    "make_records",
+    "read_instances",
+]
 
 _LISTS = ("images", "annotations", "categories")
 _KEPT = ("iscrowd", "bbox", "keypoints", "category_id")
@@ -145,3 +155,49 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
         }
     if without:
         logger.warning(f"{without} objects are left out: nothing of their masks is a polygon")
+
+
+def image_names(content: dict) -> list[str]:
+    """Names of the images, as the file has them."""
+    return [str(image.get("file_name")) for image in content["images"]]
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """A data set in COCO's format, as its metadata describe it.
+
+    Attributes:
+        json_file: the annotation file.
+        image_root: what goes before the names of the images.
+    """
+
+    json_file: str
+    image_root: str
+
+    @property
+    def label(self) -> str:
+        return Path(self.json_file).stem
+
+    def digest(self) -> str:
+        """Of all that the records depend on: the bytes of the file, and the paths.
+
+        Raises:
+            OSError: if the file cannot be read.
+        """
+        with open(self.json_file, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        key = json.dumps([self.json_file, self.image_root, content])
+        return hashlib.sha256(key.encode()).hexdigest()
+
+    def read(self) -> dict:
+        """See :func:`read_instances`."""
+        return read_instances(self.json_file)
+
+    def convert(self, content: dict) -> tuple[Iterator[dict], dict, list[str]]:
+        """Records of a file's content, what else a run wants to know, names of the images."""
+        facts = {
+            "classes": class_names(content),
+            "ids": sorted(category["id"] for category in content["categories"]),
+            "objects": len(content["annotations"]),
+        }
+        return make_records(content, self.image_root), facts, image_names(content)

@@ -1,4 +1,9 @@
-"""Registers ImageNet, and a user's own data sets by DATASETS.REGISTER."""
+"""Registers ImageNet, and a user's own data sets by DATASETS.REGISTER; tells the kind of each.
+
+A data set that is registered here has in its metadata the ``source`` of its records, whose class is
+its kind. Detectron2's own metadata tell that of COCO and Cityscapes under its names. Others have
+none: they are loaded by what was registered for them, in each process, and not checked.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,69 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from contnet.config.values import REGISTER_FORM
+from contnet.data.datasets.cityscapes import CityscapesSource
 from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS
-from contnet.data.datasets.classification import EVALUATOR_TYPE, ClassificationSource
+from contnet.data.datasets.classification import ClassificationSource
+from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.imagenet import register_classification, register_imagenet
 from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
 from contnet.utils.errors import UserError
 
-__all__ = ["class_key", "is_classification", "is_registered", "register_datasets"]
+__all__ = [
+    "class_key",
+    "find_source",
+    "is_registered",
+    "register_coco",
+    "register_datasets",
+]
+
+# Detectron2's names of COCO's instances and keypoints, and of Cityscapes.
+_SPLITS = (
+    "2014_train",
+    "2014_val",
+    "2014_minival",
+    "2014_valminusminival",
+    "2017_train",
+    "2017_val",
+)
+_COCO = {
+    *(f"coco_{split}" for split in (*_SPLITS, "2017_test", "2017_test-dev", "2017_val_100")),
+    *(f"keypoints_coco_{split}" for split in (*_SPLITS, "2017_val_100")),
+}
+_CITYSCAPES = {
+    f"cityscapes_fine_{task}_{split}"
+    for task in ("instance_seg", "sem_seg")
+    for split in ("train", "val", "test")
+}
+
+
+def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSource | None:
+    """What the records of a data set are made from, which tells its kind.
+
+    Returns:
+        None for a name that is not registered, and for a data set with a loader of its own.
+    """
+    if name not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(name)
+    if name in _COCO:
+        return CocoSource(metadata.json_file, metadata.image_root)
+    if name in _CITYSCAPES:
+        kind = metadata.evaluator_type
+        return CityscapesSource(name, metadata.image_dir, metadata.gt_dir, kind)
+    return metadata.get("source")
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """Registers a data set in COCO's format; nothing is read before it is used.
+
+    Args:
+        name: to give in DATASETS.TRAIN and TEST.
+        json_file: the annotation file.
+        image_root: what goes before the names of the images in it.
+    """
+    register_coco_instances(name, {}, json_file, image_root)
+    MetadataCatalog.get(name).source = CocoSource(json_file, image_root)
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -33,7 +94,7 @@ def register_datasets(cfg: CfgNode) -> None:
         elif (taken := _paths(name)) != paths:
             raise UserError(
                 f"DATASETS.REGISTER: the name {name} is taken already, by "
-                f"{taken[0] if taken else 'a built-in data set'}: choose another"
+                f"{taken[0] if taken else 'another data set'}: choose another"
             )
 
 
@@ -43,26 +104,22 @@ def _register(name: str, paths: list[str]) -> None:
     if not file or is_label_file(file[0]):
         register_classification(name, ClassificationSource(folder, *file))
     else:
-        register_coco_instances(name, {}, file[0], folder)
+        register_coco(name, file[0], folder)
 
 
 def _paths(name: str) -> list[str]:
-    """The paths that a name stands for, as DATASETS.REGISTER gives them; none of built-in sets."""
-    metadata = MetadataCatalog.get(name)
-    if source := metadata.get("source"):
-        return [path for path in (source.label_file, source.image_dir) if path]
-    paths = [metadata.get("json_file"), metadata.get("image_root")]
-    return [path for path in paths if path]
+    """The paths that a name stands for, as DATASETS.REGISTER gives them; none of others."""
+    match find_source(name):
+        case ClassificationSource(image_dir, label_file):
+            return [path for path in (label_file, image_dir) if path]
+        case CocoSource(json_file, image_root):
+            return [json_file, image_root]
+    return []
 
 
 def is_registered(cfg: CfgNode, name: str) -> bool:
     """Whether a data set is one of DATASETS.REGISTER."""
     return name in [entry[0] for entry in cfg.DATASETS.REGISTER]
-
-
-def is_classification(name: str) -> bool:
-    """Whether a registered data set is one to classify images."""
-    return MetadataCatalog.get(name).get("evaluator_type") == EVALUATOR_TYPE
 
 
 def class_key(cfg: CfgNode, name: str) -> str | None:
@@ -73,5 +130,6 @@ def class_key(cfg: CfgNode, name: str) -> str | None:
     """
     if not is_registered(cfg, name):
         return None
-    kind = IMAGE_LABELS if is_classification(name) else "objects"
+    labelled = isinstance(find_source(name), ClassificationSource)
+    kind = IMAGE_LABELS if labelled else "objects"
     return CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {}).get(kind)

@@ -1,36 +1,270 @@
-"""Loads data sets as records that all processes of a machine share."""
+"""Annotations are read once, for all processes of a machine and for later runs.
+
+What Detectron2 would parse in every process becomes a file of records in DATASETS.CACHE_DIR, which
+the processes map. Its name has a digest of all that the records depend on: the bytes of every
+annotation file and the paths, and the number of the format. So there is no stale file, only one
+that is no longer used, which goes when the folder is full. What the checks of a data set found is
+kept in the same way.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 
-from contnet.data.datasets.cityscapes import GT_FILES, sorted_scenes
-from contnet.data.pipeline.annotation_cache import AnnotationCache, open_cache, release_memory
-from contnet.data.pipeline.annotation_sources import CityscapesSource, find_source
-from contnet.data.pipeline.records import RecordFile, Records
+from contnet.data.datasets.cityscapes import CityscapesSource, sorted_scenes
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source
+from contnet.data.findings import ERROR, Findings
+from contnet.data.pipeline.records import RecordFile, Records, write_records
 from contnet.utils.errors import UserError
+from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
 
-__all__ = ["cache_cityscapes", "load_dataset_dicts", "load_records"]
+__all__ = [
+    "AnnotationCache",
+    "cache_cityscapes",
+    "load_dataset_dicts",
+    "open_cache",
+    "release_memory",
+]
+
+# Raise it when the same annotations would give other records or findings. Files of other formats
+# are removed.
+_FORMAT = 2
+_FILE = re.compile(r".+-[0-9a-f]{24}(?:\.v(?P<format>\d+))?\.(?:records|checks)")
+# Seconds after its last use in which a file stays: what a run has checked must be there when its
+# processes begin.
+_SPARED = 3600
 
 logger = logging.getLogger(__name__)
 
 
-def _prepare(cache: AnnotationCache) -> Path | None:
-    """Makes sure of the file of records; None where it cannot be written."""
-    if cache.has_records():
-        return cache.path
-    with cache.lock() as writable:
-        if cache.has_records():
-            return cache.path
-        kept = writable and cache.keep(*cache.source.read())
-    release_memory()
-    return cache.path if kept else None
+def release_memory() -> None:
+    """Has malloc return what parsing took; by itself it keeps hundreds of megabytes."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+        trim(0)
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def _touch(path: Path) -> None:
+    """Notes that a file is used; in a folder that cannot be written nothing will be removed."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def _remove_unused(path: Path) -> bool:
+    """Removes a file, unless a process has it open; whether it is gone."""
+    try:
+        with open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning(f"{path} cannot be removed ({error.strerror or error})")
+        return False
+    return True
+
+
+def _prune(folder: Path, limit: float) -> None:
+    """Removes files of other formats; then those longest unused, while there are too many.
+
+    Args:
+        folder: which this process has locked.
+        limit: in bytes.
+    """
+    files = []
+    for path in folder.iterdir():
+        name = _FILE.fullmatch(path.name)
+        if name and name["format"] == str(_FORMAT):
+            files.append((path.stat().st_mtime, path.stat().st_size, path))
+        elif name:
+            _remove_unused(path)
+    excess = sum(size for _, size, _ in files) - limit
+    for used, size, path in sorted(files):
+        if excess <= 0 or time.time() - used < _SPARED:
+            return
+        if _remove_unused(path):
+            excess -= size
+
+
+class AnnotationCache:
+    """What is kept of one data set, as its files are now.
+
+    Args:
+        folder: for all data sets.
+        source: of this one.
+        limit: of the folder, in bytes.
+
+    Raises:
+        UserError: if the annotations cannot be read.
+    """
+
+    def __init__(self, folder: Path, source: CocoSource | CityscapesSource, limit: float):
+        self.folder = folder
+        self.source = source
+        self.limit = limit
+        self.digest = self._digest()
+        self.path = self._path("records")
+
+    def _digest(self) -> str:
+        try:
+            return self.source.digest()
+        except OSError as error:
+            raise UserError(
+                f"the annotation file {error.filename} cannot be read ({error.strerror})"
+            ) from error
+
+    def _path(self, ending: str, *more: object) -> Path:
+        key = hashlib.sha256(json.dumps([self.digest, *more]).encode()).hexdigest()
+        return self.folder / f"{self.source.label}-{key[:24]}.v{_FORMAT}.{ending}"
+
+    def is_current(self) -> bool:
+        """Whether the annotations are still those that the digest is of."""
+        return self._digest() == self.digest
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Lets one process at a time read and write; a process that dies lets go of it.
+
+        Yields False, after a word in the log, where the folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.folder / "lock", "a"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info(f"Waiting for the process that reads into {self.folder}")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                for unfinished in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                    unfinished.unlink(missing_ok=True)
+            except OSError as error:
+                self._tell_of(error)
+                yield False
+            else:
+                yield True
+
+    def _tell_of(self, error: OSError) -> None:
+        logger.warning(
+            f"The annotations {self.source.label} are not kept, so each process reads them, at "
+            f"each start: {self.folder} cannot be written ({error.strerror or error}); choose "
+            "another DATASETS.CACHE_DIR"
+        )
+
+    def recall_records(self) -> RecordFile | None:
+        """The file of records, if it is there and whole."""
+        try:
+            file = RecordFile.open_whole(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if file is None:
+            logger.warning(f"{self.path} is damaged: the annotations are read again")
+        else:
+            _touch(self.path)
+        return file
+
+    def keep_records(self, content: object) -> RecordFile | None:
+        """Writes the file of records; None, after a word in the log, where that is impossible.
+
+        Args:
+            content: what ``source.read`` returned. This process has locked the folder.
+
+        Raises:
+            UserError: if the annotations are no longer those that the digest is of, or Detectron2
+                could not load them.
+        """
+        if not self.is_current():
+            raise UserError(
+                f"the annotations {self.source.label} changed while they were read: start again"
+            )
+        try:
+            write_records(self.path, *self.source.convert(content))
+        except OSError as error:
+            self._tell_of(error)
+            return None
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the annotations {self.source.label} cannot be loaded ({type(error).__name__}: "
+                f"{error})"
+            ) from error
+        logger.info(f"The annotations {self.source.label} are kept in {self.path}")
+        file = RecordFile(self.path)
+        _prune(self.folder, self.limit)
+        return file
+
+    def load_records(self) -> RecordFile | None:
+        """The file of records, made if need be; None where it cannot be written."""
+        if file := self.recall_records():
+            return file
+        with self.lock() as writable:
+            file = self.recall_records()  # of a process that was faster
+            if writable and file is None:
+                file = self.keep_records(self.source.read())
+        release_memory()
+        return file
+
+    def recall_findings(self, *key: object) -> Findings | None:
+        """What :meth:`keep_findings` has written for this key; None for anything else."""
+        path = self._path("checks", *key)
+        try:
+            digest, _, state = path.read_text(encoding="ascii").partition("\n")
+        except (OSError, ValueError):
+            return None
+        if hashlib.sha256(state.encode()).hexdigest() != digest:
+            return None
+        _touch(path)
+        return Findings.from_state(json.loads(state))
+
+    def keep_findings(self, found: Findings, *key: object) -> None:
+        """Keeps what checks have found, unless that is an error, which is looked at anew."""
+        if found.lines(ERROR):
+            return
+        state = json.dumps(found.state())
+        try:
+            with atomic_write(self._path("checks", *key), "w") as file:
+                file.write(f"{hashlib.sha256(state.encode()).hexdigest()}\n{state}")
+        except OSError as error:
+            self._tell_of(error)
+
+
+def open_cache(cfg: CfgNode, name: str) -> AnnotationCache | None:
+    """What is kept of a data set; None where nothing can be, or the folder is turned off.
+
+    Args:
+        cfg: DATASETS.CACHE_DIR and DATASETS.CACHE_SIZE_GB are read.
+        name: of the data set.
+
+    Raises:
+        UserError: if its annotations cannot be read.
+    """
+    folder, source = cfg.DATASETS.CACHE_DIR, find_source(name)
+    if not folder or not isinstance(source, CocoSource | CityscapesSource):
+        return None
+    if folder == "auto":
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+        folder = os.path.join(home, "contnet")
+    limit = cfg.DATASETS.CACHE_SIZE_GB * 1e9 or float("inf")
+    return AnnotationCache(Path(folder).expanduser().absolute(), source, limit)
+
+
+# --- the records ---------------------------------------------------------------------------------
 
 
 def cache_cityscapes(cfg: CfgNode, names: Sequence[str]) -> None:
@@ -40,13 +274,12 @@ def cache_cityscapes(cfg: CfgNode, names: Sequence[str]) -> None:
     (Of COCO's form, the checks keep the records.)
 
     Args:
-        cfg: DATASETS.CACHE_DIR is read.
+        cfg: DATASETS is read.
         names: of data sets that have passed their checks; others than Cityscapes' are left out.
     """
     for name in names:
-        cache = open_cache(cfg, name) if isinstance(find_source(name), CityscapesSource) else None
-        if cache:
-            _prepare(cache)
+        if isinstance(find_source(name), CityscapesSource) and (cache := open_cache(cfg, name)):
+            cache.load_records()
 
 
 def _once_per_machine(function: Callable[[], object]) -> object:
@@ -64,23 +297,12 @@ def _once_per_machine(function: Callable[[], object]) -> object:
     return results[comm.get_rank() - comm.get_local_rank()]
 
 
-def _set_classes(name: str, facts: dict) -> None:
-    """Tells the metadata what Detectron2's loader tells them."""
-    metadata = MetadataCatalog.get(name)
-    metadata.thing_classes = facts["classes"]
-    metadata.thing_dataset_id_to_contiguous_id = {key: i for i, key in enumerate(facts["ids"])}
-
-
-def load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
+def _load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
     """The records of a data set, which all processes of a machine share.
 
     All processes of a run call this together. The first one of each machine reads the annotations,
-    unless they have been read before.
-
-    Args:
-        cfg: DATASETS.CACHE_DIR is read.
-        name: of the data set.
-        usable: leave out images without objects, or with crowds alone.
+    unless they have been read before. ``usable`` leaves out images without objects, or with crowds
+    alone.
 
     Returns:
         None where Detectron2 must load the data set itself: the folder is turned off or cannot be
@@ -89,17 +311,22 @@ def load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
     Raises:
         UserError: if the annotations cannot be read.
     """
+    opened = []  # by the first process, so that no other run removes the file
 
-    def prepare() -> Path | None:
+    def prepare() -> str | None:
         cache = open_cache(cfg, name)
-        return cache and _prepare(cache)
+        opened.append(cache and cache.load_records())
+        return opened[0] and opened[0].path
 
     path = _once_per_machine(prepare)
     if path is None:
         return None
-    file = RecordFile(path)
-    if "classes" in file.facts:
-        _set_classes(name, file.facts)
+    file = opened[0] if opened else RecordFile(path)
+    if "classes" in file.facts:  # what Detectron2's loader tells the metadata
+        metadata = MetadataCatalog.get(name)
+        metadata.thing_classes = file.facts["classes"]
+        ids = {key: i for i, key in enumerate(file.facts["ids"])}
+        metadata.thing_dataset_id_to_contiguous_id = ids
     records = Records([file], usable)
     logger.info(f"{name}: {len(records)} of {len(file)} images, annotations from {path}")
     return records
@@ -109,7 +336,7 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
     """Loads data sets that have passed preflight; all processes call it together.
 
     Args:
-        cfg: DATASETS.CACHE_DIR and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
+        cfg: DATASETS and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
         names: of registered data sets.
         train: leave out images without annotations, if the config says so.
 
@@ -124,10 +351,10 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
     every = []
     for name in names:
         try:
-            dicts = load_records(cfg, name, filter_empty)
+            dicts = _load_records(cfg, name, filter_empty)
             if dicts is None:
                 dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-                if MetadataCatalog.get(name).get("evaluator_type") in GT_FILES:
+                if isinstance(find_source(name), CityscapesSource):
                     dicts = sorted_scenes(dicts)
             every.append(dicts)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:

@@ -1,102 +1,94 @@
 """A file of data set records that processes share: written once, then mapped into memory.
 
-The records come first, then tables of numbers, then a header, and at the end the header's place
-and a SHA-256 of all that precedes it. A record is JSON in which a polygon of floats is only a
-count; the floats follow. So reading is fast, gives back the very same values, and runs no code.
+The records come first, each packed by msgspec, then tables of numbers, then a header, and at the
+end the header's place and a SHA-256 of all that precedes it. What MessagePack has no type for is of
+an extension type, so that a record comes back with the very same values and types; reading runs no
+code.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
+import fcntl
 import hashlib
 import itertools
-import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from detectron2.structures import BoxMode
+from msgspec import msgpack
 
 from contnet.utils.files import atomic_write
 
 __all__ = ["RecordFile", "Records", "write_records"]
 
-_MAGIC = b"records of contnet, 1\n\0\0"
+_MAGIC = b"records of contnet\n\0\0\0\0\0"
 _END = struct.Struct("<Q32s")  # where the header starts; digest
-_LENGTH = struct.Struct("<I")  # of a record's JSON
 _FLOAT = np.dtype("<f8")
 _COUNT = np.dtype("<i8")
 _BYTE = np.dtype("u1")
 _PIECE = 1 << 22
+# Extension types of MessagePack.
+_FLOATS, _TUPLE, _BOX_MODE, _LONG, _NO_UNICODE = range(1, 6)
+_PLAIN = {str, bytes, int, float, bool, type(None)}
 
 
 # --- one record ----------------------------------------------------------------------------------
 
 
-def _is_floats(values: object) -> bool:
-    return isinstance(values, list) and set(map(type, values)) == {float}
+def _extend(value: object) -> object:
+    """A value in which lists of floats, and what MessagePack has no type for, are extensions."""
+    kind = type(value)
+    if kind is dict:
+        return {key: _extend(each) for key, each in value.items()}
+    if kind is list:
+        if value and {float}.issuperset(map(type, value)):  # polygons, which are most of it
+            return msgpack.Ext(_FLOATS, np.asarray(value, _FLOAT).tobytes())
+        return [_extend(each) for each in value]
+    if kind is tuple:
+        return msgpack.Ext(_TUPLE, _pack(list(value)))
+    if kind is BoxMode:
+        return msgpack.Ext(_BOX_MODE, bytes([value]))
+    if kind is int and value.bit_length() > 63:
+        return msgpack.Ext(_LONG, str(value).encode())
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a file's name that is no text
+            return msgpack.Ext(_NO_UNICODE, value.encode(errors="surrogatepass"))
+    if kind not in _PLAIN:  # msgspec would make a list of a set, a number of an enumeration
+        raise TypeError(f"a {kind.__name__} cannot be kept")
+    return value
 
 
-def _pack_mask(mask: list | dict, numbers: list[float]) -> list | dict:
-    """A segmentation as JSON can hold it; floats of polygons go to ``numbers``."""
-    if isinstance(mask, dict):
-        counts = mask["counts"]
-        return {**mask, "counts": [counts.decode("ascii")]} if isinstance(counts, bytes) else mask
-    packed = []
-    for polygon in mask:
-        if _is_floats(polygon):
-            numbers += polygon
-            polygon = len(polygon)
-        packed.append(polygon)
-    return packed
+def _restore(code: int, data: memoryview) -> object:
+    """What :func:`_extend` has put into an extension type."""
+    if code == _FLOATS:
+        return np.frombuffer(data, _FLOAT).tolist()
+    if code == _TUPLE:
+        return tuple(_unpack(data))
+    if code == _BOX_MODE:
+        return BoxMode(data[0])
+    if code == _LONG:
+        return int(bytes(data))
+    return bytes(data).decode(errors="surrogatepass")
 
 
-def _unpack_mask(mask: list | dict, numbers: Iterator[float]) -> list | dict:
-    if isinstance(mask, dict):
-        # Lists of counts do not get here: loaders compress such masks, into bytes.
-        counts = mask["counts"]
-        return {**mask, "counts": counts[0].encode("ascii")} if isinstance(counts, list) else mask
-    return [
-        list(itertools.islice(numbers, part)) if isinstance(part, int) else part for part in mask
-    ]
+def _pack(value: object) -> bytes:
+    """A value of JSON's types, or bytes, a tuple or a box mode, as MessagePack.
+
+    Raises:
+        TypeError: for any other type.
+    """
+    return msgpack.encode(_extend(value))
 
 
-def _pack(record: dict) -> bytes:
-    numbers: list[float] = []
-    if "annotations" in record:
-        items = []
-        for item in record["annotations"]:
-            packed = dict(item)
-            if "segmentation" in item:
-                packed["segmentation"] = _pack_mask(item["segmentation"], numbers)
-            if "bbox_mode" in item:
-                packed["bbox_mode"] = int(item["bbox_mode"])
-            if isinstance(item.get("bbox"), tuple):
-                packed["bbox"] = {"tuple": item["bbox"]}
-            items.append(packed)
-        record = {**record, "annotations": items}
-    text = json.dumps(record, separators=(",", ":")).encode("ascii")
-    return _LENGTH.pack(len(text)) + text + np.asarray(numbers, _FLOAT).tobytes()
-
-
-def _unpack(data: memoryview) -> dict:
-    start = _LENGTH.size
-    end = start + _LENGTH.unpack_from(data)[0]
-    record = json.loads(str(data[start:end], "ascii"))
-    numbers = iter(np.frombuffer(data[end:], _FLOAT).tolist())
-    for item in record.get("annotations", ()):
-        if "segmentation" in item:
-            item["segmentation"] = _unpack_mask(item["segmentation"], numbers)
-        if "bbox_mode" in item:
-            item["bbox_mode"] = BoxMode(item["bbox_mode"])
-        if isinstance(item.get("bbox"), dict):
-            item["bbox"] = tuple(item["bbox"]["tuple"])
-    return record
+_unpack = msgpack.Decoder(ext_hook=_restore).decode
 
 
 def _is_usable(record: dict) -> bool:
@@ -121,12 +113,12 @@ class _Hashed:
         self._digest.update(data)
         self.position += len(data)
 
-    def write_table(self, table: np.ndarray) -> tuple[int, list[int]]:
+    def write_table(self, table: np.ndarray) -> list:
         """Writes a table at a multiple of 8 bytes; returns its place and shape."""
         self.write(bytes(-self.position % 8))
         place = self.position
         self.write(table.tobytes())
-        return place, list(table.shape)
+        return [place, list(table.shape)]
 
     def end(self, header: bytes) -> None:
         place = self.position
@@ -143,11 +135,12 @@ def write_records(
     Args:
         path: of the file.
         records: with ``width`` and ``height``; each is needed only until the next one.
-        facts: what else to keep, little, as JSON can hold it.
+        facts: what else to keep, little.
         names: a long list of texts to keep.
 
     Raises:
         OSError: if it cannot be written.
+        TypeError: for a value that cannot be packed.
         ValueError: if there are no records.
     """
     starts, sizes, usable = [], [], []
@@ -167,16 +160,18 @@ def write_records(
             "starts": file.write_table(np.asarray(starts, _COUNT)),
             "sizes": file.write_table(np.asarray(sizes, _FLOAT)),
             "usable": file.write_table(np.asarray(usable, _COUNT)),
-            "names": file.write_table(np.frombuffer(json.dumps(names).encode("ascii"), _BYTE)),
+            "names": file.write_table(np.frombuffer(_pack(names), _BYTE)),
         }
-        file.end(json.dumps({"tables": tables, "facts": facts}).encode("ascii"))
+        file.end(_pack({"tables": tables, "facts": facts}))
 
 
 class RecordFile(Sequence):
     """The records of a file, read as they are asked for; pickled as its path.
 
+    The file is locked, shared by all that have it open, as long as this object lives.
+
     Args:
-        path: of a file that :meth:`is_whole` has found whole.
+        path: of a file that is whole.
 
     Attributes:
         facts: as given to :func:`write_records`.
@@ -187,10 +182,11 @@ class RecordFile(Sequence):
     def __init__(self, path: str | Path):
         self.path = os.fspath(path)
         with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # the map goes on to hold it
             self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         end = len(self._view) - _END.size
         place, _ = _END.unpack_from(self._view, end)
-        header = json.loads(str(self._view[place:end], "ascii"))
+        header = _unpack(self._view[place:end])
         self.facts = header["facts"]
         tables = header["tables"]
         self._starts = self._table(_COUNT, *tables["starts"])
@@ -205,19 +201,23 @@ class RecordFile(Sequence):
     @property
     def names(self) -> list[str]:
         """As given to :func:`write_records`; a new list each time."""
-        return json.loads(self._names.tobytes())
+        return _unpack(self._names)
 
-    @staticmethod
-    def is_whole(path: str | Path) -> bool:
-        """Whether a file is there, and every byte of it as it was written."""
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    @classmethod
+    def open_whole(cls, path: str | Path) -> RecordFile | None:
+        """The file, if every byte of it is as it was written.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
             left = os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
             digest = hashlib.sha256()
             while left > 0 and (piece := file.read(min(_PIECE, left))):
                 digest.update(piece)
                 left -= len(piece)
-            return left == 0 and file.read() == digest.digest()
-        return False
+            return cls(path) if left == 0 and file.read() == digest.digest() else None
 
     def __reduce__(self) -> tuple:
         return RecordFile, (self.path,)

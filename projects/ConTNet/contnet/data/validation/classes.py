@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from contnet.config.nodes import get_value
 from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS
-from contnet.data.datasets.classification import count_labels
-from contnet.data.datasets.register import is_classification
+from contnet.data.datasets.classification import ClassificationSource, count_labels
+from contnet.data.datasets.register import find_source
 from contnet.data.datasets.shards import CLASSES_FILE
 from contnet.data.findings import Findings
 from contnet.data.validation.examine import examine_coco
@@ -88,8 +87,9 @@ def count_classes(cfg: CfgNode, name: str) -> int:
     Raises:
         UserError: if that cannot be read.
     """
-    if is_classification(name):
-        return count_labels(name, MetadataCatalog.get(name).source)
+    source = find_source(name)
+    if isinstance(source, ClassificationSource):
+        return count_labels(name, source)
     try:
         return len(examine_coco(cfg, name).findings.classes["objects"])
     except UserError as error:

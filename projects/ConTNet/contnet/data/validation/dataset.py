@@ -15,10 +15,11 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.data.datasets.cityscapes import GT_FILES
+from contnet.data.datasets.cityscapes import CityscapesSource
 from contnet.data.datasets.classes import IMAGE_LABELS
-from contnet.data.datasets.classification import EVALUATOR_TYPE, read_set
-from contnet.data.datasets.register import is_registered
+from contnet.data.datasets.classification import ClassificationSource, read_set
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source, is_registered
 from contnet.data.findings import ERROR, Findings
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
@@ -47,10 +48,8 @@ _FOLDERS = {
 
 def _page(name: str) -> str:
     """Where the layout of a built-in data set is told."""
-    kind = MetadataCatalog.get(name).get("evaluator_type")
-    if kind in GT_FILES:
-        return "docs/cityscapes.md"
-    return "docs/imagenet.md" if kind == EVALUATOR_TYPE else "docs/data.md"
+    pages = {CityscapesSource: "docs/cityscapes.md", ClassificationSource: "docs/imagenet.md"}
+    return pages.get(type(find_source(name)), "docs/data.md")
 
 
 def _origin(cfg: CfgNode, name: str) -> str:
@@ -89,7 +88,7 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
 
 def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
     by_folder = defaultdict(list)
-    root = MetadataCatalog.get(name).image_root
+    root = find_source(name).image_root
     for image in images:
         folder, file = os.path.split(os.path.join(root, image))
         by_folder[folder].append(file)
@@ -147,7 +146,7 @@ def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
 
 
 def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
-    content = read_set(MetadataCatalog.get(name).source, findings)
+    content = read_set(find_source(name), findings)
     if not content.records:
         return
     number = content.number_of_classes
@@ -164,11 +163,11 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
             )
 
 
-# By the evaluator_type of a data set's metadata: adds what is found of it.
-_CHECKS: dict[str, Callable[[CfgNode, str, Findings], None]] = {
-    "coco": _check_coco,
-    **dict.fromkeys(GT_FILES, _check_cityscapes),
-    EVALUATOR_TYPE: _check_classification,
+# By the kind of a data set: adds what is found of it.
+_CHECKS: dict[type, Callable[[CfgNode, str, Findings], None]] = {
+    CocoSource: _check_coco,
+    CityscapesSource: _check_cityscapes,
+    ClassificationSource: _check_classification,
 }
 
 
@@ -182,11 +181,11 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     findings = Findings()
     if not _are_there(cfg, name, findings):
         return findings
-    kind = MetadataCatalog.get(name).get("evaluator_type")
+    kind = type(find_source(name))
     if kind in _CHECKS:
         _CHECKS[kind](cfg, name, findings)
     else:
-        findings.note(f"nothing is known about data sets of the type {kind!r}, nothing is checked")
+        findings.note("it has a loader of its own, so that nothing of it is checked")
     return findings
 
 

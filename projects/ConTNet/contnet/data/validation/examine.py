@@ -6,20 +6,15 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
-from contnet.data.datasets.coco import read_instances
+from contnet.data.datasets.coco import image_names
+from contnet.data.datasets.register import find_source
 from contnet.data.findings import ERROR, Findings
-from contnet.data.pipeline.annotation_cache import AnnotationCache, open_cache, release_memory
-from contnet.data.pipeline.annotation_sources import image_names
-from contnet.data.pipeline.records import RecordFile
+from contnet.data.pipeline.annotations import AnnotationCache, open_cache, release_memory
 from contnet.data.validation.cityscapes import check_layout
 from contnet.data.validation.coco import DatasetUse, check_instances
 
 __all__ = ["Examined", "examine_cityscapes", "examine_coco"]
-
-# Raise it when the same annotations would give other findings.
-_CHECKS_FORMAT = 1
 
 
 class Examined(NamedTuple):
@@ -36,10 +31,6 @@ class Examined(NamedTuple):
     objects: int
 
 
-def _key(use: DatasetUse) -> tuple:
-    return _CHECKS_FORMAT, asdict(use)
-
-
 def _examine(content: dict, use: DatasetUse) -> Examined:
     found = Findings()
     check_instances(content, use, found)
@@ -47,19 +38,18 @@ def _examine(content: dict, use: DatasetUse) -> Examined:
 
 
 def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
-    found = cache.recall(*_key(use))
-    if found is None or not cache.has_records():
+    found = cache.recall_findings(asdict(use))
+    if found is None or (file := cache.recall_records()) is None:
         return None
-    file = RecordFile(cache.path)
     return Examined(found, file.names, file.facts["objects"])
 
 
 def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Examined:
-    content = read_instances(cache.source.json_file)
+    content = cache.source.read()
     examined = _examine(content, use)
     sound = writable and not examined.findings.lines(ERROR)
-    if sound and (cache.has_records() or cache.keep(*cache.source.convert(content))):
-        cache.remember(examined.findings, *_key(use))
+    if sound and (cache.recall_records() or cache.keep_records(content)):
+        cache.keep_findings(examined.findings, asdict(use))
     return examined
 
 
@@ -83,7 +73,7 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
     )
     cache = open_cache(cfg, name)
     if cache is None:
-        return _examine(read_instances(MetadataCatalog.get(name).json_file), use)
+        return _examine(find_source(name).read(), use)
     if known := _recall(cache, use):
         return known
     with cache.lock() as writable:
@@ -104,13 +94,12 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     cache = open_cache(cfg, name)
     trained = name in cfg.DATASETS.TRAIN
     use = DatasetUse(trained=trained, evaluated=False, masks=False, bitmasks=False)
-    if cache and (found := cache.recall(*_key(use))):
+    if cache and (found := cache.recall_findings(asdict(use))):
         return found
-    found, metadata = Findings(), MetadataCatalog.get(name)
-    folders = metadata.image_dir, metadata.gt_dir
-    check_layout(*folders, metadata.evaluator_type, found, trained)
-    if cache and cache.source.digest() == cache.digest:
+    found, source = Findings(), find_source(name)
+    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained)
+    if cache and cache.is_current():
         with cache.lock() as writable:
             if writable:
-                cache.remember(found, *_key(use))
+                cache.keep_findings(found, asdict(use))
     return found
