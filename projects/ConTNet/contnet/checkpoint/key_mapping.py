@@ -26,7 +26,6 @@ __all__ = [
     "convert_resnet_state_dict",
     "convert_state_dict",
     "detectron2_name",
-    "is_resnet",
     "locate_networks",
     "revert_state_dict",
     "torchvision_name",
@@ -209,11 +208,6 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def is_resnet(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has the names of torchvision's and timm's ResNets."""
-    return any(name.endswith("layer1.0.conv1.weight") for name in state)
-
-
 def detectron2_name(name: str) -> str:
     """Detectron2's name of a ResNet's tensor, from torchvision's."""
     for pattern, replacement in _RESNET:
@@ -228,12 +222,11 @@ def torchvision_name(name: str) -> str:
     return name
 
 
-def convert_resnet_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
+def convert_resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Translates a ResNet of torchvision or timm to the names of Detectron2's.
 
     Args:
-        checkpoint: a state dict, or a dict that has one under ``model``; names may start with
-            ``module.``. It is left as it is.
+        state: its state dict, which is left as it is.
 
     Returns:
         The tensors without ``num_batches_tracked``, which Detectron2's frozen norms do not have;
@@ -242,9 +235,8 @@ def convert_resnet_state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
     Raises:
         ValueError: if it is no such ResNet, or one with another stem.
     """
-    state = _bare(checkpoint)
     stem = state.get("conv1.weight")
-    if not is_resnet(state) or stem is None or stem.shape[-2:] != (7, 7):
+    if MARKS["timm"] not in state or stem is None or stem.shape[-2:] != (7, 7):
         raise ValueError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
     counts = ".num_batches_tracked"
     return {detectron2_name(k): v for k, v in state.items() if not k.endswith(counts)}

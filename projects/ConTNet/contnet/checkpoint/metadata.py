@@ -18,8 +18,8 @@ from contnet.modeling.classifier import ImageClassifier, contnet_options
 from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.fpn import bottom_up_name
 from contnet.utils.errors import UserError
+from contnet.utils.packages import installed_versions
 from contnet.utils.text import describe_difference
-from contnet.utils.version import installed_versions
 
 __all__ = ["METADATA", "Metadata", "check_class_names", "check_network", "describe_model"]
 

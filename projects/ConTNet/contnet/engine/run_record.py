@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
-from contnet.utils.version import installed_versions
+from contnet.utils.packages import installed_versions
 
 __all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
 

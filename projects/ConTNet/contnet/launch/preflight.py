@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import tempfile
@@ -93,10 +92,11 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
         )
 
 
-def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _check_weights(settings: RunSettings) -> None:
+    cfg = settings.cfg
     weights = cfg.MODEL.WEIGHTS
-    resumable = args.resume and has_last_checkpoint(cfg.OUTPUT_DIR)
-    if args.eval_only and not weights and not resumable:
+    resumable = settings.resume and has_last_checkpoint(cfg.OUTPUT_DIR)
+    if settings.eval_only and not weights and not resumable:
         raise UserError(
             "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
@@ -177,7 +177,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> None:
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
-    _check_weights(cfg, settings)
+    _check_weights(settings)
 
 
 def check_run(settings: RunSettings) -> None:

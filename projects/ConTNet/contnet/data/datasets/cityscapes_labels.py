@@ -29,6 +29,7 @@ from cityscapesscripts.preparation.json2labelImg import createLabelImage
 from PIL import Image
 from tqdm import tqdm
 
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
@@ -129,7 +130,7 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int
     """
     files = _find_polygons(root)
     written, errors = 0, []
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(workers or available_cpus()) as pool:
         results = tqdm(pool.map(_prepare, files), total=len(files), unit="image", desc="labels")
         try:
             for count, error in results:

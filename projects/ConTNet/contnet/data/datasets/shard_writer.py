@@ -36,6 +36,7 @@ from contnet.data.datasets.shards import (
     write_index,
 )
 from contnet.data.findings import ERROR, Findings
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
 
@@ -232,7 +233,7 @@ def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, 
     total = sum(len(plan.samples) for plan in plans)
     made = []
     with (
-        ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+        ProcessPoolExecutor(workers or available_cpus()) as pool,
         tqdm(total=total, unit="image", desc="shards") as bar,
     ):
         try:

@@ -28,6 +28,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
@@ -220,7 +221,7 @@ def _is_fresh(shard: Shard | None, path: str) -> bool:
 
 def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
     """Looks through shards, in processes where that saves time, with a bar on a terminal."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(paths))
+    workers = min(workers or available_cpus(), len(paths))
     bar = partial(tqdm, total=len(paths), unit="shard", desc="index", disable=None)
     if workers == 1:
         return list(bar(map(index_shard, paths)))
