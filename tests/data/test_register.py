@@ -106,6 +106,19 @@ def test_a_loader_of_ones_own_counts_whatever_its_metadata_say(drawn):
     assert not findings.lines(ERROR) and len(findings.lines(NOTE)) == 1
 
 
+@pytest.mark.parametrize("name", ["coco_2017_val", "cityscapes_fine_instance_seg_val"])
+def test_a_built_in_name_can_be_given_away(name):
+    catalogs = (DatasetCatalog, MetadataCatalog)
+    before = [(catalog, catalog.pop(name)) for catalog in catalogs]
+    try:
+        DatasetCatalog.register(name, lambda: [{"file_name": "a.jpg", "width": 3, "height": 4}])
+        assert find_source(name) is None
+        assert len(load_dataset_dicts(load_config(LEAF), [name], train=False)) == 1
+    finally:
+        for catalog, entry in before:
+            catalog[name] = entry
+
+
 def test_a_set_of_detectron2s_own_call_is_loaded(drawn):
     register_coco_instances("theirs", {}, *_entries(f"{drawn}/")[0][1:])
     cfg = load_config(LEAF, ["DATASETS.TRAIN", "('theirs',)", "DATASETS.TEST", "()"])

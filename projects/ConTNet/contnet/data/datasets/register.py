@@ -57,9 +57,9 @@ def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSour
     if name not in DatasetCatalog:
         return None
     metadata = MetadataCatalog.get(name)
-    if name in _COCO:
+    if name in _COCO and metadata.get("json_file"):
         return CocoSource(metadata.json_file, metadata.image_root)
-    if name in _CITYSCAPES:
+    if name in _CITYSCAPES and metadata.get("gt_dir"):
         kind = metadata.evaluator_type
         return CityscapesSource(name, metadata.image_dir, metadata.gt_dir, kind)
     return metadata.get("source")
