@@ -100,12 +100,12 @@ class Attempt:
         """Trains or evaluates, as ``TrainingJob`` says; returns the last evaluation's metrics."""
         self.watcher.start()
         try:
-            self._run()
+            self._attempt()
         except LeaseLost:
             self.watcher.end_replaced()
         return self.metrics
 
-    def _run(self) -> None:
+    def _attempt(self) -> None:
         try:
             self._begin()
             self._train()
@@ -173,9 +173,9 @@ class Attempt:
         device = torch.device(settings.cfg.MODEL.DEVICE).type
         # Longer than the watcher waits, who can say more about a hang.
         timeout = self.hang_timeout + 60
-        self.metrics = launch_run(self._run, settings, self.processes, device, timeout)
+        self.metrics = launch_run(self._call_run, settings, self.processes, device, timeout)
 
-    def _run(self, settings: RunSettings) -> dict:
+    def _call_run(self, settings: RunSettings) -> dict:
         return run(settings, Preemption(self.watcher, self.lease))
 
     def _exit(self) -> None:
