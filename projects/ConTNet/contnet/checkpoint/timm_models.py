@@ -6,6 +6,8 @@ Its other feature classes see what modules put out, and give the outputs of the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from timm.models import (
     adapt_input_conv,
     build_model_with_cfg,
@@ -22,7 +24,7 @@ from contnet.checkpoint.reading import (
     read_checkpoint,
     strip_wrapper_prefix,
 )
-from contnet.modeling.contnet import VARIANTS, ConTNet, create_model
+from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet, create_model
 from contnet.utils.errors import UserError
 
 __all__ = sorted(VARIANTS)
@@ -82,12 +84,22 @@ def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) ->
     return path
 
 
-def _describe_features(model: ConTNet, feature_cls: str | type) -> None:
+def _describe_features(
+    model: ConTNet, feature_cls: str | type, out_indices: int | Sequence[int]
+) -> None:
     """Makes ``feature_info`` what a feature class of timm gets to see."""
     classes = [feature_cls] if isinstance(feature_cls, str) else feature_cls.__mro__
     names = " ".join(getattr(each, "__name__", str(each)) for each in classes).lower()
+    if "getter" in names:
+        return
+    indices = [] if isinstance(out_indices, int) else [i % len(FEATURES) for i in out_indices]
+    if indices != sorted(indices):
+        raise ValueError(
+            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} gives features in the "
+            "order of the stages, name them in it or take feature_cls 'getter'"
+        )
     # By hooks timm gets the inputs of convolutions, too, which are the taps "pre".
-    if "getter" in names or ("hook" in names and model.taps == "pre"):
+    if "hook" in names and model.taps == "pre":
         return
     if model.taps == "pre":
         raise ValueError(
@@ -114,13 +126,14 @@ def _build(
     path = _pretrained_file(name, pretrained_cfg, pretrained_cfg_overlay) if pretrained else ""
     features_only = kwargs.get("features_only", False)
     feature_cls = kwargs.get("feature_cls", "getter")
+    out_indices = kwargs.get("out_indices", ())
 
     def make(**options) -> ConTNet:
         model = create_model(name, **options)
         if path:
             _load_file(model, path, with_head=not features_only)
         if features_only:
-            _describe_features(model, feature_cls)
+            _describe_features(model, feature_cls, out_indices)
         return model
 
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True}

@@ -5,8 +5,6 @@ arXiv 2104.13497. Layer sizes follow the authors' published classification code;
 maps that are no multiple of the patch, and the dense taps, are ours (docs/network.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 
 import torch
