@@ -284,12 +284,18 @@ def test_feature_info_names_modules_that_are_called(name):
 # --- torch.fx, TorchScript -----------------------------------------------------------------------
 
 
-@variants
-@pytest.mark.parametrize("options", [{}, FLAGS, {"output_stride": 8}], ids=["plain", "all", "8"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in sorted(VARIANTS)),
+        ("contnet_ti", FLAGS),
+        ("contnet_ti", {"output_stride": 8, "dilated_patches": False}),
+        ("contnet_ti", {"output_stride": 16, "use_avgdown": True}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_forward_fx(name, options):
-    if options and name != "contnet_ti":
-        pytest.skip("one variant for each option")
     model = create(name, **options)
     traced = torch.fx.symbolic_trace(model)
     extracted = create_feature_extractor(model, {"head": "logits"})

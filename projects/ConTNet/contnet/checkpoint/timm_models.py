@@ -81,7 +81,7 @@ def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) ->
             f"{name}: no weights are published with this package; build it with pretrained=False, "
             'or name a converted file by pretrained_cfg_overlay={"file": ...}'
         )
-    return path
+    return str(path)
 
 
 def _describe_features(

@@ -61,14 +61,14 @@ def test_a_file_is_loaded(trained, tmp_path, form, suffix):
 @torch.no_grad()
 def test_a_file_serves_another_number_of_channels(trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "w.pth")
-    overlay = {"file": str(tmp_path / "w.pth")}
+    overlay = {"file": tmp_path / "w.pth"}
     model = load(num_classes=10, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     grey = image(channels=1)
     torch.testing.assert_close(model(grey), trained(grey.expand(-1, 3, -1, -1)))
 
 
 def test_files_that_do_not_fit_are_refused(trained, tmp_path):
-    overlay = {"file": str(tmp_path / "w.pth")}
+    overlay = {"file": tmp_path / "w.pth"}
     with pytest.raises(UserError, match=r"w\.pth is not a file"):
         load(pretrained_cfg_overlay=overlay)
     state = trained.state_dict()
