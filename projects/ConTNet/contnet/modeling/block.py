@@ -145,7 +145,7 @@ class ConTBlock(nn.Module):
         x = x.permute(0, 2, 3, 1)
         cut = (self.patch_size, self.cell_size, self.patch_dilation)
         tokens, valid = pad_and_partition(x, *cut)
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # it cannot compile the chunks
             tokens = self._run_encoders(tokens, valid)
         else:
             tokens = self._encode_chunks(tokens, valid)

@@ -5,6 +5,7 @@ arXiv 2104.13497. Layer sizes follow the authors' published classification code;
 maps that are no multiple of the patch, and the dense taps, are ours (docs/network.md).
 """
 
+# No annotations as strings: torch.fx copies those of forward into its code, for TorchScript.
 from collections.abc import Callable, Collection, Sequence
 
 import torch
