@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate
-from contnet.modeling.block import ConTBlock
 from contnet.modeling.contnet import ConTNet
 from contnet.modeling.encoder import Attention
 from contnet.modeling.macs import macs_of_call
@@ -35,8 +34,6 @@ def _moved(module: nn.Module, x: Tensor, out: Tensor) -> int:
     """Numbers that one call must at least read and write."""
     if isinstance(module, Attention):
         return 4 * x.numel()  # query, key, value and the result
-    if isinstance(module, ConTBlock):
-        return x.numel() + out[0].numel() + module.conv.weight.numel()
     return x.numel() + out.numel() + module.weight.numel()
 
 

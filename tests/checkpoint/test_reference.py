@@ -5,23 +5,42 @@ import torch
 from conversions import chosen, ours
 from oracle import make_oracle
 
+import contnet
 from contnet.checkpoint.convert import EXPORTS
-from contnet.checkpoint.reference import run_authors
+from contnet.checkpoint.reference import RUNNERS
 
 pytest_plugins = ["conversions"]
 
 
 @pytest.mark.parametrize("mask", range(0, 16, 3))
 @torch.no_grad()
-def test_what_check_runs_is_the_authors_network(mask):
-    """The tool's own run of their tensors, beside the tests' one."""
+def test_every_form_of_a_contnet_computes_the_same(mask):
+    """Two ways of writing the network, which share nothing but the tensors."""
     options = chosen(mask)
-    theirs = make_oracle("contnet_ti", **options)
+    theirs = make_oracle("contnet_ti", num_classes=5, **options)
+    state = dict(theirs.state_dict())
+    converted, _ = contnet.convert_state_dict(state)
+    # As some files have them.
+    bare = {k: v for k, v in state.items() if not k.endswith(("_index", "_tracked"))}
+    options["num_classes"] = 5
     for size in ((224, 224), (97, 131)):
         image = torch.randn(1, 3, *size)
-        features, logits = run_authors(theirs.state_dict(), image, options.get("pre_norm", False))
-        torch.testing.assert_close(logits, theirs(image), rtol=0, atol=1e-4)
-        torch.testing.assert_close(features, theirs.features(image)["res5"], rtol=0, atol=1e-4)
+        expected = RUNNERS["authors"]("contnet_ti", options, bare, image)
+        assert torch.equal(expected[1], theirs(image))
+        for form in ("contnet", "timm"):
+            found = RUNNERS[form]("contnet_ti", options, converted, image)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_without_a_head_give_the_mean():
+    state = make_oracle("contnet_ti", num_classes=0).state_dict()
+    half = {name: value.half() for name, value in state.items()}
+    features, mean = RUNNERS["authors"](
+        "contnet_ti", {"num_classes": 0}, half, torch.randn(1, 3, 64, 64)
+    )
+    assert features.dtype == torch.float32 and features.shape == (1, 768, 2, 2)
+    assert torch.equal(mean, features.mean((2, 3)))
 
 
 @pytest.mark.parametrize("head", ["drop", "4"])

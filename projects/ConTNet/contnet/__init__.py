@@ -3,8 +3,8 @@
 The network and its checkpoints need only PyTorch; the Detectron2 side is imported on first use.
 """
 
+from contnet.checkpoint import timm_models  # noqa: F401, registers the variants with timm
 from contnet.checkpoint.key_mapping import ConversionReport, convert_state_dict, revert_state_dict
-from contnet.modeling import timm_models  # noqa: F401, registers the variants with timm
 from contnet.modeling.contnet import ConTNet, create_model
 from contnet.modeling.inference import optimize_for_inference
 from contnet.utils.version import __version__  # noqa: F401

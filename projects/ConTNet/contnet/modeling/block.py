@@ -1,4 +1,4 @@
-"""The ConT block: two encoders, one convolution and a shortcut."""
+"""The ConT block: two encoders, one convolution and a shortcut; and the stage of such blocks."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from contnet.modeling.encoder import Encoder
-from contnet.modeling.patches import (
-    batch_to_space,
-    is_multiple,
-    merge_patches,
-    partition_patches,
-    space_to_batch,
-)
+from contnet.modeling.encoder import Encoder, run_checkpointed
+from contnet.modeling.patches import merge_and_crop, pad_and_partition
 
-__all__ = ["CPU_CHUNK_ELEMENTS", "ConTBlock", "PooledShortcut", "Shortcut"]
+__all__ = ["CPU_CHUNK_ELEMENTS", "ConTBlock", "PooledShortcut", "Stage"]
+
+# For torch.fx, which cannot follow what depends on the size of the map.
+torch.fx.wrap("merge_and_crop")
+torch.fx.wrap("mean_with_next")
+torch.fx.wrap("pad_and_partition")
 
 # Elements of the tokens that a CPU encodes at a time, so that they stay in its cache.
 CPU_CHUNK_ELEMENTS = 400_000
 
 
-def _mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
+def mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
     """Mean of each pixel and the one ``dilation`` further; alone where that lies outside."""
     size = x.shape[dim]
     if size <= dilation:
@@ -34,29 +33,38 @@ def _mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
     return (x + following) / 2
 
 
-class Shortcut(nn.Conv2d):
-    """1x1 projection of the shortcut, at stride 1 or 2."""
+def _convolve_at_stride_1(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution of any stride gives at stride 1; its hooks do not run.
 
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__(dim, out_dim, 1, bias=False)
-
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
-        return F.conv2d(x, self.weight, stride=stride)
+    Raises:
+        TypeError: if the module computes something else than a convolution with its weight.
+    """
+    if type(conv).forward is not nn.Conv2d.forward:
+        raise TypeError(
+            f"a {type(conv).__name__} is in the place of a convolution that taps='stage' runs at "
+            "stride 1 by its weight alone: take taps='pre', or the classifier"
+        )
+    return F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation)
 
 
 class PooledShortcut(nn.Module):
-    """The same with ``use_avgdown``: a 2x2 mean instead of every second pixel."""
+    """1x1 projection of the shortcut with ``use_avgdown``: of 2x2 means, at stride 1 or 2."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, stride: int, dilation: int):
         super().__init__()
+        self.stride = stride
+        self.dilation = dilation
         self.conv = nn.Conv2d(dim, out_dim, 1, bias=False)
 
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
-        if stride == 2:
-            x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
-        else:
-            x = _mean_with_next(_mean_with_next(x, 2, dilation), 3, dilation)
-        return self.conv(x)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            return self.forward_dense(x)
+        return self.conv(F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False))
+
+    def forward_dense(self, x: Tensor) -> Tensor:
+        """The same at stride 1: ``forward(x)`` is ``forward_dense(x)`` sub-sampled."""
+        x = mean_with_next(x, 2, self.dilation)
+        return self.conv(mean_with_next(x, 3, self.dilation))
 
 
 class ConTBlock(nn.Module):
@@ -96,6 +104,7 @@ class ConTBlock(nn.Module):
         self.patch_dilation = patch_dilation
         self.patch_size, self.cell_size = max(patch_sizes), min(patch_sizes)
         self.norm = norm_layer(dim)
+        self.act = nn.ReLU()
         self.encoders = nn.ModuleList(
             Encoder(dim, patch_size=size, cell_size=self.cell_size, **encoder)
             for size in patch_sizes
@@ -105,66 +114,97 @@ class ConTBlock(nn.Module):
             dim, out_dim, kernel_size, stride, padding=padding, dilation=dilation, bias=False
         )
         self.shortcut = None
-        if out_dim != dim:
-            self.shortcut = (PooledShortcut if use_avgdown else Shortcut)(dim, out_dim)
+        if out_dim != dim and use_avgdown:
+            self.shortcut = PooledShortcut(dim, out_dim, stride, dilation)
+        elif out_dim != dim:
+            self.shortcut = nn.Conv2d(dim, out_dim, 1, stride, bias=False)
         self.drop_path = StochasticDepth(drop_path, "row")
         self.out_drop = nn.Dropout(out_drop)
-
-    def _encode_patches(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """Both encoders on patches (B, T, C); on a CPU as many at a time as its cache holds."""
-        if tokens.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return self._run_encoders(tokens, valid)
-        count = max(1, CPU_CHUNK_ELEMENTS // (tokens.shape[1] * tokens.shape[2]))
-        parts = tokens.split(count)
-        masks = [None] * len(parts) if valid is None else valid.split(count)
-        return torch.cat([self._run_encoders(*each) for each in zip(parts, masks, strict=True)])
 
     def _run_encoders(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         for encoder in self.encoders:
             tokens = encoder(tokens, valid)
         return tokens
 
-    def _encode(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        unit = self.patch_size * self.patch_dilation
+    def _encode_chunks(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """Both encoders on patches (B, T, C); on a CPU as many at a time as its cache holds."""
+        if (
+            isinstance(tokens, torch.fx.Proxy)
+            or tokens.device.type != "cpu"
+            or torch.jit.is_tracing()
+            or torch.compiler.is_compiling()
+        ):
+            return self._run_encoders(tokens, valid)
+        count = max(1, CPU_CHUNK_ELEMENTS // (tokens.shape[1] * tokens.shape[2]))
+        parts = tokens.split(count)
+        masks = [None] * len(parts) if valid is None else valid.split(count)
+        return torch.cat([self._run_encoders(*each) for each in zip(parts, masks, strict=True)])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Both encoders on an activated map (N, dim, H, W)."""
         x = x.permute(0, 2, 3, 1)
-        valid = None
-        if not (is_multiple(h, unit) and is_multiple(w, unit)):
-            full_h, full_w = (h + unit - 1) // unit * unit, (w + unit - 1) // unit * unit
-            x = F.pad(x, (0, 0, 0, full_w - w, 0, full_h - h))
-            rows = torch.arange(full_h, device=x.device) < h
-            cols = torch.arange(full_w, device=x.device) < w
-            valid = (rows[:, None] & cols)[None, :, :, None]
-        whole = x
-        if self.patch_dilation > 1:
-            x = space_to_batch(x, self.patch_dilation)
-            valid = None if valid is None else space_to_batch(valid, self.patch_dilation)
-        tokens = partition_patches(x, self.patch_size, self.cell_size)
-        if valid is not None:
-            valid = partition_patches(valid, self.patch_size, self.cell_size).squeeze(2)
-            valid = valid.repeat(tokens.shape[0] // valid.shape[0], 1)
-        x = merge_patches(self._encode_patches(tokens, valid), self.patch_size, self.cell_size, x)
-        if self.patch_dilation > 1:
-            x = batch_to_space(x, self.patch_dilation, whole)
-        return x.narrow(1, 0, h).narrow(2, 0, w).permute(0, 3, 1, 2)
+        cut = (self.patch_size, self.cell_size, self.patch_dilation)
+        tokens, valid = pad_and_partition(x, *cut)
+        if torch.jit.is_scripting():  # it cannot compile the chunks
+            tokens = self._run_encoders(tokens, valid)
+        else:
+            tokens = self._encode_chunks(tokens, valid)
+        return merge_and_crop(tokens, *cut, x).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor, dense: bool = False) -> tuple[Tensor, Tensor]:
-        """Runs the block.
+    def _add(self, residual: Tensor, skip: Tensor) -> Tensor:
+        return self.out_drop(self.drop_path(residual) + skip)
 
-        Args:
-            x: map (N, dim, H, W).
-            dense: convolve at stride 1, whatever the block's own stride.
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, out_dim, ceil(H / stride), ceil(W / stride)) of a map (N, dim, H, W)."""
+        return self.forward_pre(x)[0]
 
-        Returns:
-            The output (N, out_dim, ceil(H / stride), ceil(W / stride)), and what the second encoder
-            made (N, dim, H, W), the input of the convolution.
-        """
-        stride = 1 if dense else self.stride
-        activated = F.relu(self.norm(x))
-        encoded = self._encode(activated)
-        conv = self.conv
-        residual = F.conv2d(encoded, conv.weight, None, stride, conv.padding, conv.dilation)
-        skip = x
-        if self.shortcut is not None:
-            skip = self.shortcut(activated, stride, conv.dilation[0])
-        return self.out_drop(self.drop_path(residual) + skip), encoded
+    def forward_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the input of the convolution (N, dim, H, W)."""
+        activated = self.act(self.norm(x))
+        encoded = self.encode(activated)
+        residual = self.conv(encoded)
+        skip = x if self.shortcut is None else self.shortcut(activated)
+        return self._add(residual, skip), encoded
+
+    def forward_dense(self, x: Tensor) -> Tensor:
+        """The output at stride 1 (N, out_dim, H, W): ``forward(x)`` is this, sub-sampled."""
+        if self.stride == 1:
+            return self(x)
+        activated = self.act(self.norm(x))
+        residual = _convolve_at_stride_1(self.conv, self.encode(activated))
+        if isinstance(self.shortcut, PooledShortcut):
+            skip = self.shortcut.forward_dense(activated)
+        else:
+            skip = _convolve_at_stride_1(self.shortcut, activated)
+        return self._add(residual, skip)
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row, the last of which may down-sample."""
+
+    def __init__(self, *blocks: ConTBlock):
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x) if torch.jit.is_scripting() else run_checkpointed(self, block, x)
+        return x
+
+    def _run_all_but_last(self, x: Tensor) -> tuple[Tensor, ConTBlock]:
+        *blocks, last = self
+        for block in blocks:
+            x = run_checkpointed(self, block, x)
+        return x, last
+
+    def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and what it is before it is sub-sampled."""
+        x, last = self._run_all_but_last(x)
+        dense = run_checkpointed(self, last.forward_dense, x)
+        # A strided convolution is the stride-1 convolution sub-sampled.
+        return dense[..., :: last.stride, :: last.stride], dense
+
+    def forward_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the input of the last block's convolution."""
+        x, last = self._run_all_but_last(x)
+        return run_checkpointed(self, last.forward_pre, x)

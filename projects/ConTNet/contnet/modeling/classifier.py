@@ -11,7 +11,6 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-import contnet.modeling.timm_models  # noqa: F401, gives timm our networks
 from contnet.modeling.contnet import VARIANTS
 from contnet.utils.errors import UserError
 

@@ -5,18 +5,18 @@ arXiv 2104.13497. Layer sizes follow the authors' published classification code;
 maps that are no multiple of the patch, and the dense taps, are ours (docs/network.md).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+# No annotations as strings: torch.fx copies those of forward into its code, for TorchScript.
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from contnet.modeling.block import ConTBlock
-from contnet.modeling.encoder import Attention, Encoder, run_checkpointed
+from contnet.modeling.block import ConTBlock, Stage
+from contnet.modeling.encoder import Attention, Encoder
 
 __all__ = [
     "FEATURES",
+    "GLOBAL_POOLS",
     "GRAD_CHECKPOINTING_MODES",
     "OUTPUT_STRIDES",
     "TAPS",
@@ -27,6 +27,7 @@ __all__ = [
 
 FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
+GLOBAL_POOLS = ("avg", "")
 OUTPUT_STRIDES = (32, 16, 8)
 # What activation checkpointing computes again: nothing, MLPs, whole blocks.
 GRAD_CHECKPOINTING_MODES = ("", "mlp", "block")
@@ -45,6 +46,47 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+def _make_stage(
+    number: int,
+    depths: Sequence[int],
+    dim: int,
+    mlp_dims: Sequence[int],
+    *,
+    output_stride: int,
+    dilated_patches: bool,
+    use_avgdown: bool,
+    drop_rate: float,
+    last_drop_rate: float,
+    drop_path_rate: float,
+    **options,
+) -> Stage:
+    """Stage ``number``, from 0, of a ConTNet with these arguments; ``options`` are its blocks'."""
+    final = number == len(depths) - 1
+    dilation = max((4 << number) // output_stride, 1)
+    drop_path_step = drop_path_rate / max(sum(depths) - 1, 1)
+    blocks = []
+    for i in range(depths[number]):
+        last = i == depths[number] - 1
+        block = ConTBlock(
+            dim << number,
+            dim << (number + last),
+            stride=2 if last and not final and 8 << number <= output_stride else 1,
+            kernel_size=1 if last and final else 3,
+            patch_sizes=(7, 7) if final else (7, 14),
+            dilation=dilation,
+            patch_dilation=dilation if dilated_patches else 1,
+            use_avgdown=use_avgdown and not final,
+            drop_path=drop_path_step * (sum(depths[:number]) + i),
+            out_drop=last_drop_rate if last and final else 0.0,
+            num_heads=1 << number,
+            mlp_dim=mlp_dims[number],
+            drop=drop_rate if number >= 2 else 0.0,
+            **options,
+        )
+        blocks.append(block)
+    return Stage(*blocks)
+
+
 class ConTNet(nn.Module):
     """ConTNet, classifier and feature extractor in one.
 
@@ -54,6 +96,7 @@ class ConTNet(nn.Module):
         mlp_dims: hidden width of each stage's MLPs.
         num_classes: of the classifier; 0 leaves it out.
         in_chans: channels of the input image.
+        global_pool: "avg" for the mean of the last map; "" for the map itself, without classifier.
         relative: a relative bias table in each attention instead of absolute position tables.
         pre_norm: normalise before attention and MLP instead of after their residual sums.
         use_avgdown: average-pool in the down-sampling shortcuts.
@@ -79,6 +122,7 @@ class ConTNet(nn.Module):
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
+        global_pool: str = "avg",
         relative: bool = False,
         pre_norm: bool = False,
         use_avgdown: bool = False,
@@ -98,60 +142,54 @@ class ConTNet(nn.Module):
             raise ValueError(f"output_stride is {output_stride!r}, it must be 32, 16 or 8")
         self.taps = taps
         self.output_stride = output_stride
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dim * 16
-        self.grad_checkpointing = False
         self.stem = nn.Conv2d(in_chans, dim, 7, stride=2, padding=3, bias=False)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
-        drop_path_step = drop_path_rate / max(sum(depths) - 1, 1)
-        self.stages = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            final = i == len(depths) - 1
-            dilation = max((4 << i) // output_stride, 1)
-            blocks = nn.ModuleList()
-            for j in range(depth):
-                last = j == depth - 1
-                blocks.append(
-                    ConTBlock(
-                        dim << i,
-                        dim << (i + last),
-                        stride=2 if last and not final and 8 << i <= output_stride else 1,
-                        kernel_size=1 if last and final else 3,
-                        patch_sizes=(7, 7) if final else (7, 14),
-                        dilation=dilation,
-                        patch_dilation=dilation if dilated_patches else 1,
-                        use_avgdown=use_avgdown and not final,
-                        norm_layer=norm_layer or nn.BatchNorm2d,
-                        drop_path=drop_path_step * (sum(depths[:i]) + j),
-                        out_drop=last_drop_rate if last and final else 0.0,
-                        num_heads=1 << i,
-                        mlp_dim=mlp_dims[i],
-                        relative=relative,
-                        pre_norm=pre_norm,
-                        qkv_bias=qkv_bias,
-                        drop=drop_rate if i >= 2 else 0.0,
-                    )
-                )
-            self.stages.append(blocks)
-        self.head = self._make_head()
-        self._set_feature_facts(dim)
+        options = {
+            "output_stride": output_stride,
+            "dilated_patches": dilated_patches,
+            "use_avgdown": use_avgdown,
+            "drop_rate": drop_rate,
+            "last_drop_rate": last_drop_rate,
+            "drop_path_rate": drop_path_rate,
+            "norm_layer": norm_layer or nn.BatchNorm2d,
+            "relative": relative,
+            "pre_norm": pre_norm,
+            "qkv_bias": qkv_bias,
+        }
+        self.stages = nn.Sequential(
+            *(_make_stage(i, depths, dim, mlp_dims, **options) for i in range(len(depths)))
+        )
+        self._set_head(num_classes, global_pool)
+        self._describe_features()
         self.apply(self._init_weights)
 
-    def _make_head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        return nn.Linear(self.num_features, self.num_classes)
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in GLOBAL_POOLS:
+            raise ValueError(f"global_pool is {global_pool!r}, it must be 'avg' or ''")
+        if num_classes and not global_pool:
+            raise ValueError(
+                f"global_pool is '' and num_classes {num_classes}: a map has no classifier, "
+                "take num_classes 0 or global_pool 'avg'"
+            )
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def _set_feature_facts(self, dim: int) -> None:
-        channels = [dim << (i + (self.taps == "stage")) for i in range(3)] + [dim * 16]
-        self.out_feature_channels = dict(zip(FEATURES, channels, strict=True))
-        self.out_feature_strides = {
-            name: min(4 << i, self.output_stride) for i, name in enumerate(FEATURES)
-        }
-        self.feature_info = [
-            {"num_chs": channels[i], "reduction": stride, "module": f"stages.{i}"}
-            for i, stride in enumerate(self.out_feature_strides.values())
-        ]
+    def _describe_features(self) -> None:
+        """Sets the facts of the taps, also in timm's form."""
+        self.out_feature_channels, self.out_feature_strides = {}, {}
+        self.feature_info = []
+        for i, (name, stage) in enumerate(zip(FEATURES, self.stages, strict=True)):
+            where = {"module": f"stages.{i}"}
+            channels, stride = stage[-1].conv.out_channels, min(4 << i, self.output_stride)
+            if self.taps == "pre" and name != FEATURES[-1]:
+                where = {"module": f"stages.{i}.{len(stage) - 1}.conv", "hook_type": "forward_pre"}
+                channels = stage[-1].conv.in_channels
+            self.out_feature_channels[name] = channels
+            self.out_feature_strides[name] = stride
+            self.feature_info.append({"num_chs": channels, "reduction": stride, **where})
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -190,37 +228,53 @@ class ConTNet(nn.Module):
         part = "block" if enable is True else enable or ""
         if part not in GRAD_CHECKPOINTING_MODES:
             raise ValueError(f"enable is {enable!r}, it must be a bool, 'mlp' or 'block'")
-        self.grad_checkpointing = part == "block"
         for module in self.modules():
-            if isinstance(module, Encoder):
+            if isinstance(module, Stage):
+                module.grad_checkpointing = part == "block"
+            elif isinstance(module, Encoder):
                 module.grad_checkpointing = part == "mlp"
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Puts a new head of ``num_classes`` outputs (0: none) in the place of the present one.
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new head in the place of the present one.
+
+        Args:
+            num_classes: its outputs; 0 for no head.
+            global_pool: as in the constructor; None keeps the present pooling.
 
         Raises:
-            ValueError: for a pooling other than the mean, which is all that ConTNet has.
+            ValueError: for another pooling, and for classes without one.
         """
-        if global_pool != "avg":
-            raise ValueError(f"global_pool is {global_pool!r}, ConTNet has only 'avg'")
-        self.num_classes = num_classes
-        self.head = self._make_head().to(self.stem.weight)
-        self.head.apply(self._init_weights)
+        self._set_head(num_classes, self.global_pool if global_pool is None else global_pool)
+        self.head.to(self.stem.weight).apply(self._init_weights)
 
-    def _tapped_stage(self, name: str, stage: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A stage's output, and the features ``name`` before down-sampling."""
-        *blocks, last = stage
-        for block in blocks:
-            x, _ = run_checkpointed(self, block, x)
-        if self.taps == "pre" and name != FEATURES[-1]:
-            return run_checkpointed(self, last, x)
-        tap, _ = run_checkpointed(self, last, x, True)
-        # A strided convolution is the stride-1 convolution sub-sampled.
-        return tap[..., :: last.stride, :: last.stride], tap
+    def _last_map(self, x: Tensor) -> Tensor:
+        return self.stages(self._embed(x))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        # The blocks work on channels last, as partitions into patches are cheapest there.
+        return self.pool(self.stem(x.contiguous(memory_format=torch.channels_last)))
+
+    def _run_tapped(
+        self, x: Tensor, numbers: Collection[int], count: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Runs ``count`` stages; returns the last one's output, and the taps of ``numbers``."""
+        x = self._embed(x)
+        taps = {}
+        for i, stage in zip(range(count), self.stages, strict=False):
+            if i not in numbers:
+                x = stage(x)
+            elif i == len(FEATURES) - 1:
+                x = taps[i] = stage(x)
+            elif self.taps == "pre":
+                x, taps[i] = stage.forward_pre(x)
+            else:
+                x, taps[i] = stage.forward_dense(x)
+        return x, taps
 
     def forward_features(
         self, x: Tensor, out_features: Sequence[str] | None = None
@@ -240,21 +294,23 @@ class ConTNet(nn.Module):
         Raises:
             ValueError: for a name that is none of ``FEATURES``.
         """
-        wanted = tuple(out_features or ())
-        if unknown := [name for name in wanted if name not in FEATURES]:
+        if not out_features:
+            return self._last_map(x)
+        if unknown := [name for name in out_features if name not in FEATURES]:
             raise ValueError(f"no feature {unknown[0]!r}, there are {', '.join(FEATURES)}")
-        depth = max((FEATURES.index(name) + 1 for name in wanted), default=len(FEATURES))
-        features = {}
-        # The blocks work on channels last, as partitions into patches are cheapest there.
-        x = self.pool(self.stem(x.contiguous(memory_format=torch.channels_last)))
-        for name, stage in zip(FEATURES[:depth], self.stages, strict=False):
-            if name in wanted:
-                x, features[name] = self._tapped_stage(name, stage, x)
-            else:
-                for block in stage:
-                    x, _ = run_checkpointed(self, block, x)
-        return features if wanted else x
+        numbers = {FEATURES.index(name) for name in out_features}
+        _, taps = self._run_tapped(x, numbers, max(numbers) + 1)
+        return {FEATURES[i]: tap for i, tap in taps.items()}
 
+    def _stage_numbers(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(self.stages)
+        chosen = count if indices is None else indices
+        chosen = range(-chosen, 0) if isinstance(chosen, int) else chosen
+        if not chosen or any(i not in range(-count, count) for i in chosen):
+            raise ValueError(f"indices are {indices!r}, there are the stages 0 to {count - 1}")
+        return [i % count for i in chosen]
+
+    @torch.jit.ignore
     def forward_intermediates(
         self,
         x: Tensor,
@@ -263,7 +319,8 @@ class ConTNet(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Tensor | list[Tensor]]:
         """Features by stage number, as timm's feature wrappers ask for them.
 
         Args:
@@ -271,20 +328,29 @@ class ConTNet(nn.Module):
             indices: stages, negative ones counted from the end; a number n for the last n; None
                 for all.
             norm: must be False, there is no final norm.
-            stop_early: do not run stages after the last index (with ``intermediates_only``).
+            stop_early: do not run stages after the last index.
             output_fmt: must be "NCHW".
-            intermediates_only: return the list alone, not (last map, list).
+            intermediates_only: leave out the last map.
+            output_dict: return a dict, of "image_features" and "image_intermediates".
+
+        Returns:
+            The map of the last stage that was run, and the list of features.
+
+        Raises:
+            ValueError: for a norm, a format or stages that ConTNet does not have.
         """
         if norm or output_fmt != "NCHW":
             raise ValueError("ConTNet has no final norm, and gives its features as NCHW only")
-        names = [FEATURES[i] for i in self._stage_numbers(indices)]
-        if intermediates_only:
-            wanted = names if stop_early else (*names, FEATURES[-1])
-            features = self.forward_features(x, wanted)
-            return [features[name] for name in names]
-        features = self.forward_features(x, (*names, FEATURES[-1]))
-        return features[FEATURES[-1]], [features[name] for name in names]
+        numbers = self._stage_numbers(indices)
+        count = max(numbers) + 1 if stop_early else len(self.stages)
+        x, taps = self._run_tapped(x, numbers, count)
+        intermediates = [taps[i] for i in numbers]
+        if output_dict:
+            result = {"image_intermediates": intermediates}
+            return result if intermediates_only else {**result, "image_features": x}
+        return intermediates if intermediates_only else (x, intermediates)
 
+    @torch.jit.ignore
     def prune_intermediate_layers(
         self,
         indices: int | Sequence[int] | None = None,
@@ -298,23 +364,15 @@ class ConTNet(nn.Module):
             self.reset_classifier(0)
         return numbers
 
-    @staticmethod
-    def _stage_numbers(indices: int | Sequence[int] | None) -> list[int]:
-        count = len(FEATURES)
-        if indices is None:
-            return list(range(count))
-        if isinstance(indices, int):
-            return list(range(count))[-indices:]
-        return [range(count)[i] for i in indices]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (N, num_classes) of the last map, or its mean (N, num_features)."""
-        x = x.mean(dim=(2, 3))
+        """Logits (N, num_classes) of the last map, or with ``pre_logits`` what the head takes."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._last_map(x))
 
 
 def create_model(name: str, num_classes: int = 1000, **options) -> ConTNet:

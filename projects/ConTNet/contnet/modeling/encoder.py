@@ -13,6 +13,27 @@ from contnet.modeling.patches import partition_patches, relative_index
 
 __all__ = ["Attention", "Encoder", "Mlp", "run_checkpointed"]
 
+# For torch.fx, which cannot follow what depends on whether there is a mask.
+torch.fx.wrap("attention_mask")
+torch.fx.wrap("mask_of_patches")
+
+
+def mask_of_patches(valid: Tensor | None, tokens: int) -> Tensor | None:
+    """Cuts a mask of larger patches into one of patches of ``tokens`` tokens each."""
+    if valid is None:
+        return None
+    valid = valid.reshape(-1, tokens)
+    # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
+    return valid | ~valid.any(dim=1, keepdim=True)
+
+
+def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Joins a mask (B, T) and a bias (1, heads, T, T) into one mask of attention."""
+    mask = None if valid is None else valid[:, None, None, :]
+    if bias is None:
+        return mask
+    return bias if mask is None else bias.masked_fill(~mask, -math.inf)
+
 
 def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a part of a module, which may ask that its activations are computed again."""
@@ -55,10 +76,10 @@ class Attention(nn.Module):
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if valid is None else valid[:, None, None, :]
+        bias = None
         if self.bias_table is not None:
             bias = self.bias_table[self.index].permute(2, 0, 1)[None].to(q.dtype)
-            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        mask = attention_mask(valid, bias)
         drop = self.drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(b, t, c)))
@@ -111,6 +132,9 @@ class Encoder(nn.Module):
         tables = torch.cat((self.row_table.expand(shape), self.col_table.expand(shape)), dim=3)
         return partition_patches(tables, self.patch_size, self.cell_size)
 
+    def _run_mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(x) if torch.jit.is_scripting() else run_checkpointed(self, self.mlp, x)
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Encodes each patch on its own.
 
@@ -118,17 +142,14 @@ class Encoder(nn.Module):
             x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
             valid: bool (B, T), False on padding; None where there is none.
         """
-        tokens = x.reshape(-1, self.patch_size**2, x.shape[2])
-        if valid is not None:
-            valid = valid.reshape(-1, self.patch_size**2)
-            # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
-            valid = valid | ~valid.any(dim=1, keepdim=True)
+        tokens = x.reshape(-1, self.patch_size * self.patch_size, x.shape[2])
+        valid = mask_of_patches(valid, self.patch_size * self.patch_size)
         if self.row_table is not None:
             tokens = tokens + self._position()
         if self.pre_norm:
             tokens = tokens + self.attn(self.norm1(tokens), valid)
-            tokens = tokens + run_checkpointed(self, self.mlp, self.norm2(tokens))
+            tokens = tokens + self._run_mlp(self.norm2(tokens))
         else:
             tokens = self.norm1(tokens + self.attn(tokens, valid))
-            tokens = self.norm2(tokens + run_checkpointed(self, self.mlp, tokens))
+            tokens = self.norm2(tokens + self._run_mlp(tokens))
         return tokens.reshape(x.shape)

@@ -4,9 +4,10 @@ The rule is that of the counter the baselines' figures come from: convolutions w
 linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
 max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention
 are counted apart, the published figures leave them out. Nothing is computed: on the meta device,
-hooks count from shapes. Classifiers may be any of timm's, whose modules no list can name: of them
-PyTorch counts the operators, convolutions and linear layers without biases, and products of two
-computed arrays as attention.
+hooks count from shapes. PyTorch counts the products of convolutions by their operators, since no
+hook sees those of ConTNet's dense taps. Classifiers may be any of timm's, whose modules no list can
+name: of them PyTorch counts all operators, convolutions and linear layers without biases, and
+products of two computed arrays as attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from contnet.modeling.block import ConTBlock
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.encoder import Attention
@@ -44,12 +44,13 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
 
 
 def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
-    """MACs of one call of a module, without its children's, by kind."""
+    """MACs of one call of a module, without its children's, by kind; "bias" is a convolution's."""
     if isinstance(module, nn.Conv2d):
-        bias = 0 if module.bias is None else out.numel()
-        yield "convolution", out.numel() * module.weight[0].numel() + bias
+        yield "convolution", out.numel() * module.weight[0].numel()
+        yield "bias", 0 if module.bias is None else out.numel()
     elif isinstance(module, nn.ConvTranspose2d):
-        yield "convolution", x.numel() * module.weight[0].numel() + out.numel()
+        yield "convolution", x.numel() * module.weight[0].numel()
+        yield "bias", out.numel()
     elif isinstance(module, nn.Linear):
         yield "linear", x.numel() * module.out_features
     elif isinstance(module, _NORMS):
@@ -63,10 +64,6 @@ def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[st
     elif isinstance(module, Attention):
         batch, tokens, channels = x.shape
         yield "attention", 2 * batch * tokens**2 * channels
-    elif isinstance(module, ConTBlock):
-        # The block calls its convolution and its ReLU as functions.
-        yield "relu", x.numel()
-        yield "convolution", out[0].numel() * module.conv.weight[0].numel()
     elif isinstance(module, BasicStem):
         # ReLU and pooling, both at twice the output's height and width.
         yield "relu", 4 * out.numel()
@@ -102,9 +99,8 @@ def _kind(operator: str) -> str:
     return "linear" if operator in ("aten.mm", "aten.addmm") else "attention"
 
 
-def _count_operators(network: nn.Module, image: Tensor) -> Counter[str]:
-    with FlopCounterMode(display=False) as counter:
-        network(image)
+def _by_operator(counter: FlopCounterMode) -> Counter[str]:
+    """G MACs that PyTorch has counted, by kind."""
     total: Counter[str] = Counter()
     for operator, number in counter.get_flop_counts()["Global"].items():
         total[_kind(str(operator))] += number / 2e9  # it counts additions, too
@@ -124,12 +120,16 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
     """
     image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
     if isinstance(model, ImageClassifier):
-        return _count_operators(model.network, image)
+        with FlopCounterMode(display=False) as counter:
+            model.network(image)
+        return _by_operator(counter)
     total: Counter[str] = Counter()
 
     def count(module: nn.Module, args: tuple, out: Tensor) -> None:
         for kind, number in macs_of_call(module, args[0], out):
-            total[kind] += number / 1e9
+            # The products of convolutions are counted by operators.
+            if kind != "convolution":
+                total["convolution" if kind == "bias" else kind] += number / 1e9
 
     handles = [
         module.register_forward_hook(count)
@@ -138,11 +138,12 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
         if not isinstance(module, PSPHead)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             _run_heads(cfg, model, model.backbone(image))
     finally:
         for handle in handles:
             handle.remove()
+    total["convolution"] += _by_operator(counter)["convolution"]
     return total
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
 __all__ = [
     "batch_to_space",
     "is_multiple",
+    "merge_and_crop",
     "merge_patches",
+    "pad_and_partition",
     "partition_patches",
     "relative_index",
     "space_to_batch",
@@ -30,6 +33,8 @@ def relative_index(patch_size: int, cell_size: int) -> Tensor:
 
 def is_multiple(size: int, of: int) -> bool:
     """Whether ``size % of == 0``; where torch.export has free sizes, whether that is certain."""
+    if torch.jit.is_scripting():
+        return size % of == 0
     fits = size % of == 0
     # jit.trace has sizes as tensors; torch.compile of PyTorch 2.6 cannot go into the function.
     return statically_known_true(fits) if isinstance(fits, torch.SymBool) else bool(fits)
@@ -45,12 +50,12 @@ def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
     return x.permute(0, 1, 4, 2, 5, 6, 3, 7).reshape(-1, patch_size * patch_size, c)
 
 
-def merge_patches(x: Tensor, patch_size: int, cell_size: int, like: Tensor) -> Tensor:
-    """Puts patches back into a map of the shape of ``like`` (N, H, W, C)."""
-    n, h, w, c = like.shape
+def merge_patches(x: Tensor, patch_size: int, cell_size: int, h: int, w: int) -> Tensor:
+    """Undoes :func:`partition_patches`: puts patches back into maps (N, h, w, C)."""
+    c = x.shape[2]
     cells = patch_size // cell_size
-    x = x.reshape(n, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
-    return x.permute(0, 1, 3, 6, 2, 4, 5, 7).reshape(n, h, w, c)
+    x = x.reshape(-1, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
+    return x.permute(0, 1, 3, 6, 2, 4, 5, 7).reshape(-1, h, w, c)
 
 
 def space_to_batch(x: Tensor, dilation: int) -> Tensor:
@@ -64,8 +69,57 @@ def space_to_batch(x: Tensor, dilation: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h // dilation, w // dilation, c)
 
 
-def batch_to_space(x: Tensor, dilation: int, like: Tensor) -> Tensor:
-    """Undoes :func:`space_to_batch`; ``like`` has the joined shape (N, H, W, C)."""
-    n, h, w, c = like.shape
-    x = x.reshape(n, dilation, dilation, h // dilation, w // dilation, c)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(n, h, w, c)
+def batch_to_space(x: Tensor, dilation: int) -> Tensor:
+    """Undoes :func:`space_to_batch`."""
+    _, h, w, c = x.shape
+    x = x.reshape(-1, dilation, dilation, h, w, c)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, h * dilation, w * dilation, c)
+
+
+def _round_up(size: int, to: int) -> int:
+    return size if is_multiple(size, to) else (size + to - 1) // to * to
+
+
+def pad_and_partition(
+    x: Tensor, patch_size: int, cell_size: int, dilation: int
+) -> tuple[Tensor, Tensor | None]:
+    """Pads a map at the right and at the bottom to whole patches, and cuts it into them.
+
+    Args:
+        x: map (N, H, W, C).
+        patch_size, cell_size: in pixels.
+        dilation: a patch takes every so many-th pixel.
+
+    Returns:
+        Tokens (B, T, C), and bool (B, T) that is False on padding; None where nothing is padded.
+    """
+    h, w = x.shape[1], x.shape[2]
+    unit = patch_size * dilation
+    full_h, full_w = _round_up(h, unit), _round_up(w, unit)
+    valid: Tensor | None = None
+    if not (is_multiple(h, unit) and is_multiple(w, unit)):
+        x = F.pad(x, (0, 0, 0, full_w - w, 0, full_h - h))
+        rows = torch.arange(full_h, device=x.device) < h
+        cols = torch.arange(full_w, device=x.device) < w
+        valid = (rows[:, None] & cols)[None, :, :, None]
+    if dilation > 1:
+        x = space_to_batch(x, dilation)
+        valid = None if valid is None else space_to_batch(valid, dilation)
+    tokens = partition_patches(x, patch_size, cell_size)
+    if valid is not None:
+        valid = partition_patches(valid, patch_size, cell_size).squeeze(2)
+        valid = valid.repeat(tokens.shape[0] // valid.shape[0], 1)
+    return tokens, valid
+
+
+def merge_and_crop(
+    tokens: Tensor, patch_size: int, cell_size: int, dilation: int, like: Tensor
+) -> Tensor:
+    """Undoes :func:`pad_and_partition`; ``like`` is the map that it cut."""
+    h, w = like.shape[1], like.shape[2]
+    unit = patch_size * dilation
+    full_h, full_w = _round_up(h, unit), _round_up(w, unit)
+    x = merge_patches(tokens, patch_size, cell_size, full_h // dilation, full_w // dilation)
+    if dilation > 1:
+        x = batch_to_space(x, dilation)
+    return x.narrow(1, 0, h).narrow(2, 0, w)

@@ -1,0 +1,172 @@
+"""Registers the ConTNet variants with timm, so that ``timm.create_model("contnet_m")`` works.
+
+With ``features_only`` timm's getter, the default here, gives the taps of ``forward_intermediates``.
+Its other feature classes see what modules put out, and give the outputs of the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from contnet.checkpoint.reading import (
+    EMA_KEYS,
+    MODEL_KEYS,
+    pick_weights,
+    read_checkpoint,
+    strip_wrapper_prefix,
+)
+from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet, create_model
+from contnet.utils.errors import UserError
+
+__all__ = sorted(VARIANTS)
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 224 / 256,
+            "interpolation": "bilinear",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "stem",
+            "classifier": "head",
+        }
+        for name in VARIANTS
+    }
+)
+
+
+def _load_file(model: ConTNet, path: str, with_head: bool) -> None:
+    """Loads all weights of a file, but for a head that is not wanted or has other classes.
+
+    Raises:
+        UserError: if the file cannot be read, or does not fit.
+    """
+    found, _, _ = pick_weights(read_checkpoint(path), (*EMA_KEYS, *MODEL_KEYS))
+    state = {strip_wrapper_prefix(name): value for name, value in found.items()}
+    own = model.state_dict()
+    shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+    if not with_head or shapes.get("head.weight", (model.num_classes,))[0] != model.num_classes:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        state |= {name: value for name, value in own.items() if name.startswith("head.")}
+    if model.in_chans != 3 and shapes.get("stem.weight", (0, 0))[1] == 3:
+        state["stem.weight"] = adapt_input_conv(model.in_chans, state["stem.weight"])
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the network: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first is {wrong[0]}; see the network's options, or convert the "
+            "file with tools/convert_weights.py"
+        )
+    model.load_state_dict(state)
+
+
+def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) -> str:
+    path = resolve_pretrained_cfg(name, pretrained_cfg, overlay).file
+    if not path:
+        raise ValueError(
+            f"{name}: no weights are published with this package; build it with pretrained=False, "
+            'or name a converted file by pretrained_cfg_overlay={"file": ...}'
+        )
+    return str(path)
+
+
+def _describe_features(
+    model: ConTNet, feature_cls: str | type, out_indices: int | Sequence[int]
+) -> None:
+    """Makes ``feature_info`` what a feature class of timm gets to see."""
+    classes = [feature_cls] if isinstance(feature_cls, str) else feature_cls.__mro__
+    names = " ".join(getattr(each, "__name__", str(each)) for each in classes).lower()
+    if "getter" in names:
+        return
+    indices = [] if isinstance(out_indices, int) else [i % len(FEATURES) for i in out_indices]
+    if indices != sorted(indices):
+        raise ValueError(
+            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} gives features in the "
+            "order of the stages, name them in it or take feature_cls 'getter'"
+        )
+    # By hooks timm gets the inputs of convolutions, too, which are the taps "pre".
+    if "hook" in names and model.taps == "pre":
+        return
+    if model.taps == "pre":
+        raise ValueError(
+            f"feature_cls is {feature_cls!r}, which gives the outputs of stages, not taps='pre': "
+            "take feature_cls 'getter' or 'hook'"
+        )
+    model.feature_info = [
+        {
+            "num_chs": stage[-1].conv.out_channels,
+            "reduction": min(8 << i, model.output_stride),
+            "module": f"stages.{i}",
+        }
+        for i, stage in enumerate(model.stages)
+    ]
+
+
+def _build(
+    name: str,
+    pretrained: bool,
+    pretrained_cfg: object = None,
+    pretrained_cfg_overlay: dict | None = None,
+    **kwargs,
+) -> nn.Module:
+    path = _pretrained_file(name, pretrained_cfg, pretrained_cfg_overlay) if pretrained else ""
+    features_only = kwargs.get("features_only", False)
+    feature_cls = kwargs.get("feature_cls", "getter")
+    out_indices = kwargs.get("out_indices", ())
+
+    def make(**options) -> ConTNet:
+        model = create_model(name, **options)
+        if path:
+            _load_file(model, path, with_head=not features_only)
+        if features_only:
+            _describe_features(model, feature_cls, out_indices)
+        return model
+
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True}
+    return build_model_with_cfg(
+        make,
+        name,
+        pretrained=False,  # the weights are loaded already
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )
+
+
+@register_model
+def contnet_ti(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ConT-Ti."""
+    return _build("contnet_ti", pretrained, **kwargs)
+
+
+@register_model
+def contnet_s(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ConT-S."""
+    return _build("contnet_s", pretrained, **kwargs)
+
+
+@register_model
+def contnet_m(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ConT-M."""
+    return _build("contnet_m", pretrained, **kwargs)
+
+
+@register_model
+def contnet_b(pretrained: bool = False, **kwargs) -> nn.Module:
+    """ConT-B."""
+    return _build("contnet_b", pretrained, **kwargs)
