@@ -75,10 +75,21 @@ def test_files_that_do_not_fit_are_refused(trained, tmp_path):
     torch.save(state, tmp_path / "w.pth")
     for wrong in ({"use_avgdown": True}, {"relative": False}):
         for features_only in (False, True):
-            with pytest.raises(UserError, match=r"w\.pth does not fit") as caught:
+            with pytest.raises(UserError, match=r"w\.pth") as caught:
                 load(pretrained_cfg_overlay=overlay, features_only=features_only, **wrong)
             assert "\n" not in str(caught.value)
     del state["stages.0.0.norm.weight"]
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"stages\.0\.0\.norm\.weight"):
+        load(num_classes=10, pretrained_cfg_overlay=overlay)
+
+
+def test_what_a_file_says_of_its_network_is_compared(trained, tmp_path):
+    """Its tensors fit either way."""
+    options = {"relative": True, "pre_norm": True}
+    said = {"format": 1, "network": "contnet_ti", "options": options}
+    torch.save({"model": trained.state_dict(), "contnet": said}, tmp_path / "w.pth")
+    overlay = {"file": tmp_path / "w.pth"}
+    load(pre_norm=True, num_classes=10, pretrained_cfg_overlay=overlay)
+    with pytest.raises(UserError, match="PRE_NORM True"):
         load(num_classes=10, pretrained_cfg_overlay=overlay)

@@ -23,6 +23,7 @@ from contnet.checkpoint.metadata import Metadata, check_class_names, check_netwo
 from contnet.checkpoint.reading import Weights, conversion_advice
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
+from contnet.modeling.contnet import ConTNet
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
 
@@ -138,8 +139,7 @@ def _advice(
             "give weights of this very backbone (variant and options), or allow it with "
             f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(weights.path)}"
         )
-    classifies = isinstance(model, ImageClassifier)
-    if classifies and not absent and set(misshapen) <= set(model.head_names()):
+    if not absent and set(misshapen) <= set(_head_names(model)):
         return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
     if not absent:
         return "it is a checkpoint of another architecture, or of another number of classes"
@@ -150,6 +150,15 @@ def _advice(
 # --- the whole -----------------------------------------------------------------------------------
 
 
+def _head_names(model: nn.Module) -> list[str]:
+    """Full names of the tensors that depend on the number of classes; none of a detector."""
+    if isinstance(model, ImageClassifier):
+        return model.head_names()
+    if isinstance(model, ConTNet):
+        return [name for name in model.state_dict() if name.startswith("head.")]
+    return []
+
+
 def _head_counts(
     model: nn.Module, ours: Metadata, weights: Weights, given: Mapping[str, Tensor], whole: bool
 ) -> bool:
@@ -158,8 +167,8 @@ def _head_counts(
         return bool(given) and bool(weights.metadata or weights.classes)
     if not ours.classes or len(ours.classes) != len(weights.classes or ()):
         return False
-    if isinstance(model, ImageClassifier):
-        return any(name in given for name in model.head_names())
+    if head := _head_names(model):
+        return any(name in given for name in head)
     return any(not name.startswith(backbone_prefix(model)) for name in given)
 
 
@@ -209,8 +218,7 @@ def load_weights(
     given = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if ours is not None and _head_counts(model, ours, weights, given, whole):
         check_class_names(model, ours.classes, weights.classes, path)
-    if not whole and isinstance(model, ImageClassifier):
-        head = model.head_names()
+    if not whole and (head := _head_names(model)):
         wanted = [name for name in wanted if name not in head]
         if new := [name for name in head if name not in given]:
             logger.info(f"The classifier's head starts from random weights: {first_names(new)}")

@@ -17,15 +17,8 @@ from timm.models import (
 )
 from torch import nn
 
-from contnet.checkpoint.reading import (
-    EMA_KEYS,
-    MODEL_KEYS,
-    pick_weights,
-    read_checkpoint,
-    strip_wrapper_prefix,
-)
+from contnet.checkpoint.key_mapping import MARKS
 from contnet.modeling.contnet import FEATURES, VARIANTS, ConTNet, create_model
-from contnet.utils.errors import UserError
 
 __all__ = sorted(VARIANTS)
 
@@ -47,31 +40,27 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# Of the options that change the function.
+_DEFAULTS = {"relative": False, "pre_norm": False, "use_avgdown": False, "qkv_bias": True}
 
-def _load_file(model: ConTNet, path: str, with_head: bool) -> None:
-    """Loads all weights of a file, but for a head that is not wanted or has other classes.
+
+def _load_file(model: ConTNet, name: str, options: dict, path: str) -> None:
+    """Loads all weights of a file, but for a head of other classes.
 
     Raises:
         UserError: if the file cannot be read, or does not fit.
     """
-    found, _, _ = pick_weights(read_checkpoint(path), (*EMA_KEYS, *MODEL_KEYS))
-    state = {strip_wrapper_prefix(name): value for name, value in found.items()}
-    own = model.state_dict()
-    shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
-    if not with_head or shapes.get("head.weight", (model.num_classes,))[0] != model.num_classes:
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        state |= {name: value for name, value in own.items() if name.startswith("head.")}
-    if model.in_chans != 3 and shapes.get("stem.weight", (0, 0))[1] == 3:
-        state["stem.weight"] = adapt_input_conv(model.in_chans, state["stem.weight"])
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)]
-    if wrong:
-        raise UserError(
-            f"{path} does not fit the network: {len(wrong)} tensors are missing, unknown or of "
-            f"another shape, the first is {wrong[0]}; see the network's options, or convert the "
-            "file with tools/convert_weights.py"
-        )
-    model.load_state_dict(state)
+    # Only files need Detectron2.
+    from contnet.checkpoint.loading import load_weights
+    from contnet.checkpoint.metadata import Metadata
+    from contnet.checkpoint.reading import read_weights
+
+    weights = read_weights(path, prefer_ema=True)
+    stem = weights.prefix + MARKS.get(weights.form, "")
+    if model.in_chans != 3 and stem in weights.tensors and weights.tensors[stem].shape[1] == 3:
+        weights.tensors[stem] = adapt_input_conv(model.in_chans, weights.tensors[stem])
+    given = {key: value for key, value in options.items() if value is not None}
+    load_weights(model, weights, whole=False, ours=Metadata(name, {**_DEFAULTS, **given}))
 
 
 def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) -> str:
@@ -131,7 +120,7 @@ def _build(
     def make(**options) -> ConTNet:
         model = create_model(name, **options)
         if path:
-            _load_file(model, path, with_head=not features_only)
+            _load_file(model, name, options, path)
         if features_only:
             _describe_features(model, feature_cls, out_indices)
         return model
