@@ -214,6 +214,12 @@ class ConTNet(nn.Module):
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": blocks}
 
+    @property
+    @torch.jit.unused
+    def grad_checkpointing(self) -> bool:
+        """Whether whole blocks are computed again."""
+        return any(stage.grad_checkpointing for stage in self.stages)
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         """Computes parts again in the backward pass instead of keeping their activations.
