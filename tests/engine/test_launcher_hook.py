@@ -230,3 +230,22 @@ def test_an_evaluation_alone_is_guarded(arguments, tmp_path):
     with pytest.raises(Lost):
         run(arguments(tmp_path / "alone", *weights, "--eval-only"), hook)
     assert not (tmp_path / "alone" / "results.json").exists()
+
+
+def test_an_evaluation_alone_can_be_watched(arguments, tmp_path):
+    """Nothing else shows that it goes on, however long it takes."""
+
+    class Watches(LauncherHook):
+        calls = 0
+
+        def watch(self, model):
+            model.register_forward_pre_hook(self._count)
+
+        def _count(self, *_):
+            self.calls += 1
+
+    run(arguments(tmp_path / "trained"))
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "trained" / "model_final.pth"))
+    hook = Watches()
+    run(arguments(tmp_path / "alone", *weights, "--eval-only"), hook)
+    assert hook.calls > 0

@@ -136,7 +136,7 @@ def _format(start: bytes, suffix: str) -> str:
     """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
     if start.startswith((b"PK", _TORCH_MAGIC)):
         return "torch"
-    if start[8:9] == b"{" or suffix == ".safetensors":
+    if start[4:9] == b"\0\0\0\0{" or suffix == ".safetensors":
         return "safetensors"
     return "pickle" if start.startswith(b"\x80") or suffix == ".pkl" else "torch"
 

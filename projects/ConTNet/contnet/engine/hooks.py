@@ -14,6 +14,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import BEST, FINAL, numbered_name
@@ -192,6 +193,9 @@ class LauncherHook(HookBase):
     """
 
     guard: WriteGuard = NO_GUARD
+
+    def watch(self, model: nn.Module) -> None:
+        """Called for each model that is about to run, also where a run only evaluates."""
 
     def evaluating(self) -> contextlib.AbstractContextManager:
         """Entered by every process before each evaluation in training, and left after it."""

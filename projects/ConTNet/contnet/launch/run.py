@@ -20,7 +20,6 @@ from contnet.evaluation.evaluate import Evaluator
 from contnet.launch.arguments import RunSettings
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
-from contnet.utils.files import WriteGuard
 
 __all__ = ["run"]
 
@@ -53,9 +52,10 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
-def _evaluate_only(cfg: CfgNode, resume: bool, guard: WriteGuard) -> dict:
+def _evaluate_only(cfg: CfgNode, resume: bool, launcher: LauncherHook) -> dict:
     model = build_model(cfg)
-    evaluator = Evaluator(cfg, guard)
+    launcher.watch(model)
+    evaluator = Evaluator(cfg, launcher.guard)
     evaluator.load()
     metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
@@ -78,7 +78,7 @@ def run(settings: RunSettings, launcher: LauncherHook | None = None) -> dict:
     launcher = launcher or LauncherHook()
     cfg = _setup(settings)
     if settings.eval_only:
-        return _evaluate_only(cfg, settings.resume, launcher.guard)
+        return _evaluate_only(cfg, settings.resume, launcher)
     if settings.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"

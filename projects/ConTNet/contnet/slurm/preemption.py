@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch import nn
 
 from contnet.checkpoint.names import numbered_name
 from contnet.engine.hooks import LauncherHook, is_due
@@ -66,19 +67,17 @@ class Preemption(LauncherHook):
         self.vote = _Vote()
 
     def before_train(self) -> None:
-        self._watch_models()
+        self.watch(self.trainer.unwrapped_model)
+        if self.trainer.ema is not None:
+            self.watch(self.trainer.ema.module)
         self.watcher.max_iter = self.trainer.max_iter
         self.watcher.iteration = self.watcher.first_iteration = self.trainer.start_iter - 1
         self.watcher.enter("training")
 
-    def _watch_models(self) -> None:
-        models = [self.trainer.unwrapped_model]
-        if self.trainer.ema is not None:
-            models.append(self.trainer.ema.module)
-        for model in models:
-            # By the backbone, where there is one: test-time augmentation calls it, too.
-            seen = getattr(model, "backbone", model)
-            seen.register_forward_pre_hook(lambda *_: self.watcher.progress())
+    def watch(self, model: nn.Module) -> None:
+        # By the backbone, where there is one: test-time augmentation calls it, too.
+        seen = getattr(model, "backbone", model)
+        seen.register_forward_pre_hook(lambda *_: self.watcher.progress())
 
     def after_step(self) -> None:
         trainer = self.trainer
