@@ -80,7 +80,7 @@ def test_growth_with_pixels(capsys, monkeypatch):
     argv = ["pixels", "--variant", "contnet_ti", "--rounds", "1", "--device", "cpu"]
     assert main(argv) == 0
     assert re.search(
-        r"^time grows with the power \d\.\d{3} of the pixels$", capsys.readouterr().out, re.M
+        r"^time grows with the power -?\d\.\d{3} of the pixels$", capsys.readouterr().out, re.M
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import QUICK, REPOSITORY, finish, metrics_of
 
 from contnet.engine.hooks import LauncherHook
@@ -113,9 +114,9 @@ def _copy_after(
 def _checkpoint(folder, name) -> dict:
     """A checkpoint, but for the folder in its config."""
     content = torch.load(folder / name)
-    config = content["contnet"]["config"]
-    assert f"OUTPUT_DIR: {folder}\n" in config
-    content["contnet"]["config"] = config.replace(str(folder), "")
+    config = yaml.safe_load(content["contnet"]["config"])
+    assert Path(config.pop("OUTPUT_DIR")).is_dir()
+    content["contnet"]["config"] = config
     return content
 
 

@@ -56,7 +56,7 @@ def test_example_of_the_docs_trains(tmp_path, processes):
     assert thirds == pytest.approx(round(thirds)) and 0 <= round(thirds) <= 3
     best = torch.load(output / "model_best.pth")
     assert "backbone.bottom_up.res2.weight" in best["model"]
-    assert best["trainer"]["classes"] == ["square"]
+    assert best["contnet"]["classes"] == ["square"]
     (metrics,) = [
         json.loads(line)
         for line in (output / "metrics.json").read_text().splitlines()

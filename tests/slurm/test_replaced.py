@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from finished import write_config
 from jobs import arguments
 from toy import ToyJob
 
@@ -39,14 +40,14 @@ def _written(run):
     ids=["in a write", "beside a write", "by the watcher"],
 )
 def test_a_replaced_attempt_ends_without_a_trace(
-    coco_root, tmp_path, background, heartbeat_interval
+    coco_root, tmp_path, monkeypatch, background, heartbeat_interval
 ):
     """It was stopped while it wrote a checkpoint, and goes on when a later attempt has begun."""
     run = tmp_path / "run"
     options = ("SOLVER.CHECKPOINT_PERIOD", "10", "SOLVER.CHECKPOINT_BACKGROUND", background)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(coco_root))
     job = ToyJob(
-        arguments(run, *options),
-        str(run),
+        **write_config(arguments(run, *options), tmp_path / "config.yaml"),
         heartbeat_interval=heartbeat_interval,
         faults={"pace": 0.1, "save": 5.0},
     )
