@@ -5,6 +5,7 @@ import pickle
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -397,6 +398,37 @@ def test_a_whole_checkpoint_is_not_one_of_a_backbone(tmp_path):
     file = saved(tmp_path, classifier())
     with pytest.raises(UserError, match="tensors of the model"):
         Checkpointer(detector(), allow_missing=True).load(file)
+
+
+@pytest.mark.parametrize("kind", ["text", "objects", "dates"])
+def test_arrays_that_are_no_weights(tmp_path, kind):
+    values = {"text": ["a"], "objects": [None], "dates": ["2026-01-01"]}
+    kinds = {"text": "U", "objects": "O", "dates": "datetime64[D]"}
+    content = {"model": {"a": np.array(values[kind], kinds[kind])}, "__author__": "us"}
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="holds no weights") as error:
+        load(detector(), str(tmp_path / "w.pkl"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_that_is_called_module(tmp_path):
+    model = torch.nn.ModuleDict({"module": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})
+    Checkpointer(model, str(tmp_path)).save("a")
+    before = model["module"].weight.clone()
+    torch.nn.init.zeros_(model["module"].weight)
+    Checkpointer(model).load(str(tmp_path / "a.pth"))
+    assert torch.equal(model["module"].weight, before)
+
+
+def test_a_model_without_backbone_begins_from_nothing(tmp_path):
+    file = saved(tmp_path, {"weight": torch.zeros(1, 1)})
+    with pytest.raises(UserError, match="has no backbone"):
+        load(torch.nn.Linear(1, 1), file)
+
+
+def test_an_address_that_does_not_answer(tmp_path):
+    with pytest.raises(UserError, match="cannot be fetched"):
+        load(detector(), "http://127.0.0.1:9/weights.pth")
 
 
 def test_last_checkpoint_names_a_file_that_is_gone(tmp_path):

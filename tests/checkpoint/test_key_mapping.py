@@ -218,3 +218,10 @@ def test_loading_into_our_model_gives_the_same_weights_after_a_round_trip(tmp_pa
     checkpoint = torch.load(path, weights_only=True)
     converted, _ = contnet.convert_state_dict(checkpoint)
     assert_same(dict(converted), dict(model.state_dict()))
+
+
+def test_pre_norm_of_a_file_of_ours_is_an_option():
+    theirs = state("contnet_ti", pre_norm=True)
+    said = {"format": 1, "network": "contnet_ti", "options": {"pre_norm": True}}
+    assert contnet.convert_state_dict({"model": theirs, "contnet": said})[1].options["pre_norm"]
+    assert "pre_norm" not in contnet.convert_state_dict({"model": theirs})[1].options

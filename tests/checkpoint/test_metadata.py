@@ -29,6 +29,8 @@ def checkpointer(*options, leaf=CONTNET, folder="", classes=CLASSES):
         small = [*small, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"]
     if leaf == CLASSIFIER:
         small = [*small, "MODEL.CLASSIFIER.NUM_CLASSES", "2"]
+    elif leaf.startswith("imagenet/"):
+        small = [*QUICK, "MODEL.CLASSIFIER.NUM_CLASSES", "2"]
     elif leaf in (CONTNET, RESNET):
         small = [*small, "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
     cfg = load_config(str(REPOSITORY / "configs" / leaf), [*small, *options])
@@ -145,6 +147,49 @@ def test_classes_do_not_matter_where_no_head_is_taken(tmp_path, convert):
     checkpointer(leaf=CLASSIFIER, classes=CLASSES[::-1]).load_backbone(dropped)
 
 
+def test_a_pyramid_knows_no_classes(tmp_path):
+    file = saved(tmp_path, "MODEL.RETINANET.NUM_CLASSES", "2", leaf="retinanet_contti.yaml")
+    checkpointer(classes=CLASSES[::-1]).load_backbone(file)
+
+
+def test_timms_tag_changes_nothing(tmp_path):
+    """Options of a ConTNet come from MODEL.CONTNET, by whatever name timm knows it."""
+    tagged = ("MODEL.CLASSIFIER.NAME", "contnet_ti.untrained", "MODEL.CONTNET.PRE_NORM", "True")
+    file = saved(tmp_path, *tagged, leaf=CLASSIFIER)
+    with pytest.raises(UserError, match="PRE_NORM True, and the config has False"):
+        checkpointer(leaf=CONTNET).load_backbone(file)
+    checkpointer("MODEL.CONTNET.PRE_NORM", "True", leaf=CONTNET).load_backbone(file)
+
+
+RESNEXT = ("MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "4")
+
+
+def resnet_classifier(folder, name, *options):
+    leaf = "imagenet/res50.yaml"
+    return saved(folder, "MODEL.CLASSIFIER.NAME", name, *options, leaf=leaf)
+
+
+def test_a_wider_resnet_has_timms_name(tmp_path, warnings):
+    file = resnet_classifier(tmp_path, "resnext50_32x4d")
+    checkpointer(*RESNEXT, leaf=RESNET).load_backbone(file)
+    assert not warnings()
+
+
+def test_another_depth_is_named(tmp_path):
+    file = resnet_classifier(tmp_path, "resnet18")
+    with pytest.raises(UserError, match=r"resnet18, and the config builds resnet50: .*DEPTH"):
+        checkpointer(leaf=RESNET).load_backbone(file)
+
+
+def test_an_activation_of_timms_is_told_and_not_converted(tmp_path, warnings, refuse):
+    silu = ("MODEL.CLASSIFIER.OPTIONS", "[['act_layer', 'silu']]")
+    file = resnet_classifier(tmp_path, "resnet50", *silu)
+    checkpointer(leaf=RESNET).load_backbone(file)
+    (line,) = warnings()
+    assert "act_layer silu, now None" in line
+    assert "act_layer 'silu'" in refuse(file)
+
+
 # --- told ----------------------------------------------------------------------------------------
 
 TOLD = {
@@ -240,7 +285,8 @@ def test_a_converted_file_of_the_first_version(tmp_path, warnings, pre_norm):
     file = str(tmp_path / "w.pth")
     torch.save({"model": ours(), "contnet": said}, file)
     checkpointer("MODEL.CONTNET.PRE_NORM", "True").load_backbone(file)
-    assert len(warnings()) == (not pre_norm)
+    (line,) = warnings()
+    assert ("PRE_NORM" in line) == (not pre_norm)
     if pre_norm:
         with pytest.raises(UserError, match="PRE_NORM True, and the config has False"):
             checkpointer().load_backbone(file)
@@ -248,12 +294,25 @@ def test_a_converted_file_of_the_first_version(tmp_path, warnings, pre_norm):
         checkpointer("MODEL.CONTNET.VARIANT", "contnet_s").load_backbone(file)
 
 
+def _says(**facts):
+    return {"format": 1, "network": "contnet_ti", **facts}
+
+
 DAMAGED = {
-    "later": ({"format": 2, "network": "contnet_ti"}, "of format 2"),
+    "later": (_says(format=2), "of format 2"),
     "text": ("contnet_ti", "are damaged"),
-    "number": ({"format": 1, "network": 3}, "are damaged"),
-    "options": ({"format": 1, "network": "contnet_ti", "options": [1]}, "are damaged"),
-    "classes": ({"format": 1, "network": "contnet_ti", "classes": [1, 2]}, "are damaged"),
+    "tensor": (torch.zeros(2), "are damaged"),
+    "list": ([], "are damaged"),
+    "format": (_says(format=torch.zeros(2)), "are damaged"),
+    "number": (_says(network=3), "are damaged"),
+    "options": (_says(options=[1]), "are damaged"),
+    "text for a flag": (_says(options={"pre_norm": "False"}), "are damaged"),
+    "tensor for a flag": (_says(options={"pre_norm": torch.zeros(1)}), "are damaged"),
+    "text for a number": (_says(options={"output_stride": "8"}), "are damaged"),
+    "pixels": (_says(pixels={"mean": torch.zeros(3)}), "are damaged"),
+    "classes": (_says(classes=[1, 2]), "are damaged"),
+    "first version's": ({"variant": "contnet_ti", "options": "abc"}, "are damaged"),
+    "first version's list": ({"variant": "contnet_ti", "options": [1]}, "are damaged"),
 }
 
 
@@ -299,6 +358,20 @@ def test_a_conversion_keeps_what_its_source_says(tmp_path, convert, refuse):
     assert "META_ARCHITECTURE" in said["config"]
     assert load(convert(path, "--head", "drop")[0])[1]["classes"] is None
     assert "says that its ConTNet has pre_norm True" in refuse(path, "--no-pre-norm")
+
+
+def test_a_conversion_does_not_say_more_than_its_source(tmp_path, convert, warnings):
+    path, _ = convert(silent_files(tmp_path)[0], "--no-pre-norm")
+    checkpointer().load_backbone(str(path))
+    (line,) = warnings()
+    assert "PIXEL_MEAN" in line
+    assert "PRE_NORM" not in line
+    content = torch.load(saved(tmp_path, leaf=RESNET))
+    del content["contnet"]
+    torch.save(content, tmp_path / "resnet.pth")
+    path, lines = convert(str(tmp_path / "resnet.pth"))
+    assert any(line.startswith("unknown") for line in lines)
+    assert "stride_in_1x1" not in load(path)[1]["options"]
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -157,7 +157,8 @@ class Checkpointer(DetectionCheckpointer):
         files = Path(self.save_dir).glob("*.pth")
         numbered = sorted(path for path in files if iteration_of(path.stem) is not None)
         for path in numbered[: max(len(numbered) - self.keep, 0)]:
-            path.unlink()
+            self.guard.check()
+            path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         self.wait()

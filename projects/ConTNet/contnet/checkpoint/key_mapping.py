@@ -152,6 +152,16 @@ def _options_of(state: Mapping[str, Tensor]) -> dict:
     }
 
 
+def _said_of(checkpoint: Mapping) -> dict:
+    """What tensors do not show and a file of ours says, the option ``pre_norm``."""
+    said = checkpoint.get("contnet")
+    options = said.get("options") if isinstance(said, Mapping) else None
+    given = options.get("pre_norm") if isinstance(options, Mapping) else None
+    # The first version, which had no format, wrote False without knowing it.
+    known = isinstance(given, bool) and (given or "format" in said)
+    return {"pre_norm": given} if known else {}
+
+
 def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], ConversionReport]:
     """Translates a checkpoint of the authors' code to our names.
 
@@ -168,6 +178,7 @@ def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], Conversi
     """
     state = _bare(checkpoint)
     report = ConversionReport(variant=_variant_of(state), options=_options_of(state))
+    report.options |= _said_of(checkpoint)
     with torch.device("meta"):
         whole = create_model(report.variant, **{**report.options, "num_classes": 1})
     converted = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.layers import FrozenBatchNorm2d
@@ -120,15 +120,13 @@ def _frozen_statistics(model: nn.Module) -> set[str]:
     }
 
 
-def _tally(what: str, wanted: list[str], absent: list[str], misshapen: list[str]) -> str:
-    """How much of the tensors that are wanted came from the file."""
-    loaded = len(wanted) - len(misshapen) - len(absent)
-    line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
-    if absent:
-        line += f"; {len(absent)} are not in it ({first_names(absent)})"
-    if misshapen:
-        line += f"; {len(misshapen)} have another shape ({first_names(misshapen)})"
-    return line
+def _head_names(model: nn.Module) -> list[str]:
+    """Full names of the tensors that depend on the number of classes; none of a detector."""
+    if isinstance(model, ImageClassifier):
+        return model.head_names()
+    if isinstance(model, ConTNet):
+        return [name for name in model.state_dict() if name.startswith("head.")]
+    return []
 
 
 def _advice(
@@ -147,29 +145,57 @@ def _advice(
     return f"it is a checkpoint of another architecture, its first tensor is {first!r}"
 
 
+def _check_complete(
+    model: nn.Module,
+    weights: Weights,
+    wanted: Sequence[str],
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    whole: bool,
+    allow_missing: bool,
+) -> None:
+    """Logs how much of what is wanted is given, and refuses less than all."""
+    misshapen = [name for name in wanted if name in state and name not in given]
+    filled = _frozen_statistics(model) if weights.matching else ()
+    absent = [name for name in wanted if name not in state and name not in filled]
+    loaded = len(wanted) - len(misshapen) - len(absent)
+    what = "model" if whole else "backbone"
+    line = f"{loaded} of the {len(wanted)} tensors of the {what} came from the file"
+    if absent:
+        line += f"; {len(absent)} are not in it ({first_names(absent)})"
+    if misshapen:
+        line += f"; {len(misshapen)} have another shape ({first_names(misshapen)})"
+    if (absent or misshapen) and (whole or not allow_missing):
+        raise UserError(f"{line}; {_advice(model, weights, absent, misshapen, whole)}")
+    logger.info(line)
+
+
 # --- the whole -----------------------------------------------------------------------------------
 
 
-def _head_names(model: nn.Module) -> list[str]:
-    """Full names of the tensors that depend on the number of classes; none of a detector."""
-    if isinstance(model, ImageClassifier):
-        return model.head_names()
-    if isinstance(model, ConTNet):
-        return [name for name in model.state_dict() if name.startswith("head.")]
-    return []
+def _backbone_prefix(model: nn.Module, path: str) -> str:
+    try:
+        return backbone_prefix(model)
+    except ValueError as error:
+        raise UserError(f"{path} cannot begin this model: {error}") from error
 
 
-def _head_counts(
+def _takes_head(model: nn.Module, given: Mapping[str, Tensor]) -> bool:
+    """Whether what fits has parts that tell classes apart."""
+    if head := _head_names(model):
+        return any(name in given for name in head)
+    # Pyramids and proposals know no classes.
+    return any(not name.startswith(("backbone.", "proposal_generator.")) for name in given)
+
+
+def _must_have_classes(
     model: nn.Module, ours: Metadata, weights: Weights, given: Mapping[str, Tensor], whole: bool
 ) -> bool:
     """Whether a head is taken from the file, so that its classes must be the data's."""
     if whole:  # of a file that says nothing, check_network has told
         return bool(given) and bool(weights.metadata or weights.classes)
-    if not ours.classes or len(ours.classes) != len(weights.classes or ()):
-        return False
-    if head := _head_names(model):
-        return any(name in given for name in head)
-    return any(not name.startswith(backbone_prefix(model)) for name in given)
+    same_number = bool(ours.classes) and len(ours.classes) == len(weights.classes or ())
+    return same_number and _takes_head(model, given)
 
 
 def _log_leftovers(
@@ -211,23 +237,18 @@ def load_weights(
         )
     if ours is not None:
         check_network(ours, weights.metadata, path, weights.form, whole)
+    prefix = "" if whole else _backbone_prefix(model, path)
     own, state = model.state_dict(), _name_as_in(model, weights)
-    prefix = "" if whole else backbone_prefix(model)
     wanted = [name for name in own if name.startswith(prefix) and not name.endswith(_COUNT)]
     _check_values({name: own[name] for name in wanted}, state, path)
     given = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if ours is not None and _head_counts(model, ours, weights, given, whole):
+    if ours is not None and _must_have_classes(model, ours, weights, given, whole):
         check_class_names(model, ours.classes, weights.classes, path)
     if not whole and (head := _head_names(model)):
         wanted = [name for name in wanted if name not in head]
-        if new := [name for name in head if name not in given]:
-            logger.info(f"The classifier's head starts from random weights: {first_names(new)}")
-    misshapen = [name for name in wanted if name in state and name not in given]
-    filled = _frozen_statistics(model) if weights.matching else ()
-    absent = [name for name in wanted if name not in state and name not in filled]
-    line = _tally("model" if whole else "backbone", wanted, absent, misshapen)
-    if (absent or misshapen) and (whole or not allow_missing):
-        raise UserError(f"{line}; {_advice(model, weights, absent, misshapen, whole)}")
-    logger.info(line)
+        if any(name not in given for name in head):
+            given = {name: value for name, value in given.items() if name not in head}
+            logger.info(f"The classifier's head starts from random weights: {first_names(head)}")
+    _check_complete(model, weights, wanted, state, given, whole, allow_missing)
     _log_leftovers(own, state, given)
     model.load_state_dict(given, strict=False)

@@ -7,28 +7,36 @@ no trace in names and shapes. Every checkpoint and converted file has these fact
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import msgspec
 from detectron2.config import CfgNode
 from torch import nn
 
-from contnet.modeling.classifier import ImageClassifier, contnet_options
+from contnet.modeling.classifier import ImageClassifier, classifier_name, contnet_options
 from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.fpn import bottom_up_name
 from contnet.utils.errors import UserError
 from contnet.utils.packages import installed_versions
 from contnet.utils.text import describe_difference
 
-__all__ = ["METADATA", "Metadata", "check_class_names", "check_network", "describe_model"]
+__all__ = [
+    "METADATA",
+    "RESNET_OPTIONS",
+    "Metadata",
+    "check_class_names",
+    "check_network",
+    "describe_model",
+]
 
 # The key, of a checkpoint or of a .safetensors file's metadata.
 METADATA = "contnet"
 _FORMAT = 1
 
-# Options that change the function and leave the shapes as they are, or that name what differs
-# better than shapes do; each with its config key.
+# Options that change the function, most of them without a trace in names and shapes.
 _DECISIVE = {
     "relative": "MODEL.CONTNET.RELATIVE",
     "pre_norm": "MODEL.CONTNET.PRE_NORM",
@@ -37,10 +45,37 @@ _DECISIVE = {
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
 }
 _DILATED_PATCHES = "MODEL.CONTNET.DILATED_PATCHES"
+# Options that one kind of model has and another lacks, or that are no matter of weights.
+_OTHERS = {
+    "dilated_patches": bool,
+    "output_stride": int,
+    "taps": str,
+    "num_groups": int,
+    "width_per_group": int,
+    "num_classes": int,
+    "in_chans": int,
+    "drop_rate": float,
+    "last_drop_rate": float,
+    "drop_path_rate": float,
+}
+# Of ResNets.
+RESNET_OPTIONS = {
+    "stride_in_1x1",
+    "output_stride",
+    "num_groups",
+    "width_per_group",
+    "num_classes",
+    "in_chans",
+}
+_KINDS = {**dict.fromkeys(_DECISIVE, bool), **_OTHERS}
 # Options that weights can be trained further with, at some loss.
 _ADVISABLE = ("taps", "output_stride")
+_PLAIN_RESNET = re.compile(r"resnet\d+")
 # Norms that compute the same of the same statistics.
 _BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+# What JSON has.
+Option = bool | int | float | str | list | dict | None
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +97,10 @@ class Metadata:
     """
 
     network: str
-    options: dict = field(default_factory=dict)
+    options: dict[str, Option] = field(default_factory=dict)
     norm: str = ""
     classes: list[str] | None = None
-    pixels: dict = field(default_factory=dict)
+    pixels: dict[str, str | list[float]] = field(default_factory=dict)
     config: str = ""
     versions: dict[str, str] = field(default_factory=installed_versions)
     conversion: dict[str, str] = field(default_factory=dict)
@@ -86,29 +121,32 @@ class Metadata:
         Raises:
             UserError: if a later version wrote them, or they are damaged.
         """
-        if not said:
+        if said is None or said == {}:
             return None
-        if isinstance(said, Mapping) and "format" not in said and "variant" in said:
-            said = _upgrade(said)
-        if isinstance(said, Mapping) and said.get("format", _FORMAT) != _FORMAT:
-            raise UserError(
-                f"{path} is of format {said['format']!r}, this version reads {_FORMAT}: use the "
-                "version of contnet that wrote it, or a later one"
-            )
         try:
-            return msgspec.convert(said, cls)
-        except msgspec.ValidationError as error:
+            if isinstance(said, Mapping) and "format" not in said:
+                said = _upgrade(said)
+            found = msgspec.convert(said, cls)
+            for name in found.options.keys() & _KINDS.keys():
+                msgspec.convert(found.options[name], _KINDS[name])
+        except (msgspec.ValidationError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: its metadata under {METADATA!r} are damaged ({error})"
             ) from error
+        if found.format != _FORMAT:
+            raise UserError(
+                f"{path} is of format {found.format}, this version reads {_FORMAT}: use the "
+                "version of contnet that wrote it, or a later one"
+            )
+        return found
 
 
 def _upgrade(said: Mapping) -> dict:
     """What tools/convert_weights.py of the first version says, in the present form."""
     options = dict(said.get("options") or {})
-    if not options.get("pre_norm"):  # it took this for granted
+    if options.get("pre_norm") is not True:  # False was taken for granted
         options.pop("pre_norm", None)
-    return {"network": said["variant"], "options": options, "classes": said.get("classes")}
+    return {"network": said.get("variant"), "options": options, "classes": said.get("classes")}
 
 
 # --- of a config ---------------------------------------------------------------------------------
@@ -121,15 +159,21 @@ def _contnet_facts(variant: str, cfg: CfgNode) -> dict:
 
 
 def _describe_classifier(cfg: CfgNode) -> dict:
-    node = cfg.MODEL.CLASSIFIER
-    name = node.NAME.partition(".")[0]  # timm's tag of weights comes after a dot
+    node, name = cfg.MODEL.CLASSIFIER, classifier_name(cfg)
     if name in VARIANTS:
         options = {**_contnet_facts(name, cfg), "num_classes": node.NUM_CLASSES}
         return {"network": name, "options": options, "norm": "BN"}
     options = {**dict(node.OPTIONS), "num_classes": node.NUM_CLASSES}
-    if name.startswith("resnet"):
+    if _PLAIN_RESNET.fullmatch(name):
         options["stride_in_1x1"] = False  # timm has no such option
     return {"network": name, "options": options}
+
+
+def _resnet_name(depth: int, groups: int, width: int) -> str:
+    """timm's name of a ResNet of Detectron2's."""
+    if groups > 1:
+        return f"resnext{depth}_{groups}x{width}d"
+    return f"resnet{depth}" if width == 64 else f"wide_resnet{depth}_{width // 64}"
 
 
 def _describe_backbone(cfg: CfgNode) -> dict:
@@ -152,7 +196,8 @@ def _describe_backbone(cfg: CfgNode) -> dict:
             "num_groups": node.NUM_GROUPS,
             "width_per_group": node.WIDTH_PER_GROUP,
         }
-        return {"network": f"resnet{node.DEPTH}", "options": options, "norm": node.NORM}
+        name = _resnet_name(node.DEPTH, node.NUM_GROUPS, node.WIDTH_PER_GROUP)
+        return {"network": name, "options": options, "norm": node.NORM}
     return {"network": kind}
 
 
@@ -181,11 +226,16 @@ def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
 
 def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
     """Refuses weights of a network of another function."""
-    if theirs.network != ours.network:
-        raise UserError(
-            f"{path} has weights of {theirs.network}, and the config builds {ours.network}: set "
-            "MODEL.CONTNET.VARIANT (of a classifier MODEL.CLASSIFIER.NAME), or give other weights"
-        )
+    networks = (theirs.network, ours.network)
+    for belongs, key in (
+        (VARIANTS.__contains__, "MODEL.CONTNET.VARIANT"),
+        (_PLAIN_RESNET.fullmatch, "MODEL.RESNETS.DEPTH"),
+    ):
+        if networks[0] != networks[1] and all(map(belongs, networks)):
+            raise UserError(
+                f"{path} has weights of {networks[0]}, and the config builds {networks[1]}: set "
+                f"{key} (of a classifier MODEL.CLASSIFIER.NAME), or give other weights"
+            )
     keys = dict(_DECISIVE)
     # Patches that lie apart are another function where convolutions dilate, and the same elsewhere.
     if all(facts.options.get("output_stride", 32) < 32 for facts in (ours, theirs)):
@@ -204,27 +254,46 @@ def _same_norm(ours: str, theirs: str, whole: bool) -> bool:
     return ours == theirs or (not whole and {ours, theirs} <= set(_BATCH_NORMS))
 
 
+def _same_value(ours: object, theirs: object) -> bool:
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(_same_value, ours, theirs))
+    if isinstance(ours, float | int) and isinstance(theirs, float | int):
+        return math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-4)
+    return ours == theirs
+
+
 def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
     """What weights can be used with, though they were trained with something else."""
-    pairs = {name: (theirs.options.get(name), ours.options.get(name)) for name in _ADVISABLE}
+    pairs = {"network": (theirs.network, ours.network)}
+    for name in _ADVISABLE:
+        pairs[name] = (theirs.options.get(name), ours.options.get(name))
     for name in ("format", "mean", "std"):
         pairs[f"pixel {name}"] = (theirs.pixels.get(name), ours.pixels.get(name))
     if not _same_norm(ours.norm, theirs.norm, whole):
         pairs["norm"] = (theirs.norm, ours.norm)
-    return [
+    changed = [
         f"{name} {before}, now {now}"
         for name, (before, now) in pairs.items()
-        if before not in (None, "") and now not in (None, "") and before != now
+        if before not in (None, "") and now not in (None, "") and not _same_value(before, now)
     ]
+    # Options of timm's networks, whose absence means something, too.
+    for name in sorted((ours.options.keys() | theirs.options.keys()) - _KINDS.keys()):
+        before, now = theirs.options.get(name), ours.options.get(name)
+        if not _same_value(before, now):
+            changed.append(f"{name} {before}, now {now}")
+    return changed
 
 
-def _warn_of_silence(ours: Metadata, path: str) -> None:
-    pre_norm = ours.options.get("pre_norm")
-    also = "" if pre_norm is None else f", MODEL.CONTNET.PRE_NORM {pre_norm} among them"
-    logger.warning(
-        f"{path} does not say all that tensors leave open of a network, its pixels and classes: "
-        f"the config's settings are taken{also}"
-    )
+def _unsaid(ours: Metadata, theirs: Metadata) -> list[str]:
+    """The settings of a config that a file says nothing about, and tensors neither."""
+    keys = [
+        f"{_DECISIVE[name]} {ours.options[name]}"
+        for name in ("pre_norm", "stride_in_1x1")
+        if name in ours.options and name not in theirs.options
+    ]
+    if ours.pixels and not theirs.pixels:
+        keys.append(f"{ours.pixels['format']} pixels with MODEL.PIXEL_MEAN and PIXEL_STD")
+    return keys
 
 
 def check_network(
@@ -234,7 +303,7 @@ def check_network(
 
     Args:
         ours: of the model.
-        theirs: of the file; None where it states nothing, which is a warning.
+        theirs: of the file; None where it states nothing. What it leaves open is a warning.
         path: of the file, for messages.
         form: whose names the file has, a key of ``key_mapping.MARKS``, or "".
         whole: the file must give all of the model, not the backbone alone.
@@ -242,15 +311,15 @@ def check_network(
     Raises:
         UserError: for weights of another variant, or an option that changes the function.
     """
-    if theirs is None:
-        _warn_of_silence(ours, path)
-        # The strides are at one place in all ResNets of torchvision and timm.
-        options = {"stride_in_1x1": False} if form == "timm" else {}
-        _check_decisive(ours, Metadata(ours.network, options), path)
-        return
+    theirs = theirs or Metadata(ours.network)
+    if form == "timm":  # the strides are at one place in all ResNets of torchvision and timm
+        theirs = replace(theirs, options={"stride_in_1x1": False, **theirs.options})
     _check_decisive(ours, theirs, path)
-    if "pre_norm" in ours.options and "pre_norm" not in theirs.options:
-        _warn_of_silence(ours, path)
+    if unsaid := _unsaid(ours, theirs):
+        logger.warning(
+            f"{path} does not say all that it was trained with, so the config's settings are "
+            f"taken: {', '.join(unsaid)}"
+        )
     if changed := _differences(ours, theirs, whole):
         logger.warning(f"{path} was trained with another setting: {'; '.join(changed)}")
 

@@ -19,7 +19,8 @@ from contnet.checkpoint.key_mapping import (
     revert_state_dict,
     torchvision_name,
 )
-from contnet.checkpoint.reading import Weights
+from contnet.checkpoint.metadata import RESNET_OPTIONS
+from contnet.checkpoint.reading import NUM_AVERAGED, Weights
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
@@ -40,8 +41,6 @@ _RESNETS = {
     (True, (3, 8, 36, 3)): "resnet152",
 }
 _COUNT = ".num_batches_tracked"
-# How many weights PyTorch's AveragedModel has averaged, beside them.
-_NUM_AVERAGED = "n_averaged"
 
 
 @dataclass
@@ -103,11 +102,20 @@ def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
 
 
 def _check_said(network: Network, weights: Weights) -> None:
-    """Refuses a file whose tensors are not what it says."""
+    """Refuses a file whose tensors are not what it says, or not all that it says."""
+    said = weights.metadata.options if weights.metadata else {}
+    if network.family == "resnet":
+        # An activation, for one, leaves no trace in tensors.
+        if unknown := sorted(said.keys() - RESNET_OPTIONS):
+            raise UserError(
+                f"its {network.variant} has {unknown[0]} {said[unknown[0]]!r}: this "
+                "option cannot be converted"
+            )
+        return
     if weights.metadata is None:
         return
     found = {"network": network.variant, **network.options}
-    said = {"network": weights.metadata.network, **weights.metadata.options}
+    said = {"network": weights.metadata.network, **said}
     for name in ("network", "in_chans", "relative", "use_avgdown", "qkv_bias"):
         if name in found and said.get(name, found[name]) != found[name]:
             raise UserError(
@@ -222,7 +230,7 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
     """
     _check_single(weights)
     form, native = weights.form, weights.network_tensors()
-    native.pop(_NUM_AVERAGED, None)
+    native.pop(NUM_AVERAGED, None)
     if form in FORMS["contnet"]:
         network = _find_contnet(form, native)
         network.options["pre_norm"] = _pre_norm_of(weights, pre_norm)

@@ -28,7 +28,14 @@ from contnet.checkpoint.key_mapping import locate_networks
 from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.utils.errors import UserError
 
-__all__ = ["EMA_KEYS", "Weights", "conversion_advice", "read_content", "read_weights"]
+__all__ = [
+    "EMA_KEYS",
+    "NUM_AVERAGED",
+    "Weights",
+    "conversion_advice",
+    "read_content",
+    "read_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,8 @@ logger = logging.getLogger(__name__)
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
 # Weights of the last step; the last two names are pycls's and Caffe2's.
 _MODEL_KEYS = ("model", "state_dict", "model_state", "blobs")
+# How many weights PyTorch's AveragedModel has averaged, beside them.
+NUM_AVERAGED = "n_averaged"
 # What DistributedDataParallel and torch.compile put before names.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 
@@ -127,7 +136,7 @@ def _read_safetensors(file: BinaryIO, path: str) -> dict:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path} has metadata that are no JSON: {error}") from error
     return {"model": tensors, METADATA: said}
 
@@ -235,20 +244,31 @@ def _matching(content: Mapping, state: Mapping) -> str:
     return "caffe2" if arrays and not exact else ""
 
 
+def _as_tensor(value: object) -> Tensor | None:
+    """A tensor with values of its own; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value))
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return value if dense else None
+
+
 def _fill(weights: Weights, state: Mapping) -> None:
     """Sorts the entries of a state dict, and finds the network in it."""
-    for name, value in state.items():
-        short = _WRAPPERS.sub("", str(name))
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(np.array(value))
-        if not isinstance(value, Tensor) or not isinstance(name, str):
+    tensors = {name: _as_tensor(value) for name, value in state.items()}
+    # A model of its own may have a part that is called "module".
+    wrapped = all(
+        _WRAPPERS.match(str(name))
+        for name, tensor in tensors.items()
+        if tensor is not None and name != NUM_AVERAGED
+    )
+    for name, tensor in tensors.items():
+        short = _WRAPPERS.sub("", str(name)) if wrapped else str(name)
+        if tensor is None or not isinstance(name, str):
             weights.odd.append(str(name))
         elif short in weights.tensors:
-            raise UserError(
-                f"{weights.path}: it holds {short!r} twice, with and without a wrapper's prefix"
-            )
+            raise UserError(f"{weights.path} holds {short!r} twice, in two wrappers")
         else:
-            weights.tensors[short], weights.origins[short] = value, name
+            weights.tensors[short], weights.origins[short] = tensor, name
     networks = locate_networks(weights.tensors)
     if len(networks) == 1:
         weights.form, weights.prefix = networks[0]
@@ -263,6 +283,14 @@ def _class_names(rest: Mapping, metadata: Metadata | None) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
+def _fetch(url: str) -> str:
+    """The local copy of what a URL stands for."""
+    try:
+        return PathManager.get_local_path(url)
+    except (AssertionError, OSError, ValueError) as error:
+        raise UserError(f"{url} cannot be fetched: {error}") from error
+
+
 def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False) -> Weights:
     """Reads a file of weights, once.
 
@@ -275,7 +303,7 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
         UserError: if it is not there, not whole, or holds no tensors or more than tensors and
             plain values.
     """
-    path = PathManager.get_local_path(source) if "://" in source else source
+    path = _fetch(source) if "://" in source else source
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file (looked for in {Path.cwd()})")
     weights = Weights(source)

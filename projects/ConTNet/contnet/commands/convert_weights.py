@@ -35,7 +35,7 @@ The last line says the name of the file that was written: DST with the first eig
 file's SHA-256. The exit status is 1, and nothing is written, if SRC does not fit or --check fails.
 
 examples:
-  convert_weights.py theirs.pth contm.safetensors --check
+  convert_weights.py theirs.pth contm.safetensors --no-pre-norm --check
   convert_weights.py output/conts/model_best.pth conts.pth --head drop
   convert_weights.py contm-1a2b3c4d.safetensors theirs.pth --to authors
 """
@@ -205,6 +205,8 @@ def _run(args: argparse.Namespace) -> None:
     shown = ", ".join(f"{name} {value}" for name, value in network.options.items())
     print(f"network  {network.variant} by the names of {network.form} ({shown})")
     _print_report(network, result)
+    if network.family == "resnet" and network.stride_in_1x1 is None:
+        print("unknown  whether strides are in 1x1 convolutions: they are taken to be in the 3x3")
     metadata = _describe(weights, network, result, args.head)
     data = _encode(result, metadata.state(), target.suffix)
     if args.check:

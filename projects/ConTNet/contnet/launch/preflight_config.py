@@ -27,7 +27,7 @@ from contnet.data.pipeline.loader import TRAIN_SAMPLERS
 from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.engine.optimizer import OPTIMIZERS
 from contnet.modeling.backbone import NORMS
-from contnet.modeling.classifier import OPTION_KEYS
+from contnet.modeling.classifier import OPTION_KEYS, classifier_name
 from contnet.modeling.contnet import (
     FEATURES,
     GRAD_CHECKPOINTING_MODES,
@@ -182,7 +182,7 @@ def _defaults() -> CfgNode:
 def _check_unused(cfg: CfgNode) -> None:
     """Refuses settings of detectors in a classifier's config, where they would do nothing."""
     name = cfg.MODEL.CLASSIFIER.NAME
-    used = OPTION_KEYS if name in VARIANTS else ()
+    used = OPTION_KEYS if classifier_name(cfg) in VARIANTS else ()
     unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
     unused += [key for key, _ in flatten(cfg, cfg) if key.startswith(_DETECTOR_KEYS)]
     for key in unused:
@@ -204,7 +204,7 @@ def _check_classifier(cfg: CfgNode) -> None:
             f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
             f"{nearest(node.NAME, timm.list_models())}"
         )
-    if node.NAME in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
+    if classifier_name(cfg) in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
         raise config_error(
             "MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE are for timm's models: "
             f"{node.NAME} takes its options from MODEL.CONTNET"

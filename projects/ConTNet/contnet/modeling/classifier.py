@@ -18,6 +18,7 @@ __all__ = [
     "OPTION_KEYS",
     "ImageClassifier",
     "build_classification_network",
+    "classifier_name",
     "contnet_options",
 ]
 
@@ -136,6 +137,11 @@ class ImageClassifier(nn.Module):
         return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
 
 
+def classifier_name(cfg: CfgNode) -> str:
+    """MODEL.CLASSIFIER.NAME without timm's tag of weights, which comes after a dot."""
+    return cfg.MODEL.CLASSIFIER.NAME.partition(".")[0]
+
+
 def contnet_options(cfg: CfgNode) -> dict:
     """Arguments of a ConTNet, as classifier or backbone, from ``cfg.MODEL.CONTNET``."""
     values = {key.lower(): cfg.MODEL.CONTNET[key] for key in _ARGUMENT_KEYS}
@@ -167,7 +173,7 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
             INPUT.CLASSIFIER.
     """
     node = cfg.MODEL.CLASSIFIER
-    if node.NAME not in VARIANTS:
+    if classifier_name(cfg) not in VARIANTS:
         options = dict(node.OPTIONS)
         if node.DROP_PATH_RATE:
             options["drop_path_rate"] = node.DROP_PATH_RATE
