@@ -271,3 +271,61 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
     states = [_checkpoint(folder, "model_final.pth") for folder in (uncut, cut)]
     assert _same(*states) and ("ema" in states[0]) == (CLASSIFIERS[leaf] == AVERAGED)
     assert (cut / "results.json").read_text() == (uncut / "results.json").read_text()
+
+
+class Stopped(BaseException):
+    """Ends a run in an evaluation, as a signal does."""
+
+
+class StopInEvaluation(LauncherHook):
+    """Saves before each evaluation, as on SLURM, and leaves the first one."""
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        self.trainer.save_before_evaluation()
+        self.trainer.checkpointer.wait()
+        if self.trainer.start_iter == 0:
+            raise Stopped
+        yield
+
+
+EVERY = "TEST.EVAL_PERIOD 2 SOLVER.MAX_ITER 5 LOG_PERIOD 1"
+
+
+def classifier_settings(folder, *more):
+    """Settings of a classifier's run that is evaluated in the middle and at the end."""
+    file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
+    options = ["--config-file", file, *QUICK, *FEW_OPTIONS.split(), *EVERY.split()]
+    args = parse_arguments([*options, "OUTPUT_DIR", str(folder), *more])
+    return build_run_settings(args)
+
+
+def test_a_run_that_ended_in_an_evaluation_equals_uncut(imagenet_root, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    run(classifier_settings(uncut))
+    with pytest.raises(Stopped):
+        run(classifier_settings(cut), StopInEvaluation())
+    assert (cut / "last_checkpoint").read_text() == "model_0000001.pth"
+    run(classifier_settings(cut, "--resume"), StopInEvaluation())
+    assert metrics_of(cut) == metrics_of(uncut)
+    assert _same(*(_checkpoint(folder, "model_final.pth") for folder in (uncut, cut)))
+    results = [(folder / "results.json").read_text() for folder in (uncut, cut)]
+    assert results[0] == results[1]
+
+
+def test_an_average_that_a_checkpoint_does_not_have(imagenet_root, monkeypatch, tmp_path):
+    """It starts from the resumed weights, not from those that the model was built with."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
+    on = ("SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.9999")
+    run(classifier_settings(tmp_path))
+    before = torch.load(tmp_path / "model_final.pth")["model"]
+    run(classifier_settings(tmp_path, *on, "SOLVER.MAX_ITER", "6", "--resume"))
+    assert "has no EMA: it starts from the last weights" in (tmp_path / "log.txt").read_text()
+    average = torch.load(tmp_path / "model_final.pth")["ema"]
+    for name, value in before.items():  # one step has moved it by a ten-thousandth
+        if value.is_floating_point():
+            assert torch.allclose(average[f"module.{name}"], value, rtol=1e-3, atol=1e-3), name
+    run(classifier_settings(tmp_path, "SOLVER.MAX_ITER", "7", "--resume"))
+    assert "has an EMA, which ends here" in (tmp_path / "log.txt").read_text()
+    assert "ema" not in torch.load(tmp_path / "model_final.pth")

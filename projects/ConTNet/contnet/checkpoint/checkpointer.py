@@ -214,7 +214,7 @@ class Checkpointer(DetectionCheckpointer):
             ema: load the EMA of the weights.
 
         Returns:
-            What else the checkpoint holds.
+            All that the checkpoint holds beside the weights.
 
         Raises:
             UserError: if the file cannot be read, has no EMA that was asked for, is one of another
@@ -224,11 +224,10 @@ class Checkpointer(DetectionCheckpointer):
         if ema and not weights.is_ema:
             raise UserError(f"{path} has no EMA weights: set SOLVER.EMA.ENABLED False")
         load_weights(self.model, weights, whole=True, ours=self.metadata)
-        rest = weights.rest
         for key in self.checkpointables if checkpointables is None else checkpointables:
-            if key in rest:
-                self.checkpointables[key].load_state_dict(rest.pop(key))
-        return rest
+            if key in weights.rest:
+                self.checkpointables[key].load_state_dict(weights.rest[key])
+        return weights.rest
 
     def remove_leftovers(self) -> None:
         """Deletes what a killed process left half written."""

@@ -105,6 +105,7 @@ class Trainer(SimpleTrainer):
         self.start_iter = 0
         self.ema = None
         self.pending_evaluation = None
+        self._smoothing_hints = {}
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
             self.ema = ModelEmaV3(self.unwrapped_model, decay=cfg.SOLVER.EMA.DECAY)
@@ -148,7 +149,10 @@ class Trainer(SimpleTrainer):
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
             file = self.checkpointer.get_checkpoint_file()
-            self.pending_evaluation = self.checkpointer.load(file).get("unfinished")
+            content = self.checkpointer.load(file)
+            self._resume_ema(content, file)
+            self.pending_evaluation = content.get("unfinished")
+            self._smoothing_hints = content.get("smoothing_hints", {})
             self.start_iter = self.iter + 1
         elif weights:
             self.checkpointer.load_backbone(weights)
@@ -156,6 +160,14 @@ class Trainer(SimpleTrainer):
                 self.ema.set(self.unwrapped_model)
         else:
             self._warn_of_random_weights()
+
+    def _resume_ema(self, content: dict, file: str) -> None:
+        """Starts an EMA that the checkpoint does not have from its weights."""
+        if self.ema is not None and "ema" not in content:
+            self.ema.set(self.unwrapped_model)
+            logger.warning(f"{file} has no EMA: it starts from the last weights")
+        elif self.ema is None and "ema" in content:
+            logger.warning(f"{file} has an EMA, which ends here: SOLVER.EMA.ENABLED is False")
 
     def _warn_of_random_weights(self) -> None:
         if isinstance(self.unwrapped_model, ImageClassifier):
@@ -199,14 +211,22 @@ class Trainer(SimpleTrainer):
         """Saves between the step of an iteration and its evaluation, which a resume then begins."""
         latest = self.storage.latest()
         scalars = {key: float(value) for key, (value, i) in latest.items() if i == self.iter}
-        self.checkpointer.save(numbered_name(self.iter), unfinished=scalars)
+        hints = self.storage.smoothing_hints()
+        self.checkpointer.save(
+            numbered_name(self.iter),
+            unfinished=scalars,
+            smoothing_hints={key: hints[key] for key in scalars},
+        )
 
     def before_train(self) -> None:
         super().before_train()
         if self.pending_evaluation is None:
             return
         self.iter = self.storage.iter = self.start_iter - 1
-        self.storage.put_scalars(**self.pending_evaluation, smoothing_hint=False)
+        for name, value in self.pending_evaluation.items():
+            # As the later iterations put it, for the storage takes no other.
+            hint = self._smoothing_hints.get(name, False)
+            self.storage.put_scalar(name, value, smoothing_hint=hint)
         for hook in self._hooks[self._hooks.index(self.evaluation) :]:
             hook.after_step()
 

@@ -63,12 +63,12 @@ class _PlanarInput(T.AugInput):
 
 
 def _own_arrays(annotation: dict) -> dict:
-    """A copy whose coordinates may be transformed in place."""
-    copy = dict(annotation)
+    """A copy whose coordinates may be transformed in place, and are not cut to whole numbers."""
+    copy = {**annotation, "bbox": [float(number) for number in annotation["bbox"]]}
     if isinstance(copy.get("segmentation"), list):
-        copy["segmentation"] = [np.array(polygon) for polygon in copy["segmentation"]]
+        copy["segmentation"] = [np.array(polygon, float) for polygon in copy["segmentation"]]
     if "keypoints" in copy:
-        copy["keypoints"] = np.array(copy["keypoints"])
+        copy["keypoints"] = np.array(copy["keypoints"], float)
     return copy
 
 
@@ -76,17 +76,18 @@ def _transform_boxes(
     annotations: Sequence[dict], transforms: T.TransformList, shape: tuple[int, int]
 ) -> Boxes:
     """Boxes in the transformed image of ``shape`` (height, width), all at once."""
-    boxes = [np.asarray(each["bbox"]) for each in annotations]
-    sizes = all(each["bbox_mode"] == BoxMode.XYWH_ABS for each in annotations)
-    if sizes and all(box.dtype == float for box in boxes):
+    # As floats: Detectron2 cuts what it transforms to whole numbers if it was given in such.
+    boxes = np.array([each["bbox"] for each in annotations], float)
+    if all(each["bbox_mode"] == BoxMode.XYWH_ABS for each in annotations):
         # Detectron2 takes the sums in single precision.
-        boxes = np.array(boxes, dtype=np.float32)
+        boxes = boxes.astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]
         boxes = transforms.apply_box(boxes.astype(float))
     else:
-        # Detectron2 cuts a box to whole numbers that was given in such.
+        modes = [each["bbox_mode"] for each in annotations]
         corners = BoxMode.XYXY_ABS
-        boxes = [BoxMode.convert(each["bbox"], each["bbox_mode"], corners) for each in annotations]
+        pairs = zip(boxes.tolist(), modes, strict=True)
+        boxes = [BoxMode.convert(box, mode, corners) for box, mode in pairs]
         boxes = np.concatenate([transforms.apply_box(np.array([box])) for box in boxes])
     boxes = boxes.clip(min=0)
     return Boxes(np.minimum(boxes, [*shape[::-1], *shape[::-1]]))
@@ -96,11 +97,10 @@ def _transform_polygons(
     annotations: Sequence[dict], transforms: T.TransformList
 ) -> list[list[np.ndarray]]:
     """Polygons of each object as flat arrays; all points at once, if each moves by itself."""
-    shapes = [[np.array(polygon) for polygon in each["segmentation"]] for each in annotations]
+    shapes = [[np.array(points, float) for points in each["segmentation"]] for each in annotations]
     every = [polygon for polygons in shapes for polygon in polygons]
     apart = all(type(t).apply_polygons is T.Transform.apply_polygons for t in transforms.transforms)
-    # Likewise for whole numbers.
-    if not apart or len({polygon.dtype for polygon in every}) != 1:
+    if not apart or not every:
         shapes = [[points.reshape(-1, 2) for points in polygons] for polygons in shapes]
         shapes = [transforms.apply_polygons(polygons) for polygons in shapes]
         return [[points.reshape(-1) for points in polygons] for polygons in shapes]
