@@ -324,7 +324,7 @@ def test_an_average_that_a_checkpoint_does_not_have(imagenet_root, monkeypatch, 
     assert "has no EMA: it starts from the last weights" in (tmp_path / "log.txt").read_text()
     average = torch.load(tmp_path / "model_final.pth")["ema"]
     for name, value in before.items():  # one step has moved it by a ten-thousandth
-        if value.is_floating_point():
+        if value.is_floating_point() and "running" not in name:
             assert torch.allclose(average[f"module.{name}"], value, rtol=1e-3, atol=1e-3), name
     run(classifier_settings(tmp_path, "SOLVER.MAX_ITER", "7", "--resume"))
     assert "has an EMA, which ends here" in (tmp_path / "log.txt").read_text()
