@@ -173,6 +173,7 @@ def test_progress_is_printed(averaged):
     _, output = averaged
     assert re.search(r"eta: \d+:\d\d:\d\d  iter: 2  total_loss: \d", output)
     assert "MODEL.WEIGHTS is empty: the backbone starts from random weights" in output
+    assert "FrozenBN norms stay the identity: set MODEL.CONTNET.NORM" in output
     assert "MODEL.WEIGHTS FILE" in output
 
 

@@ -15,6 +15,7 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -173,8 +174,15 @@ class Trainer(SimpleTrainer):
         if isinstance(self.unwrapped_model, ImageClassifier):
             logger.info("MODEL.WEIGHTS is empty: the classifier starts from random weights")
             return
-        frozen = any(not p.requires_grad for p in self.unwrapped_model.backbone.parameters())
-        advice = "; its frozen layers will stay random: set FREEZE_AT to 0" if frozen else ""
+        backbone = self.unwrapped_model.backbone
+        advice = ""
+        if any(not parameter.requires_grad for parameter in backbone.parameters()):
+            advice += "; its frozen layers will stay random: set FREEZE_AT to 0"
+        if any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules()):
+            advice += (
+                "; its FrozenBN norms stay the identity: set MODEL.CONTNET.NORM (or that of "
+                "MODEL.RESNETS) to GN, SyncBN or BN"
+            )
         logger.warning(
             "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet "
             f"weights by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
