@@ -121,23 +121,24 @@ class Metadata:
         Raises:
             UserError: if a later version wrote them, or they are damaged.
         """
-        if said is None or said == {}:
+        if said is None or (isinstance(said, Mapping) and not said):
             return None
         try:
-            if isinstance(said, Mapping) and "format" not in said:
-                said = _upgrade(said)
-            found = msgspec.convert(said, cls)
+            if not isinstance(said, Mapping):
+                raise TypeError(f"a {type(said).__name__} in the place of a dict")
+            written = said.get("format", _FORMAT)
+            if isinstance(written, int) and written != _FORMAT:
+                raise UserError(
+                    f"{path} is of format {written}, this version reads {_FORMAT}: use the version "
+                    "of contnet that wrote it, or a later one"
+                )
+            found = msgspec.convert(said if "format" in said else _upgrade(said), cls)
             for name in found.options.keys() & _KINDS.keys():
                 msgspec.convert(found.options[name], _KINDS[name])
         except (msgspec.ValidationError, AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: its metadata under {METADATA!r} are damaged ({error})"
             ) from error
-        if found.format != _FORMAT:
-            raise UserError(
-                f"{path} is of format {found.format}, this version reads {_FORMAT}: use the "
-                "version of contnet that wrote it, or a later one"
-            )
         return found
 
 
