@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import contnet
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.metadata import describe_model
+from contnet.checkpoint.reading import read_weights
 from contnet.config import load_config
 from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
@@ -296,6 +297,12 @@ def test_a_converted_file_of_the_first_version(tmp_path, warnings, pre_norm):
 
 def _says(**facts):
     return {"format": 1, "network": "contnet_ti", **facts}
+
+
+def test_versions_are_those_that_a_file_says(tmp_path):
+    """Not those of whoever reads it."""
+    torch.save({"model": ours(), "contnet": _says()}, tmp_path / "w.pth")
+    assert read_weights(str(tmp_path / "w.pth")).metadata.versions == {}
 
 
 DAMAGED = {

@@ -91,7 +91,7 @@ class Metadata:
         classes: names of the classes of the head, in order; None where nothing tells them.
         pixels: what the network's input is: "format", "mean" and "std" of its channels.
         config: the config of the run, as yaml; "" for a file that no run has written.
-        versions: of the packages that wrote the file.
+        versions: of the packages that wrote the file; none where it does not say.
         conversion: of a converted file: its form, and the name, SHA-256 and key of its source.
         format: version of this form.
     """
@@ -102,7 +102,7 @@ class Metadata:
     classes: list[str] | None = None
     pixels: dict[str, str | list[float]] = field(default_factory=dict)
     config: str = ""
-    versions: dict[str, str] = field(default_factory=installed_versions)
+    versions: dict[str, str] = field(default_factory=dict)
     conversion: dict[str, str] = field(default_factory=dict)
     format: int = _FORMAT
 
@@ -219,6 +219,7 @@ def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
             "std": list(cfg.MODEL.PIXEL_STD),
         },
         config=cfg.dump(),
+        versions=installed_versions(),
     )
 
 
@@ -331,7 +332,7 @@ def check_class_names(
     """Compares names of classes, for labels are numbers that mean nothing without them.
 
     Args:
-        model: that has taken the head of the file.
+        model: that shall take the head of the file.
         ours: names of the data's classes, in order; None where nothing tells them.
         theirs: those of the file.
         path: of the file, for messages.

@@ -18,6 +18,7 @@ from contnet.checkpoint.networks import Network, find_network
 from contnet.checkpoint.reading import Weights, read_content, read_weights
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.files import atomic_write
+from contnet.utils.packages import installed_versions
 
 __all__ = ["TOLERANCE", "build_parser", "main"]
 
@@ -180,6 +181,7 @@ def _describe(weights: Weights, network: Network, result: Result, head: str | in
         classes=weights.classes if keeps else None,
         pixels=source.pixels,
         config=source.config,
+        versions=installed_versions(),
         conversion={
             "form": result.form,
             "source": Path(weights.path).name,
