@@ -105,8 +105,7 @@ class Trainer(SimpleTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.start_iter = 0
         self.ema = None
-        self.pending_evaluation = None
-        self._smoothing_hints = {}
+        self.pending_evaluation = None  # scalars with their smoothing hints, to evaluate first
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
             self.ema = ModelEmaV3(self.unwrapped_model, decay=cfg.SOLVER.EMA.DECAY)
@@ -152,8 +151,11 @@ class Trainer(SimpleTrainer):
             file = self.checkpointer.get_checkpoint_file()
             content = self.checkpointer.load(file)
             self._resume_ema(content, file)
-            self.pending_evaluation = content.get("unfinished")
-            self._smoothing_hints = content.get("smoothing_hints", {})
+            if (scalars := content.get("unfinished")) is not None:
+                hints = content.get("smoothing_hints", {})
+                self.pending_evaluation = {
+                    name: (value, hints.get(name, False)) for name, value in scalars.items()
+                }
             self.start_iter = self.iter + 1
         elif weights:
             self.checkpointer.load_backbone(weights)
@@ -231,9 +233,8 @@ class Trainer(SimpleTrainer):
         if self.pending_evaluation is None:
             return
         self.iter = self.storage.iter = self.start_iter - 1
-        for name, value in self.pending_evaluation.items():
+        for name, (value, hint) in self.pending_evaluation.items():
             # As the later iterations put it, for the storage takes no other.
-            hint = self._smoothing_hints.get(name, False)
             self.storage.put_scalar(name, value, smoothing_hint=hint)
         for hook in self._hooks[self._hooks.index(self.evaluation) :]:
             hook.after_step()
