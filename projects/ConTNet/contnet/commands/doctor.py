@@ -17,7 +17,7 @@ from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source
-from contnet.data.findings import ERROR, FACT, NOTE, Finding, Findings
+from contnet.data.findings import ERROR, FACT, NOTE, WARNING, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.dataset import check_dataset
@@ -101,8 +101,8 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
 
 def _print(name: str, findings: Findings) -> None:
     lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
-    for severity in (ERROR, NOTE):
-        lines += [f"  {severity:5}  {line}" for line in findings.lines(severity)]
+    for severity in (ERROR, WARNING, NOTE):
+        lines += [f"  {severity:7}  {line}" for line in findings.lines(severity)]
     for line in lines:
         # File names need not be text, and not every terminal takes their bytes as they are.
         print(line.encode(errors="backslashreplace").decode())

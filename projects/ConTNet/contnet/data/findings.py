@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "Finding", "Findings"]
+__all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "WARNING", "Finding", "Findings"]
 
 ERROR = "ERROR"  # would stop or corrupt training
+WARNING = "WARNING"  # changes what is learned or measured: training starts, and says so
 NOTE = "NOTE"
 FACT = "FACT"  # to be counted
 _LOST = "LOST"  # an object that Detectron2 would leave out
@@ -20,7 +21,7 @@ class Finding(NamedTuple):
     """One thing that was found.
 
     Attributes:
-        severity: ERROR, NOTE or FACT.
+        severity: ERROR, WARNING, NOTE or FACT.
         kind: what, and what to do; the same for all of a kind.
         example: where; empty where ``kind`` says it all.
     """
@@ -60,6 +61,9 @@ class Findings:
 
     def error(self, kind: str, example: str = "") -> None:
         self.add(ERROR, kind, example)
+
+    def warn(self, kind: str, example: str = "") -> None:
+        self.add(WARNING, kind, example)
 
     def note(self, kind: str, example: str = "") -> None:
         self.add(NOTE, kind, example)

@@ -146,6 +146,7 @@ class RunSettings:
         processes: of the run.
         arguments: where the config came from, for the log.
         notes: what was added to the config, a line each, for the log.
+        warnings: what changes the run's numbers, a line each, for the log and results.json.
     """
 
     cfg: CfgNode = field(repr=False)
@@ -154,6 +155,7 @@ class RunSettings:
     processes: Processes = field(default_factory=Processes)
     arguments: str = ""
     notes: tuple[str, ...] = field(default=(), repr=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)
 
 
 def _set_num_classes(

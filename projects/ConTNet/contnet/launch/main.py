@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_known_warnings()
     try:
         settings = build_run_settings(parse_arguments(argv))
-        check_run(settings)
+        settings = check_run(settings)
         launch_run(run, settings, settings.processes, torch.device(settings.cfg.MODEL.DEVICE).type)
     except UserError as error:
         print_error(error)

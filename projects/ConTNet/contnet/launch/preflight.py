@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -154,12 +155,15 @@ def _datasets(settings: RunSettings) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def check_inputs(settings: RunSettings, data: bool = True) -> None:
+def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
     Args:
         settings: of the run.
         data: look into the data sets; not needed if that was done for the same ones before.
+
+    Returns:
+        What changes the run's numbers, a warning each.
 
     Raises:
         UserError: for the first thing that is wrong.
@@ -172,22 +176,28 @@ def check_inputs(settings: RunSettings, data: bool = True) -> None:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
+    warnings = []
     if data and settings.processes.environment.local_rank == 0:
-        check_datasets(cfg, datasets)
+        warnings = check_datasets(cfg, datasets)
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     _check_weights(settings)
+    return warnings
 
 
-def check_run(settings: RunSettings) -> None:
+def check_run(settings: RunSettings) -> RunSettings:
     """Checks device, output folder, weights and data sets; makes the output folder.
+
+    Returns:
+        The settings, with the warnings of the checks.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
     check_device(settings.cfg, settings.processes.num_gpus)
-    check_inputs(settings)
+    warnings = check_inputs(settings)
     check_output(settings)
     if settings.processes.environment.local_rank == 0:
         cache_cityscapes(settings.cfg, _datasets(settings))
+    return replace(settings, warnings=(*settings.warnings, *warnings))

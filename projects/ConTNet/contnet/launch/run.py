@@ -41,6 +41,8 @@ def _setup(settings: RunSettings) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
     for note in settings.notes:
         logger.info(note)
+    for warning in settings.warnings:
+        logger.warning(warning)
     if "naiveSyncBN" in cfg.dump():
         logger.info("Norms over all processes are computed by naiveSyncBN: SyncBN needs GPUs")
     return cfg

@@ -167,7 +167,7 @@ class Attempt:
 
     def _train(self) -> None:
         settings = self._settings()
-        check_run(settings)
+        settings = check_run(settings)
         if settings.eval_only:
             self.watcher.enter("evaluation")
         device = torch.device(settings.cfg.MODEL.DEVICE).type

@@ -20,7 +20,7 @@ from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source, is_registered
-from contnet.data.findings import ERROR, Findings
+from contnet.data.findings import ERROR, WARNING, Findings
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
 from contnet.utils.errors import UserError
@@ -189,8 +189,11 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     return findings
 
 
-def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
     """Makes the checks of a run's data sets that need no image.
+
+    Returns:
+        The warnings, a line each.
 
     Raises:
         UserError: with the first error.
@@ -202,3 +205,4 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
         name, line = errors[0]
         more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
         raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
+    return [f"data set {name}: {line}" for name in found for line in found[name].lines(WARNING)]
