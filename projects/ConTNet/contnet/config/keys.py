@@ -149,7 +149,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
     cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
     # How training images are resized: bilinear, bicubic, or random (one of them for each image).
-    cfg.INPUT.CLASSIFIER.INTERPOLATION = "bicubic"
+    cfg.INPUT.CLASSIFIER.INTERPOLATION = "bilinear"
     # timm's policies: "" for none, rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), ...
     cfg.INPUT.CLASSIFIER.AUTO_AUGMENT = ""
     # Change of brightness, contrast and saturation, in [0, 1]; not together with AUTO_AUGMENT.
@@ -160,7 +160,7 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
     # bilinear or bicubic.
-    cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bicubic"
+    cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bilinear"
 
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.

@@ -181,6 +181,12 @@ def _check_solver(cfg: CfgNode) -> None:
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
             f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
         )
+    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        raise config_error(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER "
+            f"{solver.MAX_ITER}: {solver.LR_SCHEDULER_NAME} would warm up to the rate of the end, "
+            "lower it"
+        )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise config_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:
