@@ -142,6 +142,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
     cfg.SOLVER.POLY_POWER = 0.9
 
+    # Where DATALOADER.ASPECT_RATIO_GROUPING: images of one aspect, landscape or portrait, that stay
+    # together in the order of training images, at least 1. Least is padded if it divides the images
+    # per process and pass; another number is another order (docs/training.md).
+    cfg.DATALOADER.GROUP_SIZE = 2
+
     # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
     # pixels after resizing.
     cfg.INPUT.CLASSIFIER = CfgNode()
