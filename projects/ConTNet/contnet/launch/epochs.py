@@ -78,7 +78,7 @@ def _iterations(epochs: float, images: float, batch: int) -> int:
 
 
 def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
-    """Sets iterations from epochs, and the epochs to 0.
+    """Sets iterations from epochs, and all epochs to 0.
 
     Args:
         cfg: with the batch that the run will have.
@@ -90,22 +90,23 @@ def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
     Raises:
         UserError: if a data set has errors, or the iterations do not fit together.
     """
-    if not cfg.DATASETS.TRAIN:  # of which the checks before a run tell
+    given = [key for key in ITERATION_KEYS if get_value(cfg, key)]
+    if not given or not cfg.DATASETS.TRAIN:  # without, the checks before a run fail
         return []
     notes = []
     if keys:
         images, batch = _count_images(cfg), cfg.SOLVER.IMS_PER_BATCH
-        for key in keys:
-            other, epochs = ITERATION_KEYS[key], get_value(cfg, key)
-            if isinstance(epochs, (list, tuple)):
-                value = tuple(_iterations(each, images, batch) for each in epochs)
-                shown = f"{epochs}"
-            else:
-                value = _iterations(epochs, images, batch)
-                shown = f"{epochs:g}"
-            cfg.merge_from_list([other, value])
-            notes.append(f"{other} {value}: {key} {shown} of {images:.12g} images, {batch} a step")
-    for key in ITERATION_KEYS:
+    for key in keys:
+        other, epochs = ITERATION_KEYS[key], get_value(cfg, key)
+        if isinstance(epochs, (list, tuple)):
+            value = tuple(_iterations(each, images, batch) for each in epochs)
+            shown = f"{epochs}"
+        else:
+            value = _iterations(epochs, images, batch)
+            shown = f"{epochs:g}"
+        cfg.merge_from_list([other, value])
+        notes.append(f"{other} {value}: {key} {shown} of {images:.12g} images, {batch} a step")
+    for key in given:
         cfg.merge_from_list([key, type(get_value(cfg, key))()])
     try:
         check_values(cfg)
