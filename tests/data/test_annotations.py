@@ -41,8 +41,7 @@ def test_records_are_those_of_detectron2(drawn, train):
     assert len(expected) == (3 if train else 5)
     assert described(records[:]) == described(expected)
     assert described(list(records)) == described(expected)
-    sizes = [records.size(i) for i in range(len(records))]
-    assert sizes == [(each["width"], each["height"]) for each in expected]
+    assert records.sizes.tolist() == [[each["width"], each["height"]] for each in expected]
     assert drawn.load(train)[:] == expected
 
 

@@ -207,11 +207,8 @@ def test_killed_and_resumed_equals_uncut(trainings, tmp_path, setting):
 def test_other_number_of_processes_keeps_the_count_of_images(trainings, tmp_path):
     setting = "two processes, running loss normaliser"
     trainings.killed(setting, tmp_path / "cut")
-    resumed_at = int((tmp_path / "cut" / "last_checkpoint").read_text()[6:13]) + 1
     process = trainings.start(setting, tmp_path / "cut", launch="--num-gpus 1 --resume")
-    output = finish(process)
-    assert f"Resuming after {2 * resumed_at} images" in output
-    assert "order is no longer" in output
+    assert "order is no longer" not in finish(process)
     assert metrics_of(tmp_path / "cut")[-1]["images_seen"] == 2 * ITERATIONS
 
 

@@ -139,8 +139,22 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # False: the training waits until it is on the disk.
     cfg.SOLVER.CHECKPOINT_BACKGROUND = True
 
+    # In epochs (also 0.5) what SOLVER.MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
+    # TEST.EVAL_PERIOD say in iterations; 0 or (): not used. An epoch is all images that training
+    # uses. When a run starts they become iterations, and 0 (docs/training.md).
+    cfg.SOLVER.MAX_EPOCHS = 0.0
+    cfg.SOLVER.STEPS_EPOCHS = ()
+    cfg.SOLVER.WARMUP_EPOCHS = 0.0
+    cfg.SOLVER.CHECKPOINT_PERIOD_EPOCHS = 0.0
+    cfg.TEST.EVAL_PERIOD_EPOCHS = 0.0
+
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
     cfg.SOLVER.POLY_POWER = 0.9
+
+    # Where DATALOADER.ASPECT_RATIO_GROUPING: images of one aspect, landscape or portrait, that stay
+    # together in the order of training images, at least 1. Least is padded if it divides the images
+    # per process and pass; another number is another order (docs/training.md).
+    cfg.DATALOADER.GROUP_SIZE = 2
 
     # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
     # pixels after resizing.

@@ -14,7 +14,7 @@ from contnet.config.values import check_values
 from contnet.utils.errors import UserError
 from contnet.utils.text import nearest
 
-__all__ = ["is_set", "load_config", "load_finished_config"]
+__all__ = ["is_set", "load_config", "load_finished_config", "set_level"]
 
 
 def _read_yaml(config_file: str) -> dict:
@@ -107,6 +107,47 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _read_own(config_file: str) -> dict:
+    """The content of a config file without its ``_BASE_``."""
+    with open(config_file, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    return content if isinstance(content, dict) else {}
+
+
+def _sets(content: object, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
+    """How far from the command line a key is set.
+
+    Args:
+        key: with dots.
+        config_file: one that :func:`load_config` has read.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+
+    Returns:
+        0 for the config file itself and the overrides, 1 for its ``_BASE_``, 2 for the base of
+        that, and so on; None for a key that none of them sets.
+    """
+    if key in opts[::2]:
+        return 0
+    content = _read_own(config_file)
+    if _sets(content, key):
+        return 0
+    bases = content.get("_BASE_", [])
+    folder = os.path.dirname(config_file)
+    levels = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        level = set_level(key, os.path.join(folder, os.path.expanduser(base)), ())
+        levels += [] if level is None else [level + 1]
+    return min(levels, default=None)
+
+
 def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
     """Whether a config file itself, not its ``_BASE_``, or the overrides give a key.
 
@@ -115,15 +156,7 @@ def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
         config_file: one that :func:`load_config` has read.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
     """
-    if key in opts[::2]:
-        return True
-    with open(config_file, encoding="utf-8") as file:
-        node = yaml.safe_load(file)
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return True
+    return key in opts[::2] or _sets(_read_own(config_file), key)
 
 
 def _substitute_sync_bn(cfg: CfgNode) -> None:

@@ -42,6 +42,7 @@ COUNTS = {
     "MODEL.FCOS.NUM_CONVS": 1,
     "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1,
     "MODEL.PSP_HEAD.AUX_CONVS_DIM": 1,
+    "DATALOADER.GROUP_SIZE": 1,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.GRAD_ACCUM_STEPS": 1,
     "SOLVER.CHECKPOINTS_KEPT": 1,
@@ -81,11 +82,15 @@ RANGES = {
     "SOLVER.BASE_LR_END": "[0, inf)",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "(0, inf)",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "(0, inf]",
+    "SOLVER.CHECKPOINT_PERIOD_EPOCHS": "[0, inf)",
     "SOLVER.EMA.DECAY": "(0, 1)",
     "SOLVER.LAYER_DECAY": "(0, 1]",
+    "SOLVER.MAX_EPOCHS": "[0, inf)",
     "SOLVER.MOMENTUM": "[0, 1)",
     "SOLVER.POLY_POWER": "(0, inf)",
+    "SOLVER.WARMUP_EPOCHS": "[0, inf)",
     "SOLVER.WEIGHT_DECAY": "[0, inf)",
+    "TEST.EVAL_PERIOD_EPOCHS": "[0, inf)",
 }
 
 
@@ -151,6 +156,29 @@ def _check_windows(cfg: CfgNode) -> None:
         )
 
 
+def _check_end(cfg: CfgNode) -> None:
+    """Checks iterations against SOLVER.MAX_ITER, once none of them is to follow from epochs."""
+    solver = cfg.SOLVER
+    if solver.MAX_EPOCHS or solver.STEPS_EPOCHS or solver.WARMUP_EPOCHS:
+        return
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and solver.MAX_ITER in solver.STEPS:
+        raise config_error(
+            f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
+            "end does nothing, leave it out"
+        )
+    if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
+        raise config_error(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
+            f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
+        )
+    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        raise config_error(
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER "
+            f"{solver.MAX_ITER}: {solver.LR_SCHEDULER_NAME} would warm up to the rate of the end, "
+            "lower it"
+        )
+
+
 def _check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE < 0 or (
@@ -171,27 +199,29 @@ def _check_solver(cfg: CfgNode) -> None:
     steps = list(solver.STEPS)
     if not all(isinstance(step, int) for step in steps) or steps != sorted(set(steps)):
         raise config_error(f"SOLVER.STEPS is {solver.STEPS!r}, it must be rising iterations")
-    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and solver.MAX_ITER in steps:
-        raise config_error(
-            f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
-            "end does nothing, leave it out"
-        )
-    if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
-        raise config_error(
-            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}, with SOLVER.RESCALE_INTERVAL it must "
-            f"be from 1 to below SOLVER.MAX_ITER {solver.MAX_ITER}"
-        )
-    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" and solver.WARMUP_ITERS >= solver.MAX_ITER:
-        raise config_error(
-            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER "
-            f"{solver.MAX_ITER}: {solver.LR_SCHEDULER_NAME} would warm up to the rate of the end, "
-            "lower it"
-        )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         raise config_error("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.BASE_LR_END > solver.BASE_LR:
         raise config_error(
             f"SOLVER.BASE_LR_END {solver.BASE_LR_END} is above SOLVER.BASE_LR {solver.BASE_LR}"
+        )
+
+
+def _check_epochs(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    steps, end = list(solver.STEPS_EPOCHS), solver.MAX_EPOCHS
+    rising = all(is_number(step) and 0 < step < math.inf for step in steps)
+    if not rising or steps != sorted(set(steps)):
+        raise config_error(
+            f"SOLVER.STEPS_EPOCHS is {solver.STEPS_EPOCHS!r}, it must be rising numbers above 0"
+        )
+    if end and steps and steps[-1] >= end:
+        raise config_error(
+            f"SOLVER.STEPS_EPOCHS {solver.STEPS_EPOCHS!r} is not below SOLVER.MAX_EPOCHS {end:g}"
+        )
+    if 0 < end <= solver.WARMUP_EPOCHS:
+        raise config_error(
+            f"SOLVER.WARMUP_EPOCHS {solver.WARMUP_EPOCHS:g} is not below SOLVER.MAX_EPOCHS {end:g}"
         )
 
 
@@ -220,4 +250,6 @@ def check_values(cfg: CfgNode) -> None:
     _check_sizes(cfg)
     _check_windows(cfg)
     _check_solver(cfg)
+    _check_epochs(cfg)
+    _check_end(cfg)
     _check_register(cfg)

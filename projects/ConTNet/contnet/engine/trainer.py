@@ -79,8 +79,8 @@ def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
 class Trainer(SimpleTrainer):
     """Trains what a config describes.
 
-    The random state of an iteration depends on (seed, iteration, rank) alone and the position of
-    the batch sampler is counted, so a checkpoint taken between two iterations is all that a resume
+    The random state of an iteration depends on (seed, iteration, rank) alone and the images seen
+    are counted, so a checkpoint taken between two iterations is all that a resume
     needs.
 
     Args:
@@ -239,10 +239,9 @@ class Trainer(SimpleTrainer):
         for hook in self._hooks[self._hooks.index(self.evaluation) :]:
             hook.after_step()
 
-    def _batches_done(self) -> int:
-        return (
-            self.batch_sampler.batches + (self.iter + 1 - self.start_iter) * self.grad_accum_steps
-        )
+    def _steps_done(self) -> int:
+        """Optimiser steps since the start or resume."""
+        return self.iter + 1 - self.start_iter
 
     def run_step(self) -> None:
         """One optimiser step, over SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
@@ -259,7 +258,7 @@ class Trainer(SimpleTrainer):
         self._write_metrics(sums, data_time)
         self.storage.put_scalar(
             "images_seen",
-            self.batch_sampler.images_before(self._batches_done()),
+            self.batch_sampler.images_seen(self._steps_done()),
             smoothing_hint=False,
         )
         self._write_memory()
@@ -308,7 +307,7 @@ class Trainer(SimpleTrainer):
     def state_dict(self) -> dict:
         state = super().state_dict()
         # Named so since the first checkpoints, which still load.
-        state["stream"] = self.batch_sampler.state_dict(self._batches_done())
+        state["stream"] = self.batch_sampler.state_dict(self._steps_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = _loss_normalizers(self.unwrapped_model)
         return state

@@ -15,6 +15,7 @@ from contnet.config.nodes import flatten, get_value
 from contnet.data.datasets.register import class_key, register_datasets
 from contnet.data.validation.classes import count_classes
 from contnet.launch.environment import Processes
+from contnet.launch.epochs import ITERATION_KEYS, set_iterations, used_epoch_keys
 from contnet.launch.preflight_config import load_checked_config
 from contnet.utils.errors import UserError
 from contnet.utils.text import plural
@@ -171,13 +172,17 @@ def _set_num_classes(
     return [f"{key} {number}: the number of classes of {names[0]}"]
 
 
-def _scale(cfg: CfgNode, processes: int) -> tuple[CfgNode, list[str]]:
-    """The recipe as SOLVER.REFERENCE_WORLD_SIZE has it for so many processes, and what changed."""
+def _scale(cfg: CfgNode, processes: int, epoch_keys: Sequence[str]) -> tuple[CfgNode, list[str]]:
+    """The recipe as SOLVER.REFERENCE_WORLD_SIZE has it for so many processes, and what changed.
+
+    What ``epoch_keys`` give is not named: it follows from the batch.
+    """
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    ours = {ITERATION_KEYS[key] for key in epoch_keys}
     changed = [
         f"{key} {before} -> {after}"
         for key, before in flatten(cfg, cfg)
-        if (after := get_value(scaled, key)) != before
+        if key not in ours and (after := get_value(scaled, key)) != before
     ]
     size = plural(processes, "process")
     return scaled, [f"scaled to {size}: {', '.join(changed)}"] if changed else []
@@ -192,21 +197,25 @@ def configure(
         config_file: a yaml file.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
         eval_only: whether DATASETS.TRAIN is not used.
-        processes: of the run, which SOLVER.REFERENCE_WORLD_SIZE scales to; 0: nothing is scaled.
+        processes: of the run, which SOLVER.REFERENCE_WORLD_SIZE scales to; 0: nothing is scaled,
+            and settings in epochs stay so.
 
     Returns:
         The config, checked and not frozen; and what was added to it, a line each.
 
     Raises:
-        UserError: for mistakes in the config, in the names of DATASETS.REGISTER, or in the file
-            that gives the number of classes.
+        UserError: for mistakes in the config, in the names of DATASETS.REGISTER, in the file that
+            gives the number of classes, or where there are settings in epochs in the training sets.
     """
     cfg = load_checked_config(config_file, opts)
     register_datasets(cfg)
     notes = _set_num_classes(cfg, config_file, opts, eval_only)
+    epoch_keys = [] if eval_only else used_epoch_keys(cfg, config_file, opts)
     if not processes:
         return cfg, notes
-    cfg, scaled = _scale(cfg, processes)
+    cfg, scaled = _scale(cfg, processes, epoch_keys)
+    if not eval_only:
+        scaled += set_iterations(cfg, epoch_keys)
     return cfg, [*notes, *scaled]
 
 

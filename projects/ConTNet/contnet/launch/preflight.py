@@ -148,6 +148,17 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
         )
 
 
+def _check_warmup(cfg: CfgNode) -> list[str]:
+    """A warning if the training ends before its warm-up."""
+    solver = cfg.SOLVER
+    if solver.WARMUP_ITERS < solver.MAX_ITER:
+        return []
+    return [
+        f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER "
+        f"{solver.MAX_ITER}: the whole training is warm-up, cut to its length"
+    ]
+
+
 def _datasets(settings: RunSettings) -> list[str]:
     """Names of the data sets of a run, each once."""
     names = settings.cfg.DATASETS
@@ -176,9 +187,9 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
-    warnings = []
+    warnings = [] if settings.eval_only else _check_warmup(cfg)
     if data and settings.processes.environment.local_rank == 0:
-        warnings = check_datasets(cfg, datasets)
+        warnings += check_datasets(cfg, datasets)
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them

@@ -1,8 +1,9 @@
 """The loader of training batches: an endless, resumable sequence.
 
-Detectron2's sampler gives the order and its aspect-ratio grouping makes the batches, but of small
-records, in the main process; workers then load whole batches. So the order depends neither on the
-number of workers nor on their timing, and a run is resumed by replaying records, not images.
+The order of images (:mod:`contnet.data.pipeline.order`) is one for the whole run. An optimiser step
+takes the next SOLVER.IMS_PER_BATCH images of it, and deals them to the processes and to the passes
+of each. So which images a step has depends neither on the number of processes, passes or workers
+nor on their timing, and a run is resumed by the number of images seen.
 """
 
 from __future__ import annotations
@@ -10,23 +11,30 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.common import AspectRatioGroupedDataset
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from contnet.data.pipeline.mappers import NamedErrors, build_train_mapper
+from contnet.data.pipeline.order import ImageOrder
 from contnet.data.pipeline.records import Records
 from contnet.utils.errors import UserError
 from contnet.utils.seed import seed_everything
+from contnet.utils.text import plural
 
-__all__ = ["TRAIN_SAMPLERS", "TrainingBatchSampler", "build_train_loader", "micro_batch_size"]
+__all__ = [
+    "TRAIN_SAMPLERS",
+    "TrainingBatchSampler",
+    "build_order",
+    "build_train_loader",
+    "micro_batch_size",
+]
 
 TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
@@ -34,108 +42,97 @@ logger = logging.getLogger(__name__)
 
 
 class SeededDataset(Dataset):
-    """Loads (position, index) pairs, each under a random state of its own.
+    """Loads (seed, position, index) triples, each under a random state of its own.
 
     Args:
         dicts: Detectron2's data set dicts; a list is serialised, records are so already.
         mapper: makes a model input from one.
-        batch_sampler: gives the seed; positions are its.
     """
 
-    def __init__(
-        self,
-        dicts: Sequence[dict],
-        mapper: Callable[[dict], dict],
-        batch_sampler: TrainingBatchSampler,
-    ):
+    def __init__(self, dicts: Sequence[dict], mapper: Callable[[dict], dict]):
         self.dicts = dicts if isinstance(dicts, Records) else DatasetFromList(dicts, copy=False)
         self.mapper = NamedErrors(mapper)
-        self.batch_sampler = batch_sampler
 
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict:
-        position, index = item
-        seed_everything(self.batch_sampler.seed, position)
+    def __getitem__(self, item: tuple[int, int, int]) -> dict:
+        seed, position, index = item
+        seed_everything(seed, position)
         return self.mapper(self.dicts[index])
 
 
 class TrainingBatchSampler(Sampler):
-    """Batches of (position, index) for this rank, without end.
+    """Batches of (seed, position, index) for the passes of one process, without end.
 
     Args:
-        shapes: (width, height) of every image, in pixels; without ``group`` only their number
-            counts.
-        batch_size: images per batch, of this rank.
-        seed: of order and augmentation, the same on all ranks.
-        make_sampler: makes the sampler of indices from ``seed=``; spawned workers pickle it.
-        group: put only landscape or only portrait images into a batch.
+        order: of the images.
+        step_size: images of an optimiser step, over all processes and passes.
+        passes: of each process in a step.
+        rank: of this process.
+        world_size: number of processes; it divides ``step_size`` together with ``passes``.
     """
 
     def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        batch_size: int,
-        seed: int,
-        make_sampler: Callable[..., Sampler],
-        group: bool,
+        self, order: ImageOrder, step_size: int, passes: int = 1, rank: int = 0, world_size: int = 1
     ):
-        self.shapes = shapes
-        self.batch_size = batch_size
-        self.seed = seed
-        self.make_sampler = make_sampler
-        self.group = group
-        self.start = 0  # images of all ranks before the first one here
-        self.batches = 0  # batches of this rank to leave out after that
+        self.order = order
+        self.step_size = step_size
+        self.start = 0  # images that the run has seen before the first step here
+        self._size = step_size // (passes * world_size)
+        # Where a step's batches for this process begin.
+        self._places = range(rank * self._size, step_size, world_size * self._size)
 
-    def _records(self) -> Iterator[dict]:
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        first = -(-self.start // world_size)
-        indices = self.make_sampler(seed=self.seed)
-        for i, index in itertools.islice(enumerate(indices), first, None):
-            width, height = self.shapes[index]
-            yield {"item": (i * world_size + rank, index), "width": width, "height": height}
+    @property
+    def seed(self) -> int:
+        """Of order and augmentation."""
+        return self.order.seed
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        records = self._records()
-        if self.group:
-            batches = iter(AspectRatioGroupedDataset(records, self.batch_size))
-        else:
-            batches = iter(lambda: list(itertools.islice(records, self.batch_size)), [])
-        for batch in itertools.islice(batches, self.batches, None):
-            yield [record["item"] for record in batch]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        items = zip(
+            itertools.repeat(self.seed),
+            itertools.count(self.start),
+            self.order.images_from(self.start),
+            strict=False,
+        )
+        while True:
+            step = list(itertools.islice(items, self.step_size))
+            for place in self._places:
+                yield step[place : place + self._size]
 
-    def images_before(self, batches: int) -> int:
-        """Images that all ranks together have used after ``batches`` batches of each."""
-        return self.start + batches * self.batch_size * comm.get_world_size()
+    def images_seen(self, steps: int) -> int:
+        """Images that the run has seen after ``steps`` optimiser steps here."""
+        return self.start + steps * self.step_size
 
-    def state_dict(self, batches: int) -> dict:
-        """What a later run needs in order to go on after ``batches`` batches of each rank."""
+    def _order_state(self) -> dict:
+        order = self.order
         return {
-            "seed": self.seed,
-            "images": len(self.shapes),
-            "batch_size": self.batch_size,
-            "world_size": comm.get_world_size(),
-            "start": self.start,
-            "batches": batches,
+            "images": order.images,
+            "images_per_epoch": order.images_per_epoch,
+            "group_size": order.group_size,
         }
 
+    def state_dict(self, steps: int) -> dict:
+        """What a later run needs in order to go on after ``steps`` optimiser steps here."""
+        return {"seed": self.seed, "images_seen": self.images_seen(steps), **self._order_state()}
+
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where another run stopped; with other processes or batches, about there."""
-        self.seed = state["seed"]
-        here = self.state_dict(0)
-        changed = [key for key in ("images", "batch_size", "world_size") if here[key] != state[key]]
-        if not changed:
-            self.start, self.batches = state["start"], state["batches"]
-            return
-        self.start = state["start"] + state["batches"] * state["batch_size"] * state["world_size"]
-        self.batches = 0
-        reasons = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
-        logger.warning(
-            f"Resuming after {self.start} images, but their order is no longer that of the run "
-            f"that was cut ({reasons})"
-        )
+        """Goes on after the images that another run has seen; warns if the order is another."""
+        self.order = self.order.with_seed(state["seed"])
+        if "images_seen" not in state:  # of the first versions, which counted batches
+            batches = state["batches"] * state["batch_size"] * state["world_size"]
+            self.start = state["start"] + batches
+            reason = "the checkpoint's version dealt them otherwise"
+        else:
+            self.start = state["images_seen"]
+            here = self._order_state()
+            changed = [key for key in here if here[key] != state[key]]
+            reason = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
+        if reason:
+            logger.warning(
+                f"Resuming after {self.start} images, but their order is no longer that of the run "
+                f"that was cut ({reason})"
+            )
 
 
 def micro_batch_size(cfg: CfgNode, processes: int) -> int:
@@ -155,35 +152,62 @@ def micro_batch_size(cfg: CfgNode, processes: int) -> int:
     return size
 
 
-class _Shapes(Sequence):
-    """(width, height) of every image; (0, 0) unless ``known``. Of records, nothing is copied."""
-
-    def __init__(self, dicts: Sequence[dict], known: bool):
-        self._sizes = None
-        self._length = len(dicts)
-        if known and isinstance(dicts, Records):
-            self._sizes = dicts.size
-        elif known:
-            self._sizes = [(d["width"], d["height"]) for d in dicts].__getitem__
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> tuple[float, float]:
-        return (0, 0) if self._sizes is None else self._sizes(index)
+def _is_landscape(dicts: Sequence[dict]) -> np.ndarray:
+    """Whether each image is wider than high, (N,)."""
+    if isinstance(dicts, Records):
+        sizes = dicts.sizes
+    else:
+        sizes = np.array([(each["width"], each["height"]) for each in dicts]).reshape(-1, 2)
+    return sizes[:, 0] > sizes[:, 1]
 
 
-def _sampler_maker(cfg: CfgNode, dicts: Sequence[dict]) -> Callable[..., Sampler]:
+def _repeat_factors(cfg: CfgNode, dicts: Sequence[dict]) -> np.ndarray | None:
+    """How often each image comes in an epoch, as DATALOADER.SAMPLER_TRAIN has it; None: once."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
-        return partial(TrainingSampler, len(dicts))
+        return None
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
-        return partial(RepeatFactorTrainingSampler, factors)
+        return factors.double().numpy()
     raise UserError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be one of {', '.join(TRAIN_SAMPLERS)}"
+    )
+
+
+def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
+    """The order in which a run sees its training images.
+
+    Args:
+        cfg: DATALOADER is read.
+        dicts: Detectron2's data set dicts.
+        seed: of the run.
+
+    Raises:
+        UserError: for an unknown sampler.
+    """
+    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    return ImageOrder(
+        len(dicts),
+        seed,
+        cfg.DATALOADER.GROUP_SIZE,
+        _is_landscape(dicts) if grouped else None,
+        _repeat_factors(cfg, dicts),
+    )
+
+
+def _tell_of_groups(size: int, group_size: int) -> None:
+    """Says if batches of ``size`` images are not one group each."""
+    if group_size == 1 or size == group_size or not comm.is_main_process():
+        return
+    if size % group_size:
+        what = "groups of images of one aspect are split"
+    else:
+        what = "a batch may have landscape and portrait images, which are padded to a common size"
+    logger.info(
+        f"DATALOADER.GROUP_SIZE is {group_size}, but a process has {plural(size, 'image')} in a "
+        f"pass: {what}"
     )
 
 
@@ -198,12 +222,16 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
     Raises:
         UserError: if the batch does not divide over the processes, or for an unknown sampler.
     """
-    batch_size = micro_batch_size(cfg, comm.get_world_size())
-    group = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    make_sampler = _sampler_maker(cfg, dicts)
-    sampler = TrainingBatchSampler(_Shapes(dicts, group), batch_size, seed, make_sampler, group)
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    size = micro_batch_size(cfg, world_size)
+    order = build_order(cfg, dicts, seed)
+    _tell_of_groups(size, order.group_size)
+    solver = cfg.SOLVER
+    sampler = TrainingBatchSampler(
+        order, solver.IMS_PER_BATCH, solver.GRAD_ACCUM_STEPS, rank, world_size
+    )
     return DataLoader(
-        SeededDataset(dicts, build_train_mapper(cfg), sampler),
+        SeededDataset(dicts, build_train_mapper(cfg)),
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=trivial_batch_collator,

@@ -268,8 +268,9 @@ class Records(Sequence):
         file, row = self._find(index)
         return file[row]
 
-    def size(self, index: int) -> tuple[float, float]:
-        """Width and height of a record's image, in pixels."""
-        file, row = self._find(index)
-        width, height = file.sizes[row]
-        return width, height
+    @property
+    def sizes(self) -> np.ndarray:
+        """Width and height of each record's image, in pixels, (N, 2)."""
+        return np.concatenate(
+            [file.sizes[file.usable] if self._usable else file.sizes for file in self.files]
+        )

@@ -1,0 +1,115 @@
+"""Settings in epochs, which become iterations before a run starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+
+from contnet.config import check_values, set_level
+from contnet.config.nodes import config_error, get_value
+from contnet.data.datasets.classification import ClassificationSource
+from contnet.data.datasets.register import find_source
+from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.data.pipeline.loader import build_order
+from contnet.data.validation.dataset import check_datasets
+from contnet.utils.errors import UserError
+
+__all__ = ["ITERATION_KEYS", "set_iterations", "used_epoch_keys"]
+
+# The key in epochs and the one in iterations.
+ITERATION_KEYS = {
+    "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",
+    "SOLVER.STEPS_EPOCHS": "SOLVER.STEPS",
+    "SOLVER.WARMUP_EPOCHS": "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD_EPOCHS": "TEST.EVAL_PERIOD",
+}
+
+
+def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list[str]:
+    """The keys in epochs that count.
+
+    Of the two forms of a setting the one counts that is set nearer to the command line, so that a
+    config file may change the form of its ``_BASE_``.
+
+    Args:
+        cfg: read from the others.
+        config_file: a yaml file.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
+
+    Raises:
+        UserError: if both forms are set, by one file, or by the config file and the overrides.
+    """
+    used = []
+    for key, other in ITERATION_KEYS.items():
+        if not (value := get_value(cfg, key)):
+            continue
+        level, its_level = (set_level(each, config_file, opts) for each in (key, other))
+        if level is not None and level == its_level:
+            raise config_error(
+                f"{key} {value!r} and {other} {get_value(cfg, other)!r} are both set: leave one "
+                f"out (or set {key} {type(value)()!r})"
+            )
+        if its_level is None or (level is not None and level < its_level):
+            used.append(key)
+    return used
+
+
+def _count_images(cfg: CfgNode) -> float:
+    """The images of an epoch as the loader counts them.
+
+    Raises:
+        UserError: if the data sets have errors.
+    """
+    names = cfg.DATASETS.TRAIN
+    # Annotations are checked and kept at once, so that files are parsed once. Lists of labelled
+    # images are checked as they are made.
+    annotated = [name for name in names if not isinstance(find_source(name), ClassificationSource)]
+    check_datasets(cfg, annotated)
+    order = build_order(cfg, load_dataset_dicts(cfg, names, train=True), seed=0)
+    return round(order.images_per_epoch, 1)
+
+
+def _iterations(epochs: float, images: float, batch: int) -> int:
+    """The first iteration by which so many epochs are complete."""
+    return max(1, math.ceil(round(epochs * images / batch, 6)))
+
+
+def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
+    """Sets iterations from epochs, and all epochs to 0.
+
+    Args:
+        cfg: with the batch that the run will have.
+        keys: of :func:`used_epoch_keys`.
+
+    Returns:
+        What was set, a line each.
+
+    Raises:
+        UserError: if a data set has errors, or the iterations do not fit together.
+    """
+    given = [key for key in ITERATION_KEYS if get_value(cfg, key)]
+    if not given or not cfg.DATASETS.TRAIN:  # without, the checks before a run fail
+        return []
+    notes = []
+    if keys:
+        images, batch = _count_images(cfg), cfg.SOLVER.IMS_PER_BATCH
+    for key in keys:
+        other, epochs = ITERATION_KEYS[key], get_value(cfg, key)
+        if isinstance(epochs, (list, tuple)):
+            value = tuple(_iterations(each, images, batch) for each in epochs)
+            shown = f"{epochs}"
+        else:
+            value = _iterations(epochs, images, batch)
+            shown = f"{epochs:g}"
+        cfg.merge_from_list([other, value])
+        notes.append(f"{other} {value}: {key} {shown} of {images:.12g} images, {batch} a step")
+    for key in given:
+        cfg.merge_from_list([key, type(get_value(cfg, key))()])
+    try:
+        check_values(cfg)
+    except UserError as error:
+        raise UserError(f"{error} ({'; '.join(notes)})" if notes else str(error)) from error
+    return notes
