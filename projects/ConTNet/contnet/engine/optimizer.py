@@ -219,7 +219,7 @@ def matching_state(
 
 
 def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
-    """Sets a schedule, and so the rates of its optimiser, to an iteration that is to begin."""
+    """Sets a schedule, and so the rates of its optimiser, to an iteration up to the end's."""
     scheduler.last_epoch = iteration
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
         group["lr"] = rate

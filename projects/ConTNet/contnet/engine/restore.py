@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.amp import GradScaler
@@ -97,16 +98,15 @@ def loss_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> None:
-    """Restores what :func:`loss_normalizers` has returned."""
+    """Restores what :func:`loss_normalizers` has returned; models have none before they train."""
+    modules = dict(model.named_modules())
     saved = state.get("loss_normalizers", {})
-    own = loss_normalizers(model)
-    for name in own.keys() & saved.keys():
-        model.get_submodule(name).loss_normalizer = saved[name]
-    if missing := sorted(own.keys() - saved.keys()):
-        start = own[missing[0]]
-        logger.warning(f"{file} has no running loss normaliser: it starts anew at {start:g}")
-    if left := sorted(saved.keys() - own.keys()):
-        logger.warning(f"{file} has loss normalisers that the model has not: {left}")
+    for name in saved.keys() & modules.keys():
+        modules[name].loss_normalizer = saved[name]
+    if left := sorted(saved.keys() - modules.keys()):
+        logger.warning(f"{file} has loss normalisers of parts that the model has not: {left}")
+    if not saved and any(isinstance(module, DenseDetector) for module in modules.values()):
+        logger.warning(f"{file} has no running loss normaliser, which starts anew")
 
 
 def _old_names(

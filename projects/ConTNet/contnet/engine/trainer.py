@@ -195,7 +195,7 @@ class Trainer(SimpleTrainer):
         restore_loss_normalizers(self.unwrapped_model, state, before.file)
         self._restore_hooks(state, before)
         self._restore_order(state, before)
-        set_iteration(self.scheduler, self.iter + 1)
+        set_iteration(self.scheduler, min(self.iter + 1, self.max_iter))
 
     def _restore_hooks(self, state: dict, before: Before) -> None:
         """Restores hooks but for the schedule, which is the config's at each iteration."""
@@ -239,7 +239,7 @@ class Trainer(SimpleTrainer):
         counts = images // batch == self.start_iter
         self.done = Progress(self.iter - pending, images - pending * old, batch if counts else 0)
         self.iter = self.start_iter - 1
-        set_iteration(self.scheduler, self.start_iter)
+        set_iteration(self.scheduler, min(self.start_iter, self.max_iter))
         period = self.cfg.TEST.EVAL_PERIOD
         if pending and not is_due(self.iter, period, self.max_iter):
             logger.warning(
