@@ -1,5 +1,6 @@
 """Resumes under other settings, and from checkpoints that lack a part, in real small runs."""
 
+import contextlib
 import json
 import shutil
 
@@ -449,3 +450,43 @@ def test_processes_that_scale_the_recipe_are_not_scaled_again():
     resumed = resume_config(*before_and_now(*now, old=old))
     assert resumed.cfg.SOLVER.BASE_LR == 0.01 and resumed.cfg.SOLVER.WARMUP_ITERS == 1
     assert not resumed.scaled
+
+
+def test_processes_that_scale_the_recipe_go_on_by_images(cut):
+    """As given with --num-gpus 2; the trainer here is one of them."""
+    trainer = trainer_of(cut, "SOLVER.REFERENCE_WORLD_SIZE", "1", "--num-gpus", "2")
+    assert (trainer.start_iter, trainer.max_iter) == (2, 4)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.02}
+    assert trainer.scaled_settings == {}
+
+
+class StopInEvaluation(Cut):
+    """Saves before the evaluation after an iteration, and leaves it."""
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        if self.trainer.iter == self.iteration:
+            self.trainer.save_before_evaluation()
+            self.trainer.checkpointer.wait()
+            raise InterruptedError
+        yield
+
+
+@pytest.mark.parametrize("more", [DOUBLED, ["TEST.EVAL_PERIOD", "3"]])
+def test_an_evaluation_that_was_left(tmp_path, more):
+    """It is made up for under the new count of iterations, or named where it is not due."""
+    folder, short = tmp_path / "run", ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()"]
+    every = [*short, "TEST.EVAL_PERIOD", "2"]
+    with pytest.raises(InterruptedError):
+        run(settings(folder, *every), StopInEvaluation(1))
+    resume(folder, *every, *more)
+    results = json.loads((folder / "results.json").read_text())
+    seen = [(each["iteration"], each["images_seen"]) for each in results]
+    if more == DOUBLED:
+        assert seen == [(0, 8), (1, 16)]
+    else:
+        assert seen == [(2, 12), (3, 16)] and "left out" in said(folder)
+    lines = metrics_of(folder)
+    assert [line["images_seen"] for line in lines] == (
+        [4, 8, 16] if more == DOUBLED else [4, 8, 12, 16]
+    )

@@ -160,7 +160,7 @@ def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[s
         value = _plain(get_value(cfg, key))
         known = [before.scaled.get(key), (before.config[key], old)]
         batch = next((batch for given, batch in filter(None, known) if given == value), new)
-        if batch == new:  # set anew, or for this batch
+        if batch == new or not value:  # set anew, or for this batch; or nothing to scale
             continue
         scaled[key] = [value, batch]
         follows = rule(value, new / batch)

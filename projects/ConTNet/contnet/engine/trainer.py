@@ -234,7 +234,7 @@ class Trainer(SimpleTrainer):
             )
             if best := self.evaluation.best:
                 # Before any that is evaluated from now on, which alone may be a new one.
-                number = (best["iteration"] + 1) * old // batch - 1
+                number = (best.get("iteration", -1) + 1) * old // batch - 1
                 best["iteration"] = min(number, self.start_iter - 2)
         counts = images // batch == self.start_iter
         self.done = Progress(self.iter - pending, images - pending * old, batch if counts else 0)
