@@ -12,6 +12,7 @@ from contnet.config import load_config
 from contnet.engine.hooks import LauncherHook
 from contnet.engine.resume import Before, resume_config
 from contnet.engine.trainer import Trainer
+from contnet.evaluation.progress import Progress
 from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.main import main
 from contnet.launch.preflight import check_run
@@ -377,7 +378,8 @@ def test_a_part_that_is_missing_is_named(cut, caplog, strip):
     notes = check_run(settings(cut, "--resume")).notes
     assert line in "\n".join([caplog.text, *notes])
     assert trainer.start_iter == 4
-    assert trainer.batch_sampler.images_before(trainer.batch_sampler.batches) == 16
+    assert trainer.state_dict()["iteration"] == 3
+    assert trainer.done == Progress(3, 16, 4)
     rates = {group["lr"] for group in trainer.optimizer.param_groups}
     assert rates == {0.01}
     assert bool(trainer.optimizer.state) == (strip is not without_optimizer)

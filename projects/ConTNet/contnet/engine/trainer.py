@@ -223,9 +223,9 @@ class Trainer(SimpleTrainer):
     def _set_start(self, before: Before) -> None:
         """Sets the iteration to begin with, by the images seen where the batch is another one."""
         batch, pending = self.cfg.SOLVER.IMS_PER_BATCH, self.pending_evaluation is not None
-        images = self.batch_sampler.images_before(self.batch_sampler.batches)
         iterations, old = self.iter + 1, before.batch or batch
         self.start_iter = iterations
+        images = self._images_seen()
         if old != batch:
             self.start_iter = max(resumed_iteration(images, iterations, before, self.cfg), pending)
             logger.info(
