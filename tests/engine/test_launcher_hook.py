@@ -11,6 +11,7 @@ from conftest import QUICK, REPOSITORY, metrics_of
 from contnet.engine.hooks import LauncherHook
 from contnet.engine.run_record import record_run
 from contnet.engine.writers import truncate_metrics
+from contnet.evaluation.progress import Progress
 from contnet.evaluation.results import truncate_results
 from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.run import run
@@ -206,8 +207,8 @@ def test_a_resume_that_comes_too_late(arguments, tmp_path):
 @pytest.mark.parametrize(
     "write",
     [
-        lambda cfg, guard: truncate_metrics(cfg.OUTPUT_DIR, 0, guard),
-        lambda cfg, guard: truncate_results(cfg.OUTPUT_DIR, 0, guard),
+        lambda cfg, guard: truncate_metrics(cfg.OUTPUT_DIR, Progress(0), guard),
+        lambda cfg, guard: truncate_results(cfg.OUTPUT_DIR, Progress(0), guard),
         lambda cfg, guard: record_run(cfg, 1, 0, guard),
     ],
     ids=["metrics", "results", "record"],

@@ -15,6 +15,7 @@ from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.config import load_config
 from contnet.engine.hooks import BestCheckpoint, Evaluation, PeriodicCheckpoint
 from contnet.evaluation.metrics import check_best_metric, main_metric
+from contnet.evaluation.progress import Progress
 from contnet.evaluation.results import (
     markdown_tables,
     read_results,
@@ -108,13 +109,13 @@ def test_files_of_earlier_revisions_go_on(tmp_path):
 
 
 def test_a_resume_forgets_what_it_will_evaluate_again(tmp_path):
-    truncate_results(tmp_path, 3)
+    truncate_results(tmp_path, Progress(3))
     assert not (tmp_path / "results.json").exists()
     for iteration in (4, 9, 14):
         record(tmp_path, iteration, 1.0)
     record(tmp_path, 99, 2.0, weights="other.pth")
     record(tmp_path, None, 3.0, weights="foreign.pth")
-    truncate_results(tmp_path, 9)
+    truncate_results(tmp_path, Progress(9))
     assert values_of(tmp_path) == [(4, 1.0), (9, 1.0), (99, 2.0), (None, 3.0)]
 
 

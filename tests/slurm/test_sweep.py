@@ -1,6 +1,7 @@
 """The runs of --array, --sweep and --only: what is sent, names, what a resume keeps."""
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from submissions import GPU, JOB, LEAF, error_of, submit
 from submitit.core.utils import DelayedSubmission
@@ -128,7 +129,8 @@ def test_a_sweep_goes_on_with_equal_settings_alone(no_slurm, capsys, change, key
     folder.mkdir(parents=True)
     own = ["MODEL.CLASSIFIER.NAME", "contnet_ti", "OUTPUT_DIR", str(folder)]
     cfg = load_config(base, ["MODEL.DEVICE", "cpu", *own, "SOLVER.BASE_LR", change, "SEED", "7"])
-    (folder / "config.yaml").write_text(cfg.dump())
+    state = {"trainer": {"iteration": 1}, "contnet": {"config": cfg.dump()}}
+    torch.save(state, folder / "model_0000001.pth")
     (folder / "last_checkpoint").write_text("model_0000001.pth")
     argv = ["--config-file", base, "--sweep", "MODEL.CLASSIFIER.NAME=contnet_ti", "--resume"]
     said = error_of(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from contnet.checkpoint.background_writer import BackgroundWriter, HostCopy
 from contnet.checkpoint.loading import load_weights
 from contnet.checkpoint.metadata import METADATA, Metadata
-from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, iteration_of
+from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, find_checkpoint, iteration_of
 from contnet.checkpoint.reading import EMA_KEYS, Weights, read_weights
 from contnet.utils.errors import UserError
 from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_write
@@ -154,11 +154,16 @@ class Checkpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def _drop_old(self) -> None:
-        files = Path(self.save_dir).glob("*.pth")
-        numbered = sorted(path for path in files if iteration_of(path.stem) is not None)
-        for path in numbered[: max(len(numbered) - self.keep, 0)]:
+        # By age: numbers fall where a run goes on with a larger batch, or from an earlier file.
+        with os.scandir(self.save_dir) as entries:
+            numbered = sorted(
+                (entry.stat().st_mtime_ns, entry.name)
+                for entry in entries
+                if entry.name.endswith(".pth") and iteration_of(entry.name[:-4]) is not None
+            )
+        for _, name in numbered[: max(len(numbered) - self.keep, 0)]:
             self.guard.check()
-            path.unlink(missing_ok=True)
+            Path(self.save_dir, name).unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         self.wait()
@@ -166,13 +171,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         self.wait()
-        path = super().get_checkpoint_file()
-        if path and not os.path.isfile(path):
-            raise UserError(
-                f"{Path(self.save_dir, LAST_CHECKPOINT)} names {Path(path).name}, which is not "
-                "there: write the name of a checkpoint of this folder into it"
-            )
-        return path
+        path = find_checkpoint(self.save_dir)
+        return "" if path is None else str(path)
 
     def _read(self, path: str, ema: bool = False) -> Weights:
         self.wait()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from contnet.utils.errors import UserError
+
 __all__ = [
     "BEST",
     "FINAL",
     "LAST_CHECKPOINT",
+    "find_checkpoint",
     "has_last_checkpoint",
     "iteration_of",
     "last_checkpoint",
@@ -48,3 +51,20 @@ def last_checkpoint(output_dir: str | Path) -> Path:
         OSError: if the run has none.
     """
     return Path(output_dir, Path(output_dir, LAST_CHECKPOINT).read_text().strip())
+
+
+def find_checkpoint(output_dir: str | Path) -> Path | None:
+    """The file that a resume goes on from, None if the run has none.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if not has_last_checkpoint(output_dir):
+        return None
+    path = last_checkpoint(output_dir)
+    if not path.is_file():
+        raise UserError(
+            f"{Path(output_dir, LAST_CHECKPOINT)} names {path.name}, which is not there: write the "
+            "name of a checkpoint of this folder into it"
+        )
+    return path

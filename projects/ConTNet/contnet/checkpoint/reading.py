@@ -33,6 +33,7 @@ __all__ = [
     "NUM_AVERAGED",
     "Weights",
     "conversion_advice",
+    "read_checkpoint",
     "read_content",
     "read_weights",
 ]
@@ -111,10 +112,10 @@ def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
     )
 
 
-def _read_torch(file: BinaryIO, path: str) -> object:
+def _read_torch(file: BinaryIO | str, path: str, mmap: bool = False) -> object:
     try:
         with torch.serialization.safe_globals(_NUMBERS):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
     except Exception as error:  # a damaged file may raise anything
@@ -169,6 +170,25 @@ def read_content(file: BinaryIO, path: str) -> dict:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return dict(content)
+
+
+def read_checkpoint(path: str) -> dict:
+    """Reads a checkpoint that is on the disk, its tensors only when they are looked at.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: as :func:`read_content`.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+            file.seek(0)
+            content = _read_torch(path, path, mmap=True) if start == b"PK" else None
+            return read_content(file, path) if not isinstance(content, Mapping) else dict(content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 # --- what it is ----------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
 from detectron2.solver import build_lr_scheduler as build_detectron2_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,7 +19,14 @@ from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.utils.errors import UserError
 
-__all__ = ["OPTIMIZERS", "build_lr_scheduler", "build_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "matching_state",
+    "parameter_names",
+    "set_iteration",
+]
 
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -90,6 +99,7 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
             single.append(
                 {
                     "params": [parameter],
+                    "param_names": [name],
                     "lr": group["lr"] * factors.get(name, 1.0),
                     "weight_decay": 0.0 if name in undecayed else decay,
                 }
@@ -97,6 +107,11 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     if not single:
         raise UserError("every parameter of the model is frozen, there is nothing to train")
     return reduce_param_groups(single)
+
+
+def parameter_names(cfg: CfgNode, model: nn.Module) -> list[list[str]]:
+    """The names in each parameter group of the optimiser that a config describes."""
+    return [group["param_names"] for group in _make_groups(cfg, model)]
 
 
 def _clip_full_model(optimizer: Optimizer, max_norm: float, norm_type: float) -> None:
@@ -154,3 +169,57 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
         solver.RESCALE_INTERVAL,
     )
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
+
+
+# --- a resume ------------------------------------------------------------------------------------
+
+
+def _states_by_name(state: Mapping, names: Sequence[Sequence[str]]) -> dict[str, dict]:
+    """What an optimiser remembers of each of its parameters."""
+    found = {}
+    for group, known in zip(state["param_groups"], names, strict=True):
+        for number, name in zip(group["params"], known, strict=True):
+            values = state["state"].get(number, {})
+            found[name] = {key: value for key, value in values.items() if value is not None}
+    return found
+
+
+def _fits(state: Mapping[str, object], parameter: Tensor) -> bool:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return all(tensor.numel() == 1 or tensor.shape == parameter.shape for tensor in tensors)
+
+
+def matching_state(
+    optimizer: Optimizer, state: Mapping, names: Sequence[Sequence[str]]
+) -> tuple[dict, list[str]]:
+    """The state of an earlier optimiser for this one, whose own groups and settings stay.
+
+    Args:
+        optimizer: of :func:`build_optimizer`.
+        state: the earlier one's; its kind is the same, its groups need not be.
+        names: of the parameters in each group of the earlier one.
+
+    Returns:
+        What ``load_state_dict`` takes; and the names of the parameters that begin without a state,
+        though the others have one.
+    """
+    states = _states_by_name(state, names)
+    own = optimizer.state_dict()["param_groups"]
+    matching, new = {}, []
+    for group, numbers in zip(optimizer.param_groups, own, strict=True):
+        if group.get("momentum") == 0:  # nothing is remembered; what once was is out of date
+            continue
+        triples = zip(numbers["params"], group["param_names"], group["params"], strict=True)
+        for number, name, parameter in triples:
+            if (found := states.get(name)) and _fits(found, parameter):
+                matching[number] = found
+            elif found or name not in states or not state["state"]:
+                new.append(name)
+    return {"state": matching, "param_groups": own}, new
+
+
+def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
+    """Sets a schedule, and so the rates of its optimiser, to an iteration up to the end's."""
+    scheduler.last_epoch = iteration
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate

@@ -9,12 +9,13 @@ import logging
 import math
 import time
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from resource import RUSAGE_SELF, getrusage
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from timm.utils import ModelEmaV3
@@ -33,12 +34,23 @@ from contnet.engine.hooks import (
     PeriodicCheckpoint,
     UpdateEMA,
     WriteMetrics,
+    is_due,
 )
-from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
+from contnet.engine.optimizer import build_lr_scheduler, build_optimizer, set_iteration
+from contnet.engine.restore import (
+    loss_normalizers,
+    restore_ema,
+    restore_loss_normalizers,
+    restore_optimizer,
+    restore_scaler,
+    tell_of_rest,
+)
+from contnet.engine.resume import Before, resumed_iteration, trainer_state
 from contnet.engine.run_record import record_run
 from contnet.engine.writers import build_writers, truncate_metrics
 from contnet.evaluation.evaluate import Evaluator
 from contnet.evaluation.metrics import main_metric
+from contnet.evaluation.progress import Progress
 from contnet.evaluation.results import truncate_results
 from contnet.modeling.amp import autocast, grad_scaler
 from contnet.modeling.build import build_model
@@ -50,15 +62,6 @@ from contnet.utils.seed import seed_everything
 __all__ = ["Trainer", "wrap_ddp"]
 
 logger = logging.getLogger(__name__)
-
-
-def _loss_normalizers(model: nn.Module) -> dict[str, float]:
-    """Running loss normalisers of dense detectors, which are plain attributes in Detectron2."""
-    return {
-        name: float(module.loss_normalizer)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "loss_normalizer", None), (int, float))
-    }
 
 
 def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
@@ -87,9 +90,16 @@ class Trainer(SimpleTrainer):
         cfg: the config.
         seed: of the order of images and of all random state, the same on all ranks.
         launcher: what the launcher of this process adds.
+        scaled: as of :class:`contnet.engine.resume.Before`, for checkpoints.
     """
 
-    def __init__(self, cfg: CfgNode, seed: int, launcher: LauncherHook | None = None):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        seed: int,
+        launcher: LauncherHook | None = None,
+        scaled: Mapping[str, list] | None = None,
+    ):
         use_plain_focal_loss()
         dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
         metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TRAIN))
@@ -99,11 +109,13 @@ class Trainer(SimpleTrainer):
         super().__init__(wrap_ddp(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
         self.cfg = cfg
         self.launcher = launcher or LauncherHook()
+        self.scaled_settings = dict(scaled or {})
         self.batch_sampler = loader.batch_sampler
         self.grad_accum_steps = cfg.SOLVER.GRAD_ACCUM_STEPS
         self.scaler = grad_scaler(cfg)
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.start_iter = 0
+        self.done = Progress(-1)  # before the first iteration of this attempt
         self.ema = None
         self.pending_evaluation = None  # scalars with their smoothing hints, to evaluate first
         extras = {}
@@ -125,10 +137,11 @@ class Trainer(SimpleTrainer):
         )
         self.evaluator = Evaluator(cfg, self.launcher.guard)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
+        self.scheduler = build_lr_scheduler(cfg, optimizer)
         self.register_hooks(
             [
                 hooks.IterationTimer(),
-                hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
+                hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
                 self.evaluation,
             ]
@@ -142,21 +155,15 @@ class Trainer(SimpleTrainer):
         model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         with self.launcher.evaluating():
-            return self.evaluator.evaluate(model, iteration=self.iter, tta=tta)
+            return self.evaluator.evaluate(
+                model, iteration=self.iter, tta=tta, images_seen=self._images_seen()
+            )
 
     def resume_or_load(self, resume: bool) -> None:
         """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
         weights = self.cfg.MODEL.WEIGHTS
         if resume and self.checkpointer.has_checkpoint():
-            file = self.checkpointer.get_checkpoint_file()
-            content = self.checkpointer.load(file)
-            self._resume_ema(content, file)
-            if (scalars := content.get("unfinished")) is not None:
-                hints = content.get("smoothing_hints", {})
-                self.pending_evaluation = {
-                    name: (value, hints.get(name, False)) for name, value in scalars.items()
-                }
-            self.start_iter = self.iter + 1
+            self._resume(self.checkpointer.get_checkpoint_file())
         elif weights:
             self.checkpointer.load_backbone(weights)
             if self.ema is not None:
@@ -164,13 +171,81 @@ class Trainer(SimpleTrainer):
         else:
             self._warn_of_random_weights()
 
-    def _resume_ema(self, content: dict, file: str) -> None:
-        """Starts an EMA that the checkpoint does not have from its weights."""
-        if self.ema is not None and "ema" not in content:
-            self.ema.set(self.unwrapped_model)
-            logger.warning(f"{file} has no EMA: it starts from the last weights")
-        elif self.ema is None and "ema" in content:
-            logger.warning(f"{file} has an EMA, which ends here: SOLVER.EMA.ENABLED is False")
+    def _resume(self, file: str) -> None:
+        """Goes on from a checkpoint, under the settings of now; names what it lacks."""
+        others = [key for key in self.checkpointer.checkpointables if key not in ("trainer", "ema")]
+        content = self.checkpointer.load(file, others)
+        before, state = Before.of(file, content, self.cfg), trainer_state(content)
+        if absent := [key for key in others if key not in content]:
+            logger.warning(f"{file} has no {', '.join(absent)}: it starts anew")
+        self._restore(state, before)
+        restore_ema(self.ema, self.unwrapped_model, content, file)
+        tell_of_rest(content, state, others, file)
+        if (scalars := content.get("unfinished")) is not None:
+            hints = content.get("smoothing_hints", {})
+            self.pending_evaluation = {
+                name: (value, hints.get(name, False)) for name, value in scalars.items()
+            }
+        self._set_start(before)
+
+    def _restore(self, state: dict, before: Before) -> None:
+        self.iter = state["iteration"]
+        restore_optimizer(self.optimizer, self.unwrapped_model, self.cfg, state, before)
+        restore_scaler(self.scaler, state, before.file)
+        restore_loss_normalizers(self.unwrapped_model, state, before.file)
+        self._restore_hooks(state, before)
+        self._restore_order(state, before)
+        set_iteration(self.scheduler, min(self.iter + 1, self.max_iter))
+
+    def _restore_hooks(self, state: dict, before: Before) -> None:
+        """Restores hooks but for the schedule, which is the config's at each iteration."""
+        saved = {k: v for k, v in state.get("hooks", {}).items() if k != "LRScheduler"}
+        TrainerBase.load_state_dict(self, {"iteration": self.iter, "hooks": saved})
+        for name in {type(hook).__qualname__ for hook in self._hooks if hook.state_dict()}:
+            if name not in (*saved, "LRScheduler"):
+                logger.warning(f"{before.file} has no state of {name}, which starts anew")
+        tests = list(self.cfg.DATASETS.TEST)
+        if self.evaluation.best and before.config and before.config["DATASETS.TEST"] != tests:
+            logger.warning("DATASETS.TEST has changed: the best evaluation is found anew")
+            self.evaluation.best = {}
+
+    def _restore_order(self, state: dict, before: Before) -> None:
+        """Goes on in the order of the images."""
+        if "stream" in state:
+            self.batch_sampler.load_state_dict(state["stream"])
+            return
+        self.batch_sampler.start = (self.iter + 1) * (before.batch or self.cfg.SOLVER.IMS_PER_BATCH)
+        logger.warning(
+            f"{before.file} does not tell the order of its images: a new one starts, as after "
+            f"{self.batch_sampler.start} images"
+        )
+
+    def _set_start(self, before: Before) -> None:
+        """Sets the iteration to begin with, by the images seen where the batch is another one."""
+        batch, pending = self.cfg.SOLVER.IMS_PER_BATCH, self.pending_evaluation is not None
+        iterations, old = self.iter + 1, before.batch or batch
+        self.start_iter = iterations
+        images = self._images_seen()
+        if old != batch:
+            self.start_iter = max(resumed_iteration(images, iterations, before, self.cfg), pending)
+            logger.info(
+                f"After {images} images, iteration {iterations} of {old} images each becomes "
+                f"iteration {self.start_iter} of {batch}"
+            )
+            if best := self.evaluation.best:
+                # Before any that is evaluated from now on, which alone may be a new one.
+                number = (best.get("iteration", -1) + 1) * old // batch - 1
+                best["iteration"] = min(number, self.start_iter - 2)
+        counts = images // batch == self.start_iter
+        self.done = Progress(self.iter - pending, images - pending * old, batch if counts else 0)
+        self.iter = self.start_iter - 1
+        set_iteration(self.scheduler, min(self.start_iter, self.max_iter))
+        period = self.cfg.TEST.EVAL_PERIOD
+        if pending and not is_due(self.iter, period, self.max_iter):
+            logger.warning(
+                f"{before.file} was saved before an evaluation, which is left out: with "
+                f"TEST.EVAL_PERIOD {period} it is not due"
+            )
 
     def _warn_of_random_weights(self) -> None:
         if isinstance(self.unwrapped_model, ImageClassifier):
@@ -197,10 +272,9 @@ class Trainer(SimpleTrainer):
             return {}
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
-            done = self.start_iter - 1 - (self.pending_evaluation is not None)
             guard = self.launcher.guard
-            truncate_metrics(self.cfg.OUTPUT_DIR, done, guard)
-            truncate_results(self.cfg.OUTPUT_DIR, done, guard)
+            truncate_metrics(self.cfg.OUTPUT_DIR, self.done, guard)
+            truncate_results(self.cfg.OUTPUT_DIR, self.done, guard)
             record_run(self.cfg, self.batch_sampler.seed, self.start_iter, guard)
         self.register_hooks([*self._output_hooks(), self.launcher])
         self.train(self.start_iter, self.max_iter)
@@ -243,6 +317,10 @@ class Trainer(SimpleTrainer):
         """Optimiser steps since the start or resume."""
         return self.iter + 1 - self.start_iter
 
+    def _images_seen(self) -> int:
+        """Images that all processes have trained on, after this iteration."""
+        return self.batch_sampler.images_seen(self._steps_done())
+
     def run_step(self) -> None:
         """One optimiser step, over SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
         start = time.perf_counter()
@@ -256,11 +334,7 @@ class Trainer(SimpleTrainer):
                 sums[name] = sums.get(name, 0) + loss / self.grad_accum_steps
         self.after_backward()
         self._write_metrics(sums, data_time)
-        self.storage.put_scalar(
-            "images_seen",
-            self.batch_sampler.images_seen(self._steps_done()),
-            smoothing_hint=False,
-        )
+        self.storage.put_scalar("images_seen", self._images_seen(), smoothing_hint=False)
         self._write_memory()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -309,13 +383,11 @@ class Trainer(SimpleTrainer):
         # Named so since the first checkpoints, which still load.
         state["stream"] = self.batch_sampler.state_dict(self._steps_done())
         state["grad_scaler"] = self.scaler.state_dict()
-        state["loss_normalizers"] = _loss_normalizers(self.unwrapped_model)
+        state["loss_normalizers"] = loss_normalizers(self.unwrapped_model)
+        if self.scaled_settings:
+            state["scaled_settings"] = self.scaled_settings
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self.batch_sampler.load_state_dict(state_dict["stream"])
-        if self.scaler.is_enabled() and state_dict["grad_scaler"]:
-            self.scaler.load_state_dict(state_dict["grad_scaler"])
-        for name, value in state_dict["loss_normalizers"].items():
-            self.unwrapped_model.get_submodule(name).loss_normalizer = value
+        """Goes on from a state under the settings of now; names what it lacks."""
+        self._restore(state_dict, Before.of("the state", {"trainer": state_dict}, self.cfg))

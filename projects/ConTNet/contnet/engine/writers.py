@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
+from contnet.evaluation.progress import Progress
 from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 
 __all__ = ["METRICS_FILE", "build_writers", "read_metrics", "truncate_metrics"]
@@ -25,17 +26,17 @@ def read_metrics(output_dir: str | Path) -> list[dict]:
     return lines
 
 
-def truncate_metrics(output_dir: str, iteration: int, guard: WriteGuard = NO_GUARD) -> None:
+def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
     """Drops the lines of metrics.json that a resumed run is going to write again.
 
     Args:
         output_dir: the run's folder.
-        iteration: the last one that the checkpoint has.
+        done: what the checkpoint has done.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(output_dir, METRICS_FILE)
     if path.exists():
-        kept = [line for line in read_metrics(output_dir) if line["iteration"] <= iteration]
+        kept = [done.recounted(line) for line in read_metrics(output_dir) if done.keeps(line)]
         with atomic_write(path, "w", guard) as file:
             file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
 

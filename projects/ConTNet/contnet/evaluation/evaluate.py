@@ -87,6 +87,7 @@ class Evaluator:
         iteration: int | None = None,
         weights: str | None = None,
         tta: bool = False,
+        images_seen: int | None = None,
     ) -> dict[str, dict]:
         """Evaluates a model; prints and records the results.
 
@@ -95,6 +96,7 @@ class Evaluator:
             iteration: the last one that trained it, for results.json.
             weights: the file it comes from, for results.json; None in training.
             tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
+            images_seen: in training, for results.json.
 
         Returns:
             On the main process the metrics by task (by data set and task, if there are several
@@ -112,7 +114,7 @@ class Evaluator:
                     logger.info(f"Results:\n\n{markdown_tables(name, metrics)}\n")
                 results[name] = metrics
         if comm.is_main_process():
-            self._record(results, iteration, weights)
+            self._record(results, iteration=iteration, weights=weights, images_seen=images_seen)
         if len(results) == 1:
             (results,) = results.values()
         if comm.is_main_process():
@@ -141,11 +143,8 @@ class Evaluator:
         results = self._inference(cfg, model, name, mapper)
         return {f"{task}_TTA": metrics for task, metrics in results.items()}
 
-    def _record(self, results: dict[str, dict], iteration: int | None, weights: str | None) -> None:
+    def _record(self, results: dict[str, dict], **facts) -> None:
         given = {name: metrics for name, metrics in results.items() if metrics}
         if given:
             ema = self.cfg.SOLVER.EMA.ENABLED
-            folder = self.cfg.OUTPUT_DIR
-            record_results(
-                folder, given, iteration=iteration, weights=weights, ema=ema, guard=self.guard
-            )
+            record_results(self.cfg.OUTPUT_DIR, given, ema=ema, guard=self.guard, **facts)

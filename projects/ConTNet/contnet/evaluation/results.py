@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from contnet.evaluation.progress import Progress
 from contnet.utils.errors import UserError
 from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 
@@ -105,6 +106,7 @@ def record_results(
     iteration: int | None,
     weights: str | None,
     ema: bool,
+    images_seen: int | None = None,
     guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
@@ -115,11 +117,14 @@ def record_results(
         iteration: the last one that trained the weights; None if that is not known.
         weights: the file of an evaluation alone; None for one of a training.
         ema: whether the weights were an EMA.
+        images_seen: in training, the images that it has seen.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
+    seen = {} if images_seen is None else {"images_seen": images_seen}
     added = [
         {
             "iteration": iteration,
+            **seen,
             "dataset": dataset,
             "weights": weights,
             "ema": ema,
@@ -133,15 +138,19 @@ def record_results(
     _write(output_dir, kept + added, guard)
 
 
-def truncate_results(output_dir: str, iteration: int, guard: WriteGuard = NO_GUARD) -> None:
+def truncate_results(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
     """Drops what a resumed run is going to evaluate again; evaluations alone stay.
 
     Args:
         output_dir: the run's folder.
-        iteration: the last one that the checkpoint has.
+        done: what the checkpoint has done.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     records = read_results(output_dir)
-    kept = [each for each in records if each["weights"] or each["iteration"] <= iteration]
-    if len(kept) < len(records):
+    kept = [
+        each if each["weights"] else done.recounted(each)
+        for each in records
+        if each["weights"] or done.keeps(each)
+    ]
+    if kept != records:
         _write(output_dir, kept, guard)

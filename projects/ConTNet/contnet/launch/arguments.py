@@ -148,6 +148,7 @@ class RunSettings:
         arguments: where the config came from, for the log.
         notes: what was added to the config, a line each, for the log.
         warnings: what changes the run's numbers, a line each, for the log and results.json.
+        scaled: values as they were given, and for which batch, of keys that a resume has scaled.
     """
 
     cfg: CfgNode = field(repr=False)
@@ -157,6 +158,7 @@ class RunSettings:
     arguments: str = ""
     notes: tuple[str, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = field(default=(), repr=False)
+    scaled: dict[str, list] = field(default_factory=dict, repr=False)
 
 
 def _set_num_classes(

@@ -12,15 +12,20 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from contnet.checkpoint.names import has_last_checkpoint
-from contnet.data.pipeline.annotations import cache_cityscapes
+from contnet.checkpoint.metadata import METADATA
+from contnet.checkpoint.names import find_checkpoint, has_last_checkpoint
+from contnet.checkpoint.reading import read_checkpoint
+from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
 from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.dataset import check_datasets
+from contnet.engine.resume import Before, refusal, resume_config, trainer_state
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import RunSettings
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
+from contnet.utils.text import describe_difference
 
 __all__ = [
     "check_device",
@@ -28,6 +33,7 @@ __all__ = [
     "check_inputs",
     "check_output",
     "check_run",
+    "resume_settings",
 ]
 
 # What the shipped recipes are made for.
@@ -197,16 +203,60 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
     return warnings
 
 
+def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
+    """Training sets may have another place, but not other images or classes."""
+    images = (trainer_state(content).get("stream") or {}).get("images")
+    found = len(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True))
+    if images is not None and images != found:
+        raise refusal(
+            file, [f"DATASETS.REGISTER: its training sets had {images} images, not {found}"]
+        )
+    before = (content.get(METADATA) or {}).get("classes")
+    now = dataset_class_names(cfg, cfg.DATASETS.TRAIN)
+    if before and now and (difference := describe_difference(now, before)):
+        raise refusal(file, [f"the classes of DATASETS.REGISTER's training sets ({difference})"])
+
+
+def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
+    """The settings that a run goes on with, where its folder has a checkpoint.
+
+    Args:
+        settings: as they were given.
+        data: look into training sets whose files have another place than before.
+
+    Raises:
+        UserError: for settings that no resume can change, and a checkpoint that none can go on
+            from.
+    """
+    cfg = settings.cfg
+    if settings.eval_only or not settings.resume:
+        return settings
+    if (path := find_checkpoint(cfg.OUTPUT_DIR)) is None:
+        return settings
+    file, content = str(path), read_checkpoint(str(path))
+    if "iteration" not in trainer_state(content):
+        raise UserError(
+            f"{file} holds weights without the state of a training, which a resume needs: start "
+            f"from it in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS {file}"
+        )
+    resumed = resume_config(Before.of(file, content, cfg), cfg)
+    if resumed.moved and data and settings.processes.environment.local_rank == 0:
+        _check_moved(file, content, cfg)
+    notes = (*settings.notes, *resumed.lines)
+    return replace(settings, cfg=resumed.cfg, notes=notes, scaled=resumed.scaled)
+
+
 def check_run(settings: RunSettings) -> RunSettings:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
     Returns:
-        The settings, with the warnings of the checks.
+        The settings that the run has, with the warnings of the checks.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
     check_device(settings.cfg, settings.processes.num_gpus)
+    settings = resume_settings(settings)
     warnings = check_inputs(settings)
     check_output(settings)
     if settings.processes.environment.local_rank == 0:

@@ -9,22 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.checkpoint.names import FINAL, has_last_checkpoint, last_checkpoint
-from contnet.checkpoint.reading import read_weights
-from contnet.config.nodes import flatten
+from contnet.checkpoint.names import FINAL, find_checkpoint, has_last_checkpoint, last_checkpoint
+from contnet.checkpoint.reading import read_checkpoint
+from contnet.engine.resume import Before, differing_keys, trainer_state
 from contnet.launch.arguments import RunSettings, configure
 from contnet.launch.environment import DistributedEnvironment, Processes
-from contnet.launch.preflight import check_inputs, check_output
+from contnet.launch.preflight import check_inputs, check_output, resume_settings
 from contnet.slurm.describe import describe_run
 from contnet.slurm.jobs import check_free
 from contnet.slurm.sweep import RunArguments, expand_runs
 from contnet.utils.errors import UserError
 
 __all__ = ["Run", "prepare_runs"]
+
+# Between a run of a sweep and the one that goes on with it.
+_MAY_DIFFER = ("OUTPUT_DIR", "SEED", "SOLVER.MAX_ITER")
 
 
 @dataclass
@@ -86,25 +88,18 @@ def _check_content(settings: RunSettings, seen: set) -> None:
 
 def _check_same_settings(cfg: CfgNode) -> None:
     """Refuses to go on with a run of a sweep that had other settings; a longer one is fine."""
-    folder = Path(cfg.OUTPUT_DIR)
-    file = folder / "config.yaml"
-    if not file.exists() or not has_last_checkpoint(folder):
+    if (path := find_checkpoint(cfg.OUTPUT_DIR)) is None:
         return
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read ({error}): move {folder} away") from error
-    before = dict(flatten(content if isinstance(content, dict) else {}, cfg))
-    now = dict(flatten(yaml.safe_load(cfg.dump()), cfg))
-    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
-    if changed := [key for key in changed if key not in ("SEED", "SOLVER.MAX_ITER")]:
+    before = Before.of(str(path), read_checkpoint(str(path)), cfg)
+    changed = [key for key in differing_keys(before, cfg) if key not in _MAY_DIFFER]
+    if changed:
         raise UserError(
-            f"{folder} has a training with other settings ({', '.join(changed[:3])}): choose "
+            f"{path.parent} has a training with other settings ({', '.join(changed[:3])}): choose "
             "another OUTPUT_DIR, or remove it"
         )
 
 
-def _has_finished(run: Run) -> bool:
+def _has_finished(run: Run, max_iter: int) -> bool:
     folder, settings = run.folder, run.settings
     if not settings.resume or settings.eval_only or not has_last_checkpoint(folder):
         return False
@@ -112,8 +107,8 @@ def _has_finished(run: Run) -> bool:
     if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
         return False
     # MAX_ITER may have been raised since.
-    trainer = read_weights(str(file)).rest.get("trainer")
-    return isinstance(trainer, dict) and trainer.get("iteration", -1) + 1 >= run.cfg.SOLVER.MAX_ITER
+    iteration = trainer_state(read_checkpoint(str(file))).get("iteration", -1)
+    return iteration + 1 >= max_iter
 
 
 def _make_run(
@@ -133,14 +128,15 @@ def _make_run(
     return Run(arguments, settings, folder)
 
 
-def _check(run: Run, seen: set) -> None:
-    """Finds what is wrong with a run, here and now."""
+def _check(run: Run, seen: set) -> CfgNode:
+    """Finds what is wrong with a run, here and now; the config that it starts or goes on with."""
     settings = run.settings
     if run.arguments.name and settings.resume and not settings.eval_only:
         _check_same_settings(run.cfg)
     _check_content(settings, seen)
     check_free(run.folder)
     check_output(settings, make=False)
+    return resume_settings(settings, data=False).cfg
 
 
 def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
@@ -167,8 +163,8 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                 )
                 base = base or _base_folder(args, expanded, cfg)
                 run = _make_run(arguments, cfg, notes, base / arguments.name, processes)
-                _check(run, seen)
-                run.finished = _has_finished(run)
+                cfg = _check(run, seen)
+                run.finished = _has_finished(run, cfg.SOLVER.MAX_ITER)
         except UserError as error:
             if not arguments.name:
                 raise

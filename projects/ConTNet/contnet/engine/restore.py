@@ -1,0 +1,162 @@
+"""The parts of a training's state, each restored from a checkpoint, or started anew with a line.
+
+A checkpoint may lack a part: of a run in which it was switched off, of an earlier version, of
+another trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from contnet.engine.optimizer import matching_state, parameter_names
+from contnet.engine.resume import Before
+from contnet.utils.text import first_names, plural
+
+__all__ = [
+    "loss_normalizers",
+    "restore_ema",
+    "restore_loss_normalizers",
+    "restore_optimizer",
+    "restore_scaler",
+    "tell_of_rest",
+]
+
+logger = logging.getLogger(__name__)
+
+# What checkpoints hold beside what is asked for elsewhere; the last two are Detectron2's.
+_CONTENT = {
+    "contnet",
+    "trainer",
+    "ema",
+    "unfinished",
+    "smoothing_hints",
+    "iteration",
+    "optimizer",
+    "__author__",
+    "matching_heuristics",
+}
+_TRAINER = {
+    "iteration",
+    "hooks",
+    "optimizer",
+    "stream",
+    "grad_scaler",
+    "loss_normalizers",
+    "scaled_settings",
+    "classes",  # of the first version
+}
+
+
+def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file: str) -> None:
+    """Restores the average; one that the checkpoint does not have starts from its weights."""
+    if ema is None:
+        if "ema" in content:
+            logger.warning(f"{file} has an EMA, which ends here: SOLVER.EMA.ENABLED is False")
+        return
+    why = "has no EMA"
+    if "ema" in content:
+        try:
+            ema.load_state_dict(content["ema"])
+            return
+        except (AttributeError, RuntimeError, TypeError):
+            why = "has an EMA of another form"
+    ema.set(model)
+    logger.warning(f"{file} {why}: it starts from the last weights")
+
+
+def restore_scaler(scaler: GradScaler, state: Mapping, file: str) -> None:
+    """Restores the loss scaler of float16."""
+    saved = state.get("grad_scaler")
+    if not scaler.is_enabled():
+        if saved:
+            logger.warning(
+                f"{file} has a loss scaler, which ends here: SOLVER.AMP is no longer float16"
+            )
+    elif saved:
+        scaler.load_state_dict(saved)
+    else:
+        logger.warning(
+            f"{file} has no loss scaler: that of float16 starts anew at {scaler.get_scale():g}"
+        )
+
+
+def loss_normalizers(model: nn.Module) -> dict[str, float]:
+    """Running loss normalisers of dense detectors, which are plain attributes in Detectron2."""
+    return {
+        name: float(module.loss_normalizer)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "loss_normalizer", None), (int, float))
+    }
+
+
+def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> None:
+    """Restores what :func:`loss_normalizers` has returned; models have none before they train."""
+    modules = dict(model.named_modules())
+    saved = state.get("loss_normalizers", {})
+    for name in saved.keys() & modules.keys():
+        modules[name].loss_normalizer = saved[name]
+    if left := sorted(saved.keys() - modules.keys()):
+        logger.warning(f"{file} has loss normalisers of parts that the model has not: {left}")
+    if not saved and any(isinstance(module, DenseDetector) for module in modules.values()):
+        logger.warning(f"{file} has no running loss normaliser, which starts anew")
+
+
+def _old_names(
+    state: Mapping, before: Before, cfg: CfgNode, model: nn.Module
+) -> Sequence[Sequence[str]] | None:
+    """The parameters in each group of a checkpoint's optimiser; None if nothing tells them."""
+    groups = state["param_groups"]
+    if all("param_names" in group for group in groups):
+        return [group["param_names"] for group in groups]
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, value in (before.config or {}).items():
+        if key.startswith("SOLVER."):
+            cfg.merge_from_list([key, value])
+    names = parameter_names(cfg, model)
+    sizes = [[len(each) for each in known] for known in (names, [g["params"] for g in groups])]
+    return names if sizes[0] == sizes[1] else None
+
+
+def restore_optimizer(
+    optimizer: Optimizer, model: nn.Module, cfg: CfgNode, state: Mapping, before: Before
+) -> None:
+    """Restores what the optimiser remembers of each parameter; its settings stay the config's."""
+    saved = state.get("optimizer")
+    names = _old_names(saved, before, cfg, model) if saved else None
+    if names is None:
+        why = (
+            "does not tell whose its optimiser's state is" if saved else "has no optimiser's state"
+        )
+        logger.warning(f"{before.file} {why}: the optimiser starts anew")
+        return
+    matching, new = matching_state(optimizer, saved, names)
+    optimizer.load_state_dict(matching)
+    if new:
+        logger.warning(
+            f"{before.file} has no optimiser's state of {plural(len(new), 'parameter')}, which "
+            f"starts anew: {first_names(new)}"
+        )
+
+
+def tell_of_rest(content: Mapping, state: Mapping, known: Sequence[str], file: str) -> None:
+    """Names what a checkpoint has and the run has not.
+
+    Args:
+        content: of the checkpoint, without the model.
+        state: of the trainer.
+        known: names of other objects that the run restores.
+        file: of the checkpoint.
+    """
+    left = [name for name in content if name not in _CONTENT and name not in known]
+    left += [f"trainer.{name}" for name in state if name not in _TRAINER]
+    if left:
+        logger.warning(f"{file} also has {', '.join(map(str, left))}, which this run does not use")

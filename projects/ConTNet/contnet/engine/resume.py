@@ -1,0 +1,314 @@
+"""What a resume makes of settings that are not those of its checkpoint.
+
+Keys of the network, its losses, the kind of optimiser and the training sets must stay. All others
+are followed from the next iteration. With another batch, what counts images in iterations, and the
+learning rate, are scaled, unless they were set anew.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from detectron2.config import CfgNode
+
+from contnet.checkpoint.metadata import METADATA
+from contnet.config.differences import differences, read_values, show
+from contnet.config.nodes import flatten, get_value
+from contnet.config.values import check_values
+from contnet.utils.errors import UserError
+
+__all__ = [
+    "Before",
+    "Resumed",
+    "differing_keys",
+    "refusal",
+    "resume_config",
+    "resumed_iteration",
+    "trainer_state",
+]
+
+BATCH = "SOLVER.IMS_PER_BATCH"
+_END = "SOLVER.MAX_ITER"
+_PROCESSES = "SOLVER.REFERENCE_WORLD_SIZE"
+_REGISTER = "DATASETS.REGISTER"
+_STAYS = ("DATASETS.TRAIN", "INPUT.FORMAT", "SOLVER.OPTIMIZER")
+# Of MODEL, what neither the network's function nor the losses depend on: where it starts and runs,
+# what it keeps in memory, which layers are trained, and what matters only in a test.
+_FREE = re.compile(
+    r"MODEL\.(?:WEIGHTS|DEVICE|ALLOW_MISSING_WEIGHTS|CONTNET\.GRAD_CHECKPOINTING"
+    r"|CLASSIFIER\.CHANNELS_LAST|.*\.FREEZE_AT|.*_TEST|PANOPTIC_FPN\.COMBINE\..*)"
+)
+# Norms over all processes, which compute the same.
+_SYNC_NORMS = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+# What no line is needed for: a folder that was moved, and keys that have a line of their own.
+_SILENT = ("OUTPUT_DIR", "SEED", _REGISTER)
+
+
+# --- a checkpoint's settings ---------------------------------------------------------------------
+
+
+def _mapping(value: object) -> Mapping:
+    return value if isinstance(value, Mapping) else {}
+
+
+def trainer_state(content: Mapping) -> dict:
+    """The state of the trainer in a checkpoint, by this project's names.
+
+    Args:
+        content: of a checkpoint. Detectron2's trainers have the optimiser's state and the scaler's
+            one level below, and their first version had them beside the model.
+    """
+    trainer = _mapping(content.get("trainer"))
+    old = {key: content[key] for key in ("iteration", "optimizer") if key in content}
+    below = {**old, **_mapping(trainer.get("_trainer"))}
+    return {**below, **{key: value for key, value in trainer.items() if key != "_trainer"}}
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a checkpoint says of the settings of its run.
+
+    Attributes:
+        file: of the checkpoint.
+        config: values by key; None where it does not say.
+        scaled: values as they were given, and the batch they were given for, of keys that a resume
+            with another batch has scaled.
+        seed: of the order of the images; None where it does not say.
+        optimizer: SGD or AdamW; "" where it does not say.
+    """
+
+    file: str
+    config: Mapping[str, object] | None = None
+    scaled: Mapping[str, list] = field(default_factory=dict)
+    seed: int | None = None
+    optimizer: str = ""
+
+    @classmethod
+    def of(cls, file: str, content: Mapping, cfg: CfgNode) -> Before:
+        """Reads the content of a checkpoint.
+
+        Args:
+            file: its name.
+            content: what it holds.
+            cfg: says which keys there are.
+        """
+        text = _mapping(content.get(METADATA)).get("config")
+        try:
+            config = read_values(text, cfg) if text else None
+        except ValueError as error:
+            raise UserError(f"{file}: the config in it is damaged ({error})") from error
+        state = trainer_state(content)
+        return cls(
+            file,
+            config,
+            _mapping(state.get("scaled_settings")),
+            _mapping(state.get("stream")).get("seed", config["SEED"] if config else None),
+            _kind_of_optimizer(state),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Images of an iteration; 0 where the checkpoint does not say."""
+        return self.config[BATCH] if self.config else 0
+
+
+def _kind_of_optimizer(state: Mapping) -> str:
+    groups = _mapping(state.get("optimizer")).get("param_groups") or [{}]
+    return "AdamW" if "betas" in groups[0] else "SGD" if "momentum" in groups[0] else ""
+
+
+# --- another batch -------------------------------------------------------------------------------
+
+
+def _iterations(value: int, ratio: float) -> int:
+    """A period or a length: none stays none, and some stay some."""
+    return max(round(value / ratio), 1) if value else value
+
+
+# How a value follows a batch that is ``ratio`` times as large. Ends are rounded so that no image of
+# the training is lost, and steps so that they stay before the end.
+_RULES = {
+    "SOLVER.BASE_LR": lambda value, ratio: value * ratio,
+    "SOLVER.BASE_LR_END": lambda value, ratio: value * ratio,
+    _END: lambda value, ratio: math.ceil(value / ratio),
+    "SOLVER.STEPS": lambda value, ratio: [max(math.floor(step / ratio), 1) for step in value],
+    "SOLVER.WARMUP_ITERS": _iterations,
+    "SOLVER.CHECKPOINT_PERIOD": _iterations,
+    "TEST.EVAL_PERIOD": _iterations,
+}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
+    """Scales what was given for another batch, in place.
+
+    Returns:
+        What was scaled, as it was given and for which batch; and how each key has changed.
+    """
+    old, new = before.config[BATCH], cfg.SOLVER.IMS_PER_BATCH
+    scaled, changes = {}, []
+    processes = (before.config[_PROCESSES], cfg.SOLVER.REFERENCE_WORLD_SIZE)
+    if all(processes) and processes[0] != processes[1]:
+        return scaled, changes  # the whole recipe is scaled already
+    for key, rule in _RULES.items():
+        value = _plain(get_value(cfg, key))
+        known = [before.scaled.get(key), (before.config[key], old)]
+        batch = next((batch for given, batch in filter(None, known) if given == value), new)
+        if batch == new or not value:  # set anew, or for this batch; or nothing to scale
+            continue
+        scaled[key] = [value, batch]
+        follows = rule(value, new / batch)
+        cfg.merge_from_list([key, follows])
+        if follows != before.config[key]:
+            changes.append(show(key, before.config[key], follows))
+    return scaled, changes
+
+
+def resumed_iteration(images: int, iterations: int, before: Before, cfg: CfgNode) -> int:
+    """The iteration to go on with, where it has another number of images.
+
+    Args:
+        images: that were seen.
+        iterations: that were done.
+        before: the checkpoint's settings, which are known.
+        cfg: of now.
+    """
+    end = cfg.SOLVER.MAX_ITER
+    full = before.config[_END] * before.batch / cfg.SOLVER.IMS_PER_BATCH
+    if iterations >= before.config[_END] and end == math.ceil(full):
+        return end  # it has finished, whatever rounding leaves
+    return images // cfg.SOLVER.IMS_PER_BATCH
+
+
+# --- other settings ------------------------------------------------------------------------------
+
+
+def _same_sync_norm(key: str, values: tuple) -> bool:
+    return key.endswith(".NORM") and all(value in _SYNC_NORMS for value in values)
+
+
+def _is_refused(key: str, values: tuple) -> bool:
+    if key.startswith("MODEL."):
+        return not _FREE.fullmatch(key) and not _same_sync_norm(key, values)
+    return key in _STAYS
+
+
+def _moved(before: list, now: list) -> dict[str, list]:
+    """The files of data sets before and now, by the names of those that have other ones."""
+    places = [{name: paths for name, *paths in entries} for entries in (before, now)]
+    names = dict.fromkeys([*places[0], *places[1]])
+    pairs = {name: [place.get(name, "none") for place in places] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def refusal(file: str, changes: list[str]) -> UserError:
+    """What to say of changes that no resume can make."""
+    return UserError(
+        f"--resume from {file} cannot change {'; '.join(changes)}: set it back to go on with this "
+        "run, or start a new one in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS "
+        f"{file}"
+    )
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The settings that a resumed run has.
+
+    Attributes:
+        cfg: the config, frozen.
+        scaled: as of :class:`Before`, to be saved.
+        lines: what differs from the checkpoint's settings, for the log.
+        moved: whether files of training sets have another place.
+    """
+
+    cfg: CfgNode
+    scaled: dict[str, list] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    moved: bool = False
+
+
+def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
+    """Sets the checkpoint's seed; a line about another one that was asked for."""
+    seed, asked = before.seed, cfg.SEED
+    if seed is None or seed < 0:
+        return []
+    cfg.SEED = seed
+    if asked in (-1, seed):
+        return []
+    return [
+        f"{show('SEED', seed, asked)}: the order of the images and the random state stay those of "
+        f"{seed}"
+    ]
+
+
+def _follow(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
+    """Scales to the batch, in place; what was scaled, and a line for each key that differs."""
+    changed = differences(before.config, cfg)
+    if found := [show(key, *pair) for key, pair in changed.items() if _is_refused(key, pair)]:
+        raise refusal(before.file, found)
+    scaled, follows = _follow_batch(before, cfg)
+    lines = []
+    if follows:
+        batch = show(BATCH, *changed[BATCH]) if BATCH in changed else BATCH
+        lines.append(f"{batch}: scaled with it, {', '.join(follows)}")
+        try:
+            check_values(cfg)
+        except UserError as error:
+            raise UserError(f"scaled to {batch}: {error}") from error
+    for key, pair in differences(before.config, cfg).items():
+        if key in _SILENT or key in scaled or (key == BATCH and follows):
+            continue
+        note = " (not read: the run goes on from its checkpoint)" if key == "MODEL.WEIGHTS" else ""
+        lines.append(show(key, *pair) + note)
+    if unknown := sorted(before.config.keys() - dict(flatten(cfg, cfg)).keys()):
+        lines.append(f"{before.file} was trained with keys that are not known here: {unknown}")
+    return scaled, lines
+
+
+def resume_config(before: Before, cfg: CfgNode) -> Resumed:
+    """The config that a run goes on with.
+
+    Args:
+        before: the checkpoint's settings.
+        cfg: the config that was given.
+
+    Raises:
+        UserError: for keys that cannot change; and if the config cannot be scaled to its batch.
+    """
+    kind = cfg.SOLVER.OPTIMIZER
+    cfg = cfg.clone()
+    cfg.defrost()
+    lines, scaled, moved = _keep_seed(before, cfg), {}, {}
+    if before.config is None:
+        if before.optimizer not in ("", kind):
+            raise refusal(before.file, [show("SOLVER.OPTIMIZER", before.optimizer, kind)])
+        lines.append(
+            f"{before.file} does not hold the config of its run: this one's settings are taken "
+            "without a comparison"
+        )
+    else:
+        scaled, differing = _follow(before, cfg)
+        moved = _moved(before.config[_REGISTER], cfg.DATASETS.REGISTER)
+        lines += differing
+        lines += [show(f"{_REGISTER} {name}", *pair) for name, pair in moved.items()]
+    cfg.freeze()
+    return Resumed(cfg, scaled, tuple(lines), not moved.keys().isdisjoint(cfg.DATASETS.TRAIN))
+
+
+def differing_keys(before: Before, cfg: CfgNode) -> list[str]:
+    """Keys that now have another value than a run was given.
+
+    Args:
+        before: the checkpoint's settings.
+        cfg: the config of now.
+    """
+    if before.config is None:
+        return []
+    given = {key: value for key, (value, _) in before.scaled.items()}
+    return list(differences({**before.config, **given}, cfg))
