@@ -105,6 +105,9 @@ def record_results(
     iteration: int | None,
     weights: str | None,
     ema: bool,
+    loss: float | None = None,
+    skipped: Mapping[str, int] | None = None,
+    warnings: Mapping[str, Sequence[str]] | None = None,
     guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
@@ -115,6 +118,9 @@ def record_results(
         iteration: the last one that trained the weights; None if that is not known.
         weights: the file of an evaluation alone; None for one of a training.
         ema: whether the weights were an EMA.
+        loss: of that iteration alone; None for an evaluation alone.
+        skipped: number of images that could not be read, by data set; 0 where it is not given.
+        warnings: what changes the metrics, a line each, by data set.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     added = [
@@ -123,7 +129,10 @@ def record_results(
             "dataset": dataset,
             "weights": weights,
             "ema": ema,
+            "loss": None if loss is None else {"total_loss": _plain(loss), "smoothed": False},
             "metrics": _plain(metrics),
+            "skipped_images": (skipped or {}).get(dataset, 0),
+            "warnings": list((warnings or {}).get(dataset, ())),
         }
         for dataset, metrics in results.items()
     ]
