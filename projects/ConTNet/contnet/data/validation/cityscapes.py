@@ -70,7 +70,7 @@ def check_layout(
     if official == len(scenes):
         findings.facts.append("as many as Cityscapes itself has")
     elif official:
-        findings.warn(f"{len(scenes)} images, Cityscapes itself has {official}")
+        findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
     _check_strays(image_dir, findings)
     if not truth:
         tell = findings.error if trained else findings.note
