@@ -42,23 +42,23 @@ def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str
 
 
 def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
-    """Main metrics and, below, those of single classes, in GitHub's Markdown.
+    """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
 
     Args:
         dataset: its name.
         metrics: by task. Detectron2's evaluators name those of a class ``AP-person``.
     """
-    main, by_class = {}, {}
+    main, recalls, by_class = {}, {}, {}
     for task, values in metrics.items():
         for key, value in (values if isinstance(values, Mapping) else {"value": values}).items():
             if match := _OF_A_CLASS.fullmatch(key):
                 metric, name = match.groups()
                 by_class.setdefault(name, {})[f"{task} {metric}"] = value
             else:
-                main.setdefault(task, {})[key] = value
-    parts = ((dataset, main), ("class", by_class))
-    tables = [markdown_table(corner, rows) for corner, rows in parts]
-    return "\n\n".join(tables if by_class else tables[:1])
+                rows = recalls if key.startswith("AR") else main
+                rows.setdefault(task, {})[key] = value
+    parts = ((dataset, main), ("average recall", recalls), ("class", by_class))
+    return "\n\n".join(markdown_table(corner, rows) for corner, rows in parts if rows)
 
 
 def _plain(value: object) -> object:

@@ -104,6 +104,6 @@ def run(settings: RunSettings, launcher: LauncherHook | None = None) -> dict:
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
-    trainer = Trainer(cfg, cfg.SEED, launcher, settings.warnings)
+    trainer = Trainer(cfg, cfg.SEED, launcher, warnings=settings.warnings)
     trainer.resume_or_load(settings.resume)
     return trainer.fit()
