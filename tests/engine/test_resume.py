@@ -275,12 +275,10 @@ class Stopped(BaseException):
 
 
 class StopInEvaluation(LauncherHook):
-    """Saves before each evaluation, as on SLURM, and leaves the first one."""
+    """Leaves the first evaluation."""
 
     @contextlib.contextmanager
     def evaluating(self):
-        self.trainer.save_before_evaluation()
-        self.trainer.checkpointer.wait()
         if self.trainer.start_iter == 0:
             raise Stopped
         yield

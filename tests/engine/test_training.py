@@ -228,11 +228,18 @@ def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_
     for _ in range(2):  # the second one replaces the first
         found = evaluate(folder, "MODEL.WEIGHTS", weights, *EMA)
     trained, evaluated = json.loads((folder / "results.json").read_text())
-    facts = {"iteration": 4, "dataset": "coco_2017_val", "ema": True}
-    assert trained == {**facts, "weights": None, "metrics": trained["metrics"]}
-    assert evaluated == {**facts, "weights": weights, "metrics": trained["metrics"]}
+    facts = {"iteration": 4, "dataset": "coco_2017_val", "ema": True, "skipped_images": 0}
+    for record in (trained, evaluated):
+        assert {key: record[key] for key in facts} == facts
+        # The tiny set says so of itself; a training looks at two.
+        assert any("4 images" in line for line in record["warnings"])
+    assert trained["weights"] is None and evaluated["weights"] == weights
+    assert evaluated["metrics"] == trained["metrics"]
+    loss = metrics_of(folder)[-1]["total_loss"]
+    assert trained["loss"] == {"total_loss": loss, "smoothed": False}
+    assert evaluated["loss"] is None
     metrics = trained["metrics"]["bbox"]
-    assert len(metrics) == 86
+    assert len(metrics) == 92
     for name, value in metrics.items():
         last = found[f"bbox/{name}"]
         assert value is None if math.isnan(last) else value == last

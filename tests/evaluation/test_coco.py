@@ -18,10 +18,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from contnet.config import load_config
+from contnet.data.datasets.classes import distinct_class_names
 from contnet.evaluation import coco_ap
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.coco import ArrayCOCOEvaluator, build_coco_evaluator
 from contnet.evaluation.coco_ap import ArrayEvaluation, Detections, encode_masks
+from contnet.evaluation.results import markdown_tables
 from contnet.utils.errors import UserError
 
 HEIGHT, WIDTH = 120, 160
@@ -160,6 +162,7 @@ def official(truth, results, task, limit):
         evaluation.params.maxDets = [1, 10, limit]
         evaluation.evaluate()
         evaluation.accumulate()
+        evaluation.summarize()
     precision = evaluation.eval["precision"][..., -1]  # threshold, recall, class, area
 
     def mean(part):
@@ -168,8 +171,13 @@ def official(truth, results, task, limit):
     parts = [precision[..., 0], precision[0, ..., 0], precision[5, ..., 0]]
     parts += [precision[..., i] for i in (1, 2, 3)]
     metrics = dict(zip(MAIN, map(mean, parts), strict=True))
-    for i, each in enumerate(truth["categories"]):
-        metrics[f"AP-{each['name']}"] = mean(precision[:, :, i, 0])
+    names = [each["name"] for each in truth["categories"]]
+    for i, (name, each) in enumerate(zip(names, truth["categories"], strict=True)):
+        number = f" (id {each['id']})" if names.count(name) > 1 else ""
+        metrics[f"AP-{name}{number}"] = mean(precision[:, :, i, 0])
+    recalls = [*(f"AR@{most}" for most in evaluation.params.maxDets), "ARs", "ARm", "ARl"]
+    for name, value in zip(recalls, evaluation.stats[6:], strict=True):
+        metrics[name] = 100 * value if value >= 0 else math.nan
     return metrics
 
 
@@ -238,11 +246,89 @@ def test_no_detection_at_all_is_zero(evaluated, masks):
 
 def test_detections_but_nothing_to_find_is_no_number(evaluated):
     rng = np.random.default_rng(4)
-    truth = {**random_truth(rng, 3, 2), "annotations": []}
+    truth = random_truth(rng, 3, 2)
+    truth["annotations"] = [{**each, "iscrowd": 1} for each in truth["annotations"]]
     found = {10 * i: random_detections(rng, truth, 10 * i, False) for i in range(3)}
     results, reference = evaluated(truth, found)
     assert_equal(results["bbox"], reference("bbox", 100))
     assert all(map(math.isnan, results["bbox"].values()))
+
+
+def test_each_class_of_an_equal_name_has_its_ap(evaluated):
+    rng = np.random.default_rng(14)
+    truth = random_truth(rng, 6, 4)
+    names = ["cat", "dog", "cat", "bird"]
+    for category, name in zip(truth["categories"], names, strict=True):
+        category["name"] = name
+    found = {10 * i: random_detections(rng, truth, 10 * i, False) for i in range(6)}
+    results, reference = evaluated(truth, found)
+    assert_equal(results["bbox"], reference("bbox", 100))
+    rows = [key for key in results["bbox"] if key.startswith("AP-")]
+    assert rows == ["AP-cat (id 2)", "AP-dog", "AP-cat (id 8)", "AP-bird"]
+    _, recalls, by_class = markdown_tables("val", results).split("\n\n")
+    assert by_class.count("| cat (id ") == 2 and "| AR@100 |" in recalls
+
+
+def test_no_two_names_are_made_equal():
+    names = ["cat", "cat", "cat (id 1)", "dog", "", ""]
+    distinct = distinct_class_names(names, range(1, 7))
+    assert len(set(distinct)) == 6 and distinct[3] == "dog"
+    assert all(new.startswith(old) for new, old in zip(distinct, names, strict=True))
+
+
+def test_annotation_id_0_counts_as_missed_as_in_pycocotools(evaluated):
+    rng = np.random.default_rng(15)
+    truth = random_truth(rng, 4, 2)
+    found = {10 * i: random_detections(rng, truth, 10 * i, False) for i in range(4)}
+    right, _ = evaluated(truth, found)
+    for each in truth["annotations"]:
+        each["id"] -= 1
+    results, reference = evaluated(truth, found)
+    assert_equal(results["bbox"], reference("bbox", 100))
+    assert results["bbox"]["AP"] < right["bbox"]["AP"]
+
+
+# --- without truth -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("annotations", [{}, {"annotations": []}], ids=["no list", "empty list"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_without_truth_there_is_the_servers_file(tmp_path, annotations, masks):
+    rng = np.random.default_rng(16)
+    truth = random_truth(rng, 4, 3)
+    file = tmp_path / "image_info_test-dev2017.json"
+    file.write_text(json.dumps({**without_annotations(truth), **annotations}))
+    name = f"test_{tmp_path.name}"
+    ids = {each["id"]: i for i, each in enumerate(truth["categories"])}
+    MetadataCatalog.get(name).set(
+        json_file=str(file), thing_dataset_id_to_contiguous_id=ids, evaluator_type="coco"
+    )
+    cfg = load_config(LEAF, ["OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", str(masks)])
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    found = {10 * i: random_detections(rng, truth, 10 * i, masks) for i in range(4)}
+    for image_id, instances in found.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    assert evaluator.evaluate() == {}
+    (written,) = (tmp_path / "inference" / name).iterdir()
+    assert written.name == "detections_test-dev2017_contnet_results.json"
+    assert str(written) in evaluator.warnings[0]
+    rows = json.loads(written.read_text())
+    assert len(rows) == sum(map(len, found.values()))
+    keys = {"image_id", "category_id", "bbox", "score", *["segmentation"] * masks}
+    assert all(row.keys() == keys for row in rows)
+    assert {row["category_id"] for row in rows} <= ids.keys()
+    # What the server does with it: the same file is good where the truth is known.
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        coco.loadRes(str(written))
+
+
+def without_annotations(truth):
+    """What an institution publishes of its test set."""
+    return {key: value for key, value in truth.items() if key != "annotations"}
 
 
 def both(truth, results, task, limit=100, images=None):
@@ -437,4 +523,6 @@ def test_keypoints_are_left_to_detectron2(evaluated, tmp_path):
     name = next(tmp_path.glob("inference/*")).name
     for options, expected in [([], ArrayCOCOEvaluator), (["True"], COCOEvaluator)]:
         cfg = load_config(LEAF, ["MODEL.KEYPOINT_ON"] * bool(options) + options)
-        assert type(build_coco_evaluator(cfg, name, str(tmp_path))) is expected
+        evaluator = build_coco_evaluator(cfg, name, str(tmp_path))
+        assert isinstance(evaluator, expected)
+        assert isinstance(evaluator, ArrayCOCOEvaluator) == (expected is ArrayCOCOEvaluator)

@@ -86,7 +86,10 @@ def test_records_are_strict_json(tmp_path):
         "dataset": "val",
         "weights": None,
         "ema": True,
+        "loss": None,
         "metrics": {"bbox": {"AP": None, "AP50": 2.5, "n": 3.0}, "speed": None},
+        "skipped_images": 0,
+        "warnings": [],
     }
 
 

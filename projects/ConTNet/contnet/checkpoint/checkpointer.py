@@ -23,6 +23,8 @@ from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_w
 
 __all__ = ["Checkpointer"]
 
+_TEMPORARY = "temporary"  # key of a checkpoint that goes when the next one is there
+
 
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made atomic and strict.
@@ -65,6 +67,7 @@ class Checkpointer(DetectionCheckpointer):
         self.background = background
         self._writer = BackgroundWriter()
         self._host_copy = HostCopy()
+        self._temporary: Path | None = None
         self._copied_iteration = None  # of the host copy
         self._copying: Future | None = None
         self._optimizer = model_optimizer
@@ -73,7 +76,9 @@ class Checkpointer(DetectionCheckpointer):
         self.metadata = metadata
         self.guard = guard
 
-    def save(self, name: str, *, iteration: int | None = None, **kwargs) -> None:
+    def save(
+        self, name: str, *, iteration: int | None = None, temporary: bool = False, **kwargs
+    ) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
 
         In the background, files are written in the order of the calls, and one of another iteration
@@ -83,6 +88,8 @@ class Checkpointer(DetectionCheckpointer):
             name: ``BEST`` is not what a resume goes on from; any other is.
             iteration: calls with the same one, and without kwargs, save the same state, which need
                 be copied only once.
+            temporary: the file goes once another one of a later state is there, and ``keep`` does
+                not count it. The file says so of itself.
             **kwargs: more to save.
 
         Raises:
@@ -93,8 +100,10 @@ class Checkpointer(DetectionCheckpointer):
             return
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
+        if temporary:
+            kwargs[_TEMPORARY] = True
         if not self.background:
-            self._write(path, partial(self._state, **kwargs))
+            self._write(path, partial(self._state, **kwargs), temporary)
             return
         if kwargs or iteration is None or iteration != self._copied_iteration:
             self.wait()
@@ -103,7 +112,7 @@ class Checkpointer(DetectionCheckpointer):
             self._copying = self._writer.submit(self._host_copy.finish)
             self._copied_iteration = None if kwargs else iteration
         self.check()
-        self._writer.submit(self._write, path, self._host_copy.read)
+        self._writer.submit(self._write, path, self._host_copy.read, temporary)
 
     def _deferred_tensors(self) -> Iterator[Tensor]:
         """What may be copied until the optimiser's next step."""
@@ -138,7 +147,7 @@ class Checkpointer(DetectionCheckpointer):
         data.update(kwargs)
         return data
 
-    def _write(self, path: Path, read: Callable[[], object]) -> None:
+    def _write(self, path: Path, read: Callable[[], object], temporary: bool) -> None:
         try:
             with atomic_write(path, guard=self.guard) as file:
                 torch.save(read(), file)
@@ -147,7 +156,15 @@ class Checkpointer(DetectionCheckpointer):
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             raise UserError(f"checkpoint {path} cannot be written: {error}") from error
+        if path.stem != BEST:
+            self._replace_temporary(path if temporary else None, by=path)
         self._drop_old()
+
+    def _replace_temporary(self, new: Path | None, by: Path) -> None:
+        if self._temporary not in (None, by):
+            self.guard.check()
+            self._temporary.unlink(missing_ok=True)
+        self._temporary = new
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w", self.guard) as file:
@@ -157,13 +174,14 @@ class Checkpointer(DetectionCheckpointer):
         # By age: numbers fall where a run goes on with a larger batch, or from an earlier file.
         with os.scandir(self.save_dir) as entries:
             numbered = sorted(
-                (entry.stat().st_mtime_ns, entry.name)
+                (entry.stat().st_mtime_ns, Path(entry.path))
                 for entry in entries
                 if entry.name.endswith(".pth") and iteration_of(entry.name[:-4]) is not None
             )
-        for _, name in numbered[: max(len(numbered) - self.keep, 0)]:
+        files = [path for _, path in numbered if path != self._temporary]
+        for path in files[: max(len(files) - self.keep, 0)]:
             self.guard.check()
-            Path(self.save_dir, name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def has_checkpoint(self) -> bool:
         self.wait()
@@ -227,6 +245,8 @@ class Checkpointer(DetectionCheckpointer):
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest[key])
+        if weights.rest.get(_TEMPORARY) and Path(path).parent == Path(self.save_dir):
+            self._temporary = Path(path)
         return weights.rest
 
     def remove_leftovers(self) -> None:

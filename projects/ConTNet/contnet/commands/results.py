@@ -66,7 +66,7 @@ def _states(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
-    """Iteration and metrics of the last evaluation; those of single classes are left out."""
+    """Iteration, metrics (not of single classes) and warnings of the last evaluation."""
     records = read_results(str(run))
     if not records:
         return {}
@@ -74,6 +74,7 @@ def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
     records = [record for record in records if (record["iteration"] or 0) == last]
     several = len({record["dataset"] for record in records}) > 1
     scores: dict[str, float | None] = {}
+    warnings = dict.fromkeys(line for each in records for line in each.get("warnings", ()))
     for record in records:
         for task, values in record["metrics"].items():
             for name, value in (values if isinstance(values, dict) else {"": values}).items():
@@ -81,7 +82,7 @@ def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
                 wanted = key in metrics if metrics else "-" not in name
                 if wanted:
                     scores[key] = value
-    return {"iteration": last + 1, "metrics": scores}
+    return {"iteration": last + 1, "metrics": scores, "warnings": list(warnings)}
 
 
 def _read_settings(run: Path) -> dict:
@@ -107,6 +108,7 @@ def _row(run: Path, name: str, state: str, metrics: Sequence[str]) -> dict:
         "loss": loss if math.isfinite(loss) else None,
         "iteration": iterations_done(run),
         "metrics": {},
+        "warnings": [],
         **_scores(run, metrics),
     }
 
@@ -169,8 +171,9 @@ def collect_results(
 
     Returns:
         Of each run ``run`` (its name), ``folder``, ``seed`` (None before it has started),
-        ``state``, ``loss``, ``iteration`` (of the last evaluation, or else how many are done) and
-        ``metrics``. With ``cost`` also ``parameters_m``, ``macs_g`` and ``macs_with_attention_g``
+        ``state``, ``loss`` (of the last line of metrics.json, not smoothed), ``iteration`` (of the
+        last evaluation, or else how many are done), ``metrics``, and ``warnings`` of what changes
+        these. With ``cost`` also ``parameters_m``, ``macs_g`` and ``macs_with_attention_g``
         (where they can be counted), ``images_per_second`` in training and ``memory_mb`` (None: not
         measured).
 
@@ -214,6 +217,7 @@ def _merge(rows: Sequence[dict]) -> dict:
         "loss": _mean([row["loss"] for row in rows]),
         "iteration": min(row["iteration"] for row in rows),
         "metrics": {name: _mean([row["metrics"].get(name) for row in rows]) for name in names},
+        "warnings": list(dict.fromkeys(line for row in rows for line in row["warnings"])),
         "runs": list(rows),
     }
     merged |= {key: rows[0][key] for key in _COUNTED if key in rows[0]}
@@ -287,12 +291,14 @@ def _cells(row: dict) -> dict[str, str | float]:
 
 
 def results_table(rows: Sequence[dict]) -> str:
-    """A Markdown table.
+    """A Markdown table, and below it the warnings of each run.
 
     Args:
         rows: of :func:`collect_results` or :func:`group_by_seed`.
     """
-    return markdown_table("run", {row["run"]: _cells(row) for row in rows})
+    table = markdown_table("run", {row["run"]: _cells(row) for row in rows})
+    warnings = [f"- {row['run']}: {line}" for row in rows for line in row["warnings"]]
+    return "\n".join([table, "", "warnings:", *warnings] if warnings else [table])
 
 
 def build_parser() -> argparse.ArgumentParser:

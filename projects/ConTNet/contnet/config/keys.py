@@ -204,6 +204,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""
 
+    # What becomes of an image of DATASETS.TEST that cannot be read. False: the evaluation ends, and
+    # names it. True: it is left out, its objects, label or pixels count as missed, and results.json
+    # tells how many such images there were.
+    cfg.TEST.SKIP_UNREADABLE = False
+
     # Images per process and forward pass of ImageClassifier's evaluation.
     cfg.TEST.IMS_PER_PROCESS = 64
 

@@ -5,8 +5,10 @@ metrics, then checkpoints, so that whatever a checkpoint has passed is on the di
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 
 from detectron2.engine import HookBase
@@ -23,7 +25,9 @@ from contnet.utils.files import NO_GUARD, WriteGuard
 
 __all__ = [
     "BestCheckpoint",
+    "CheckpointBeforeEvaluation",
     "Evaluation",
+    "FirstProgress",
     "LauncherHook",
     "PeriodicCheckpoint",
     "UpdateEMA",
@@ -98,6 +102,60 @@ class Evaluation(HookBase):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.best = dict(state_dict)
+
+
+class CheckpointBeforeEvaluation(HookBase):
+    """Saves before each evaluation, so that one that fails costs nothing that was trained.
+
+    A resume from such a checkpoint begins with the evaluation. Where no other one is due, the file
+    goes when the next one is there.
+
+    Args:
+        checkpointer: saves on the main process only.
+        period: of checkpoints, in iterations.
+        evaluation_period: in iterations, as of :class:`Evaluation`, which comes next.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, evaluation_period: int):
+        self.checkpointer = checkpointer
+        self.period = period
+        self.evaluation_period = evaluation_period
+
+    def after_step(self) -> None:
+        trainer, iteration = self.trainer, self.trainer.iter
+        if not is_due(iteration, self.evaluation_period, trainer.max_iter):
+            return
+        latest, hints = trainer.storage.latest(), trainer.storage.smoothing_hints()
+        scalars = {key: float(value) for key, (value, i) in latest.items() if i == iteration}
+        final = iteration + 1 == trainer.max_iter
+        self.checkpointer.save(
+            numbered_name(iteration),
+            temporary=final or not is_due(iteration, self.period, trainer.max_iter),
+            unfinished=scalars,
+            smoothing_hints={key: hints[key] for key in scalars},
+        )
+        self.checkpointer.wait()
+        comm.synchronize()
+
+
+class FirstProgress(HookBase):
+    """Logs the first iteration of a run, whose next line of progress may be minutes away."""
+
+    def before_step(self) -> None:
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if trainer.iter != trainer.start_iter or not comm.is_main_process():
+            return
+        seconds = time.perf_counter() - self.start
+        left = datetime.timedelta(seconds=int(seconds * (trainer.max_iter - trainer.iter - 1)))
+        latest = trainer.storage.latest()
+        losses = "  ".join(f"{k}: {v:.4g}" for k, (v, _) in latest.items() if "loss" in k)
+        logger.info(
+            f"eta: {left}  iter: {trainer.iter}  {losses}  time: {seconds:.4f}  (of the first "
+            "iteration alone, which takes longer than later ones; losses are not smoothed)"
+        )
 
 
 class WriteMetrics(HookBase):

@@ -38,6 +38,7 @@ _CONTENT = {
     "ema",
     "unfinished",
     "smoothing_hints",
+    "temporary",
     "iteration",
     "optimizer",
     "__author__",

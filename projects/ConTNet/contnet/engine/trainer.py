@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from resource import RUSAGE_SELF, getrusage
 
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.metadata import describe_model
-from contnet.checkpoint.names import numbered_name
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.engine.hooks import (
     BestCheckpoint,
+    CheckpointBeforeEvaluation,
     Evaluation,
+    FirstProgress,
     LauncherHook,
     PeriodicCheckpoint,
     UpdateEMA,
@@ -91,6 +92,7 @@ class Trainer(SimpleTrainer):
         seed: of the order of images and of all random state, the same on all ranks.
         launcher: what the launcher of this process adds.
         scaled: as of :class:`contnet.engine.resume.Before`, for checkpoints.
+        warnings: what changes the run's numbers, a line each, for results.json.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Trainer(SimpleTrainer):
         seed: int,
         launcher: LauncherHook | None = None,
         scaled: Mapping[str, list] | None = None,
+        warnings: Sequence[str] = (),
     ):
         use_plain_focal_loss()
         dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
@@ -135,7 +138,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
-        self.evaluator = Evaluator(cfg, self.launcher.guard)
+        self.evaluator = Evaluator(cfg, self.launcher.guard, warnings)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.scheduler = build_lr_scheduler(cfg, optimizer)
         self.register_hooks(
@@ -143,6 +146,10 @@ class Trainer(SimpleTrainer):
                 hooks.IterationTimer(),
                 hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
+                FirstProgress(),
+                CheckpointBeforeEvaluation(
+                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+                ),
                 self.evaluation,
             ]
         )
@@ -154,9 +161,11 @@ class Trainer(SimpleTrainer):
         """
         model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
+        storage = getattr(self, "storage", None)  # which a training has
+        loss, _ = storage.latest().get("total_loss", (None, 0)) if storage else (None, 0)
         with self.launcher.evaluating():
             return self.evaluator.evaluate(
-                model, iteration=self.iter, tta=tta, images_seen=self._images_seen()
+                model, tta=tta, iteration=self.iter, loss=loss, images_seen=self._images_seen()
             )
 
     def resume_or_load(self, resume: bool) -> None:
@@ -270,6 +279,7 @@ class Trainer(SimpleTrainer):
         if self.start_iter >= self.max_iter and self.pending_evaluation is None:
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
             return {}
+        self.evaluator.prepare()
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
             guard = self.launcher.guard
@@ -290,17 +300,6 @@ class Trainer(SimpleTrainer):
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
-
-    def save_before_evaluation(self) -> None:
-        """Saves between the step of an iteration and its evaluation, which a resume then begins."""
-        latest = self.storage.latest()
-        scalars = {key: float(value) for key, (value, i) in latest.items() if i == self.iter}
-        hints = self.storage.smoothing_hints()
-        self.checkpointer.save(
-            numbered_name(self.iter),
-            unfinished=scalars,
-            smoothing_hints={key: hints[key] for key in scalars},
-        )
 
     def before_train(self) -> None:
         super().before_train()

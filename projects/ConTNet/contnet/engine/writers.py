@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
@@ -14,6 +15,7 @@ from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 __all__ = ["METRICS_FILE", "build_writers", "read_metrics", "truncate_metrics"]
 
 METRICS_FILE = "metrics.json"
+_WINDOW = 20  # iterations, whose median loss the screen shows
 
 
 def read_metrics(output_dir: str | Path) -> list[dict]:
@@ -41,10 +43,19 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
             file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
 
 
+class _TellsOfSmoothing(logging.LoggerAdapter):
+    """Adds to each line of progress what its losses are."""
+
+    def process(self, msg: str, kwargs: dict) -> tuple[str, dict]:
+        return f"{msg}  (losses: medians of the last {_WINDOW} iterations)", kwargs
+
+
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
     """Progress on the screen; metrics.json and TensorBoard with unsmoothed values."""
+    progress = CommonMetricPrinter(max_iter, window_size=_WINDOW)
+    progress.logger = _TellsOfSmoothing(progress.logger)
     return [
-        CommonMetricPrinter(max_iter),
+        progress,
         JSONWriter(str(Path(output_dir, METRICS_FILE)), window_size=1),
         TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
     ]

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from contnet.data.datasets.cityscapes import CityscapesSource
+from contnet.data.datasets.register import find_source
 from contnet.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from contnet.evaluation.cityscapes_coco import NumberedImages, as_coco
 from contnet.evaluation.classification import ClassificationEvaluator
 from contnet.evaluation.coco import build_coco_evaluator
+from contnet.evaluation.server_files import CityscapesInstanceFiles, CityscapesSemSegFiles
 from contnet.utils.errors import UserError
 
-__all__ = ["EVALUATORS", "build_evaluator"]
+__all__ = ["EVALUATORS", "build_evaluator", "check_evaluator"]
+
+
+class _Several(DatasetEvaluators):
+    """Detectron2's, which also passes on images that are skipped, and warnings."""
+
+    def skip(self, images: Sequence[dict]) -> None:
+        for evaluator in self._evaluators:
+            if hasattr(evaluator, "skip"):
+                evaluator.skip(images)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line for each in self._evaluators for line in getattr(each, "warnings", ())]
+
+
+def _has_truth(name: str) -> bool:
+    source = find_source(name)
+    return not isinstance(source, CityscapesSource) or source.has_truth()
 
 
 def _build_cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    if not _has_truth(name):
+        if not cfg.MODEL.MASK_ON:
+            raise UserError(
+                f"data set {name} has no truth here, and Cityscapes' server takes no boxes: "
+                "evaluate a model with MODEL.MASK_ON True"
+            )
+        return CityscapesInstanceFiles(name, folder)
     coco = NumberedImages(build_coco_evaluator(cfg, as_coco(name, folder), folder), name)
     if not cfg.MODEL.MASK_ON:
         return coco
-    return DatasetEvaluators([CityscapesInstanceEvaluator(name), coco])
+    return _Several([CityscapesInstanceEvaluator(name), coco])
 
 
 def _build_cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    if not _has_truth(name):
+        return CityscapesSemSegFiles(name, folder)
     return CityscapesSemSegEvaluator(name)
 
 
@@ -44,13 +74,33 @@ EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
 }
 
 
-def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
-    """The evaluator that fits a data set.
+def check_evaluator(name: str) -> None:
+    """Checks that there is an evaluator for a registered data set.
 
     Raises:
         UserError: if ``EVALUATORS`` has none for its kind.
     """
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind not in EVALUATORS:
-        raise UserError(f"data set {name} has no evaluator here, its type is {kind!r}")
-    return EVALUATORS[kind](cfg, name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
+        raise UserError(
+            f"data set {name} of DATASETS.TEST has no evaluator here, its evaluator_type is "
+            f"{kind!r}, and there are {', '.join(EVALUATORS)}: leave it out, or add an entry to "
+            "contnet.evaluation.build.EVALUATORS (docs/architecture.md)"
+        )
+
+
+def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
+    """The evaluator that fits a data set.
+
+    Raises:
+        UserError: if ``EVALUATORS`` has none for its kind, or that one cannot be made here.
+    """
+    check_evaluator(name)
+    kind = MetadataCatalog.get(name).evaluator_type
+    try:
+        return EVALUATORS[kind](cfg, name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
+    except ImportError as error:
+        raise UserError(
+            f"data set {name} of DATASETS.TEST cannot be evaluated ({error}): install what its "
+            f"evaluator of the type {kind!r} needs"
+        ) from error

@@ -12,13 +12,15 @@ import logging
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as official_instances
 import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official_classes
 import numpy as np
+import torch
 from cityscapesscripts.evaluation.instances2dict import instances2dict
 from cityscapesscripts.helpers.labels import category2labels, id2label, labels, name2label
 from detectron2.data import MetadataCatalog
@@ -31,7 +33,12 @@ from tabulate import tabulate
 from contnet.modeling.compat import restore_in1d
 from contnet.utils.errors import UserError
 
-__all__ = ["CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator", "match_instances"]
+__all__ = [
+    "CityscapesInstanceEvaluator",
+    "CityscapesSemSegEvaluator",
+    "match_instances",
+    "read_class_ids",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +65,42 @@ class _Evaluator(DatasetEvaluator, ABC):
         self._folder = Path(self._metadata.gt_dir)
         self._end = f"_gtFine_{truth}.png"
         self._images: dict[str, Any] = {}
+        self.warnings: list[str] = []
 
     def reset(self) -> None:
-        self._images = {}
+        self._images, self.warnings = {}, []
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            path = Path(image["file_name"])
-            name = f"{path.parent.name}/{path.stem.removesuffix(_IMAGE_END)}{self._end}"
-            try:
-                self._images[name] = self._compare(self._folder / name, output)
-            except KeyError as error:  # from cityscapesscripts' table
-                raise UserError(
-                    f"{self._folder / name}, or the files beside it: {error} is no class id of "
-                    "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
-                ) from error
+            self._keep(image, partial(self._read_output, output))
+
+    def skip(self, images: Sequence[dict]) -> None:
+        """Takes images that cannot be read, in which nothing is found."""
+        for image in images:
+            self._keep(image, self._nothing)
+
+    def _keep(self, image: dict, predict: Callable[[Path], Any]) -> None:
+        path = Path(image["file_name"])
+        name = f"{path.parent.name}/{path.stem.removesuffix(_IMAGE_END)}{self._end}"
+        file = self._folder / name
+        try:
+            self._images[name] = self._compare(file, predict(file))
+        except KeyError as error:  # from cityscapesscripts' table
+            raise UserError(
+                f"{file}, or the files beside it: {error} is no class id of "
+                "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
+            ) from error
 
     @abstractmethod
-    def _compare(self, file: Path, output: dict) -> Any:
+    def _read_output(self, output: dict, file: Path) -> Any:
+        """The prediction in a model's output."""
+
+    @abstractmethod
+    def _nothing(self, file: Path) -> Any:
+        """The prediction in which nothing is found; ``file`` is the ground truth."""
+
+    @abstractmethod
+    def _compare(self, file: Path, prediction: Any) -> Any:
         """What of one image the scores need; ``file`` is its ground truth."""
 
     def _gather(self) -> list:
@@ -84,23 +109,29 @@ class _Evaluator(DatasetEvaluator, ABC):
         if comm.is_main_process():
             present = len(list(self._folder.glob(f"*/*{self._end}")))
             if len(images) != present:
-                logger.warning(
+                self.warnings = [
                     f"{self._name}: the metrics are those of {len(images)} images, but "
                     f"{self._folder} has ground truth for {present}"
-                )
+                ]
+                logger.warning(self.warnings[0])
         return [images[name] for name in sorted(images)]
 
 
-def _read(file: Path, shape: Sequence[int]) -> np.ndarray:
-    """The pixels of a ground truth file, of the shape (H, W) of the predictions."""
+def _read_pixels(file: Path) -> np.ndarray:
+    """The pixels of a ground truth file."""
     try:
         with Image.open(file) as image:
-            pixels = np.array(image)
+            return np.array(image)
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror or error}): remove it if it is there, and run "
             "python tools/prepare_cityscapes.py"
         ) from error
+
+
+def _read(file: Path, shape: Sequence[int]) -> np.ndarray:
+    """The pixels of a ground truth file, of the shape (H, W) of the predictions."""
+    pixels = _read_pixels(file)
     if pixels.shape != tuple(shape):
         raise UserError(
             f"{file} has the shape {pixels.shape}, predictions for it have {tuple(shape)}: the "
@@ -185,8 +216,16 @@ class CityscapesInstanceEvaluator(_Evaluator):
         self._args = copy.copy(official_instances.args)
         self._args.instLabels = list(self._metadata.thing_classes)
 
-    def _compare(self, file: Path, output: dict) -> dict:
-        instances = output["instances"].to("cpu")
+    def _read_output(self, output: dict, file: Path) -> Instances:
+        return output["instances"].to("cpu")
+
+    def _nothing(self, file: Path) -> Instances:
+        shape = _read_pixels(file).shape
+        masks = torch.zeros(0, *shape, dtype=torch.bool)
+        numbers = torch.zeros(0, dtype=torch.int64)
+        return Instances(shape, pred_masks=masks, scores=numbers.double(), pred_classes=numbers)
+
+    def _compare(self, file: Path, instances: Instances) -> dict:
         pixels = _read(file, instances.pred_masks.shape[1:])
         (truth,) = instances2dict([str(file)]).values()
         return match_instances(truth, pixels, instances, self._args.instLabels)
@@ -210,6 +249,21 @@ class CityscapesInstanceEvaluator(_Evaluator):
 
 
 # --- classes -------------------------------------------------------------------------------------
+
+
+def read_class_ids(output: dict) -> np.ndarray:
+    """Cityscapes' class ids, uint8 (H, W), of a model's output.
+
+    Raises:
+        UserError: if the model has another number of classes.
+    """
+    scores = output["sem_seg"]
+    if len(scores) != len(_IDS):
+        raise UserError(
+            f"the model predicts {len(scores)} classes, Cityscapes has {len(_IDS)}: set "
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(_IDS)}"
+        )
+    return _IDS[scores.argmax(dim=0).cpu().numpy()]
 
 
 class _Terms(list):
@@ -245,18 +299,13 @@ class CityscapesSemSegEvaluator(_Evaluator):
         self._args = copy.copy(official_classes.args)
         official_classes.generateMatrix(self._args)  # It also sets evalLabels.
 
-    def _prediction(self, output: dict) -> np.ndarray:
-        """The class ids (H, W) of a model's output."""
-        scores = output["sem_seg"]
-        if len(scores) != len(_IDS):
-            raise UserError(
-                f"the model predicts {len(scores)} classes, Cityscapes has {len(_IDS)}: set "
-                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(_IDS)}"
-            )
-        return _IDS[scores.argmax(dim=0).cpu().numpy()]
+    def _read_output(self, output: dict, file: Path) -> np.ndarray:
+        return read_class_ids(output)
 
-    def _compare(self, file: Path, output: dict) -> tuple[np.ndarray, list[_Terms]]:
-        prediction = self._prediction(output)
+    def _nothing(self, file: Path) -> np.ndarray:
+        return np.zeros_like(_read_pixels(file), dtype=np.uint8)  # "unlabeled"
+
+    def _compare(self, file: Path, prediction: np.ndarray) -> tuple[np.ndarray, list[_Terms]]:
         for value in np.unique(_read(file, prediction.shape)).tolist():
             id2label[value]  # KeyError
         _read(file.with_name(file.name.replace("labelIds", "instanceIds")), prediction.shape)

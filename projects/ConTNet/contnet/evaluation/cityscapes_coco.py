@@ -88,6 +88,10 @@ class NumberedImages(DatasetEvaluator):
         numbered = [{**image, "image_id": self._numbers[image["image_id"]]} for image in inputs]
         self._evaluator.process(numbered, outputs)
 
+    @property
+    def warnings(self) -> list[str]:
+        return getattr(self._evaluator, "warnings", [])
+
     def evaluate(self) -> dict[str, dict[str, float]]:
         """As of the evaluator."""
         return self._evaluator.evaluate()

@@ -38,6 +38,11 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.correct = dict.fromkeys(self.top_ks, 0)
         self.images = 0
         self.broken = 0
+        self.warnings: list[str] = []
+
+    def skip(self, images: list[dict]) -> None:
+        """Counts images that cannot be read: their class is not found."""
+        self.images += len(images)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         logits = torch.stack([output["logits"] for output in outputs])
@@ -57,7 +62,8 @@ class ClassificationEvaluator(DatasetEvaluator):
             return {}
         images, broken, *correct = (sum(column) for column in zip(*counts, strict=True))
         if broken:
-            logger.warning(f"{broken} of {images} images have logits that are not finite")
+            self.warnings = [f"{broken} of {images} images have logits that are not finite"]
+            logger.warning(self.warnings[0])
         return {
             "classification": {
                 f"top{k}": 100 * number / images

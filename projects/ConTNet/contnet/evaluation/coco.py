@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -16,13 +17,45 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as rle
+from pycocotools.cocoeval import COCOeval
 
+from contnet.data.datasets.classes import distinct_class_names
 from contnet.evaluation.coco_ap import ArrayEvaluation, Detections, Matches, encode_masks
 from contnet.utils.errors import UserError
 
-__all__ = ["COCO_METRICS", "ArrayCOCOEvaluator", "build_coco_evaluator", "coco_tasks"]
+__all__ = [
+    "ArrayCOCOEvaluator",
+    "build_coco_evaluator",
+    "coco_class_names",
+    "coco_metrics",
+    "coco_tasks",
+]
 
-COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_KEYPOINT_RECALLS = ("AR", "AR50", "AR75", "ARm", "ARl")
+
+
+def _recalls(limit: int) -> list[str]:
+    """Names of the average recalls of boxes or masks, in pycocotools' order."""
+    return [*(f"AR@{most}" for most in sorted((1, 10, limit))), "ARs", "ARm", "ARl"]
+
+
+def coco_metrics(limit: int) -> list[str]:
+    """Names of the metrics of boxes or masks, but for those of single classes.
+
+    Args:
+        limit: TEST.DETECTIONS_PER_IMAGE.
+    """
+    return list(dict.fromkeys([*_PRECISIONS, *_recalls(limit)]))
+
+
+def coco_class_names(name: str) -> list[str]:
+    """Names of a loaded data set's classes, each of them another; [] if they are not known."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes") or []
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id")
+    ids = sorted(numbers, key=numbers.get) if numbers else range(len(names))
+    return distinct_class_names(names, ids)
 
 
 def _read_instances(image_id: object, instances: Instances) -> Detections:
@@ -41,7 +74,47 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
     )
 
 
-class ArrayCOCOEvaluator(COCOEvaluator):
+class _FullCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, which also tells average recalls, and of each class of equal name."""
+
+    def __init__(self, name: str, **options):
+        super().__init__(name, **options)
+        # Detectron2 asks only whether the file has a list of them.
+        self._do_evaluation = bool(self._coco_api.dataset.get("annotations"))
+
+    @property
+    def results_file(self) -> Path:
+        """The file of detections; without truth it has the name that COCO's server wants."""
+        if self._do_evaluation:
+            return Path(self._output_dir, "coco_instances_results.json")
+        # Of image_info_test-dev2017.json, as COCO calls it.
+        test_set = Path(self._metadata.json_file).stem.removeprefix("image_info_")
+        return Path(self._output_dir, f"detections_{test_set}_contnet_results.json")
+
+    @property
+    def warnings(self) -> list[str]:
+        if self._do_evaluation:
+            return []
+        return [
+            f"{self._metadata.name} has no annotations: no metrics; the detections, in the form "
+            f"of COCO's server, are in {self.results_file.absolute()}"
+        ]
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        names = coco_class_names(self._metadata.name) or class_names
+        results = super()._derive_coco_results(coco_eval, iou_type, names)
+        recalls = _recalls(self._max_dets_per_image[-1])
+        if iou_type == "keypoints":
+            recalls = _KEYPOINT_RECALLS
+        values = [-1] * len(recalls) if coco_eval is None else coco_eval.stats[-len(recalls) :]
+        for recall, value in zip(recalls, values, strict=True):
+            results[recall] = float(100 * value) if value >= 0 else float("nan")
+        return results
+
+
+class ArrayCOCOEvaluator(_FullCOCOEvaluator):
     """Detectron2's evaluator of boxes and masks; each process matches what it has found.
 
     A model without any detection has AP 0, not none. The file of detections is Detectron2's.
@@ -75,8 +148,7 @@ class ArrayCOCOEvaluator(COCOEvaluator):
             evaluation.matches = Matches.join([matches[task] for _, matches in parts])
             evaluation.accumulate()
             evaluation.summarize()
-            names = self._metadata.get("thing_classes")
-            results[task] = self._derive_coco_results(evaluation, task, class_names=names)
+            results[task] = self._derive_coco_results(evaluation, task)
         return results
 
     def _join(self, parts: Sequence[Detections]) -> Detections:
@@ -118,8 +190,7 @@ class ArrayCOCOEvaluator(COCOEvaluator):
         """Writes the detections in COCO's form."""
         PathManager.mkdirs(self._output_dir)
         results = (result for found in parts for result in _as_results(found))
-        path = Path(self._output_dir, "coco_instances_results.json")
-        with PathManager.open(str(path), "w") as file:
+        with PathManager.open(str(self.results_file), "w") as file:
             file.write("[")
             separator = ""
             # Not all at once, for the memory's sake.
@@ -165,7 +236,7 @@ def build_coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
         folder: for the predictions.
 
     Returns:
-        Detectron2's own on pycocotools for models of keypoints or of proposals alone.
+        One on pycocotools for models of keypoints or of proposals alone.
     """
     options = {
         "tasks": coco_tasks(cfg),
@@ -174,5 +245,5 @@ def build_coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
         "use_fast_impl": False,
     }
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-        return COCOEvaluator(name, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS, **options)
+        return _FullCOCOEvaluator(name, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS, **options)
     return ArrayCOCOEvaluator(name, **options)

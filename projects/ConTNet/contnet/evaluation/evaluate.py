@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from contnet.data.findings import SHOWN
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.mappers import ClassificationMapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
+from contnet.evaluation.unreadable import MarkUnreadable, ReadableBatches
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
 from contnet.utils.files import NO_GUARD, WriteGuard
@@ -35,45 +38,83 @@ def _share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
+def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
+    """The mapper of an evaluation, or the given one, with TEST.SKIP_UNREADABLE."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        mapper = ClassificationMapper(cfg, is_train=False)
+    mapper = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+    return MarkUnreadable(mapper) if cfg.TEST.SKIP_UNREADABLE else mapper
+
+
 def _build_test_loader(
     cfg: CfgNode, name: str, dataset: Records | DatasetFromList, mapper: Callable | None
 ) -> DataLoader:
+    mapper = _build_mapper(cfg, mapper)
     if cfg.MODEL.LOAD_PROPOSALS:
         return build_detection_test_loader(cfg, name, mapper=mapper)
-    batch_size = 1
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
+    classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
     return build_detection_test_loader(
         dataset,
-        mapper=NamedErrors(mapper or DatasetMapper(cfg, is_train=False)),
+        mapper=mapper,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        batch_size=batch_size,
+        batch_size=cfg.TEST.IMS_PER_PROCESS if classifier else 1,
     )
+
+
+@dataclass
+class _Outcome:
+    """Of one data set.
+
+    Attributes:
+        metrics: by task; empty on other processes than the main one.
+        skipped: files of images that could not be read, likewise.
+        warnings: what changes the metrics, a line each, likewise.
+    """
+
+    metrics: dict
+    skipped: list[str]
+    warnings: list[str]
 
 
 class Evaluator:
     """Evaluates models on every data set of DATASETS.TEST, over all processes.
 
     The data sets and their ground truth are read once: the first evaluation loads them, unless
-    :meth:`load` has, and later ones find them in memory.
+    :meth:`prepare` has, and later ones find them in memory.
 
     Args:
         cfg: the config.
         guard: is asked before results.json is written.
+        warnings: what changes the numbers of all evaluations, a line each, for results.json.
     """
 
-    def __init__(self, cfg: CfgNode, guard: WriteGuard = NO_GUARD):
+    def __init__(self, cfg: CfgNode, guard: WriteGuard = NO_GUARD, warnings: Sequence[str] = ()):
         self.cfg = cfg
         self.guard = guard
+        self.warnings = warnings
         self._datasets: dict[str, Records | DatasetFromList] = {}
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
 
-    def load(self) -> None:
-        """Loads the data sets; all processes call it together.
+    def prepare(self) -> None:
+        """Makes sure that there can be an evaluation; all processes call it together.
 
         Raises:
-            UserError: if one cannot be loaded.
+            UserError: if a data set or its first image cannot be loaded, or its evaluator cannot
+                be made.
         """
+        self._load()
+        for name in self.cfg.DATASETS.TEST:
+            self._evaluator(self.cfg, name)
+            if comm.is_main_process() and len(self._datasets[name]):
+                _build_mapper(self.cfg)(self._datasets[name][0])
+
+    def _evaluator(self, cfg: CfgNode, name: str) -> DatasetEvaluator:
+        key = name, cfg.OUTPUT_DIR
+        if key not in self._evaluators:
+            self._evaluators[key] = build_evaluator(cfg, name)
+        return self._evaluators[key]
+
+    def _load(self) -> None:
         for name in self.cfg.DATASETS.TEST:
             if name not in self._datasets:
                 dicts = load_dataset_dicts(self.cfg, [name], train=False)
@@ -84,37 +125,38 @@ class Evaluator:
         self,
         model: nn.Module,
         *,
+        tta: bool = False,
         iteration: int | None = None,
         weights: str | None = None,
-        tta: bool = False,
-        images_seen: int | None = None,
+        **facts,
     ) -> dict[str, dict]:
         """Evaluates a model; prints and records the results.
 
         Args:
             model: takes Detectron2's inputs.
+            tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
             iteration: the last one that trained it, for results.json.
             weights: the file it comes from, for results.json; None in training.
-            tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
-            images_seen: in training, for results.json.
+            **facts: of a training for results.json, as :func:`record_results` has them.
 
         Returns:
             On the main process the metrics by task (by data set and task, if there are several
             data sets), otherwise an empty dict.
         """
         _share_buffers(model)
-        self.load()
-        results = {}
+        self._load()
+        outcomes = {}
         for name in self.cfg.DATASETS.TEST:
-            metrics = self._inference(self.cfg, model, name)
+            outcome = self._inference(self.cfg, model, name)
             if tta:
-                metrics = {**metrics, **self._inference_tta(model, name)}
+                outcome.metrics |= self._inference_tta(model, name)
             if comm.is_main_process():
-                if metrics:
-                    logger.info(f"Results:\n\n{markdown_tables(name, metrics)}\n")
-                results[name] = metrics
+                outcomes[name] = outcome
+                if outcome.metrics:
+                    logger.info(f"Results:\n\n{markdown_tables(name, outcome.metrics)}\n")
         if comm.is_main_process():
-            self._record(results, iteration=iteration, weights=weights, images_seen=images_seen)
+            self._record(outcomes, iteration=iteration, weights=weights, **facts)
+        results = {name: outcome.metrics for name, outcome in outcomes.items()}
         if len(results) == 1:
             (results,) = results.values()
         if comm.is_main_process():
@@ -123,16 +165,24 @@ class Evaluator:
 
     def _inference(
         self, cfg: CfgNode, model: nn.Module, name: str, mapper: Callable | None = None
-    ) -> dict:
+    ) -> _Outcome:
+        evaluator = self._evaluator(cfg, name)
         loader = _build_test_loader(cfg, name, self._datasets[name], mapper)
-        key = name, cfg.OUTPUT_DIR
-        if key not in self._evaluators:
-            self._evaluators[key] = build_evaluator(cfg, name)
+        loader = ReadableBatches(loader, evaluator)
         with autocast(cfg):
-            return inference_on_dataset(model, loader, self._evaluators[key]) or {}
+            metrics = inference_on_dataset(model, loader, evaluator) or {}
+        skipped = [file for part in comm.gather(loader.skipped) for file in part]
+        warnings = list(getattr(evaluator, "warnings", ()))
+        if skipped:
+            files = ", ".join(skipped[:SHOWN]) + (", ..." if len(skipped) > SHOWN else "")
+            warnings.append(
+                f"{name}: {len(skipped)} of {len(self._datasets[name])} images cannot be read, "
+                f"and count as missed (TEST.SKIP_UNREADABLE): {files}"
+            )
+        return _Outcome(metrics, skipped, warnings)
 
     def _inference_tta(self, model: nn.Module, name: str) -> dict:
-        """The same with test-time augmentation; its predictions go into a folder of their own."""
+        """Metrics with test-time augmentation; its predictions go into a folder of their own."""
         logger.info("Evaluating with test-time augmentation")
         cfg = self.cfg.clone()
         model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
@@ -140,11 +190,20 @@ class Evaluator:
         mapper = DatasetMapper(cfg, is_train=False, augmentations=[])
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))
-        results = self._inference(cfg, model, name, mapper)
-        return {f"{task}_TTA": metrics for task, metrics in results.items()}
+        metrics = self._inference(cfg, model, name, mapper).metrics
+        return {f"{task}_TTA": values for task, values in metrics.items()}
 
-    def _record(self, results: dict[str, dict], **facts) -> None:
-        given = {name: metrics for name, metrics in results.items() if metrics}
+    def _record(self, outcomes: dict[str, _Outcome], **facts) -> None:
+        given = {name: each for name, each in outcomes.items() if each.metrics or each.warnings}
+        for line in dict.fromkeys(line for each in given.values() for line in each.warnings):
+            logger.warning(line)
         if given:
-            ema = self.cfg.SOLVER.EMA.ENABLED
-            record_results(self.cfg.OUTPUT_DIR, given, ema=ema, guard=self.guard, **facts)
+            record_results(
+                self.cfg.OUTPUT_DIR,
+                {name: each.metrics for name, each in given.items()},
+                ema=self.cfg.SOLVER.EMA.ENABLED,
+                skipped={name: len(each.skipped) for name, each in given.items()},
+                warnings={n: [*self.warnings, *each.warnings] for n, each in given.items()},
+                guard=self.guard,
+                **facts,
+            )

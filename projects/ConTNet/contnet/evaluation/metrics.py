@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from contnet.evaluation.classification import top_ks
-from contnet.evaluation.coco import COCO_METRICS, coco_tasks
+from contnet.evaluation.coco import coco_class_names, coco_metrics, coco_tasks
 from contnet.utils.errors import UserError
 
 __all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
@@ -26,8 +26,9 @@ MAIN_METRICS = (
 
 
 def _coco_metrics(cfg: CfgNode, name: str) -> set[str]:
-    things = MetadataCatalog.get(name).get("thing_classes", [])
-    metrics = [*COCO_METRICS, *(f"AP-{each}" for each in things if len(things) > 1)]
+    things = coco_class_names(name)
+    metrics = coco_metrics(cfg.TEST.DETECTIONS_PER_IMAGE)
+    metrics += [f"AP-{each}" for each in things if len(things) > 1]
     return {f"{task}/{metric}" for task in coco_tasks(cfg) or [] for metric in metrics}
 
 

@@ -43,23 +43,23 @@ def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str
 
 
 def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
-    """Main metrics and, below, those of single classes, in GitHub's Markdown.
+    """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
 
     Args:
         dataset: its name.
         metrics: by task. Detectron2's evaluators name those of a class ``AP-person``.
     """
-    main, by_class = {}, {}
+    main, recalls, by_class = {}, {}, {}
     for task, values in metrics.items():
         for key, value in (values if isinstance(values, Mapping) else {"value": values}).items():
             if match := _OF_A_CLASS.fullmatch(key):
                 metric, name = match.groups()
                 by_class.setdefault(name, {})[f"{task} {metric}"] = value
             else:
-                main.setdefault(task, {})[key] = value
-    parts = ((dataset, main), ("class", by_class))
-    tables = [markdown_table(corner, rows) for corner, rows in parts]
-    return "\n\n".join(tables if by_class else tables[:1])
+                rows = recalls if key.startswith("AR") else main
+                rows.setdefault(task, {})[key] = value
+    parts = ((dataset, main), ("average recall", recalls), ("class", by_class))
+    return "\n\n".join(markdown_table(corner, rows) for corner, rows in parts if rows)
 
 
 def _plain(value: object) -> object:
@@ -107,6 +107,9 @@ def record_results(
     weights: str | None,
     ema: bool,
     images_seen: int | None = None,
+    loss: float | None = None,
+    skipped: Mapping[str, int] | None = None,
+    warnings: Mapping[str, Sequence[str]] | None = None,
     guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
@@ -118,6 +121,9 @@ def record_results(
         weights: the file of an evaluation alone; None for one of a training.
         ema: whether the weights were an EMA.
         images_seen: in training, the images that it has seen.
+        loss: of that iteration alone; None for an evaluation alone.
+        skipped: number of images that could not be read, by data set; 0 where it is not given.
+        warnings: what changes the metrics, a line each, by data set.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     seen = {} if images_seen is None else {"images_seen": images_seen}
@@ -128,7 +134,10 @@ def record_results(
             "dataset": dataset,
             "weights": weights,
             "ema": ema,
+            "loss": None if loss is None else {"total_loss": _plain(loss), "smoothed": False},
             "metrics": _plain(metrics),
+            "skipped_images": (skipped or {}).get(dataset, 0),
+            "warnings": list((warnings or {}).get(dataset, ())),
         }
         for dataset, metrics in results.items()
     ]

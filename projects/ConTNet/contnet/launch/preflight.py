@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
 
 from contnet.checkpoint.metadata import METADATA
@@ -18,8 +19,9 @@ from contnet.checkpoint.reading import read_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
 from contnet.data.pipeline.loader import micro_batch_size
-from contnet.data.validation.dataset import check_datasets
+from contnet.data.validation.dataset import check_datasets, has_truth
 from contnet.engine.resume import Before, refusal, resume_config, trainer_state
+from contnet.evaluation.build import check_evaluator
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import RunSettings
@@ -172,6 +174,16 @@ def _datasets(settings: RunSettings) -> list[str]:
     return list(dict.fromkeys(used))
 
 
+def _check_truth(settings: RunSettings) -> None:
+    """Checks that a training's test sets can tell how good it is."""
+    for name in () if settings.eval_only else settings.cfg.DATASETS.TEST:
+        if not has_truth(settings.cfg, name):
+            raise UserError(
+                f"data set {name} of DATASETS.TEST has no annotations to measure a training by: "
+                "leave it out; --eval-only writes the results on it for the evaluation server"
+            )
+
+
 def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
@@ -196,6 +208,10 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
     warnings = [] if settings.eval_only else _check_warmup(cfg)
     if data and settings.processes.environment.local_rank == 0:
         warnings += check_datasets(cfg, datasets)
+        _check_truth(settings)
+    for name in cfg.DATASETS.TEST:
+        if name in DatasetCatalog:
+            check_evaluator(name)
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -20,10 +21,25 @@ from contnet.evaluation.evaluate import Evaluator
 from contnet.launch.arguments import RunSettings
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
+from contnet.utils.logs import WithoutColours
 
 __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
+
+
+def _setup_loggers(folder: str) -> None:
+    """Has all libraries write to the screen and into log.txt, there without colours."""
+    rank = comm.get_rank()
+    # The first two as default_setup has them, which then finds them there.
+    loggers = [
+        setup_logger(folder, distributed_rank=rank, name="fvcore"),
+        setup_logger(folder, distributed_rank=rank),
+        setup_logger(folder, distributed_rank=rank, name="contnet"),
+    ]
+    for handler in (handler for each in loggers for handler in each.handlers):
+        if isinstance(handler, logging.StreamHandler) and not handler.stream.isatty():
+            handler.setFormatter(WithoutColours(handler.formatter))
 
 
 def _setup(settings: RunSettings) -> CfgNode:
@@ -37,8 +53,8 @@ def _setup(settings: RunSettings) -> CfgNode:
         cfg.defrost()
         cfg.SEED = comm.shared_random_seed()
         cfg.freeze()
+    _setup_loggers(cfg.OUTPUT_DIR)
     default_setup(cfg, settings)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="contnet")
     for note in settings.notes:
         logger.info(note)
     for warning in settings.warnings:
@@ -54,11 +70,13 @@ def _iteration(rest: dict) -> int | None:
     return trainer.get("iteration") if isinstance(trainer, dict) else None
 
 
-def _evaluate_only(cfg: CfgNode, resume: bool, launcher: LauncherHook) -> dict:
+def _evaluate_only(
+    cfg: CfgNode, resume: bool, launcher: LauncherHook, warnings: Sequence[str]
+) -> dict:
     model = build_model(cfg)
     launcher.watch(model)
-    evaluator = Evaluator(cfg, launcher.guard)
-    evaluator.load()
+    evaluator = Evaluator(cfg, launcher.guard, warnings)
+    evaluator.prepare()
     metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
     file = cfg.MODEL.WEIGHTS
@@ -80,12 +98,12 @@ def run(settings: RunSettings, launcher: LauncherHook | None = None) -> dict:
     launcher = launcher or LauncherHook()
     cfg = _setup(settings)
     if settings.eval_only:
-        return _evaluate_only(cfg, settings.resume, launcher)
+        return _evaluate_only(cfg, settings.resume, launcher, settings.warnings)
     if settings.resume and not has_last_checkpoint(cfg.OUTPUT_DIR):
         logger.warning(
             f"--resume finds no checkpoint in {cfg.OUTPUT_DIR}: starting from MODEL.WEIGHTS"
             f" {cfg.MODEL.WEIGHTS or '(empty)'}"
         )
-    trainer = Trainer(cfg, cfg.SEED, launcher, settings.scaled)
+    trainer = Trainer(cfg, cfg.SEED, launcher, settings.scaled, settings.warnings)
     trainer.resume_or_load(settings.resume)
     return trainer.fit()

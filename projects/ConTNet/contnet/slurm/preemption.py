@@ -54,7 +54,7 @@ class Preemption(LauncherHook):
     """Tells the watcher how the training goes; saves and leaves when a rank was signalled.
 
     At least one iteration is done in each attempt, so that signals alone cannot keep a job from
-    going forward. Before each evaluation all that it could lose is saved.
+    going forward.
 
     Args:
         watcher: of this process, which has joined the run's others.
@@ -97,10 +97,6 @@ class Preemption(LauncherHook):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        trainer = self.trainer
-        trainer.save_before_evaluation()
-        trainer.checkpointer.wait()
-        comm.synchronize()
-        self.watcher.progress(trainer.iter)
+        self.watcher.progress(self.trainer.iter)
         with self.watcher.evaluating():
             yield

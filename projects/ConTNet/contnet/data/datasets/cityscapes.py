@@ -15,7 +15,9 @@ from pathlib import Path
 
 import detectron2
 import shapely
+from cityscapesscripts.helpers.labels import name2label
 from detectron2.data import DatasetCatalog
+from PIL import Image
 
 __all__ = [
     "GT_FILES",
@@ -73,6 +75,22 @@ def sorted_scenes(records: Iterable[dict]) -> list[dict]:
     return sorted(records, key=lambda record: record["file_name"])
 
 
+def _has_labels(file: Path) -> bool:
+    """Whether a polygon file has an object that counts, and not only what frames an image."""
+    try:
+        objects = json.loads(file.read_text(encoding="utf-8"))["objects"]
+        names = {str(thing["label"]).removesuffix("group") for thing in objects}
+    except (LookupError, OSError, TypeError, ValueError):
+        return True  # what is wrong with it is told elsewhere
+    return any(name not in name2label or not name2label[name].ignoreInEval for name in names)
+
+
+def _image_record(image: Path) -> dict:
+    with Image.open(image) as file:
+        width, height = file.size
+    return {"file_name": str(image), "image_id": image.name, "height": height, "width": width}
+
+
 @dataclass(frozen=True)
 class CityscapesSource:
     """A data set of Detectron2's ``register_all_cityscapes``.
@@ -105,7 +123,7 @@ class CityscapesSource:
         digest = hashlib.sha256()
         versions = detectron2.__version__, shapely.__version__, shapely.geos_version_string
         digest.update(json.dumps([astuple(self), versions]).encode())
-        for root in (self.image_dir, self.gt_dir):
+        for root in filter(os.path.isdir, (self.image_dir, self.gt_dir)):
             for city in sorted(Path(root).iterdir()):
                 names = sorted(os.listdir(city)) if city.is_dir() else None
                 digest.update(json.dumps([city.name, names]).encode())
@@ -114,9 +132,20 @@ class CityscapesSource:
                         digest.update(hashlib.sha256((city / name).read_bytes()).digest())
         return digest.hexdigest()
 
+    def has_truth(self) -> bool:
+        """Whether its objects are known; of the split "test" Cityscapes publishes none."""
+        files = Path(self.gt_dir).glob("*/*_gtFine_polygons.json")
+        return Path(self.gt_dir).name != "test" or any(map(_has_labels, sorted(files)))
+
     def read(self) -> list[dict]:
-        """Its records, in the order of their names."""
+        """Its records, in the order of their names; of images alone where there is no truth."""
+        if not self.has_truth():
+            return [_image_record(scene.image) for scene in self.scenes()]
         return sorted_scenes(DatasetCatalog.get(self.name))
+
+    def scenes(self) -> list[Scene]:
+        """See :func:`find_scenes`."""
+        return find_scenes(self.image_dir, self.gt_dir, self.kind)
 
     def convert(self, content: list[dict]) -> tuple[list[dict], dict, list[str]]:
         """What is kept of them: see :meth:`contnet.data.datasets.coco.CocoSource.convert`."""

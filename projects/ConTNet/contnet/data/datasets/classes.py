@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from contnet.modeling.pspnet import SEGMENTORS
 
-__all__ = ["CLASS_KEYS", "IMAGE_LABELS", "dataset_class_names"]
+__all__ = ["CLASS_KEYS", "IMAGE_LABELS", "dataset_class_names", "distinct_class_names"]
 
 # What classification sets have, where others have objects or label maps.
 IMAGE_LABELS = "labels of images"
@@ -44,3 +44,19 @@ def dataset_class_names(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
     fact = "stuff_classes" if "label maps" in kinds else "thing_classes"
     known = (MetadataCatalog.get(name).get(fact) for name in names)
     return next((list(classes) for classes in known if classes), None)
+
+
+def distinct_class_names(names: Sequence[str], ids: Sequence[int]) -> list[str]:
+    """The names, with ``(id N)`` after those that several classes have.
+
+    Args:
+        names: of classes.
+        ids: of the same classes in the data set's file.
+    """
+    distinct = list(names)
+    while len(set(distinct)) < len(distinct):
+        distinct = [
+            f"{name} (id {number})" if distinct.count(name) > 1 else name
+            for name, number in zip(distinct, ids, strict=True)
+        ]
+    return distinct

@@ -54,6 +54,8 @@ def read_instances(file: str) -> dict:
     finally:
         if collecting:
             gc.enable()
+    if isinstance(content, dict):
+        content.setdefault("annotations", [])  # COCO's test sets have none
     for key in _LISTS:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

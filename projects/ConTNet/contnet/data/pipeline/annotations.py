@@ -352,9 +352,12 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
     for name in names:
         try:
             dicts = _load_records(cfg, name, filter_empty)
-            if dicts is None:
+            source = find_source(name)
+            if dicts is None and isinstance(source, CityscapesSource) and not source.has_truth():
+                dicts = source.read()
+            elif dicts is None:
                 dicts = get_detection_dataset_dicts(name, filter_empty=filter_empty)
-                if isinstance(find_source(name), CityscapesSource):
+                if isinstance(source, CityscapesSource):
                     dicts = sorted_scenes(dicts)
             every.append(dicts)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:

@@ -44,7 +44,12 @@ def _listing(folder: str) -> set[Path]:
 
 
 def check_layout(
-    image_dir: str, gt_dir: str, kind: str, findings: Findings, trained: bool = False
+    image_dir: str,
+    gt_dir: str,
+    kind: str,
+    findings: Findings,
+    trained: bool = False,
+    truth: bool = True,
 ) -> None:
     """Checks that every image has its files and that the polygons can be used.
 
@@ -54,6 +59,7 @@ def check_layout(
         kind: a key of ``GT_FILES``.
         findings: gets what is found.
         trained: the split is one of DATASETS.TRAIN.
+        truth: its objects are published; otherwise label files do not matter.
     """
     scenes = find_scenes(image_dir, gt_dir, kind)
     findings.facts.append(plural(len(scenes), "image"))
@@ -66,6 +72,10 @@ def check_layout(
     elif official:
         findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
     _check_strays(image_dir, findings)
+    if not truth:
+        tell = findings.error if trained else findings.note
+        tell("it has no labels that count, so that nothing can be learned or measured on it")
+        return
     present = _listing(gt_dir)
     paired, labels = set(), []
     for scene in scenes:

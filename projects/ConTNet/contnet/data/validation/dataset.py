@@ -27,7 +27,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets"]
+__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets", "has_truth"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -77,6 +77,8 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
         path = metadata.get(fact)
         if not path:
             continue
+        if fact == "gt_dir" and Path(path).name == "test" and not os.path.exists(path):
+            continue  # that of Cityscapes' server alone
         findings.facts.append(f"{what} {Path(path).resolve()}")
         if not os.path.exists(path):
             whole = False
@@ -109,7 +111,7 @@ def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findi
     if count == official:
         findings.facts.append(f"as many as {who} itself has")
         return
-    findings.note(
+    findings.warn(
         f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} itself has "
         f"{official[0]} and {official[1]}"
     )
@@ -187,6 +189,19 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     else:
         findings.note("it has a loader of its own, so that nothing of it is checked")
     return findings
+
+
+def has_truth(cfg: CfgNode, name: str) -> bool:
+    """Whether anything can be measured on a data set that has passed its checks.
+
+    Args:
+        cfg: as for :func:`check_dataset`.
+        name: of the data set; of one with a loader of its own that is not known, and True.
+    """
+    source = find_source(name)
+    if isinstance(source, CityscapesSource):
+        return source.has_truth()
+    return not isinstance(source, CocoSource) or examine_coco(cfg, name).objects > 0
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:

@@ -97,7 +97,7 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     if cache and (found := cache.recall_findings(asdict(use))):
         return found
     found, source = Findings(), find_source(name)
-    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained)
+    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained, source.has_truth())
     if cache and cache.is_current():
         with cache.lock() as writable:
             if writable:
