@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, verify_results
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
 from contnet.data.pipeline.annotations import load_dataset_dicts
-from contnet.data.pipeline.mappers import ClassificationMapper, NamedErrors
+from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
@@ -38,16 +38,14 @@ def _share_buffers(model: nn.Module) -> None:
 def _build_test_loader(
     cfg: CfgNode, name: str, dataset: Records | DatasetFromList, mapper: Callable | None
 ) -> DataLoader:
-    if cfg.MODEL.LOAD_PROPOSALS:
-        return build_detection_test_loader(cfg, name, mapper=mapper)
     batch_size = 1
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper, batch_size = ClassificationMapper(cfg, is_train=False), cfg.TEST.IMS_PER_PROCESS
+    mapper = NamedErrors(mapper or Mapper(cfg, is_train=False))
+    if cfg.MODEL.LOAD_PROPOSALS:
+        return build_detection_test_loader(cfg, name, mapper=mapper)
     return build_detection_test_loader(
-        dataset,
-        mapper=NamedErrors(mapper or DatasetMapper(cfg, is_train=False)),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        batch_size=batch_size,
+        dataset, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS, batch_size=batch_size
     )
 
 
@@ -135,7 +133,7 @@ class Evaluator:
         cfg = self.cfg.clone()
         model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
         # Views are made of the images as they are on the disk, each by one resizing.
-        mapper = DatasetMapper(cfg, is_train=False, augmentations=[])
+        mapper = Mapper(cfg, is_train=False, augmentations=[])
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))
         results = self._inference(cfg, model, name, mapper)
