@@ -130,6 +130,7 @@ class Drawn:
             "MODEL.ROI_HEADS.NUM_CLASSES": 3,
         }
         values = [str(each) for pair in own.items() for each in pair]
+        values += ["DATASETS.CHECK_IMAGES", "none"]  # they are empty files
         self.cfg = load_config(LEAF, [*SMALL, *values, *options])
         register_datasets(self.cfg)
 

@@ -1,16 +1,27 @@
 """Decoding of images, and what a run says of those that are broken."""
 
+import io
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.detection_utils import read_image as detectron2_labels
 from image_folders import KEY, LEAF
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from contnet.data.pipeline.images import read_image
+from contnet.config import add_contnet_config
+from contnet.data.findings import ERROR, WARNING
+from contnet.data.pipeline.images import read_image, read_labels, read_pixels
+from contnet.data.pipeline.mappers import ClassificationMapper, FastMapper, Mapper
+from contnet.data.validation.images import ImageRules, inspect_image, inspect_pixels
 from contnet.launch.main import main
 from contnet.utils.errors import UserError
 
@@ -19,19 +30,6 @@ pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- pixels --------------------------------------------------------------------------------------
-
-ORIENTATIONS = range(1, 9)
-# What undoes each orientation, by numpy.
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
 
 
 @pytest.fixture
@@ -48,8 +46,8 @@ def decode(path: Path) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def far(one: np.ndarray, other: object) -> int:
-    other = np.asarray(other).astype(int)
+def far(one: object, other: object) -> int:
+    one, other = (np.asarray(each).astype(int) for each in (one, other))
     assert one.shape == other.shape
     return int(np.abs(one - other).max())
 
@@ -58,15 +56,157 @@ def grey(picture: Image.Image) -> np.ndarray:
     return np.repeat(np.asarray(picture.convert("L"))[..., None], 3, axis=2)
 
 
-@pytest.mark.parametrize("number", ORIENTATIONS)
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_exif_turns(picture, tmp_path, number, ending):
+def settings(*options: str) -> CfgNode:
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    cfg.merge_from_list(["INPUT.FORMAT", "RGB", *options])
+    return cfg
+
+
+def by_shard(path: Path) -> np.ndarray:
+    shard = path.with_suffix(".tar")
+    shard.write_bytes(b"before" + path.read_bytes())
+    place = {"offset": 6, "size": path.stat().st_size}
+    return read_image({"file_name": str(shard), "image_id": path.stem, **place})
+
+
+def by_mapper(mapper: Callable, **record: object) -> Callable[[Path], np.ndarray]:
+    def read(path: Path) -> np.ndarray:
+        image = mapper({"file_name": str(path), **record})["image"]
+        return image.permute(1, 2, 0).numpy()
+
+    return read
+
+
+def by_doctor(path: Path) -> Image.Image:
+    decoded, _ = inspect_pixels({"file_name": str(path)}, RULES)
+    return decoded.image.convert("RGB")
+
+
+# Whatever reads an image, in RGB. Nothing is resized.
+READERS = {
+    "files": lambda path: read_image({"file_name": str(path)}),
+    "shards": by_shard,
+    "arrays": lambda path: read_pixels({"file_name": str(path)}, "RGB"),
+    "BGR": lambda path: read_pixels({"file_name": str(path)}, "BGR")[..., ::-1],
+    "training": by_mapper(FastMapper(settings(), augmentations=[]), annotations=[]),
+    "evaluation": by_mapper(Mapper(settings(), is_train=False, augmentations=[])),
+    "the doctor": lambda path: inspect_pixels({"file_name": str(path)}, RULES)[0].image.convert(
+        "RGB"
+    ),
+}
+RULES = ImageRules.from_config(settings())
+FILES = {
+    "jpg": {"quality": 95},
+    "png": {},
+    "webp": {"lossless": True},
+    "tif": {},
+    "lzw.tif": {"compression": "tiff_lzw"},
+    "deflate.tif": {"compression": "tiff_adobe_deflate"},
+    "jpeg.tif": {"compression": "jpeg"},
+}
+
+
+def assert_all_read(path: Path, expected: object) -> None:
+    assert [name for name, read in READERS.items() if far(read(path), expected)] == []
+
+
+def reference(path: Path) -> Image.Image:
+    """As Pillow turns it."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("ending", "number"),
+    [
+        *itertools.product(FILES, range(1, 9)),
+        *itertools.product(["jpg", "png", "webp", "tif"], [0, 9]),  # of no meaning
+    ],
+)
+def test_exif_turns(picture, tmp_path, ending, number):
     exif = Image.Exif()
     exif[0x0112] = number
-    options = {"quality": 95} if ending != "webp" else {"lossless": True}
-    picture.save(tmp_path / f"p.{ending}", exif=exif.tobytes(), **options)
-    stored = np.asarray(picture)
-    assert far(decode(tmp_path / f"p.{ending}"), UPRIGHT[number](stored)) <= 8
+    path = tmp_path / f"p.{ending}"
+    picture.save(path, exif=exif, **FILES[ending])
+    assert_all_read(path, reference(path))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif", "lzw.tif", "deflate.tif"])
+def test_exif_turns_16_bits(picture, tmp_path, number, ending):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    turned, whole = tmp_path / f"p.{ending}", tmp_path / "whole.png"
+    shallow = picture.convert("L")
+    deep = Image.fromarray(np.asarray(shallow).astype(np.uint16) * 257)
+    deep.save(turned, exif=exif, **FILES[ending])
+    shallow.save(whole, exif=exif)
+    assert_all_read(turned, reference(whole))
+
+
+def test_orientation_in_the_xmp_of_a_png(picture, tmp_path):
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    picture.save(tmp_path / "p.png", pnginfo=info)
+    assert reference(tmp_path / "p.png").size == picture.size[::-1]
+    assert far(decode(tmp_path / "p.png"), reference(tmp_path / "p.png")) == 0
+
+
+@pytest.mark.parametrize("first", [1, 6])
+def test_exif_that_is_there_twice(picture, tmp_path, first):
+    """Editors leave the camera's beside their own."""
+    parts = []
+    for number in (first, 8):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=95, exif=exif)
+        data = file.getvalue()
+        start = data.index(b"\xff\xe1")
+        length = int.from_bytes(data[start + 2 : start + 4], "big") + 2
+        parts.append(data[start : start + length])
+    picture.save(file := io.BytesIO(), "JPEG", quality=95)
+    path = tmp_path / "p.jpg"
+    path.write_bytes(file.getvalue()[:2] + b"".join(parts) + file.getvalue()[2:])
+    assert far(decode(path), reference(path)) == 0
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif", "mpo"])
+def test_the_first_frame_is_taken_and_the_doctor_says_so(picture, tmp_path, ending):
+    path = tmp_path / f"p.{ending}"
+    other = picture.transpose(Image.Transpose.ROTATE_180)
+    picture.save(path, save_all=True, append_images=[other])
+    assert_all_read(path, reference(path))
+    notes = [finding.kind for finding in inspect_image({"file_name": str(path)}, RULES)]
+    # The second view of a camera is no frame.
+    assert any("frames or pages" in note for note in notes) == (ending != "mpo")
+
+
+COLOURS = {
+    "1": "png tif",
+    "L": "png tif jpg",
+    "LA": "png tif",
+    "P": "png gif tif",
+    "PA": "tif",
+    "RGBA": "png tif webp",
+    "CMYK": "jpg tif",
+    "YCbCr": "tif jpg",
+    "LAB": "tif",
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"), [(mode, e) for mode, endings in COLOURS.items() for e in endings.split()]
+)
+def test_colours_are_pillows(picture, tmp_path, mode, ending):
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    source = picture if mode in ("LA", "RGBA", "PA") else picture.convert("RGB")
+    if mode == "PA":
+        source = source.convert("P")
+    path = tmp_path / f"p.{ending}"
+    source.convert(mode).save(path)
+    assert_all_read(path, reference(path))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"])
@@ -92,15 +232,89 @@ def test_grey(picture, tmp_path, mode):
         assert far(decode(tmp_path / "p.jpg"), grey(stored)) <= 8
 
 
-@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_grey_in_16_bits(picture, tmp_path, ending):
-    values = np.asarray(picture.convert("L")).astype(np.uint16) * 257
-    if ending == "pgm":
+def save_deep(values: np.ndarray, path: Path) -> None:
+    """Writes grey values of 16 bits."""
+    if path.suffix == ".pgm":
         head = f"P5 {values.shape[1]} {values.shape[0]} 65535\n".encode()
-        (tmp_path / "p.pgm").write_bytes(head + values.astype(">u2").tobytes())
+        path.write_bytes(head + values.astype(">u2").tobytes())
+    elif "I;16B" in path.name:
+        Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()).save(path)
     else:
-        Image.fromarray(values).save(tmp_path / f"p.{ending}")
-    assert far(decode(tmp_path / f"p.{ending}"), grey(picture)) == 0
+        kind = np.int32 if "32" in path.name else np.uint16
+        Image.fromarray(values.astype(kind)).save(path)
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.tif", "p.pgm", "I;16B.tif", "32.tif"])
+def test_grey_in_16_bits(picture, tmp_path, name):
+    grey = np.asarray(picture.convert("L")).astype(np.uint16)
+    for values in (grey * 257, grey * 256, grey * 256 + 255):
+        save_deep(values, tmp_path / name)
+        assert_all_read(tmp_path / name, np.repeat(grey[..., None], 3, 2))
+
+
+def test_colours_in_16_bits(picture, tmp_path):
+    values = np.asarray(picture).astype(np.uint16) * 257
+    cv2.imwrite(str(tmp_path / "p.png"), values[..., ::-1])
+    assert_all_read(tmp_path / "p.png", picture)
+
+
+@pytest.mark.parametrize(
+    ("peak", "dark"), [(4095, True), (4096, False), (65535, False), (0, False)]
+)
+def test_12_bits_in_16_are_warned_about(tmp_path, peak, dark):
+    save_deep(np.linspace(0, peak, 48, dtype=np.uint16).reshape(6, 8), tmp_path / "p.png")
+    found = inspect_image({"file_name": str(tmp_path / "p.png")}, RULES)
+    warned = [finding.example for finding in found if finding.severity == WARNING]
+    assert warned == [f"{tmp_path / 'p.png'} (largest value {peak})"] * dark
+
+
+def test_label_maps_stay_as_they_are(tmp_path):
+    values = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    for number, image in enumerate((Image.fromarray(values), Image.fromarray(values.astype("u2")))):
+        path = tmp_path / f"{number}.png"
+        image.save(path)
+        assert np.array_equal(read_labels(str(path)), values)
+        assert np.array_equal(read_labels(str(path)), detectron2_labels(str(path), "L")[..., 0])
+
+
+# --- size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("limit", [0, 63, 64, 65])
+def test_the_limit_of_pixels_is_that_of_the_config(tmp_path, monkeypatch, limit):
+    """Whatever Pillow's own is."""
+    path = tmp_path / "p.png"
+    Image.new("RGB", (8, 8)).save(path)
+    record = {"file_name": str(path)}
+    cfg = settings("INPUT.MAX_PIXELS", str(limit), "INPUT.CLASSIFIER.SCALE", "[1.0, 1.0]")
+    readers = [
+        lambda: FastMapper(cfg, augmentations=[])(record),
+        lambda: Mapper(cfg, is_train=False, augmentations=[])(record),
+        lambda: ClassificationMapper(cfg, is_train=True)(record),
+        lambda: ClassificationMapper(cfg, is_train=False)(record),
+        lambda: read_labels(str(path), limit),
+    ]
+    for pillows in (1, 40):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+        for read in readers:
+            if limit == 63:
+                said = rf"{path}.*it has 8x8 pixels, more than INPUT.MAX_PIXELS 63"
+                with pytest.raises(UserError, match=said):
+                    read()
+            else:
+                read()
+            assert pillows == Image.MAX_IMAGE_PIXELS
+        found = inspect_image(record, ImageRules.from_config(cfg))
+        assert [finding.severity for finding in found] == [ERROR] * (limit == 63)
+
+
+def test_the_limit_is_pillows_by_default(tmp_path):
+    assert settings().INPUT.MAX_PIXELS in (
+        2 * Image.MAX_IMAGE_PIXELS,
+        2 * Image.MAX_IMAGE_PIXELS + 1,
+    )
+    assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3
 
 
 @pytest.mark.parametrize("transparent", [False, True])
@@ -160,9 +374,10 @@ def broken_run(root, tmp_path) -> list[str]:
     """The command line of a run, of whose images some are broken."""
     for folder in (root / "imagenet" / "train").iterdir():
         folder.joinpath("0.JPEG").write_bytes(b"broken")
+    unseen = "DATASETS.CHECK_IMAGES none"
     small = "MODEL.DEVICE cpu SOLVER.IMS_PER_BATCH 8 SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1"
     more = f"INPUT.CLASSIFIER.SIZE 32 OUTPUT_DIR {tmp_path}/run"
-    return ["--config-file", LEAF, KEY, "3", *small.split(), *more.split()]
+    return ["--config-file", LEAF, KEY, "3", *f"{unseen} {small} {more}".split()]
 
 
 def assert_broken_image_is_told(root: Path, errors: str) -> None:

@@ -1,7 +1,9 @@
 """Our mapper against Detectron2's: the same dict and draws; pixels within one level."""
 
 import copy
+import struct
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,16 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as rle
+from torch.utils.data import DataLoader, Dataset
 
 from contnet.config import add_contnet_config
-from contnet.data.pipeline.mappers import FastMapper, build_train_mapper
+from contnet.data.pipeline.mappers import (
+    FastMapper,
+    Mapper,
+    NamedErrors,
+    build_train_mapper,
+)
+from contnet.utils.errors import UserError, print_error
 from contnet.utils.seed import seed_everything
 
 HEIGHT, WIDTH = 90, 121
@@ -190,47 +199,82 @@ def test_equals_detectron2_on_other_annotations(record, options, annotations):
     compare(*both(*LARGE, *options), {**record, "annotations": annotations})
 
 
-ROTATED = {"augmentations": [T.RandomRotation((-30, 30)), T.RandomFlip()]}
+AUGMENTATIONS = {
+    "resize": lambda: [T.ResizeShortestEdge(61, 300)],
+    "flip": lambda: [T.RandomFlip(prob=1.0)],
+    "vertical flip": lambda: [T.RandomFlip(prob=1.0, horizontal=False, vertical=True)],
+    "rotation": lambda: [T.RandomRotation((-30, 30))],
+    "crop": lambda: [T.RandomCrop("relative_range", (0.5, 0.6)), T.ResizeShortestEdge(61, 300)],
+    "jitter": lambda: [T.ResizeScale(0.5, 1.5, 128, 128), T.FixedSizeCrop((128, 128))],
+    "extent": lambda: [T.RandomExtent((0.6, 1.2), (0.2, 0.2))],
+}
+KINDS = {"boxes": [], "polygons": MASKS, "bitmasks": BITMASKS, "keypoints": KEYPOINTS}
 
 
-@pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS])
-@pytest.mark.parametrize(
-    ("options", "augmentations"),
-    [
-        ([*LARGE], {}),
-        ([*LARGE, *MASKS], {}),
-        ([*SMALL, *MASKS, *CROP], {}),
-        ([*LARGE, *BITMASKS], {}),
-        ([*SMALL, *MASKS, "INPUT.RANDOM_FLIP", "vertical"], {}),
-        ([*MASKS, *KEYPOINTS, *LARGE], {}),
-        (MASKS, ROTATED),
-    ],
-    ids=str,
-)
-def test_whole_numbers_are_coordinates_like_any(record, options, augmentations, mode):
+def boxes_as(annotations, form):
+    """The same annotations, their boxes of another form."""
+    for each in annotations:
+        x, y, width, height = each["bbox"]
+        box, mode = {
+            "XYWH": (each["bbox"], BoxMode.XYWH_ABS),
+            "XYXY": ([x, y, x + width, y + height], BoxMode.XYXY_ABS),
+            "rotated": ([x + width, y + height, width, height, 30], BoxMode.XYWHA_ABS),
+            "array": (np.array(each["bbox"]), BoxMode.XYWH_ABS),
+        }[form]
+        yield {**each, "bbox": box, "bbox_mode": mode}
+
+
+def as_floats(annotations):
+    """The same annotations, all numbers written with a point."""
+    for each in annotations:
+        floats = {**each, "bbox": [float(number) for number in each["bbox"]]}
+        if "segmentation" in each:
+            floats["segmentation"] = [[float(n) for n in part] for part in each["segmentation"]]
+        if "keypoints" in each:
+            floats["keypoints"] = [float(number) for number in each["keypoints"]]
+        yield floats
+
+
+@pytest.mark.parametrize("form", ["XYWH", "XYXY", "rotated", "array"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mapper", [Mapper, FastMapper])
+def test_whole_numbers_are_coordinates_like_any(record, mapper, kind, augmentation, form):
     """Detectron2 would cut what it makes of them to whole numbers, by almost a pixel."""
-    whole = draw_objects(whole=True, keypoints="MODEL.KEYPOINT_ON" in options)
-    mapper, _ = both(*options, **augmentations)
-    for annotations in (whole, [*whole[:2], *draw_objects(keypoints="keypoints" in whole[0])[2:]]):
-        annotations = [{**each, "bbox_mode": mode} for each in annotations]
-        if mode == BoxMode.XYXY_ABS:
-            for each in annotations:
-                x, y, width, height = each["bbox"]
-                each["bbox"] = [x, y, x + width, y + height]
-        floats = [
-            {
-                **each,
-                "bbox": [float(number) for number in each["bbox"]],
-                "segmentation": [[float(n) for n in part] for part in each["segmentation"]],
-            }
-            for each in annotations
-        ]
-        for seed in range(4):
-            seed_everything(seed)
-            found = mapper({**record, "annotations": annotations})["instances"]
-            seed_everything(seed)
-            expected = mapper({**record, "annotations": floats})["instances"]
-            assert_same_instances(found, expected)
+    whole = draw_objects(whole=True, keypoints=kind == "keypoints")
+    if kind == "keypoints":
+        for each in whole:
+            each["keypoints"] = [int(number) for number in each["keypoints"]]
+    some = [*whole[:2], *draw_objects(keypoints=kind == "keypoints")[2:]]
+    mapper = mapper(settings(*KINDS[kind]), augmentations=AUGMENTATIONS[augmentation]())
+    for given in (whole, some):
+        annotations = list(boxes_as(given, form))
+        for seed in range(2):
+            made = []
+            for each in (annotations, list(as_floats(annotations))):
+                seed_everything(seed)
+                made.append(mapper({**record, "annotations": each})["instances"])
+            assert len(made[0]) and made[0].get_fields().keys() == made[1].get_fields().keys()
+            assert_same_instances(*made)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("mapper", [Mapper, FastMapper])
+def test_proposals_of_whole_numbers(record, mapper, is_train, augmentation):
+    cfg = settings("MODEL.LOAD_PROPOSALS", "True")
+    augmentations = AUGMENTATIONS[augmentation]()
+    mapper = mapper(cfg, is_train=is_train, augmentations=augmentations)
+    record["proposal_objectness_logits"] = np.array([3, 1])
+    for mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        made = []
+        for kind in (int, float):
+            boxes = np.array([[21, 12, 70, 43], [10, 20, 95, 70]], kind)
+            seed_everything(0)
+            given = {**record, "proposal_boxes": boxes, "proposal_bbox_mode": mode}
+            made.append(mapper(given)["proposals"])
+        assert len(made[0])
+        assert_same_instances(*made)
 
 
 def test_arrays_in_a_record_stay_as_they_are(record):
@@ -271,6 +315,20 @@ def test_proposals(record):
     assert len(ours["proposals"]) == 2
 
 
+@pytest.mark.parametrize("image_format", ["BGR", "RGB", "L", "YUV-BT.601"])
+def test_evaluation_is_detectron2s_to_the_bit(record, image_format):
+    cfg = settings("INPUT.FORMAT", image_format, "INPUT.MIN_SIZE_TEST", "57")
+    for augmentations in ({}, {"augmentations": []}):
+        mappers = [kind(cfg, is_train=False, **augmentations) for kind in (Mapper, DatasetMapper)]
+        compare(*mappers, record, seeds=1, exact=True)
+
+
+@pytest.mark.parametrize("options", [LARGE, [*SMALL, *MASKS, *CROP]], ids=str)
+def test_the_mapper_of_evaluation_trains_as_detectron2s(record, options):
+    cfg = settings(*options)
+    compare(Mapper(cfg), DatasetMapper(cfg), record, exact=True)
+
+
 def test_for_testing(record):
     ours, _ = compare(*both(is_train=False), record)
     assert "annotations" not in ours and "instances" not in ours
@@ -293,6 +351,72 @@ def test_other_kinds_of_images_to_the_bit_where_nothing_is_resized(record, tmp_p
     record["file_name"] = draw(tmp_path / name, mode)
     mappers = both(augmentations=[T.RandomFlip(), T.RandomCrop("absolute", (50, 60))])
     compare(*mappers, record, exact=True)
+
+
+class Failing:
+    """A mapper that fails for one image, in whatever way."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, record):
+        if record["file_name"] == "bad.jpg":
+            raise self.error
+        return record
+
+
+class Listed(Dataset):
+    """Records through a mapper, as the loaders take them."""
+
+    def __init__(self, mapper):
+        self.mapper = NamedErrors(mapper)
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        return self.mapper({"file_name": ["a.jpg", "bad.jpg", "c.jpg"][number]})
+
+
+ERRORS = [
+    OSError("broken"),
+    ValueError("two\nlines"),
+    KeyError("bbox"),
+    IndexError(),
+    MemoryError(),
+    cv2.error("resize failed"),
+    ZeroDivisionError("by zero"),
+    AssertionError(),
+    RuntimeError("no memory"),
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "reason"),
+    struct.error("unpack"),
+    SizeMismatchError("other size"),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_goes_wrong_names_the_image_in_one_line(capsys, error, workers):
+    loader = DataLoader(Listed(Failing(error)), num_workers=workers, collate_fn=list)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    print_error(caught.value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: bad.jpg cannot be loaded ({type(error).__name__}")
+
+
+def test_annotations_that_cannot_be_taken_name_the_image_and_the_place(record):
+    record["annotations"][2]["segmentation"] = [["x", "y"]]
+    mapper = NamedErrors(FastMapper(settings(*MASKS)))
+    with pytest.raises(UserError, match=rf"{record['file_name']} .*ValueError.*\.py line \d+"):
+        mapper(record)
+
+
+def test_a_broken_label_map_is_named(record, tmp_path):
+    record["sem_seg_file_name"] = str(tmp_path / "labels.png")
+    (tmp_path / "labels.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"the label map .*labels.png cannot be read"):
+        NamedErrors(FastMapper(settings()))(record)
 
 
 def test_an_image_of_another_size(record):

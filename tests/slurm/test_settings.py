@@ -35,9 +35,32 @@ def test_cluster_file_is_found_by_name(slurm, here, monkeypatch, tmp_path):
     assert "#SBATCH --time=720" in slurm.sent
 
 
+def test_paths_of_a_cluster_file_are_written_out(slurm, here, monkeypatch, tmp_path):
+    """The shell of the job does not see them, but for the container and set-up commands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/data")
+    content = {
+        "python": "~/venv/bin/python",
+        "container": "apptainer exec --bind $TMP_OF_JOB",
+        "setup": ["cd $TMP_OF_JOB"],
+        "sbatch": {"chdir": "$DATA/work", "comment": "5$"},
+        "srun": {"prolog": "~/prolog"},
+    }
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(content))
+    argv = ["--config-file", LEAF, "--assume-shared", *GPU, "--timeout-hours", "1"]
+    assert main([*argv, "--cluster-file", "~/ours.yaml", "OUTPUT_DIR", "a"]) == 0
+    sent = "\n".join(slurm.sent)
+    for text in ("--chdir=/data/work", "--comment='5$'", f"--prolog={tmp_path}/prolog"):
+        assert text in sent
+    assert f"--bind $TMP_OF_JOB {tmp_path}/venv/bin/python" in sent
+    assert "\ncd $TMP_OF_JOB\n" in sent
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("python: $NOT_SET/python", "python is '$NOT_SET/python', but the environment variable"),
+        ("srun: {chdir: $NOT_SET}", "srun chdir is '$NOT_SET', but the environment variable"),
         ("partitoin: gpu", "no key partitoin, the nearest is partition"),
         ("mem_gb: lots", "mem_gb is 'lots', it must be a number"),
         ("setup: {a: b}", "setup is {'a': 'b'}, it must be a list of texts"),

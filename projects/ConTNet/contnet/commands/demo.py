@@ -16,12 +16,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    MetadataCatalog,
-    build_detection_test_loader,
-    detection_utils,
-)
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from contnet.checkpoint.checkpointer import Checkpointer
@@ -30,6 +25,8 @@ from contnet.checkpoint.names import FINAL
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.data.pipeline.images import read_pixels
+from contnet.data.pipeline.mappers import Mapper
 from contnet.engine.writers import read_metrics
 from contnet.launch.main import main as train
 from contnet.launch.preflight_config import load_checked_config
@@ -73,7 +70,7 @@ def _pictures(cfg: CfgNode) -> list[ReportImage]:
     records = load_dataset_dicts(cfg, cfg.DATASETS.TEST, train=False)[:_PICTURES]
     metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
     Checkpointer(model, metadata=metadata).load(str(Path(cfg.OUTPUT_DIR, f"{FINAL}.pth")))
-    loader = build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
+    loader = build_detection_test_loader(records, mapper=Mapper(cfg, is_train=False))
     pictures = []
     with torch.no_grad():
         for record, inputs in zip(records, loader, strict=True):
@@ -81,7 +78,7 @@ def _pictures(cfg: CfgNode) -> list[ReportImage]:
             pictures.append(
                 ReportImage(
                     name=Path(record["file_name"]).name,
-                    image=detection_utils.read_image(record["file_name"], "RGB"),
+                    image=read_pixels(record, "RGB", cfg.INPUT.MAX_PIXELS),
                     views={
                         "Ground truth": _ground_truth(record),
                         "Detections": _detections(output["instances"]),

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from tqdm import tqdm
 
 from contnet.commands.parsing import add_workers_option, check_positive
-from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
-from contnet.data.datasets.classification import ClassificationSource, read_set
-from contnet.data.datasets.coco import CocoSource
-from contnet.data.datasets.register import find_source
-from contnet.data.findings import ERROR, FACT, NOTE, WARNING, Finding, Findings
-from contnet.data.validation.cityscapes import inspect_images
+from contnet.data.findings import ERROR, NOTE, WARNING, Findings
 from contnet.data.validation.classes import check_classes
-from contnet.data.validation.dataset import check_dataset
-from contnet.data.validation.images import find_listed, inspect_image, inspect_listed
+from contnet.data.validation.dataset import examine_dataset
+from contnet.data.validation.images import look_at_images
 from contnet.launch.arguments import config_parser, configure
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
@@ -36,43 +26,6 @@ official data sets and harmless oddities are NOTES: the exit status is 0.
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
 """
-
-
-def _in_parallel(
-    function: Callable[[object], list[Finding]], items: Sequence, name: str, workers: int
-) -> Iterable[list[Finding]]:
-    """Results in the order of the items, with a progress bar where there is a terminal."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        chunk = max(1, min(128, len(items) // (4 * workers)))
-        results = pool.map(function, items, chunksize=chunk)
-        yield from tqdm(results, desc=name, total=len(items), unit="image", disable=None)
-
-
-def _look_at_images(cfg: CfgNode, name: str, workers: int, findings: Findings) -> None:
-    match find_source(name):
-        case CocoSource():
-            function = partial(inspect_listed, mode=cfg.INPUT.FORMAT)
-            items = find_listed(name)
-        case CityscapesSource(_, image_dir, gt_dir, kind):
-            function = inspect_images
-            items = find_scenes(image_dir, gt_dir, kind)
-        case ClassificationSource() as source:
-            function = inspect_image
-            items = read_set(source, Findings()).records
-        case _:
-            return
-    facts = Counter()
-    for found in _in_parallel(function, items, name, workers):
-        for finding in found:
-            if finding.severity == FACT:
-                facts[finding.kind] += 1
-            else:
-                findings.add(*finding)
-    findings.facts.append(f"{plural(len(items), 'image')} opened")
-    if facts:
-        findings.facts.append(
-            "of these " + ", ".join(f"{count} {what}" for what, count in sorted(facts.items()))
-        )
 
 
 def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
@@ -91,11 +44,12 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
-    found = {name: check_dataset(cfg, name) for name in names}
+    examined = {name: examine_dataset(cfg, name) for name in names}
+    found = {name: findings for name, (findings, _) in examined.items()}
     check_classes(cfg, found)
-    for name, findings in found.items():
-        if findings.classes:  # it could be read
-            _look_at_images(cfg, name, workers, findings)
+    for name, (findings, look) in examined.items():
+        if look:
+            look_at_images(look.inspect, look.find_all(), name, findings, workers)
     return found
 
 

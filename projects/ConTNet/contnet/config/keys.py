@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_contnet_config"]
+__all__ = ["MAX_PIXELS", "add_contnet_config"]
+
+# Twice Pillow's Image.MAX_IMAGE_PIXELS, from where on it warns.
+MAX_PIXELS = 178_956_970
 
 
 def add_contnet_config(cfg: CfgNode) -> None:
@@ -176,6 +179,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # bilinear or bicubic.
     cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bilinear"
 
+    # Most pixels (width x height) of an image; a larger one is refused. 0: no limit. The default is
+    # where Pillow refuses.
+    cfg.INPUT.MAX_PIXELS = MAX_PIXELS
+
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
@@ -193,6 +200,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # If the first set of a run is one of these, the model's number of classes is that of its
     # file or folder, unless the config file itself (not its _BASE_) or the command line sets it.
     cfg.DATASETS.REGISTER = []
+    # Images that are opened before a run starts, and compared with their annotations: first (8 of
+    # each set), all, or none.
+    cfg.DATASETS.CHECK_IMAGES = "first"
     # Folder where annotations are kept once they have been read, for other processes and later
     # starts (docs/data.md). "auto": $XDG_CACHE_HOME/contnet, or ~/.cache/contnet. "": none, each
     # process reads them anew.

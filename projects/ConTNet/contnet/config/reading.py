@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from fvcore.common.config import BASE_KEY
 
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import config_error, flatten, get_value
+from contnet.config.paths import expand_path
 from contnet.config.values import check_values
 from contnet.utils.errors import UserError
 from contnet.utils.text import nearest
 
 __all__ = ["is_set", "load_config", "load_finished_config", "set_level"]
 
+# Keys of paths, beside DATASETS.REGISTER: one, or a list of them.
+_PATHS = (
+    "DATASETS.CACHE_DIR",
+    "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PROPOSAL_FILES_TRAIN",
+    "MODEL.WEIGHTS",
+    "OUTPUT_DIR",
+)
+
+
+class _Yaml(CfgNode):
+    """Config files whose ``_BASE_`` may have environment variables."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        file = super()._open_cfg(filename)
+        content = yaml.safe_load(file)
+        file.seek(0)
+        bases = content.get(BASE_KEY) if isinstance(content, dict) else None
+        if "$" not in str(bases):
+            return file
+        file.close()
+        where = f"{filename}: {BASE_KEY}"
+        if isinstance(bases, list):
+            content[BASE_KEY] = [expand_path(str(each), where) for each in bases]
+        else:
+            content[BASE_KEY] = expand_path(str(bases), where)
+        return io.StringIO(yaml.safe_dump(content))
+
 
 def _read_yaml(config_file: str) -> dict:
     """The content of a config file merged over its ``_BASE_``."""
+    config_file = expand_path(config_file, "--config-file")
     if not config_file:
         raise UserError("no config file is given, give one of configs/ with --config-file")
     if not os.path.isfile(config_file):
         raise config_error(f"the config file {config_file} does not exist")
     try:
-        content = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        content = _Yaml.load_yaml_with_base(config_file, allow_unsafe=False)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
@@ -103,13 +137,24 @@ def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, object]]:
     return zip(opts[::2], opts[1::2], strict=True)
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+def _expand_paths(cfg: CfgNode) -> None:
+    """Writes out variables and home folders in all paths; those of data sets become absolute."""
+    for key in _PATHS:
+        parent, _, name = key.rpartition(".")
+        node = get_value(cfg, parent) if parent else cfg
+        if isinstance(node[name], str):
+            node[name] = expand_path(node[name], key)
+        else:
+            node[name] = tuple(expand_path(str(each), key) for each in node[name])
+    cfg.DATASETS.REGISTER = [
+        [name, *(os.path.abspath(expand_path(path, "DATASETS.REGISTER")) for path in paths)]
+        for name, *paths in cfg.DATASETS.REGISTER
+    ]
 
 
 def _read_own(config_file: str) -> dict:
     """The content of a config file without its ``_BASE_``."""
-    with open(config_file, encoding="utf-8") as file:
+    with open(expand_path(config_file, "--config-file"), encoding="utf-8") as file:
         content = yaml.safe_load(file)
     return content if isinstance(content, dict) else {}
 
@@ -143,7 +188,7 @@ def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
     folder = os.path.dirname(config_file)
     levels = []
     for base in [bases] if isinstance(bases, str) else bases:
-        level = set_level(key, os.path.join(folder, os.path.expanduser(base)), ())
+        level = set_level(key, os.path.join(folder, expand_path(base, BASE_KEY)), ())
         levels += [] if level is None else [level + 1]
     return min(levels, default=None)
 
@@ -180,7 +225,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
     Returns:
-        The config, with absolute paths in DATASETS.REGISTER.
+        The config, its paths written out (:func:`contnet.config.paths.expand_path`), those of
+        DATASETS.REGISTER absolute.
 
     Raises:
         UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
@@ -193,9 +239,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, value in _pairs(list(opts)):
         _assign(cfg, key, value, "overrides")
     check_values(cfg)
-    cfg.DATASETS.REGISTER = [
-        [name, *map(_absolute, paths)] for name, *paths in cfg.DATASETS.REGISTER
-    ]
+    _expand_paths(cfg)
     _substitute_sync_bn(cfg)
     return cfg
 

@@ -17,6 +17,7 @@ REGISTER_FORM = (
     "[name, label file .txt or .csv, folder]"
 )
 CHOICES = {
+    "DATASETS.CHECK_IMAGES": ("first", "all", "none"),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.CLASSIFIER.INTERPOLATION": ("bilinear", "bicubic", "random"),
     "INPUT.CLASSIFIER.INTERPOLATION_TEST": ("bilinear", "bicubic"),
@@ -37,6 +38,7 @@ COUNTS = {
     "INPUT.CLASSIFIER.CROP_TEST": 1,
     "INPUT.CLASSIFIER.RESIZE_TEST": 1,
     "INPUT.CLASSIFIER.SIZE": 1,
+    "INPUT.MAX_PIXELS": 0,
     "MODEL.CLASSIFIER.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CONVS": 1,

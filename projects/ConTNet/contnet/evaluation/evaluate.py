@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, verify_results
 from detectron2.utils import comm
 from torch import nn
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from contnet.data.findings import SHOWN
 from contnet.data.pipeline.annotations import load_dataset_dicts
-from contnet.data.pipeline.mappers import ClassificationMapper, NamedErrors
+from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
@@ -42,7 +42,7 @@ def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
     """The mapper of an evaluation, or the given one, with TEST.SKIP_UNREADABLE."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper = ClassificationMapper(cfg, is_train=False)
-    mapper = NamedErrors(mapper or DatasetMapper(cfg, is_train=False))
+    mapper = NamedErrors(mapper or Mapper(cfg, is_train=False))
     return MarkUnreadable(mapper) if cfg.TEST.SKIP_UNREADABLE else mapper
 
 
@@ -187,7 +187,7 @@ class Evaluator:
         cfg = self.cfg.clone()
         model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
         # Views are made of the images as they are on the disk, each by one resizing.
-        mapper = DatasetMapper(cfg, is_train=False, augmentations=[])
+        mapper = Mapper(cfg, is_train=False, augmentations=[])
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))
         metrics = self._inference(cfg, model, name, mapper).metrics

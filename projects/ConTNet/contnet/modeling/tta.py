@@ -26,6 +26,8 @@ from detectron2.structures import Instances
 from fvcore.transforms import HFlipTransform
 from torch import nn
 
+from contnet.modeling.thin_images import keep_a_pixel_in_tta
+
 __all__ = ["DenseDetectorTTA", "SemanticSegmentorTTA", "tta_class"]
 
 # What a view gives: the model's output for one image, and whether the image was mirrored.
@@ -106,4 +108,5 @@ def tta_class(architecture: str) -> type[nn.Module] | None:
         (DenseDetector, DenseDetectorTTA),
         (SemanticSegmentor, SemanticSegmentorTTA),
     )
+    keep_a_pixel_in_tta()
     return next((wrapper for kind, wrapper in pairs if issubclass(model, kind)), None)

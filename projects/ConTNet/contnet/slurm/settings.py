@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from contnet.config.paths import expand_path
 from contnet.utils.errors import UserError
 
 __all__ = ["ClusterSettings", "add_cluster_options", "read_settings"]
@@ -105,7 +106,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 def _find_cluster_file(name: str) -> Path:
     if os.sep in name or name.endswith((".yaml", ".yml")):
-        candidates = [Path(name).expanduser()]
+        candidates = [Path(expand_path(name, "--cluster-file"))]
     else:
         home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         folders = (Path("clusters"), home / "contnet")
@@ -195,6 +196,12 @@ def read_settings(args: argparse.Namespace) -> ClusterSettings:
         elif option is not None:
             value = _typed(each, option, name)
         setattr(settings, each.name, value)
+    # The shell of the job sees neither; set-up commands and the container it expands itself.
+    settings.python = expand_path(settings.python, "python")
+    for name in ("sbatch", "srun"):
+        given = getattr(settings, name)
+        texts = {k: expand_path(v, f"{name} {k}") for k, v in given.items() if isinstance(v, str)}
+        given.update(texts)
     for key in settings.sbatch:
         if key in _OURS:
             raise UserError(f"--sbatch {key} is set by the submission itself: {_OURS[key]}")

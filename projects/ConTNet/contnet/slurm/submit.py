@@ -6,10 +6,12 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from contnet.config.paths import expand_path
 from contnet.launch.arguments import add_run_options, check_counts, config_parser
 from contnet.launch.preflight import check_device, check_device_name
 from contnet.modeling.compat import silence_known_warnings
@@ -82,8 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-parallel", type=int, default=0, metavar="N", help="runs of an array at a time"
     )
     about = group.add_mutually_exclusive_group()
-    about.add_argument("--status", metavar="FOLDER", help="tell how the job of a run folder does")
-    about.add_argument("--cancel", metavar="FOLDER", help="end the job of a run folder")
+    folder = {"type": partial(expand_path, key="FOLDER"), "metavar": "FOLDER"}
+    about.add_argument("--status", **folder, help="tell how the job of a run folder does")
+    about.add_argument("--cancel", **folder, help="end the job of a run folder")
     add_cluster_options(parser)
     return parser
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from contnet.config.paths import expand_path
 from contnet.launch.arguments import config_parser
 from contnet.utils.errors import UserError
 
@@ -84,7 +85,7 @@ def _parse_sweep(text: str) -> tuple[str, list[str]]:
 def _read_array(path: str) -> list[tuple[int, list[str]]]:
     """Line numbers and words of the lines that are not empty."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(expand_path(path, "--array")).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"--array {path} cannot be read: {reason}") from error

@@ -1,18 +1,37 @@
-"""Decodes images: from files and shards, upright, in RGB."""
+"""Decodes images: from files and shards, upright, with 8 bits.
+
+All readers of the project end here, so that an image is the same in training, in evaluation and to
+the doctor. What is upright is said by ``PIL.ImageOps.exif_transpose``.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+from contnet.config.keys import MAX_PIXELS
 from contnet.data.datasets.shards import read_sample, sample_name
 from contnet.utils.errors import UserError
 
-__all__ = ["EXIF_ORIENTATION", "decode", "decode_error", "read_image"]
+__all__ = [
+    "Decoded",
+    "count_frames",
+    "decode",
+    "decode_error",
+    "read_image",
+    "read_labels",
+    "read_pixels",
+    "without_pillow_limit",
+]
 
-EXIF_ORIENTATION = 0x0112  # the tag's number
+_EXIF_ORIENTATION = 0x0112  # the tag's number
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,35 +43,84 @@ _TURNS = {
 }
 
 
-def _open(record: dict) -> Image.Image:
+class Decoded(NamedTuple):
+    """A decoded image, and how it is stored.
+
+    Attributes:
+        image: upright, in a mode of 8 bits.
+        mode: Pillow's, in which it is stored.
+        orientation: of its EXIF, 1 to 8; 1 where there is none.
+        peak: its largest value before it got 8 bits; None where it had them.
+    """
+
+    image: Image.Image
+    mode: str
+    orientation: int
+    peak: int | None
+
+
+@contextmanager
+def without_pillow_limit() -> Iterator[None]:
+    """Lets Pillow handle images of any size, within INPUT.MAX_PIXELS, without a warning."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _open(record: dict) -> Iterator[Image.Image]:
     """The image as it is stored, its pixels not yet decoded."""
     if "offset" in record:
-        return Image.open(io.BytesIO(read_sample(record)))
-    return Image.open(record["file_name"])
+        with Image.open(io.BytesIO(read_sample(record))) as image:
+            yield image
+    else:
+        with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
+            yield image
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none, or where EXIF is damaged."""
     try:
-        value = image.getexif().get(EXIF_ORIENTATION, 1)
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
     except Exception:  # Pillow raises anything on damaged EXIF; the pixels may be whole
         return 1
-    return value if value in _TURNS else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
+def _load(image: Image.Image, max_pixels: int) -> tuple[Image.Image, int]:
+    """The image upright, and its EXIF orientation."""
+    width, height = image.size
+    if max_pixels and width * height > max_pixels:
+        raise ValueError(
+            f"it has {width}x{height} pixels, more than INPUT.MAX_PIXELS {max_pixels}: raise that "
+            "key, 0 is no limit"
+        )
+    orientation = _orientation(image)
+    image.load()
+    # Loading has turned a TIFF, by every Pillow; some keep its orientation afterwards.
+    turns = {} if image.format == "TIFF" else _TURNS
+    return image.transpose(turns[orientation]) if orientation in turns else image, orientation
+
+
+def _to_8_bits(image: Image.Image) -> tuple[Image.Image, int | None]:
+    """The image in a mode of 8 bits; its largest value before, unless it is in one already."""
     if image.mode.startswith("I"):  # grey in 16 bits; Pillow would cut values off at 255
         values = np.asarray(image)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError("its pixels are not of 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are no whole numbers")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns otherwise
-    return image.convert("RGB")
+        low, peak = int(values.min(initial=0)), int(values.max(initial=0))
+        if low < 0 or peak > 65535:
+            raise ValueError(f"its pixels, {low} to {peak}, are not of 8 or 16 bits")
+        # The upper 8 bits, which Pillow takes of colours in 16 bits, too.
+        return Image.fromarray((values >> 8).astype(np.uint8)), peak
+    if image.mode == "F":
+        raise ValueError("its pixels are no whole numbers: save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA"), None  # Pillow warns otherwise
+    if image.mode == "LAB":  # leads to RGB alone
+        return image.convert("RGB"), None
+    return image, None
 
 
 def decode_error(error: Exception) -> str:
@@ -62,35 +130,80 @@ def decode_error(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def decode(record: dict) -> tuple[Image.Image, str, bool]:
-    """An image in RGB and upright; the mode in which it is stored; whether it was turned.
-
-    Raises:
-        UserError: naming the file, if it cannot be decoded whole.
-    """
+@contextmanager
+def _named(what: str, record: dict) -> Iterator[None]:
+    """Makes whatever goes wrong with a file an error that names it."""
     try:
-        with _open(record) as image:
-            mode, turn = image.mode, _orientation(image)
-            image.load()
-            upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
-            return _to_rgb(upright), mode, turn in _TURNS
+        yield
     except Exception as error:  # decoders raise anything on a damaged file
         raise UserError(
-            f"the image {sample_name(record)} cannot be read ({decode_error(error)}): "
+            f"the {what} {sample_name(record)} cannot be read ({decode_error(error)}): "
             "python tools/doctor.py with this config lists all such"
         ) from error
 
 
-def read_image(record: dict) -> Image.Image:
+@contextmanager
+def _decoded(record: dict, max_pixels: int) -> Iterator[Decoded]:
+    with _named("image", record), without_pillow_limit(), _open(record) as stored:
+        mode = stored.mode
+        upright, orientation = _load(stored, max_pixels)
+        image, peak = _to_8_bits(upright)
+        yield Decoded(image, mode, orientation, peak)
+
+
+def decode(record: dict, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decodes an image.
 
     Args:
         record: with ``file_name``; with ``offset`` and ``size`` too it is in a shard.
-
-    Returns:
-        It in RGB, 8 bits each, turned as its EXIF says. Transparency is dropped.
+        max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
 
     Raises:
-        UserError: naming the file, if it cannot be decoded whole.
+        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
     """
-    return decode(record)[0]
+    with _decoded(record, max_pixels) as decoded:
+        return decoded
+
+
+def count_frames(record: dict) -> int:
+    """How many frames or pages are stored, of which the first is the image; views count once."""
+    with _named("image", record), without_pillow_limit(), _open(record) as stored:
+        return 1 if stored.format == "MPO" else getattr(stored, "n_frames", 1)
+
+
+def read_image(record: dict, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image; the arguments and errors are those of :func:`decode`.
+
+    Returns:
+        It in RGB, 8 bits each, turned as its EXIF says. Transparency is dropped, and of 16 bits
+        the upper 8 are taken.
+    """
+    with _decoded(record, max_pixels) as decoded:
+        image = decoded.image
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_pixels(record: dict, image_format: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes an image into an array, as Detectron2's ``read_image`` does.
+
+    Args:
+        record: as for :func:`decode`, with the same errors.
+        image_format: INPUT.FORMAT: BGR, YUV-BT.601, or one of Pillow's modes.
+        max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
+
+    Returns:
+        (H, W, C), upright; uint8, of YUV-BT.601 floats.
+    """
+    with _decoded(record, max_pixels) as decoded:
+        return convert_PIL_to_numpy(decoded.image, image_format)
+
+
+def read_labels(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes a label map of 8 bits, upright: uint8 (H, W), its values as they are.
+
+    Raises:
+        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
+    """
+    record = {"file_name": path}
+    with _named("label map", record), without_pillow_limit(), _open(record) as stored:
+        return np.asarray(_load(stored, max_pixels)[0].convert("L"))

@@ -1,7 +1,8 @@
 """Mappers: from a data set dict to a model input.
 
-:class:`FastMapper` does what Detectron2's mapper does, with less work for the same result. Reading,
-augmentations, their random draws and annotations are Detectron2's own. Images are kept as planes
+:class:`Mapper` is Detectron2's with images that are read by us, for evaluation. :class:`FastMapper`
+does the same for training, with less work. Augmentations, their random draws and annotations are
+Detectron2's own. Images are kept as planes
 from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a third
 of its time, and here and there rounded to the next level. Boxes and polygons of an image are
 transformed together, without a copy of all annotations before.
@@ -9,11 +10,13 @@ transformed together, without a copy of all annotations before.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
@@ -21,15 +24,23 @@ from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
 from PIL import Image
 from torch.nn import functional
 
-from contnet.data.pipeline.images import read_image
+from contnet.config.keys import MAX_PIXELS
+from contnet.data.datasets.shards import sample_name
+from contnet.data.pipeline.images import (
+    read_image,
+    read_labels,
+    read_pixels,
+    without_pillow_limit,
+)
 from contnet.data.pipeline.transforms import (
     build_classification_transform,
     build_segmentation_augmentation,
 )
 from contnet.modeling.pspnet import SEGMENTORS
+from contnet.modeling.thin_images import keep_a_pixel
 from contnet.utils.errors import UserError
 
-__all__ = ["ClassificationMapper", "FastMapper", "NamedErrors", "build_train_mapper"]
+__all__ = ["ClassificationMapper", "FastMapper", "Mapper", "NamedErrors", "build_train_mapper"]
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -62,6 +73,12 @@ class _PlanarInput(T.AugInput):
             self.sem_seg = transform.apply_segmentation(self.sem_seg)
 
 
+def _as_floats(boxes: object) -> np.ndarray:
+    """Boxes as they are, or as floats if they are whole numbers."""
+    boxes = np.asarray(boxes)
+    return boxes if boxes.dtype.kind == "f" else boxes.astype(float)
+
+
 def _own_arrays(annotation: dict) -> dict:
     """A copy whose coordinates may be transformed in place, and are not cut to whole numbers."""
     copy = {**annotation, "bbox": [float(number) for number in annotation["bbox"]]}
@@ -77,16 +94,15 @@ def _transform_boxes(
 ) -> Boxes:
     """Boxes in the transformed image of ``shape`` (height, width), all at once."""
     # As floats: Detectron2 cuts what it transforms to whole numbers if it was given in such.
-    boxes = np.array([each["bbox"] for each in annotations], float)
     if all(each["bbox_mode"] == BoxMode.XYWH_ABS for each in annotations):
+        boxes = np.array([each["bbox"] for each in annotations], float)
         # Detectron2 takes the sums in single precision.
         boxes = boxes.astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]
         boxes = transforms.apply_box(boxes.astype(float))
     else:
-        modes = [each["bbox_mode"] for each in annotations]
         corners = BoxMode.XYXY_ABS
-        pairs = zip(boxes.tolist(), modes, strict=True)
+        pairs = [([float(n) for n in each["bbox"]], each["bbox_mode"]) for each in annotations]
         boxes = [BoxMode.convert(box, mode, corners) for box, mode in pairs]
         boxes = np.concatenate([transforms.apply_box(np.array([box])) for box in boxes])
     boxes = boxes.clip(min=0)
@@ -109,8 +125,29 @@ def _transform_polygons(
     return [[next(moved) for _ in polygons] for polygons in shapes]
 
 
-class FastMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``: the same config, augmentations and result."""
+class Mapper(DatasetMapper):
+    """Detectron2's ``DatasetMapper``: the same config, augmentations and result.
+
+    Images are read by :mod:`contnet.data.pipeline.images`, and at least one pixel is left of them.
+    Whole numbers are coordinates like any; Detectron2 would cut what it makes of them.
+
+    Args:
+        max_pixels: INPUT.MAX_PIXELS.
+        **kwargs: of Detectron2's mapper.
+    """
+
+    aug_input: type[T.AugInput] = T.AugInput
+
+    @configurable
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, **kwargs):
+        super().__init__(**kwargs)
+        self.max_pixels = max_pixels
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        arguments = super().from_config(cfg, is_train)
+        arguments["augmentations"] = keep_a_pixel(arguments["augmentations"])
+        return {**arguments, "max_pixels": cfg.INPUT.MAX_PIXELS}
 
     def __call__(self, dataset_dict: dict) -> dict:
         """A model input: the record with ``image``, uint8 (C, H, W), and what belongs to it.
@@ -120,14 +157,15 @@ class FastMapper(DatasetMapper):
 
         Raises:
             SizeMismatchError: if the image has another size than the record says.
+            UserError: if a file cannot be read.
         """
         record = dict(dataset_dict)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        image = read_pixels(record, self.image_format, self.max_pixels)
         detection_utils.check_image_size(record, image)
         labels = None
         if "sem_seg_file_name" in record:
-            labels = detection_utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
-        moved = _PlanarInput(image, sem_seg=labels)
+            labels = read_labels(record.pop("sem_seg_file_name"), self.max_pixels)
+        moved = self.aug_input(image, sem_seg=labels)
         transforms = self.augmentations(moved)
         height, width = moved.image.shape[:2]
         planes = np.ascontiguousarray(moved.image.transpose(2, 0, 1))
@@ -135,6 +173,8 @@ class FastMapper(DatasetMapper):
         if labels is not None:
             record["sem_seg"] = torch.as_tensor(moved.sem_seg.astype("long"))
         if self.proposal_topk is not None:
+            if "proposal_boxes" in record:
+                record["proposal_boxes"] = _as_floats(record["proposal_boxes"])
             detection_utils.transform_proposals(
                 record, (height, width), transforms, proposal_topk=self.proposal_topk
             )
@@ -147,10 +187,22 @@ class FastMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
     ) -> None:
+        own = [_own_arrays(each) for each in dataset_dict["annotations"]]
+        dataset_dict["annotations"] = own
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+class FastMapper(Mapper):
+    """The same for training, by less work: pixels within one level, all else to the bit."""
+
+    aug_input = _PlanarInput
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
+    ) -> None:
         annotations = dataset_dict["annotations"]
         masks = self.use_instance_mask and any("segmentation" in each for each in annotations)
         if not annotations or self.use_keypoint or (masks and not self._has_polygons(annotations)):
-            dataset_dict["annotations"] = [_own_arrays(each) for each in annotations]
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
         del dataset_dict["annotations"]
@@ -170,6 +222,15 @@ class FastMapper(DatasetMapper):
         return self.instance_mask_format == "polygon" and all(isinstance(s, list) for s in shapes)
 
 
+def _describe(error: Exception) -> str:
+    """What an error is; of one that no damaged file explains, also where it comes from."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, SizeMismatchError):
+        return what
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{what}, in {Path(place.filename).name} line {place.lineno}"
+
+
 class NamedErrors:
     """A mapper that names the image that it cannot load.
 
@@ -184,15 +245,16 @@ class NamedErrors:
         """What the mapper makes.
 
         Raises:
-            UserError: if the image, or a file that belongs to it, is damaged, missing, or of
-                another size than the record says.
+            UserError: naming the image, whatever goes wrong: damaged or missing files, another size
+                than the record says, annotations that no augmentation can take.
         """
         try:
             return self.mapper(record)
-        # Pillow has a SyntaxError for some damages of PNG.
-        except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
+        except UserError:  # has been named
+            raise
+        except Exception as error:  # in a worker process its traceback would not tell the image
             raise UserError(
-                f"{record.get('file_name')} cannot be loaded ({type(error).__name__}: {error}): "
+                f"{sample_name(record)} cannot be loaded ({' '.join(_describe(error).split())}): "
                 "python tools/doctor.py with this config tells all that is wrong"
             ) from error
 
@@ -207,10 +269,13 @@ class ClassificationMapper:
 
     def __init__(self, cfg: CfgNode, is_train: bool):
         self.transform = build_classification_transform(cfg, is_train)
+        self.max_pixels = cfg.INPUT.MAX_PIXELS
 
     def __call__(self, record: dict) -> dict:
         """The record, with ``image``: uint8 (3, H, W), RGB."""
-        return {**record, "image": torch.as_tensor(self.transform(read_image(record)))}
+        image = read_image(record, self.max_pixels)
+        with without_pillow_limit():  # Pillow asks again when it crops
+            return {**record, "image": torch.as_tensor(self.transform(image))}
 
 
 def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:

@@ -8,10 +8,17 @@ from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms.functional import center_crop
 
-__all__ = ["build_classification_transform", "build_segmentation_augmentation"]
+from contnet.modeling.thin_images import keep_a_pixel
+
+__all__ = ["LONGEST", "build_classification_transform", "build_segmentation_augmentation"]
+
+# Times as long as wide that an image may be, when it is classified, before its ends are cut off.
+LONGEST = 16
 
 
 def build_segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
@@ -29,7 +36,37 @@ def build_segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
                 cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
             ),
         )
-    return augmentations
+    return keep_a_pixel(augmentations)
+
+
+def _cut_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, which is all that a centre crop shows of it.
+
+    Otherwise resizing its short side would make it gigabytes long.
+    """
+    longest = LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    return center_crop(image, [min(side, longest) for side in reversed(image.size)])
+
+
+class _RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's, with crops of at least one pixel."""
+
+    @staticmethod
+    def get_params(img: Image.Image, scale: tuple, ratio: tuple) -> tuple[int, int, int, int]:
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        bottom, right = img.height - max(1, height), img.width - max(1, width)
+        return min(top, bottom), min(left, right), max(1, height), max(1, width)
+
+
+def _keep_a_pixel(transform: object) -> object:
+    """Puts the crop above in the place of timm's."""
+    if type(transform) is not RandomResizedCropAndInterpolation:
+        return transform
+    crop = _RandomResizedCrop(transform.size, transform.scale, transform.ratio)
+    crop.interpolation = transform.interpolation
+    return crop
 
 
 def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], object]:
@@ -45,10 +82,9 @@ def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Im
     node = cfg.INPUT.CLASSIFIER
     if not is_train:
         interpolation = InterpolationMode(node.INTERPOLATION_TEST)
-        return Compose(
-            [Resize(node.RESIZE_TEST, interpolation), CenterCrop(node.CROP_TEST), PILToTensor()]
-        )
-    return transforms_imagenet_train(
+        resize, crop = Resize(node.RESIZE_TEST, interpolation), CenterCrop(node.CROP_TEST)
+        return Compose([_cut_ends, resize, crop, PILToTensor()])
+    transform = transforms_imagenet_train(
         node.SIZE,
         scale=node.SCALE,
         ratio=node.RATIO,
@@ -62,3 +98,5 @@ def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Im
         # Leaves normalisation, and erasing after it, to the model.
         use_prefetcher=True,
     )
+    transform.transforms = [_keep_a_pixel(each) for each in transform.transforms]
+    return transform

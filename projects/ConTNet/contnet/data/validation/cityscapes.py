@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from cityscapesscripts.helpers.labels import id2label, name2label
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from contnet.data.datasets.cityscapes import GT_FILES, IMAGE_SUFFIX, Scene, find_scenes
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
 from contnet.data.validation.coco import is_far, is_size
-from contnet.data.validation.images import check_depth
+from contnet.data.validation.images import ImageRules, inspect_pixels
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
@@ -211,14 +210,12 @@ def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding
     return found
 
 
-def inspect_images(scene: Scene) -> list[Finding]:
+def inspect_images(scene: Scene, rules: ImageRules) -> list[Finding]:
     """Decodes an image and its label files; what is wrong with them, missing ones left out."""
-    try:
-        height, width = read_image(str(scene.image), "RGB").shape[:2]
-        with Image.open(scene.image) as file:
-            found = check_depth(file, scene.image)
-    except Exception as error:  # decoders raise anything on a damaged file
-        return [Finding(ERROR, "images that cannot be read", f"{scene.image} ({error})")]
+    decoded, found = inspect_pixels({"file_name": str(scene.image)}, rules)
+    if decoded is None:
+        return found
+    width, height = decoded.image.size
     if (width, height) != _SIZE:
         what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
         found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))

@@ -1,7 +1,7 @@
-"""Checks data sets as a config uses them, without opening images.
+"""Checks data sets as a config uses them.
 
-A training makes these checks before it starts; tools/doctor.py makes them too, and decodes the
-images.
+A training makes these checks before it starts, and decodes the first images; tools/doctor.py makes
+them too, and decodes all.
 """
 
 from __future__ import annotations
@@ -10,24 +10,36 @@ import difflib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.data.datasets.cityscapes import CityscapesSource
+from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
 from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source, is_registered
 from contnet.data.findings import ERROR, WARNING, Findings
+from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
+from contnet.data.validation.images import (
+    FIRST,
+    ImageRules,
+    Look,
+    find_listed,
+    inspect_image,
+    inspect_listed,
+    look_at_images,
+)
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets", "has_truth"]
+__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets", "examine_dataset", "has_truth"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -117,15 +129,15 @@ def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findi
     )
 
 
-def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
+def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> Look | None:
     metadata = MetadataCatalog.get(name)
     try:
-        found, images, objects = examine_coco(cfg, name)
+        examined = examine_coco(cfg, name)
     except UserError as error:
         findings.error(str(error))
-        return
-    findings.merge(found)
-    _check_files(cfg, name, images, findings)
+        return None
+    findings.merge(examined.findings)
+    _check_files(cfg, name, examined.images, findings)
     # Only built-in names have their classes before the file is loaded.
     expected = metadata.get("thing_classes")
     if expected and list(expected) != findings.classes["objects"]:
@@ -134,10 +146,12 @@ def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> None:
             f"({', '.join(expected[:3])}, ...): give a data set of your own another name in "
             "DATASETS.REGISTER"
         )
-    _compare_count(name, (len(images), objects), "object", findings)
+    _compare_count(name, (len(examined.images), examined.objects), "object", findings)
+    inspect = partial(inspect_listed, rules=ImageRules.from_config(cfg))
+    return Look(inspect, examined.first, partial(find_listed, name))
 
 
-def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
+def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> Look:
     metadata = MetadataCatalog.get(name)
     kind = metadata.evaluator_type
     if kind == "cityscapes_sem_seg":
@@ -145,50 +159,68 @@ def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> None:
     else:
         findings.classes["objects"] = list(metadata.thing_classes)
     findings.merge(examine_cityscapes(cfg, name))
+    scenes = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
+    inspect = partial(inspect_images, rules=ImageRules.from_config(cfg))
+    return Look(inspect, scenes[:FIRST], lambda: scenes)
 
 
-def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> None:
+def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> Look | None:
     content = read_set(find_source(name), findings)
     if not content.records:
-        return
+        return None
     number = content.number_of_classes
     findings.classes[IMAGE_LABELS] = content.classes or [f"class {i}" for i in range(number)]
     findings.named = content.classes is not None
     _compare_count(name, (len(content.records), number), "class", findings)
+    inspect = partial(inspect_image, rules=ImageRules.from_config(cfg))
+    look = Look(inspect, content.records[:FIRST], lambda: content.records)
     if name not in cfg.DATASETS.TRAIN or cfg.MODEL.META_ARCHITECTURE != "ImageClassifier":
-        return
+        return look
     wanted = {"ASPECT_RATIO_GROUPING": False, "SAMPLER_TRAIN": "TrainingSampler"}
     for key, value in wanted.items():
         if cfg.DATALOADER[key] != value:
             findings.error(
                 f"DATALOADER.{key} is {cfg.DATALOADER[key]}, labels of images need {value}"
             )
+    return look
 
 
-# By the kind of a data set: adds what is found of it.
-_CHECKS: dict[type, Callable[[CfgNode, str, Findings], None]] = {
+# By the kind of a data set: adds what is found of it; what opens its images.
+_CHECKS: dict[type, Callable[[CfgNode, str, Findings], Look | None]] = {
     CocoSource: _check_coco,
     CityscapesSource: _check_cityscapes,
     ClassificationSource: _check_classification,
 }
 
 
-def check_dataset(cfg: CfgNode, name: str) -> Findings:
-    """What can be told of a data set without opening its images.
+def examine_dataset(cfg: CfgNode, name: str) -> tuple[Findings, Look | None]:
+    """What can be told of a data set without opening its images, and what would open them.
 
     Args:
-        cfg: DATASETS, DATALOADER, MODEL and INPUT.MASK_FORMAT are read.
+        cfg: DATASETS, DATALOADER, MODEL and INPUT are read.
         name: of the data set, registered or not.
     """
     findings = Findings()
     if not _are_there(cfg, name, findings):
-        return findings
+        return findings, None
     kind = type(find_source(name))
     if kind in _CHECKS:
-        _CHECKS[kind](cfg, name, findings)
-    else:
-        findings.note("it has a loader of its own, so that nothing of it is checked")
-    return findings
+        return findings, _CHECKS[kind](cfg, name, findings)
+    findings.note("it has a loader of its own, so that nothing of it is checked")
+    return findings, None
+
+
+def check_dataset(cfg: CfgNode, name: str) -> Findings:
+    """The findings of :func:`examine_dataset`."""
+    return examine_dataset(cfg, name)[0]
+
+
+def _raise_errors(found: dict[str, Findings]) -> None:
+    errors = [(name, line) for name in found for line in found[name].lines(ERROR)]
+    if errors:
+        name, line = errors[0]
+        more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
+        raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
 
 
 def has_truth(cfg: CfgNode, name: str) -> bool:
@@ -205,7 +237,7 @@ def has_truth(cfg: CfgNode, name: str) -> bool:
 
 
 def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
-    """Makes the checks of a run's data sets that need no image.
+    """Makes the checks of a run's data sets; opens as many images as DATASETS.CHECK_IMAGES says.
 
     Returns:
         The warnings, a line each.
@@ -213,11 +245,14 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
     Raises:
         UserError: with the first error.
     """
-    found = {name: check_dataset(cfg, name) for name in names}
+    examined = {name: examine_dataset(cfg, name) for name in names}
+    found = {name: findings for name, (findings, _) in examined.items()}
     check_classes(cfg, found)
-    errors = [(name, line) for name in found for line in found[name].lines(ERROR)]
-    if errors:
-        name, line = errors[0]
-        more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
-        raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
+    _raise_errors(found)
+    which = cfg.DATASETS.CHECK_IMAGES
+    for name, (findings, look) in examined.items():
+        if look and which != "none":
+            items = look.find_all() if which == "all" else look.first
+            look_at_images(look.inspect, items, name, findings, available_cpus())
+    _raise_errors(found)
     return [f"data set {name}: {line}" for name in found for line in found[name].lines(WARNING)]

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from detectron2.config import CfgNode
 
-from contnet.data.datasets.coco import image_names
+from contnet.data.datasets.coco import CocoSource, image_names
 from contnet.data.datasets.register import find_source
 from contnet.data.findings import ERROR, Findings
 from contnet.data.pipeline.annotations import AnnotationCache, open_cache, release_memory
 from contnet.data.validation.cityscapes import check_layout
 from contnet.data.validation.coco import DatasetUse, check_instances
+from contnet.data.validation.images import FIRST, ListedImage, listed
 
 __all__ = ["Examined", "examine_cityscapes", "examine_coco"]
 
@@ -24,29 +25,34 @@ class Examined(NamedTuple):
         findings: of its checks.
         images: names of its images, as the file has them.
         objects: number of its annotations.
+        first: its first images, as :func:`contnet.data.validation.images.listed` has them.
     """
 
     findings: Findings
     images: list[str]
     objects: int
+    first: list[ListedImage]
 
 
-def _examine(content: dict, use: DatasetUse) -> Examined:
+def _examine(source: CocoSource, content: dict, use: DatasetUse) -> Examined:
     found = Findings()
     check_instances(content, use, found)
-    return Examined(found, image_names(content), len(content["annotations"]))
+    first = listed(source.image_root, content["images"][:FIRST])
+    return Examined(found, image_names(content), len(content["annotations"]), first)
 
 
 def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
     found = cache.recall_findings(asdict(use))
     if found is None or (file := cache.recall_records()) is None:
         return None
-    return Examined(found, file.names, file.facts["objects"])
+    records = [file[i] for i in range(min(FIRST, len(file)))]
+    first = listed("", records)  # their names are paths
+    return Examined(found, file.names, file.facts["objects"], first)
 
 
 def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Examined:
     content = cache.source.read()
-    examined = _examine(content, use)
+    examined = _examine(cache.source, content, use)
     sound = writable and not examined.findings.lines(ERROR)
     if sound and (cache.recall_records() or cache.keep_records(content)):
         cache.keep_findings(examined.findings, asdict(use))
@@ -73,7 +79,8 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
     )
     cache = open_cache(cfg, name)
     if cache is None:
-        return _examine(find_source(name).read(), use)
+        source = find_source(name)
+        return _examine(source, source.read(), use)
     if known := _recall(cache, use):
         return known
     with cache.lock() as writable:
