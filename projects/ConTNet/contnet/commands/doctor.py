@@ -17,7 +17,7 @@ from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source
-from contnet.data.findings import ERROR, FACT, NOTE, WARNING, Finding, Findings
+from contnet.data.findings import ERROR, FACT, NOTE, SUSPECT, WARNING, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.dataset import check_dataset
@@ -29,9 +29,17 @@ from contnet.utils.text import plural
 
 __all__ = ["build_parser", "diagnose", "main"]
 
+# What the doctor says of each severity.
+_WORDS = {"ERROR": (ERROR, SUSPECT), "NOTE": (WARNING, NOTE)}
+
 _EPILOG = """\
 What would stop or corrupt training is an ERROR: the exit status is then 1. Differences from the
-official data sets and harmless oddities are NOTES: the exit status is 0.
+official data sets and harmless oddities are NOTES: the exit status is 0. A training stops at an
+ERROR, but only warns of many crowds; of NOTES that change what is learned or measured it warns too.
+
+--fix writes a copy of an annotation file in which what is sure is mended: ids, names of images,
+missing areas, texts in the place of numbers, ...; what was done is counted. It never writes into a
+file that is there.
 
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
@@ -101,8 +109,9 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
 
 def _print(name: str, findings: Findings) -> None:
     lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
-    for severity in (ERROR, WARNING, NOTE):
-        lines += [f"  {severity:7}  {line}" for line in findings.lines(severity)]
+    for word, severities in _WORDS.items():
+        for severity in severities:
+            lines += [f"  {word:5}  {line}" for line in findings.lines(severity)]
     for line in lines:
         # File names need not be text, and not every terminal takes their bytes as they are.
         print(line.encode(errors="backslashreplace").decode())
@@ -131,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, findings in found.items():
         _print(name, findings)
     errors, notes = (
-        sum(len(findings.lines(severity)) for findings in found.values())
-        for severity in (ERROR, NOTE)
+        sum(len(findings.lines(each)) for findings in found.values() for each in severities)
+        for severities in _WORDS.values()
     )
     verdict = "this would stop or corrupt training" if errors else "training can start"
     print(f"{plural(errors, 'error')}, {plural(notes, 'note')}: {verdict}")

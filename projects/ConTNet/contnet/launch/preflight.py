@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer
 from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.pipeline.annotations import cache_cityscapes
 from contnet.data.pipeline.loader import micro_batch_size
-from contnet.data.validation.dataset import check_datasets
+from contnet.data.validation.dataset import Remarks, check_datasets
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
 from contnet.launch.arguments import RunSettings
@@ -155,7 +155,7 @@ def _datasets(settings: RunSettings) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
+def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
     Args:
@@ -163,7 +163,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
         data: look into the data sets; not needed if that was done for the same ones before.
 
     Returns:
-        What changes the run's numbers, a warning each.
+        What the log of the run is to say of the data sets.
 
     Raises:
         UserError: for the first thing that is wrong.
@@ -176,28 +176,32 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
-    warnings = []
+    remarks = Remarks([], [])
     if data and settings.processes.environment.local_rank == 0:
-        warnings = check_datasets(cfg, datasets)
+        remarks = check_datasets(cfg, datasets)
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     _check_weights(settings)
-    return warnings
+    return remarks
 
 
 def check_run(settings: RunSettings) -> RunSettings:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
     Returns:
-        The settings, with the warnings of the checks.
+        The settings, with the notes and warnings of the checks.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
     check_device(settings.cfg, settings.processes.num_gpus)
-    warnings = check_inputs(settings)
+    remarks = check_inputs(settings)
     check_output(settings)
     if settings.processes.environment.local_rank == 0:
         cache_cityscapes(settings.cfg, _datasets(settings))
-    return replace(settings, warnings=(*settings.warnings, *warnings))
+    return replace(
+        settings,
+        notes=(*settings.notes, *remarks.notes),
+        warnings=(*settings.warnings, *remarks.warnings),
+    )

@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,14 +21,14 @@ from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source, is_registered
-from contnet.data.findings import ERROR, WARNING, Findings
+from contnet.data.findings import ERROR, SUSPECT, WARNING, Findings
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
 from contnet.utils.errors import UserError
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets"]
+__all__ = ["OFFICIAL_COUNTS", "Remarks", "check_dataset", "check_datasets"]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -189,11 +190,20 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     return findings
 
 
-def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
-    """Makes the checks of a run's data sets that need no image.
+class Remarks(NamedTuple):
+    """Lines for the log of a run.
 
-    Returns:
-        The warnings, a line each.
+    Attributes:
+        warnings: what changes what is learned or measured.
+        notes: what training leaves out, one of each set.
+    """
+
+    warnings: list[str]
+    notes: list[str]
+
+
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> Remarks:
+    """Makes the checks of a run's data sets that need no image.
 
     Raises:
         UserError: with the first error.
@@ -205,4 +215,12 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
         name, line = errors[0]
         more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
         raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
-    return [f"data set {name}: {line}" for name in found for line in found[name].lines(WARNING)]
+    return Remarks(
+        [
+            f"data set {name}: {line}"
+            for name in found
+            for severity in (SUSPECT, WARNING)
+            for line in found[name].lines(severity)
+        ],
+        [f"data set {name}: {found[name].left_out}" for name in found if found[name].left_out],
+    )

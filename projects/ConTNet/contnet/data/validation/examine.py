@@ -34,7 +34,7 @@ class Examined(NamedTuple):
 def _examine(content: dict, use: DatasetUse) -> Examined:
     found = Findings()
     check_instances(content, use, found)
-    return Examined(found, image_names(content), len(content["annotations"]))
+    return Examined(found, image_names(content), len(content.get("annotations", ())))
 
 
 def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
@@ -70,6 +70,7 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
         evaluated=name in cfg.DATASETS.TEST,
         masks=cfg.MODEL.MASK_ON,
         bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
+        filtered=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
     )
     cache = open_cache(cfg, name)
     if cache is None:
@@ -93,11 +94,12 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     """
     cache = open_cache(cfg, name)
     trained = name in cfg.DATASETS.TRAIN
-    use = DatasetUse(trained=trained, evaluated=False, masks=False, bitmasks=False)
+    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    use = DatasetUse(trained, evaluated=False, masks=False, bitmasks=False, filtered=filtered)
     if cache and (found := cache.recall_findings(asdict(use))):
         return found
     found, source = Findings(), find_source(name)
-    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained)
+    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained, filtered)
     if cache and cache.is_current():
         with cache.lock() as writable:
             if writable:
