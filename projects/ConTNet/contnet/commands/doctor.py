@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
+from contnet.commands.fix_annotations import fix_annotations
 from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
-from contnet.data.datasets.register import find_source
+from contnet.data.datasets.register import find_source, register_datasets
 from contnet.data.findings import ERROR, FACT, NOTE, SUSPECT, WARNING, Finding, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.dataset import check_dataset
 from contnet.data.validation.images import find_listed, inspect_image, inspect_listed
 from contnet.launch.arguments import config_parser, configure
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.text import plural
@@ -43,6 +46,7 @@ file that is there.
 
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
+  doctor.py --config-file my.yaml --fix mended.json --dataset my_train
 """
 
 
@@ -121,7 +125,23 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of tools/doctor.py."""
     parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
     add_workers_option(parser)
+    parser.add_argument(
+        "--fix",
+        type=Path,
+        metavar="OUT.json",
+        help="open no image, but write a mended copy of the annotation file",
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="the data set to mend, if the config has several"
+    )
     return parser
+
+
+def _fix(args: argparse.Namespace) -> int:
+    """Writes a mended copy; a file that cannot be used cannot give the number of classes."""
+    cfg = load_checked_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    return 0 if fix_annotations(cfg, args.fix, args.dataset) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_intermixed_args(argv)
         check_positive(args, "workers")
+        if args.fix:
+            return _fix(args)
+        if args.dataset:
+            raise UserError("--dataset is for --fix")
         cfg, added = configure(args.config_file, args.opts)
         for line in added:
             print(line)

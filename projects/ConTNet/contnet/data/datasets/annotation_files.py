@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from contnet.utils.errors import UserError
 
@@ -57,24 +57,23 @@ def _explain(start: str) -> str:
     return ""
 
 
-def _open(file: str, stack: contextlib.ExitStack) -> tuple[IO[str], list[str]]:
-    """A file as text, and what about its bytes pycocotools refuses."""
-    stream, wrong = stack.enter_context(open(file, "rb")), []
-    if (head := stream.read(4)).startswith(_ZIP):
-        raise UserError(f"the annotation file {file} is a zip archive: unpack it")
-    stream.seek(0)
-    if head.startswith(_GZIP):
-        stream, wrong = stack.enter_context(gzip.open(stream)), ["is compressed by gzip"]
-        head = stream.read(4)
-        stream.seek(0)
-    encoding, reason = _encoding(head)
-    text = io.TextIOWrapper(stream, encoding=encoding)
-    return stack.enter_context(text), wrong + [reason] * bool(reason)
-
-
 def _load(file: str, mend: bool) -> tuple[object, list[str]]:
+    wrong = []
     with contextlib.ExitStack() as stack:
-        text, wrong = _open(file, stack)
+        stream = stack.enter_context(open(file, "rb"))
+        head = stream.read(4)
+        if head.startswith(_ZIP):
+            raise UserError(f"the annotation file {file} is a zip archive: unpack it")
+        stream.seek(0)
+        if head.startswith(_GZIP):
+            wrong.append("is compressed by gzip")
+            stream = stack.enter_context(gzip.open(stream))
+            head = stream.read(4)
+            stream.seek(0)
+        encoding, reason = _encoding(head)
+        if reason:
+            wrong.append(reason)
+        text = stack.enter_context(io.TextIOWrapper(stream, encoding=encoding))
         if wrong and not mend:
             raise UserError(
                 f"the annotation file {file} {' and '.join(wrong)}, which pycocotools cannot read: "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +19,13 @@ from contnet.data.datasets.cityscapes import CityscapesSource
 from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.image_files import find_beside, find_missing, match_names
 from contnet.data.datasets.register import find_source, is_registered
 from contnet.data.findings import ERROR, SUSPECT, WARNING, Findings
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
+from contnet.data.validation.masks import MEND
 from contnet.utils.errors import UserError
-from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
 __all__ = ["OFFICIAL_COUNTS", "Remarks", "check_dataset", "check_datasets"]
@@ -88,18 +88,32 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
 
 
 def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
-    by_folder = defaultdict(list)
     root = find_source(name).image_root
-    for image in images:
-        folder, file = os.path.split(os.path.join(root, image))
-        by_folder[folder].append(file)
-    for folder, files in by_folder.items():
-        present = file_names(folder)
-        for file in files:
-            if file not in present:
-                findings.error(
-                    f"images that are missing ({_origin(cfg, name)})", os.path.join(folder, file)
-                )
+    missing = find_missing(root, images)
+    if not missing:
+        return
+    matches = match_names(root, missing, images)
+    for image, match in matches.items():
+        what = (
+            f"images that the folder has under another name; it differs in the {match.difference}"
+        )
+        findings.error(f"{what}: {MEND}", f"{image!a} is {match.path!a}")
+    if lost := [image for image in missing if image not in matches]:
+        advice = _advise(cfg, name, lost, len(set(images)))
+        for image in lost:
+            path = os.path.join(root, image)
+            findings.error(f"images that are missing ({advice})", path)
+
+
+def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
+    """What to do about missing images."""
+    how_many = f"{len(lost)} of {total}"
+    root = find_source(name).image_root
+    if folder := find_beside(root, lost):
+        return f"{how_many}; did you mean the folder {folder}?"
+    if len(lost) == total:
+        return f"{how_many}; {_origin(cfg, name)}"
+    return f"{how_many}; copy them, or leave them out of a copy of the file: {_DOCTOR} --fix"
 
 
 def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:

@@ -14,7 +14,7 @@ from contnet.data.pipeline.annotations import AnnotationCache, open_cache, relea
 from contnet.data.validation.cityscapes import check_layout
 from contnet.data.validation.coco import DatasetUse, check_instances
 
-__all__ = ["Examined", "examine_cityscapes", "examine_coco"]
+__all__ = ["Examined", "dataset_use", "examine_cityscapes", "examine_coco"]
 
 
 class Examined(NamedTuple):
@@ -53,25 +53,35 @@ def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Ex
     return examined
 
 
-def examine_coco(cfg: CfgNode, name: str) -> Examined:
-    """Checks the annotation file of a data set, unless it has passed the same checks before.
-
-    Its records are kept at the same time, so that the file is read once.
+def dataset_use(cfg: CfgNode, name: str) -> DatasetUse:
+    """What a config wants of a data set.
 
     Args:
-        cfg: DATASETS, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
-        name: of a data set of COCO's form.
-
-    Raises:
-        UserError: if the file cannot be read, or its categories cannot be used.
+        cfg: DATASETS, DATALOADER, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        name: of the data set.
     """
-    use = DatasetUse(
+    return DatasetUse(
         trained=name in cfg.DATASETS.TRAIN,
         evaluated=name in cfg.DATASETS.TEST,
         masks=cfg.MODEL.MASK_ON,
         bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
         filtered=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
     )
+
+
+def examine_coco(cfg: CfgNode, name: str) -> Examined:
+    """Checks the annotation file of a data set, unless it has passed the same checks before.
+
+    Its records are kept at the same time, so that the file is read once.
+
+    Args:
+        cfg: as for :func:`dataset_use`.
+        name: of a data set of COCO's form.
+
+    Raises:
+        UserError: if the file cannot be read, or its categories cannot be used.
+    """
+    use = dataset_use(cfg, name)
     cache = open_cache(cfg, name)
     if cache is None:
         return _examine(find_source(name).read(), use)

@@ -117,11 +117,15 @@ class Geometry:
     Args:
         findings: gets what is found.
         evaluated: areas are used.
+
+    Attributes:
+        doubtful_areas: annotations whose areas are wrong, if they are wanted.
     """
 
     def __init__(self, findings: Findings, evaluated: bool):
         self._findings = findings
         self._tell_of_area = findings.doubt if evaluated else findings.note
+        self.doubtful_areas: list[dict] | None = None
         self._queues = [_Queue(_measure_polygons), _Queue(_measure_rle), _Queue(None)]
         self._bare_items: list[dict] = []
         self._bare_areas: list[np.ndarray] = []
@@ -155,8 +159,8 @@ class Geometry:
         zero = areas == 0
         # Corners may count as pixels of their own.
         above = areas > 1.01 * product + boxes[:, 2:].sum(axis=1) + 1
-        self._tell(self._tell_of_area, _ZERO, items, zero)
-        self._tell(self._tell_of_area, _ABOVE, items, above)
+        self._tell_area(_ZERO, items, zero)
+        self._tell_area(_ABOVE, items, above)
         known = ~(zero | above | np.isnan(areas))
         if queue.measure is None:
             self._bare_items += [item for item, good in zip(items, known, strict=True) if good]
@@ -166,7 +170,7 @@ class Geometry:
         self._compare_boxes(items, boxes, sizes, measured)
         slack = _SLACK * measured.most + measured.blur + 1
         other = (areas < measured.least - slack) | (areas > measured.most + slack)
-        self._tell(self._tell_of_area, _OTHER, items, known & other)
+        self._tell_area(_OTHER, items, known & other)
 
     def _compare_boxes(
         self, items: list[dict], boxes: np.ndarray, sizes: np.ndarray, measured: _Masks
@@ -195,7 +199,12 @@ class Geometry:
         one_factor = len(share) >= _FEW and np.ptp(np.quantile(share, [0.1, 0.9])) < 0.01
         if 2 * differs.sum() > len(differs) and not one_factor:  # most are of masks
             differs &= share < _LEAST
-        self._tell(self._tell_of_area, _OTHER_BOX, self._bare_items, differs)
+        self._tell_area(_OTHER_BOX, self._bare_items, differs)
+
+    def _tell_area(self, kind: str, items: list[dict], wrong: np.ndarray) -> None:
+        self._tell(self._tell_of_area, kind, items, wrong)
+        if self.doubtful_areas is not None:
+            self.doubtful_areas += [items[row] for row in np.flatnonzero(wrong)]
 
     @staticmethod
     def _tell(

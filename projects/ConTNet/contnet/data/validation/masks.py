@@ -13,6 +13,7 @@ __all__ = [
     "DatasetUse",
     "are_numbers",
     "check_mask",
+    "is_mask_of",
     "is_text_of_numbers",
     "usable_polygons",
 ]
@@ -103,7 +104,7 @@ def _run_lengths(counts: str) -> list[int]:
     return runs
 
 
-def _is_mask_of(mask: dict, size: tuple) -> bool:
+def is_mask_of(mask: dict, size: tuple) -> bool:
     """Whether a run-length mask fits an image of (width, height)."""
     width, height = size
     counts = mask.get("counts")
@@ -132,7 +133,7 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
             )
         return True
     if isinstance(mask, dict):
-        if not _is_mask_of(mask, size):
+        if not is_mask_of(mask, size):
             findings.error("run-length masks that do not fit their image's size", where)
             return False
         if use.masks and use.trained and not use.bitmasks and not item.get("iscrowd"):
