@@ -72,10 +72,10 @@ def _unquoted(text: str) -> str:
 # How names of files are compared, the strictest first, and what then differs.
 _COMPARISONS: tuple[tuple[Callable[[str], str], str], ...] = (
     (_same, ""),
-    (_unicode, "Unicode form"),
-    (lambda text: _unicode(text).casefold(), "upper and lower case"),
+    (_unicode, "another Unicode form of the same letters, NFC or NFD"),
+    (lambda text: _unicode(text).casefold(), "upper or lower case"),
     (_unquoted, "escapes or spaces"),
-    (_stem, "ending"),
+    (_stem, "another ending"),
 )
 
 
@@ -113,24 +113,17 @@ def _nearest(
     return best[0]
 
 
-def _code_points(name: str) -> str:
-    """A name with what is not ASCII spelt out, since two forms of a letter look alike."""
-    return ascii(name).strip("'\"")
-
-
 def _describe(name: str, found: list[str], what: str) -> str:
-    path, parts = "/".join(found), _parts(name)
-    below = _unicode("/".join(parts)).casefold().endswith(_unicode(path).casefold())
-    longer = len(parts) > len(found)
-    if what:
-        return what
-    if len(parts) < len(found):
-        return f"folder, they are in {'/'.join(found[: -len(parts)])}/"
-    if "\\" in name and not longer:
-        return "separators, \\ in the place of /"
-    if longer and below:
-        return "path before them, which is not in the image folder"
-    return "folder"
+    """How a name differs from that of its file."""
+    parts = _parts(name)
+    differences = [what] if what else []
+    if "\\" in name:
+        differences.append("\\ in the place of /")
+    if len(parts) > len(found):
+        differences.append("a path before them that the image folder has not")
+    elif len(parts) < len(found):
+        differences.append(f"they are in {'/'.join(found[: -len(parts)])}/")
+    return " and ".join(differences) or "another folder"
 
 
 def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict[str, Match]:

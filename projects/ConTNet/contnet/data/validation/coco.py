@@ -175,8 +175,8 @@ class _Listed:
     Args:
         ids: of the entries of the list.
         key: under which an annotation has it.
-        what: an entry is.
-        entries: in the plural.
+        what: the entries are.
+        findings: gets what is found.
     """
 
     def __init__(self, ids: Container, key: str, what: str, findings: Findings):
@@ -184,24 +184,25 @@ class _Listed:
         self._key = key
         self._what = what
         self._findings = findings
-        self._numbers: set[int | None] | None = None
+        self._numbers: dict[int | None, int | str] | None = None
 
-    def has(self, item: dict) -> bool:
-        """Whether an annotation's id is there; if only as a text or a number, says so."""
+    def find(self, item: dict) -> int | str | None:
+        """The entry's id that an annotation means; says so if it is one only as a number."""
         value = item[self._key]
         if value in self._ids:
-            return True
+            return value
         if self._numbers is None:
-            self._numbers = {as_whole(each) for each in self._ids} - {None}
-        if as_whole(value) not in self._numbers:
-            return False
+            self._numbers = {as_whole(each): each for each in self._ids}
+        found = self._numbers.get(as_whole(value)) if as_whole(value) is not None else None
+        if found is None:
+            return None
         one, other = ("texts", "numbers") if isinstance(value, str) else ("numbers", "texts")
         self._findings.error(
             f"annotations whose {self._key} are {one}, while the ids of {self._what} are {other}, "
             f"which never are the same: {MEND}",
             f"{describe_value(value)} in {describe_object(item)}",
         )
-        return True
+        return found
 
 
 class _Objects:
@@ -233,12 +234,12 @@ class _Objects:
         """Checks an object that has its ids."""
         where = describe_object(item)
         _check_marks(item, self._use, where, self._findings)
-        if not self._categories.has(item):
+        if self._categories.find(item) is None:
             self._findings.error("annotations of categories that the file does not list", where)
-        key = item["image_id"]
-        if not self._images.has(item):
+        key = self._images.find(item)
+        if key is None:
             self._findings.lost("annotations of images that the file does not list", where)
-            self.left_out.count(key, "object of an image that is not listed")
+            self.left_out.count(None, "object of an image that is not listed")
             return
         crowd = bool(item.get("iscrowd"))
         self.trainable += not crowd
@@ -272,7 +273,7 @@ def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Fi
             continue
         objects.check(item)
         if item["id"] in seen:
-            findings.error(f"annotation ids that occur twice: {MEND}", str(item["id"]))
+            findings.error("annotation ids that occur twice", str(item["id"]))
         seen.add(item["id"])
         with_objects.add(item["image_id"])
         used.add(item["category_id"])
@@ -280,7 +281,7 @@ def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Fi
     used |= set(map(as_whole, used))
     objects.finish()
     findings.settle(len(annotations))
-    objects.left_out.check_crowds(findings)
+    objects.left_out.check_crowds(use.evaluated, findings)
     if use.trained:
         objects.left_out.tell(len(sizes), use.filtered, findings)
     if use.trained and not objects.trainable:

@@ -94,10 +94,8 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
         return
     matches = match_names(root, missing, images)
     for image, match in matches.items():
-        what = (
-            f"images that the folder has under another name; it differs in the {match.difference}"
-        )
-        findings.error(f"{what}: {MEND}", f"{image!a} is {match.path!a}")
+        what = f"images that the folder has under other names ({match.difference}): {MEND}"
+        findings.error(what, f"{image!a} is {match.path!a}")
     if lost := [image for image in missing if image not in matches]:
         advice = _advise(cfg, name, lost, len(set(images)))
         for image in lost:

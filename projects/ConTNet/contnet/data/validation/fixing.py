@@ -92,8 +92,7 @@ def _match_images(fix: _Fix) -> None:
     for image in fix.images:
         if match := matches.get(image.get("file_name")):
             image["file_name"] = match.path
-            what = match.difference.partition(",")[0]
-            fix.done[f"names of images, {what}: as in the folder"] += 1
+            fix.done[f"names of images ({match.difference}): as in the folder"] += 1
 
 
 def _drop_images(fix: _Fix) -> None:

@@ -40,8 +40,8 @@ class LeftOut:
         elif stays or not reason:
             self._trained.add(image)
 
-    def check_crowds(self, findings: Findings) -> None:
-        """Adds whether there are too many crowds for a set in which few are expected."""
+    def check_crowds(self, evaluated: bool, findings: Findings) -> None:
+        """Adds whether there are too many crowds, or how many evaluation ignores."""
         crowds = self._reasons[CROWD]
         if crowds > _MANY * self._objects:
             findings.suspect(
@@ -49,7 +49,7 @@ class LeftOut:
                 "training leaves out and evaluation ignores: if each is one object, as brush masks "
                 "of some labelling tools are, set iscrowd 0"
             )
-        elif crowds:
+        elif crowds and evaluated:
             findings.facts.append(f"evaluation ignores {plural(crowds, 'crowd')}")
 
     def tell(self, images: int, filtered: bool, findings: Findings) -> None:
