@@ -286,7 +286,7 @@ def test_of_several_sets_the_damaged_one_is_mended(data, capsys, tmp_path):
     assert main(fix) == 0
     assert "data set train: " in capsys.readouterr().out
     other = data.root / "annotations" / "instances_val.json"
-    other.write_text(other.read_text().replace('"area": ', '"area": 0'))
+    other.write_text(other.read_text().replace('"area": ', '"area": 0.'))
     fix[3] = str(tmp_path / "other.json")
     assert main(fix) == 1
     assert "--dataset" in capsys.readouterr().err
