@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from contnet.data.datasets.coco import is_whole
 from contnet.data.findings import Findings
 
 __all__ = [
@@ -108,7 +109,7 @@ def is_mask_of(mask: dict, size: tuple) -> bool:
     """Whether a run-length mask fits an image of (width, height)."""
     width, height = size
     counts = mask.get("counts")
-    if mask.get("size") != [height, width]:
+    if mask.get("size") != [height, width] or not all(map(is_whole, mask["size"])):
         return False
     try:
         runs = _run_lengths(counts) if isinstance(counts, str) else counts
