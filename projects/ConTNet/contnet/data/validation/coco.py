@@ -26,6 +26,7 @@ from contnet.utils.text import plural
 __all__ = ["NAME_KEYS", "DatasetUse", "check_instances", "is_size", "is_stray"]
 
 _NO_POLYGON = "object without a usable polygon"
+_LARGEST = 2**31  # pixels of a side
 _ID_TYPES = (int, str)
 _IDS = ("id", "image_id", "category_id")
 # Under which converters write the name of an image.
@@ -37,7 +38,8 @@ _ROUNDING = 1.0
 
 def is_size(width: object, height: object) -> bool:
     """Whether two values can be an image's width and height."""
-    return is_whole(width) and is_whole(height) and min(width, height) > 0
+    sides = (width, height)
+    return all(map(is_whole, sides)) and min(sides) > 0 and max(sides) < _LARGEST
 
 
 def is_stray(name: str) -> bool:
@@ -92,7 +94,7 @@ def _check_images(images: list[dict], findings: Findings) -> dict:
         name = image.get("file_name")
         where = name if isinstance(name, str) and name else str(image)[:80]
         _check_image_name(image, findings)
-        if name in names and isinstance(name, str):
+        if isinstance(name, str) and name in names:
             findings.note("files that are listed twice, as different images", name)
         names.add(where)
         size = _check_image_size(image, where, findings)

@@ -18,7 +18,7 @@ from contnet.data.datasets.coco import as_whole, is_whole
 from contnet.data.datasets.image_files import find_missing, match_names
 from contnet.data.findings import Findings
 from contnet.data.validation.coco import NAME_KEYS, is_size, is_stray
-from contnet.data.validation.geometry import Geometry
+from contnet.data.validation.geometry import Geometry, is_far
 from contnet.data.validation.masks import are_numbers, is_mask_of, usable_polygons
 from contnet.utils.errors import UserError
 
@@ -79,6 +79,10 @@ def _name_images(fix: _Fix) -> None:
     for image in fix.images:
         if isinstance(image.get("file_name"), str) and image["file_name"]:
             continue
+        if is_whole(image.get("file_name")):
+            image["file_name"] = str(image["file_name"])
+            fix.done["names of images that were numbers: texts"] += 1
+            continue
         names = [image[key] for key in NAME_KEYS if isinstance(image.get(key), str)]
         if names:
             image["file_name"] = names[0]
@@ -86,11 +90,11 @@ def _name_images(fix: _Fix) -> None:
 
 
 def _match_images(fix: _Fix) -> None:
-    names = [image["file_name"] for image in fix.images if image.get("file_name")]
+    names = [name for image in fix.images if isinstance(name := image.get("file_name"), str)]
     missing = find_missing(fix.root, names)
     matches = match_names(fix.root, missing, names)
     for image in fix.images:
-        if match := matches.get(image.get("file_name")):
+        if match := matches.get(str(image.get("file_name"))):
             image["file_name"] = match.path
             fix.done[f"names of images ({match.difference}): as in the folder"] += 1
 
@@ -280,15 +284,18 @@ def _encode(item: dict, sizes: dict) -> dict | None:
     mask, size = item.get("segmentation"), sizes.get(item["image_id"])
     if not mask or size is None:
         return None
-    try:
-        if isinstance(mask, dict):
-            if not is_mask_of(mask, size):
-                return None
-            coded = isinstance(mask["counts"], str)
-            return mask if coded else mask_util.frPyObjects(mask, *mask["size"])
-        return mask_util.merge(mask_util.frPyObjects(mask, size[1], size[0]))
-    except (TypeError, ValueError):
+    if isinstance(mask, dict):
+        if not is_mask_of(mask, size):
+            return None
+        coded = isinstance(mask["counts"], str)
+        return mask if coded else mask_util.frPyObjects(mask, *mask["size"])
+    if not isinstance(mask, list):
         return None
+    width, height = size
+    # Far outside there is no mask to measure, and the doctor tells it.
+    if any(is_far(min(part), max(part), max(size)) for part in mask):
+        return None
+    return mask_util.merge(mask_util.frPyObjects(mask, height, width))
 
 
 def _is_box(box: object) -> bool:
@@ -343,7 +350,7 @@ def _compute_areas(fix: _Fix) -> None:
     wrong = _wrong_areas(fix, sizes)
     for item in fix.annotations:
         area = item.get("area")
-        number = isinstance(area, (int, float)) and math.isfinite(area) and area >= 0
+        number = are_numbers([area]) and area >= 0
         if number and item["id"] not in wrong:
             continue
         coded = _encode(item, sizes)
