@@ -248,3 +248,29 @@ def test_official_counts(root, capsys, monkeypatch):
     monkeypatch.setattr(checks, "OFFICIAL_COUNTS", official)
     status, said = run_doctor(capsys)
     assert status == 0 and said[-1].startswith("0 errors, 0 notes")
+
+
+# --- files of other systems ----------------------------------------------------------------------
+
+
+def test_notes_of_macos_and_copies_of_notebooks_are_no_images(root, capsys):
+    first = _first(root)
+    before = len(load_dataset_dicts(config(), ["imagenet_train"], train=True))
+    (first / "._0.JPEG").write_bytes(b"\0\5\26\7")
+    (first / ".ipynb_checkpoints").mkdir()
+    shutil.copy(first / "0.JPEG", first / ".ipynb_checkpoints" / "0-checkpoint.JPEG")
+    shutil.copy(first / "1.JPEG", first / "UPPER.JPG")
+    assert len(load_dataset_dicts(config(), ["imagenet_train"], train=True)) == before + 1
+    status, said = run_doctor(capsys)
+    assert status == 0, said
+    (note,) = [line for line in said if "left out" in line]
+    assert "._0.JPEG" in note and ".ipynb_checkpoints" in note
+
+
+def test_a_folder_of_macos_is_no_class(root):
+    for split in ("train", "val"):
+        folder = root / "imagenet" / split / "__MACOSX"
+        folder.mkdir()
+        (folder / "._0.JPEG").write_bytes(b"\0")
+    with pytest.raises(UserError, match="hidden folders among the class folders"):
+        check_datasets(config(), NAMES)

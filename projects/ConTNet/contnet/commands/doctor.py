@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from contnet.commands.fix_annotations import fix_annotations
 from contnet.commands.parsing import add_workers_option, check_positive
-from contnet.data.findings import ERROR, NOTE, WARNING, Findings
+from contnet.data.datasets.register import register_datasets
+from contnet.data.findings import ERROR, NOTE, SUSPECT, WARNING, Findings
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.dataset import examine_dataset
 from contnet.data.validation.images import look_at_images
 from contnet.launch.arguments import config_parser, configure
+from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.text import plural
 
 __all__ = ["build_parser", "diagnose", "main"]
 
+# What the doctor says of each severity.
+_WORDS = {"ERROR": (ERROR, SUSPECT), "NOTE": (WARNING, NOTE)}
+
 _EPILOG = """\
 What would stop or corrupt training is an ERROR: the exit status is then 1. Differences from the
-official data sets and harmless oddities are NOTES: the exit status is 0.
+official data sets and harmless oddities are NOTES: the exit status is 0. A training stops at an
+ERROR, but only warns of many crowds; of NOTES that change what is learned or measured it warns too.
+
+--fix writes a copy of an annotation file in which what is sure is mended: ids, names of images,
+missing areas, texts in the place of numbers, ...; what was done is counted. It never writes into a
+file that is there.
 
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
+  doctor.py --config-file my.yaml --fix mended.json --dataset my_train
 """
 
 
@@ -55,8 +68,9 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
 
 def _print(name: str, findings: Findings) -> None:
     lines = [f"data set {name}", *(f"  {fact}" for fact in findings.facts)]
-    for severity in (ERROR, WARNING, NOTE):
-        lines += [f"  {severity:7}  {line}" for line in findings.lines(severity)]
+    for word, severities in _WORDS.items():
+        for severity in severities:
+            lines += [f"  {word:5}  {line}" for line in findings.lines(severity)]
     for line in lines:
         # File names need not be text, and not every terminal takes their bytes as they are.
         print(line.encode(errors="backslashreplace").decode())
@@ -66,7 +80,23 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of tools/doctor.py."""
     parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
     add_workers_option(parser)
+    parser.add_argument(
+        "--fix",
+        type=Path,
+        metavar="OUT.json",
+        help="open no image, but write a mended copy of the annotation file",
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="the data set to mend, if the config has several"
+    )
     return parser
+
+
+def _fix(args: argparse.Namespace) -> int:
+    """Writes a mended copy; a file that cannot be used cannot give the number of classes."""
+    cfg = load_checked_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    return 0 if fix_annotations(cfg, args.fix, args.dataset) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_intermixed_args(argv)
         check_positive(args, "workers")
+        if args.fix:
+            return _fix(args)
+        if args.dataset:
+            raise UserError("--dataset is for --fix")
         cfg, added = configure(args.config_file, args.opts)
         for line in added:
             print(line)
@@ -85,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, findings in found.items():
         _print(name, findings)
     errors, notes = (
-        sum(len(findings.lines(severity)) for findings in found.values())
-        for severity in (ERROR, NOTE)
+        sum(len(findings.lines(each)) for findings in found.values() for each in severities)
+        for severities in _WORDS.values()
     )
     verdict = "this would stop or corrupt training" if errors else "training can start"
     print(f"{plural(errors, 'error')}, {plural(notes, 'note')}: {verdict}")

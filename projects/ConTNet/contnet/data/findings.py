@@ -5,23 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "WARNING", "Finding", "Findings"]
+__all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "SUSPECT", "WARNING", "Finding", "Findings"]
 
+# The doctor has two words, ERROR and NOTE. A run stops at an ERROR and warns of what lies between.
 ERROR = "ERROR"  # would stop or corrupt training
-WARNING = "WARNING"  # changes what is learned or measured: training starts, and says so
+SUSPECT = "SUSPECT"  # most likely a mistake: the doctor's ERROR, a run's warning
+WARNING = "WARNING"  # changes what is learned or measured: the doctor's NOTE, a run's warning
 NOTE = "NOTE"
 FACT = "FACT"  # to be counted
+# Settled once all objects are known.
 _LOST = "LOST"  # an object that Detectron2 would leave out
+_DOUBT = "DOUBT"  # an object whose numbers contradict each other
 
 SHOWN = 5  # examples of a kind
-_HARMLESS = 1000  # one lost object in so many is a note
+_HARMLESS = 1000  # one such object in so many is a note
 
 
 class Finding(NamedTuple):
     """One thing that was found.
 
     Attributes:
-        severity: ERROR, WARNING, NOTE or FACT.
+        severity: ERROR, SUSPECT, WARNING, NOTE or FACT.
         kind: what, and what to do; the same for all of a kind.
         example: where; empty where ``kind`` says it all.
     """
@@ -45,12 +49,14 @@ class Findings:
         classes: names of its classes, in the model's order, by "objects", "label maps" or "labels
             of images".
         named: whether these names mean anything.
+        left_out: what training leaves out and why, one line for the log; "" where nobody counted.
     """
 
     def __init__(self) -> None:
         self.facts: list[str] = []
         self.classes: dict[str, list[str]] = {}
         self.named = True
+        self.left_out = ""
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def add(self, severity: str, kind: str, example: str = "") -> None:
@@ -62,6 +68,9 @@ class Findings:
     def error(self, kind: str, example: str = "") -> None:
         self.add(ERROR, kind, example)
 
+    def suspect(self, kind: str, example: str = "") -> None:
+        self.add(SUSPECT, kind, example)
+
     def warn(self, kind: str, example: str = "") -> None:
         self.add(WARNING, kind, example)
 
@@ -72,13 +81,20 @@ class Findings:
         """An object that Detectron2 would leave out; :meth:`settle` tells how grave it is."""
         self.add(_LOST, kind, example)
 
+    def doubt(self, kind: str, example: str) -> None:
+        """An object whose numbers contradict each other; also for :meth:`settle`."""
+        self.add(_DOUBT, kind, example)
+
     def settle(self, objects: int) -> None:
-        """Makes each kind of lost objects a note if they are few of all, as in COCO itself."""
+        """Decides on kinds of objects: a note if they are few of all, as in COCO itself."""
         kinds = {}
         for (severity, kind), found in self._kinds.items():
+            few = found.count * _HARMLESS <= objects
             if severity == _LOST:
-                severity = NOTE if found.count * _HARMLESS <= objects else ERROR
+                severity = NOTE if few else ERROR
                 kind += " (training would leave these objects out)"
+            elif severity == _DOUBT:
+                severity = NOTE if few else WARNING
             kinds[severity, kind] = found
         self._kinds = kinds
 
@@ -86,6 +102,7 @@ class Findings:
         """Adds what was found elsewhere in the same data set."""
         self.facts += other.facts
         self.classes |= other.classes
+        self.left_out = self.left_out or other.left_out
         for key, found in other._kinds.items():
             kind = self._kinds.setdefault(key, _Kind())
             kind.count += found.count
@@ -94,14 +111,20 @@ class Findings:
     def state(self) -> dict:
         """All of it, as JSON can hold it."""
         kinds = [[*key, found.count, found.examples] for key, found in self._kinds.items()]
-        return {"facts": self.facts, "classes": self.classes, "named": self.named, "kinds": kinds}
+        return {
+            "facts": self.facts,
+            "classes": self.classes,
+            "named": self.named,
+            "left_out": self.left_out,
+            "kinds": kinds,
+        }
 
     @classmethod
     def from_state(cls, state: dict) -> Findings:
         """What :meth:`state` was taken of."""
         findings = cls()
         findings.facts, findings.classes = state["facts"], state["classes"]
-        findings.named = state["named"]
+        findings.named, findings.left_out = state["named"], state["left_out"]
         for severity, kind, count, examples in state["kinds"]:
             findings._kinds[severity, kind] = _Kind(count, examples)
         return findings

@@ -19,7 +19,7 @@ from contnet.checkpoint.reading import read_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
 from contnet.data.pipeline.loader import micro_batch_size
-from contnet.data.validation.dataset import check_datasets, has_truth
+from contnet.data.validation.dataset import Remarks, check_datasets, has_truth
 from contnet.engine.resume import Before, refusal, resume_config, trainer_state
 from contnet.evaluation.build import check_evaluator
 from contnet.evaluation.metrics import check_best_metric
@@ -184,7 +184,7 @@ def _check_truth(settings: RunSettings) -> None:
             )
 
 
-def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
+def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
     """Checks what does not depend on the machine: batch, data sets, metric, weights.
 
     Args:
@@ -192,7 +192,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
         data: look into the data sets; not needed if that was done for the same ones before.
 
     Returns:
-        What changes the run's numbers, a warning each.
+        What the log of the run is to say of the data sets.
 
     Raises:
         UserError: for the first thing that is wrong.
@@ -205,9 +205,10 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
-    warnings = [] if settings.eval_only else _check_warmup(cfg)
+    remarks = Remarks([] if settings.eval_only else _check_warmup(cfg), [])
     if data and settings.processes.environment.local_rank == 0:
-        warnings += check_datasets(cfg, datasets)
+        found = check_datasets(cfg, datasets)
+        remarks = Remarks([*remarks.warnings, *found.warnings], found.notes)
         _check_truth(settings)
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:
@@ -216,7 +217,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     _check_weights(settings)
-    return warnings
+    return remarks
 
 
 def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
@@ -266,15 +267,19 @@ def check_run(settings: RunSettings) -> RunSettings:
     """Checks device, output folder, weights and data sets; makes the output folder.
 
     Returns:
-        The settings that the run has, with the warnings of the checks.
+        The settings that the run has, with the notes and warnings of the checks.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
     check_device(settings.cfg, settings.processes.num_gpus)
     settings = resume_settings(settings)
-    warnings = check_inputs(settings)
+    remarks = check_inputs(settings)
     check_output(settings)
     if settings.processes.environment.local_rank == 0:
         cache_cityscapes(settings.cfg, _datasets(settings))
-    return replace(settings, warnings=(*settings.warnings, *warnings))
+    return replace(
+        settings,
+        notes=(*settings.notes, *remarks.notes),
+        warnings=(*settings.warnings, *remarks.warnings),
+    )

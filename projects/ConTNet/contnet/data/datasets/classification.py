@@ -91,7 +91,13 @@ class ClassificationSet:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    """Whether a name is an image's; macOS keeps notes on 1.jpg in ._1.jpg."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def _is_hidden(folder: str) -> bool:
+    """Whether a folder is a tool's, such as .ipynb_checkpoints with copies of images."""
+    return folder.startswith(".") or folder == "__MACOSX"
 
 
 @dataclass
@@ -127,6 +133,9 @@ def _list_class(folder: str) -> tuple[list[str], list[str]]:
     images = [f"{folder}/{name}" for name in found.images]
     others = [f"{folder}/{name}" for name in (*found.shards, *found.others)]
     for name in found.folders:
+        if _is_hidden(name):
+            others.append(f"{folder}/{name}")
+            continue
         below = _list_class(f"{folder}/{name}")
         images += below[0]
         others += below[1]
@@ -142,7 +151,7 @@ def _read_folders(
     if differing := describe_difference(found.folders, classes):
         findings.error(f"its class folders are not those of {source.train_dir} ({differing})")
     for name in found.folders:
-        if name.startswith("."):
+        if _is_hidden(name):
             findings.error("hidden folders among the class folders, remove them", name)
     for name in found.others:
         path = f"{source.image_dir}/{name}"

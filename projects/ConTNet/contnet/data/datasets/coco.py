@@ -6,11 +6,11 @@ here the content that was checked is used.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,50 +19,35 @@ from pathlib import Path
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
+from contnet.data.datasets.annotation_files import check_form, read_json
 from contnet.utils.errors import UserError
 
 __all__ = [
     "CocoSource",
+    "as_whole",
     "class_names",
+    "describe_value",
     "image_names",
     "is_whole",
     "make_records",
     "read_instances",
 ]
 
-_LISTS = ("images", "annotations", "categories")
+# Digits of ids beyond any number's size are a text.
+_WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
 _KEPT = ("iscrowd", "bbox", "keypoints", "category_id")
 
 logger = logging.getLogger(__name__)
 
 
 def read_instances(file: str) -> dict:
-    """Reads an annotation file.
+    """Reads an annotation file; one without truth, as COCO's test-dev, has no "annotations".
 
     Raises:
         UserError: if it is missing or has not the form of COCO's.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # it would walk through COCO's millions of new objects again and again
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except OSError as error:
-        raise UserError(f"the annotation file {file} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the annotation file {file} is not valid JSON ({error})") from error
-    finally:
-        if collecting:
-            gc.enable()
-    if isinstance(content, dict):
-        content.setdefault("annotations", [])  # COCO's test sets have none
-    for key in _LISTS:
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(
-                f"the annotation file {file} has not the form of COCO instances: {key!r} must be "
-                "there, a list of {...}"
-            )
+    content, _ = read_json(file)
+    check_form(content, file)
     return content
 
 
@@ -74,6 +59,12 @@ def class_names(content: dict) -> list[str]:
     """
     categories = content["categories"]
     for category in categories:
+        key = category.get("id")
+        if not is_whole(key) and as_whole(key) is not None:
+            raise UserError(
+                f"ids of its categories must be whole numbers, not {describe_value(key)}: "
+                "tools/doctor.py --fix makes them such"
+            )
         if not is_whole(category.get("id")) or not isinstance(category.get("name"), str):
             raise UserError(f"each category must have a whole number as id and a name: {category}")
     if not categories:
@@ -87,6 +78,26 @@ def class_names(content: dict) -> list[str]:
 def is_whole(value: object) -> bool:
     """Whether a value of JSON is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_whole(value: object) -> int | None:
+    """The whole number that a value is, or that its text spells; otherwise None."""
+    if is_whole(value):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    return None
+
+
+def describe_value(value: object) -> str:
+    """A value with its type, for a message."""
+    if isinstance(value, str):
+        return f"the text {json.dumps(value)}"
+    if isinstance(value, float):
+        return f"{value!r} with a decimal point"
+    return json.dumps(value)
 
 
 def _mask(mask: list | dict) -> list | dict:
@@ -134,12 +145,12 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
     numbers = {key: i for i, key in enumerate(sorted(c["id"] for c in content["categories"]))}
     images = {image["id"]: image for image in content["images"]}
     items = defaultdict(list)
-    for item in content["annotations"]:
+    for item in content.get("annotations", ()):
         items[item["image_id"]].append(item)
     ids = [item["id"] for key in images for item in items.get(key, ())]
     if len(set(ids)) < len(ids):
         raise ValueError("annotation ids occur twice")
-    lost = len(content["annotations"]) - len(ids)
+    lost = len(content.get("annotations", ())) - len(ids)
     if lost:
         logger.warning(f"{lost} annotations are of images that the file does not list")
     without = 0
@@ -200,6 +211,6 @@ class CocoSource:
         facts = {
             "classes": class_names(content),
             "ids": sorted(category["id"] for category in content["categories"]),
-            "objects": len(content["annotations"]),
+            "objects": len(content.get("annotations", ())),
         }
         return make_records(content, self.image_root), facts, image_names(content)

@@ -43,7 +43,7 @@ __all__ = [
 
 # Raise it when the same annotations would give other records or findings. Files of other formats
 # are removed.
-_FORMAT = 2
+_FORMAT = 3
 _FILE = re.compile(r".+-[0-9a-f]{24}(?:\.v(?P<format>\d+))?\.(?:records|checks)")
 # Seconds after its last use in which a file stays: what a run has checked must be there when its
 # processes begin.

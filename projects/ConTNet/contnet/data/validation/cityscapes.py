@@ -16,8 +16,10 @@ from PIL import Image
 
 from contnet.data.datasets.cityscapes import GT_FILES, IMAGE_SUFFIX, Scene, find_scenes
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
-from contnet.data.validation.coco import is_far, is_size
+from contnet.data.validation.coco import is_size
+from contnet.data.validation.geometry import is_far
 from contnet.data.validation.images import ImageRules, inspect_pixels
+from contnet.data.validation.left_out import CROWD, LeftOut
 from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
@@ -49,6 +51,7 @@ def check_layout(
     findings: Findings,
     trained: bool = False,
     truth: bool = True,
+    filtered: bool = True,
 ) -> None:
     """Checks that every image has its files and that the polygons can be used.
 
@@ -59,6 +62,7 @@ def check_layout(
         findings: gets what is found.
         trained: the split is one of DATASETS.TRAIN.
         truth: its objects are published; otherwise label files do not matter.
+        filtered: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
     scenes = find_scenes(image_dir, gt_dir, kind)
     findings.facts.append(plural(len(scenes), "image"))
@@ -86,7 +90,7 @@ def check_layout(
         if scene.labels["polygons.json"] in present:
             labels.append(_check_polygons(scene, findings))
     if kind == "cityscapes_instance":
-        _check_objects(labels, trained, findings)
+        _check_objects(labels, trained, filtered, findings)
     for path in sorted(present - paired):
         if path.name.endswith(tuple(f"_gtFine_{end}" for end in GT_FILES[kind])):
             findings.note("label files without an image", path.name)
@@ -97,7 +101,7 @@ def _check_strays(image_dir: str, findings: Findings) -> None:
     for city in sorted(Path(image_dir).glob("*")):
         files = file_names(city)
         for path in sorted(city.iterdir()) if city.is_dir() else [city]:
-            if not path.name.endswith(IMAGE_SUFFIX):
+            if path.name.startswith(".") or not path.name.endswith(IMAGE_SUFFIX):
                 findings.error(
                     f"files that are no images *{IMAGE_SUFFIX}: move them away", str(path)
                 )
@@ -134,16 +138,30 @@ def _check_polygons(scene: Scene, findings: Findings) -> list[str]:
     return [str(thing.get("label")) for thing in things]
 
 
-def _check_objects(labels: list[list[str]], trained: bool, findings: Findings) -> None:
+def _check_objects(
+    labels: list[list[str]], trained: bool, filtered: bool, findings: Findings
+) -> None:
     """Counts the objects of the classes that have such, by the labels of each image."""
     counts = Counter(label for of_image in labels for label in of_image if label in _THINGS)
     findings.facts.append(plural(counts.total(), "object"))
+    if trained:
+        _count_left_out(labels, filtered, findings)
     if trained and not counts:
         findings.error("it has no object to train on")
     if empty := sum(_THINGS.isdisjoint(of_image) for of_image in labels):
         findings.note(f"{empty} of {len(labels)} images have no objects")
     for label in sorted(_THINGS - counts.keys()):
         findings.note("classes without objects", label)
+
+
+def _count_left_out(labels: list[list[str]], filtered: bool, findings: Findings) -> None:
+    """Counts groups, which Cityscapes marks so, and images without objects."""
+    left_out = LeftOut()
+    for image, of_image in enumerate(labels):
+        for label in of_image:
+            if label.removesuffix("group") in _THINGS:
+                left_out.count(image, "" if label in _THINGS else CROWD)
+    left_out.tell(len(labels), filtered, findings)
 
 
 def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Findings) -> None:

@@ -6,227 +6,297 @@ object that it leaves out is one unless it is rare (COCO's own file has two boxe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Container
 
-from contnet.data.datasets.coco import class_names, is_whole
+from contnet.data.datasets.coco import as_whole, class_names, describe_value, is_whole
 from contnet.data.findings import Findings
+from contnet.data.validation.geometry import Geometry, describe_object, is_far
+from contnet.data.validation.left_out import CROWD, LeftOut
+from contnet.data.validation.masks import (
+    MEND,
+    DatasetUse,
+    are_numbers,
+    check_mask,
+    is_text_of_numbers,
+    usable_polygons,
+)
 from contnet.utils.text import plural
 
-__all__ = ["DatasetUse", "check_instances", "is_far", "is_size"]
+__all__ = ["NAME_KEYS", "DatasetUse", "check_instances", "is_size", "is_stray"]
 
+_NO_POLYGON = "object without a usable polygon"
+_LARGEST = 2**31  # pixels of a side
+_ID_TYPES = (int, str)
 _IDS = ("id", "image_id", "category_id")
+# Under which converters write the name of an image.
+NAME_KEYS = ("path", "filename", "fileName", "coco_url", "image", "name", "url")
+_STRAYS = {"thumbs.db", ".ds_store", "desktop.ini"}
 # COCO's own boxes reach out by rounding.
 _ROUNDING = 1.0
 
 
-@dataclass(frozen=True)
-class DatasetUse:
-    """What a run wants of a data set.
-
-    Attributes:
-        trained: it is one of DATASETS.TRAIN.
-        evaluated: it is one of DATASETS.TEST.
-        masks: MODEL.MASK_ON.
-        bitmasks: INPUT.MASK_FORMAT is bitmask.
-    """
-
-    trained: bool
-    evaluated: bool
-    masks: bool
-    bitmasks: bool
-
-
 def is_size(width: object, height: object) -> bool:
     """Whether two values can be an image's width and height."""
-    return is_whole(width) and is_whole(height) and min(width, height) > 0
+    sides = (width, height)
+    return all(map(is_whole, sides)) and min(sides) > 0 and max(sides) < _LARGEST
 
 
-def is_far(low: float, high: float, side: int) -> bool:
-    """Whether coordinates leave an image by more than half of its side."""
-    return low < -0.5 * side or high > 1.5 * side
+def is_stray(name: str) -> bool:
+    """Whether a file of that name is what macOS or Windows puts beside images."""
+    base = name.replace("\\", "/").rpartition("/")[2]
+    return base.startswith("._") or base.lower() in _STRAYS
 
 
-def _are_numbers(values: Iterable) -> bool:
-    """Whether all are finite numbers."""
-    try:
-        return math.isfinite(sum(values))
-    except (TypeError, OverflowError):
-        return False
+def _check_image_id(image: dict, where: str, findings: Findings) -> bool:
+    """Whether an image has an id that can be used as a key."""
+    key = image.get("id")
+    if is_whole(key) or isinstance(key, str):
+        return True
+    if as_whole(key) is not None:
+        what = f"image ids that are not written as whole numbers: {MEND}"
+        findings.error(what, f"{describe_value(key)} ({where})")
+        return True
+    findings.error(f"images without an id: {MEND}", where)
+    return False
+
+
+def _check_image_name(image: dict, findings: Findings) -> None:
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        other = next((key for key in NAME_KEYS if isinstance(image.get(key), str)), None)
+        hint = f", they have {other!r} instead: {MEND}" if other else ""
+        findings.error(f"images without a file_name{hint}", str(image)[:80])
+    elif is_stray(name):
+        findings.error(
+            "files of macOS or Windows that are listed as images (._*, Thumbs.db, ...): "
+            "tools/doctor.py --fix leaves them out",
+            name,
+        )
+
+
+def _check_image_size(image: dict, where: str, findings: Findings) -> tuple[int, int] | None:
+    width, height = image.get("width"), image.get("height")
+    if is_size(width, height):
+        return width, height
+    what = "images whose width and height are no whole numbers above 0"
+    if is_size(as_whole(width) or 0, as_whole(height) or 0):
+        what += f", but texts, or have a decimal point: {MEND}"
+        where += f" ({describe_value(height if is_whole(width) else width)})"
+    findings.error(what, where)
+    return None
 
 
 def _check_images(images: list[dict], findings: Findings) -> dict:
-    """(width, height) of the images by id."""
+    """(width, height) of the images by id; None for what is wrong with an image."""
     sizes, names = {}, set()
     for image in images:
-        name, key = image.get("file_name"), image.get("id")
-        width, height = image.get("width"), image.get("height")
-        if not isinstance(key, (int, str)) or not isinstance(name, str) or not name:
-            findings.error("images without an id or a file_name", str(image)[:80])
+        name = image.get("file_name")
+        where = name if isinstance(name, str) and name else str(image)[:80]
+        _check_image_name(image, findings)
+        if isinstance(name, str) and name in names:
+            findings.note("files that are listed twice, as different images", name)
+        names.add(where)
+        size = _check_image_size(image, where, findings)
+        if not _check_image_id(image, where, findings):
             continue
-        if not is_size(width, height):
-            findings.error("images whose width and height are no whole numbers above 0", name)
-            continue
+        key = image["id"]
         if key in sizes:
             findings.error("image ids that occur twice", str(key))
-        if name in names:
-            findings.note("files that are listed twice, as different images", name)
-        sizes[key] = (width, height)
-        names.add(name)
-    if len({type(key) for key in sizes}) > 1:
-        findings.error("some image ids are numbers, some are texts: Detectron2 cannot sort them")
+        sizes[key] = size
+    if len({isinstance(key, str) for key in sizes}) > 1:
+        findings.error(
+            f"some image ids are numbers, some are texts: Detectron2 cannot sort them, {MEND}"
+        )
     return sizes
 
 
-def _check_box(box: object, size: tuple, where: str, findings: Findings) -> None:
-    if not isinstance(box, list) or len(box) != 4 or not _are_numbers(box):
-        findings.error("boxes that are not 4 finite numbers x, y, width, height", where)
-        return
+def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str | None:
+    """Checks a box; returns why training leaves the object out, "" if it does not, None if the
+    box is wrong.
+    """
+    if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
+        texts = isinstance(box, list) and len(box) == 4 and is_text_of_numbers(box)
+        hint = f", but texts: {MEND}" if texts else ""
+        findings.error(f"boxes that are not 4 finite numbers x, y, width, height{hint}", where)
+        return None
     x, y, width, height = box
     if width < 0 or height < 0:
         findings.error("boxes with a negative width or height", where)
-    elif width == 0 or height == 0:
+        return None
+    if width == 0 or height == 0:
         findings.lost("boxes without area", where)
-    elif x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
+        return "box without area"
+    if x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
         findings.lost("boxes wholly outside their image", where)
-    elif is_far(x, x + width, size[0]) or is_far(y, y + height, size[1]):
+        return "box outside its image"
+    if is_far(x, x + width, size[0]) or is_far(y, y + height, size[1]):
         findings.error(
             "boxes far larger than their image: x, y, width, height are wanted, in its pixels",
             where,
         )
-    elif min(x, y, size[0] - x - width, size[1] - y - height) < -_ROUNDING:
+        return None
+    if min(x, y, size[0] - x - width, size[1] - y - height) < -_ROUNDING:
         findings.note("boxes that reach outside their image, where they are cut", where)
-
-
-def _check_polygons(polygons: list, size: tuple, where: str, findings: Findings) -> None:
-    for polygon in polygons:
-        if not isinstance(polygon, list) or not _are_numbers(polygon):
-            findings.error("polygons that are no lists [x, y, x, y, ...] of finite numbers", where)
-        elif len(polygon) % 2:
-            findings.lost("polygons with an odd number of coordinates", where)
-        elif len(polygon) < 6:
-            findings.lost("polygons of fewer than 3 points", where)
-        else:
-            xs, ys = polygon[::2], polygon[1::2]
-            if is_far(min(xs), max(xs), size[0]) or is_far(min(ys), max(ys), size[1]):
-                findings.error("polygons that reach far outside their image", where)
-
-
-def _is_short(polygon: object) -> bool:
-    return isinstance(polygon, list) and len(polygon) < 6
-
-
-def _run_lengths(counts: str) -> list[int]:
-    """The runs of a compressed mask: in digits of 5 bits, from the fourth on as the difference to
-    the last but one.
-    """
-    runs, value, shift = [], 0, 0
-    for letter in counts:
-        digit = ord(letter) - 48
-        if not 0 <= digit < 64:
-            raise ValueError("a letter that no compressed mask has")
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("cut off")
-    return runs
-
-
-def _is_mask_of(mask: dict, size: tuple) -> bool:
-    """Whether a run-length mask fits an image of (width, height)."""
-    width, height = size
-    counts = mask.get("counts")
-    if mask.get("size") != [height, width]:
-        return False
-    try:
-        runs = _run_lengths(counts) if isinstance(counts, str) else counts
-        return min(runs) >= 0 and sum(runs) == width * height
-    except (TypeError, ValueError):
-        return False
-
-
-def _check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: Findings) -> None:
-    mask = item.get("segmentation")
-    if not mask:
-        if use.masks and (use.evaluated or not item.get("iscrowd")):
-            findings.error(
-                "objects without a mask, which MODEL.MASK_ON needs: set MODEL.MASK_ON False, or "
-                "take a detector of boxes",
-                where,
-            )
-    elif isinstance(mask, dict):
-        if not _is_mask_of(mask, size):
-            findings.error("run-length masks that do not fit their image's size", where)
-        elif use.masks and use.trained and not use.bitmasks and not item.get("iscrowd"):
-            findings.error("run-length masks of objects: set INPUT.MASK_FORMAT bitmask", where)
-    elif isinstance(mask, list):
-        _check_polygons(mask, size, where, findings)
-        if use.evaluated and use.masks and any(_is_short(polygon) for polygon in mask):
-            findings.error("polygons of fewer than 3 points, which evaluation takes wrongly", where)
-    else:
-        findings.error("masks that are neither polygons nor run-length", where)
+    return ""
 
 
 def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) -> None:
     """Checks what says how an object counts."""
     if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
-        findings.error(f"annotations without {', '.join(missing)}, which evaluation needs", where)
+        what = f"annotations without {', '.join(missing)}, which evaluation needs: {MEND}"
+        findings.error(what, where)
     if item.get("iscrowd", 0) not in (0, 1):
-        findings.error("annotations whose iscrowd is neither 0 nor 1", where)
+        findings.error(f"annotations whose iscrowd is neither 0 nor 1: {MEND}", where)
     area = item.get("area", 0)
-    if use.evaluated and not (_are_numbers([area]) and area >= 0):
-        findings.error("annotations whose area is no number from 0", where)
+    if use.evaluated and not (are_numbers([area]) and area >= 0):
+        findings.error(f"annotations whose area is no number from 0: {MEND}", where)
     if item.get("ignore"):
         findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
 
-def _check_annotation(
-    item: dict, sizes: dict, categories: set, use: DatasetUse, findings: Findings
-) -> bool:
-    """Checks one object that has its ids; returns whether it can be one to train on."""
-    where = f"annotation {item['id']} of image {item['image_id']}"
-    _check_marks(item, use, where, findings)
-    if item["category_id"] not in categories:
-        findings.error("annotations of categories that the file does not list", where)
-    size = sizes.get(item["image_id"])
-    if size is None:
-        findings.lost("annotations of images that the file does not list", where)
+def _check_ids(item: dict, findings: Findings) -> bool:
+    """Whether an annotation has its ids."""
+    wrong = [key for key in _IDS if type(item.get(key)) not in _ID_TYPES]
+    if not wrong:
+        return True
+    missing = [key for key in wrong if as_whole(item.get(key)) is None]
+    if missing:
+        findings.error(f"annotations without {', '.join(missing)}", str(item)[:80])
         return False
-    _check_box(item.get("bbox"), size, where, findings)
-    _check_mask(item, size, use, where, findings)
-    return not item.get("iscrowd")
+    for key in wrong:
+        findings.error(
+            f"annotations whose {key} is not written as a whole number: {MEND}",
+            f"{describe_value(item[key])} in {describe_object(item)}",
+        )
+    return True
+
+
+class _Listed:
+    """Ids that a list of the file has, to look those of annotations up.
+
+    Args:
+        ids: of the entries of the list.
+        key: under which an annotation has it.
+        what: the entries are.
+        findings: gets what is found.
+    """
+
+    def __init__(self, ids: Container, key: str, what: str, findings: Findings):
+        self._ids = ids
+        self._key = key
+        self._what = what
+        self._findings = findings
+        self._numbers: dict[int | None, int | str] | None = None
+
+    def find(self, item: dict) -> int | str | None:
+        """The entry's id that an annotation means; says so if it is one only as a number."""
+        value = item[self._key]
+        if value in self._ids:
+            return value
+        if self._numbers is None:
+            self._numbers = {as_whole(each): each for each in self._ids}
+        found = self._numbers.get(as_whole(value)) if as_whole(value) is not None else None
+        if found is None:
+            return None
+        one, other = ("texts", "numbers") if isinstance(value, str) else ("numbers", "texts")
+        self._findings.error(
+            f"annotations whose {self._key} are {one}, while the ids of {self._what} are {other}, "
+            f"which never are the same: {MEND}",
+            f"{describe_value(value)} in {describe_object(item)}",
+        )
+        return found
+
+
+class _Objects:
+    """Checks objects one by one.
+
+    Args:
+        content: of the file.
+        sizes: of :func:`_check_images`.
+        use: what the run wants of it.
+        findings: gets what is found.
+
+    Attributes:
+        trainable: number of objects that are no crowds, in images that are listed.
+        left_out: what training leaves out.
+    """
+
+    def __init__(self, content: dict, sizes: dict, use: DatasetUse, findings: Findings):
+        self._sizes = sizes
+        self._use = use
+        self._findings = findings
+        categories = {category["id"] for category in content["categories"]}
+        self._images = _Listed(sizes, "image_id", "images", findings)
+        self._categories = _Listed(categories, "category_id", "categories", findings)
+        self._geometry = Geometry(findings, use.evaluated)
+        self.left_out = LeftOut()
+        self.trainable = 0
+
+    def check(self, item: dict) -> None:
+        """Checks an object that has its ids."""
+        where = describe_object(item)
+        _check_marks(item, self._use, where, self._findings)
+        if self._categories.find(item) is None:
+            self._findings.error("annotations of categories that the file does not list", where)
+        key = self._images.find(item)
+        if key is None:
+            self._findings.lost("annotations of images that the file does not list", where)
+            self.left_out.count(None, "object of an image that is not listed")
+            return
+        crowd = bool(item.get("iscrowd"))
+        self.trainable += not crowd
+        size = self._sizes.get(key)
+        reason = self._check_shape(item, size, where) if size else ""
+        self.left_out.count(key, CROWD if crowd else reason, stays=reason != _NO_POLYGON)
+
+    def _check_shape(self, item: dict, size: tuple[int, int], where: str) -> str:
+        """Checks box and mask; why training leaves the object out, "" if it does not."""
+        reason = _check_box(item.get("bbox"), size, where, self._findings)
+        if not check_mask(item, size, self._use, where, self._findings) or reason is None:
+            return ""  # wrong, which is told
+        mask = item.get("segmentation")
+        if mask and isinstance(mask, list) and not usable_polygons(mask):
+            return _NO_POLYGON
+        if not reason:
+            self._geometry.add(item, size)
+        return reason
+
+    def finish(self) -> None:
+        """Tells what is known only now."""
+        self._geometry.finish()
 
 
 def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Findings) -> None:
     annotations = content["annotations"]
-    categories = {category["id"] for category in content["categories"]}
+    objects = _Objects(content, sizes, use, findings)
     seen, with_objects, used = set(), set(), set()
-    usable = 0
     for item in annotations:
-        if missing := [key for key in _IDS if not isinstance(item.get(key), (int, str))]:
-            findings.error(f"annotations without {', '.join(missing)}", str(item)[:80])
+        if not _check_ids(item, findings):
             continue
-        usable += _check_annotation(item, sizes, categories, use, findings)
+        objects.check(item)
         if item["id"] in seen:
             findings.error("annotation ids that occur twice", str(item["id"]))
         seen.add(item["id"])
         with_objects.add(item["image_id"])
         used.add(item["category_id"])
+    with_objects |= set(map(as_whole, with_objects))
+    used |= set(map(as_whole, used))
+    objects.finish()
     findings.settle(len(annotations))
-    if use.trained and not usable:
+    objects.left_out.check_crowds(use.evaluated, findings)
+    if use.trained:
+        objects.left_out.tell(len(sizes), use.filtered, findings)
+    if use.trained and not objects.trainable:
         findings.error("it has no object to train on")
     if use.evaluated and 0 in seen:
-        findings.note("the annotation id 0 counts as missed in COCO's evaluation: number from 1")
+        findings.warn(
+            "the annotation id 0 counts as missed in COCO's evaluation, so that AP is too low: "
+            f"number from 1, {MEND}"
+        )
     if annotations and all(_is_relative(item.get("bbox")) for item in annotations):
         findings.error("all boxes lie between 0 and 1: they must be in pixels")
-    if empty := len(sizes.keys() - with_objects):
+    if empty := sum(not {key, as_whole(key)} & with_objects for key in sizes):
         findings.note(f"{empty} of {len(sizes)} images have no objects")
     for category in content["categories"]:
         if annotations and category["id"] not in used:
@@ -234,7 +304,7 @@ def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Fi
 
 
 def _is_relative(box: object) -> bool:
-    return isinstance(box, list) and _are_numbers(box) and max(box, default=2) <= 1
+    return isinstance(box, list) and are_numbers(box) and max(box, default=2) <= 1
 
 
 def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
@@ -253,12 +323,22 @@ def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     findings.facts.append(
         f"{plural(len(content['images']), 'image')}, "
-        f"{plural(len(content['annotations']), 'object')}, "
+        f"{plural(len(content.get('annotations', ())), 'object')}, "
         f"{plural(len(names), 'class')} ({shown})"
     )
-    if len(set(names)) < len(names):
-        findings.note("some classes have the same name")
+    by_name = defaultdict(list)
+    for category in content["categories"]:
+        by_name[category["name"]].append(category["id"])
+    for name, ids in by_name.items():
+        if len(ids) > 1:
+            what = "classes that have the same name, and are learned and evaluated apart"
+            findings.warn(what, f"{name} (ids {', '.join(map(str, sorted(ids)))})")
     if not content["images"]:
         findings.error("its annotation file lists no image")
     sizes = _check_images(content["images"], findings)
-    _check_annotations(content, sizes, use, findings)
+    if use.trained and "annotations" not in content:
+        findings.error("its annotation file has no 'annotations', so that nothing can be learned")
+    elif content.get("annotations") or use.trained:
+        _check_annotations(content, sizes, use, findings)
+    else:
+        findings.facts.append("no truth: there are no annotations to evaluate by")

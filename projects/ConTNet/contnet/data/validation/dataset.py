@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,8 +20,9 @@ from contnet.data.datasets.cityscapes import CityscapesSource, find_scenes
 from contnet.data.datasets.classes import IMAGE_LABELS
 from contnet.data.datasets.classification import ClassificationSource, read_set
 from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.image_files import find_beside, find_missing, match_names
 from contnet.data.datasets.register import find_source, is_registered
-from contnet.data.findings import ERROR, WARNING, Findings
+from contnet.data.findings import ERROR, SUSPECT, WARNING, Findings
 from contnet.data.validation.cityscapes import inspect_images
 from contnet.data.validation.classes import check_classes
 from contnet.data.validation.examine import examine_cityscapes, examine_coco
@@ -34,12 +35,19 @@ from contnet.data.validation.images import (
     inspect_listed,
     look_at_images,
 )
+from contnet.data.validation.masks import MEND
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
-from contnet.utils.files import file_names
 from contnet.utils.text import plural
 
-__all__ = ["OFFICIAL_COUNTS", "check_dataset", "check_datasets", "examine_dataset", "has_truth"]
+__all__ = [
+    "OFFICIAL_COUNTS",
+    "Remarks",
+    "check_dataset",
+    "check_datasets",
+    "examine_dataset",
+    "has_truth",
+]
 
 _DOCTOR = "python tools/doctor.py"
 # By built-in name: who publishes it, and its images and objects, or images and classes.
@@ -101,18 +109,30 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
 
 
 def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
-    by_folder = defaultdict(list)
     root = find_source(name).image_root
-    for image in images:
-        folder, file = os.path.split(os.path.join(root, image))
-        by_folder[folder].append(file)
-    for folder, files in by_folder.items():
-        present = file_names(folder)
-        for file in files:
-            if file not in present:
-                findings.error(
-                    f"images that are missing ({_origin(cfg, name)})", os.path.join(folder, file)
-                )
+    missing = find_missing(root, images)
+    if not missing:
+        return
+    matches = match_names(root, missing, images)
+    for image, match in matches.items():
+        what = f"images that the folder has under other names ({match.difference}): {MEND}"
+        findings.error(what, f"{image!a} is {match.path!a}")
+    if lost := [image for image in missing if image not in matches]:
+        advice = _advise(cfg, name, lost, len(set(images)))
+        for image in lost:
+            path = os.path.join(root, image)
+            findings.error(f"images that are missing ({advice})", path)
+
+
+def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
+    """What to do about missing images."""
+    how_many = f"{len(lost)} of {total}"
+    root = find_source(name).image_root
+    if folder := find_beside(root, lost):
+        return f"{how_many}; did you mean the folder {folder}?"
+    if len(lost) == total:
+        return f"{how_many}; {_origin(cfg, name)}"
+    return f"{how_many}; copy them, or leave them out of a copy of the file: {_DOCTOR} --fix"
 
 
 def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:
@@ -236,11 +256,20 @@ def has_truth(cfg: CfgNode, name: str) -> bool:
     return not isinstance(source, CocoSource) or examine_coco(cfg, name).objects > 0
 
 
-def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
-    """Makes the checks of a run's data sets; opens as many images as DATASETS.CHECK_IMAGES says.
+class Remarks(NamedTuple):
+    """Lines for the log of a run.
 
-    Returns:
-        The warnings, a line each.
+    Attributes:
+        warnings: what changes what is learned or measured.
+        notes: what training leaves out, one of each set.
+    """
+
+    warnings: list[str]
+    notes: list[str]
+
+
+def check_datasets(cfg: CfgNode, names: Sequence[str]) -> Remarks:
+    """Makes the checks of a run's data sets; opens as many images as DATASETS.CHECK_IMAGES says.
 
     Raises:
         UserError: with the first error.
@@ -255,4 +284,12 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
             items = look.find_all() if which == "all" else look.first
             look_at_images(look.inspect, items, name, findings, available_cpus())
     _raise_errors(found)
-    return [f"data set {name}: {line}" for name in found for line in found[name].lines(WARNING)]
+    return Remarks(
+        [
+            f"data set {name}: {line}"
+            for name in found
+            for severity in (SUSPECT, WARNING)
+            for line in found[name].lines(severity)
+        ],
+        [f"data set {name}: {found[name].left_out}" for name in found if found[name].left_out],
+    )

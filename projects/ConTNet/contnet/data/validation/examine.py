@@ -15,7 +15,7 @@ from contnet.data.validation.cityscapes import check_layout
 from contnet.data.validation.coco import DatasetUse, check_instances
 from contnet.data.validation.images import FIRST, ListedImage, listed
 
-__all__ = ["Examined", "examine_cityscapes", "examine_coco"]
+__all__ = ["Examined", "dataset_use", "examine_cityscapes", "examine_coco"]
 
 
 class Examined(NamedTuple):
@@ -38,7 +38,7 @@ def _examine(source: CocoSource, content: dict, use: DatasetUse) -> Examined:
     found = Findings()
     check_instances(content, use, found)
     first = listed(source.image_root, content["images"][:FIRST])
-    return Examined(found, image_names(content), len(content["annotations"]), first)
+    return Examined(found, image_names(content), len(content.get("annotations", ())), first)
 
 
 def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
@@ -59,24 +59,35 @@ def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Ex
     return examined
 
 
+def dataset_use(cfg: CfgNode, name: str) -> DatasetUse:
+    """What a config wants of a data set.
+
+    Args:
+        cfg: DATASETS, DATALOADER, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        name: of the data set.
+    """
+    return DatasetUse(
+        trained=name in cfg.DATASETS.TRAIN,
+        evaluated=name in cfg.DATASETS.TEST,
+        masks=cfg.MODEL.MASK_ON,
+        bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
+        filtered=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+    )
+
+
 def examine_coco(cfg: CfgNode, name: str) -> Examined:
     """Checks the annotation file of a data set, unless it has passed the same checks before.
 
     Its records are kept at the same time, so that the file is read once.
 
     Args:
-        cfg: DATASETS, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
+        cfg: as for :func:`dataset_use`.
         name: of a data set of COCO's form.
 
     Raises:
         UserError: if the file cannot be read, or its categories cannot be used.
     """
-    use = DatasetUse(
-        trained=name in cfg.DATASETS.TRAIN,
-        evaluated=name in cfg.DATASETS.TEST,
-        masks=cfg.MODEL.MASK_ON,
-        bitmasks=cfg.INPUT.MASK_FORMAT == "bitmask",
-    )
+    use = dataset_use(cfg, name)
     cache = open_cache(cfg, name)
     if cache is None:
         source = find_source(name)
@@ -100,11 +111,13 @@ def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
     """
     cache = open_cache(cfg, name)
     trained = name in cfg.DATASETS.TRAIN
-    use = DatasetUse(trained=trained, evaluated=False, masks=False, bitmasks=False)
+    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    use = DatasetUse(trained, evaluated=False, masks=False, bitmasks=False, filtered=filtered)
     if cache and (found := cache.recall_findings(asdict(use))):
         return found
     found, source = Findings(), find_source(name)
-    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained, source.has_truth())
+    truth = source.has_truth()
+    check_layout(source.image_dir, source.gt_dir, source.kind, found, trained, truth, filtered)
     if cache and cache.is_current():
         with cache.lock() as writable:
             if writable:

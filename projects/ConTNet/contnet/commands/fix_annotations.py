@@ -1,0 +1,139 @@
+"""Writes a mended copy of an annotation file, for ``tools/doctor.py --fix``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+
+from contnet.data.datasets.annotation_files import check_form, read_json
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source
+from contnet.data.findings import ERROR, Findings
+from contnet.data.validation.coco import check_instances
+from contnet.data.validation.examine import dataset_use
+from contnet.data.validation.fixing import mend
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = ["fix_annotations"]
+
+
+class _Mended(NamedTuple):
+    """A data set whose annotations were mended in memory.
+
+    Attributes:
+        name: of the data set.
+        source: of it.
+        content: the mended annotations.
+        done: how many things were mended, by what was done.
+    """
+
+    name: str
+    source: CocoSource
+    content: dict
+    done: Counter
+
+
+def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
+    """The data sets of COCO's form, or the one that is named."""
+    names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    sources = {each: find_source(each) for each in names}
+    sources = {key: source for key, source in sources.items() if isinstance(source, CocoSource)}
+    if not sources:
+        raise UserError("--fix needs a data set of COCO's form in DATASETS.TRAIN or TEST")
+    if name is None:
+        return sources
+    if name not in sources:
+        raise UserError(
+            f"--dataset {name} is no data set of COCO's form in DATASETS.TRAIN or TEST (these are: "
+            f"{', '.join(sources)})"
+        )
+    return {name: sources[name]}
+
+
+def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
+    """Mends the only data set, or the only one that needs it."""
+    if len({source.json_file for source in sources.values()}) == 1:
+        sources = dict([next(iter(sources.items()))])
+    needy = None
+    for name, source in sources.items():
+        content, done = _read(source)
+        done += mend(content, source.image_root, cfg.MODEL.MASK_ON)
+        if needy and done:
+            raise UserError(
+                f"--fix: {needy.name} and {name} both need mending: say which by --dataset NAME"
+            )
+        if done or len(sources) == 1:
+            needy = _Mended(name, source, content, done)
+    if needy is None:
+        raise UserError(f"--fix finds nothing to mend in {' or '.join(sources)}")
+    return needy
+
+
+def _check_target(file: Path) -> None:
+    """Raises UserError if the copy would replace a file or has no folder."""
+    if os.path.lexists(file):
+        raise UserError(f"--fix {file}: it is there already, name a new file")
+    if not file.parent.is_dir():
+        raise UserError(f"--fix {file}: the folder {file.parent.absolute()} does not exist")
+
+
+def _read(source: CocoSource) -> tuple[dict, Counter]:
+    """The content of a file as far as it can be read, and what was accepted for that.
+
+    Raises:
+        UserError: if it has not the form of COCO instances.
+    """
+    content, accepted = read_json(source.json_file, mend=True)
+    done = Counter(f"the file {what}: plain UTF-8" for what in accepted)
+    check_form(content, source.json_file)
+    return content, done
+
+
+def _remaining(cfg: CfgNode, name: str, content: dict) -> list[str]:
+    """Errors that a mended file still has."""
+    findings = Findings()
+    try:
+        check_instances(content, dataset_use(cfg, name), findings)
+    except UserError as error:
+        return [str(error)]
+    return findings.lines(ERROR)
+
+
+def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
+    """Writes a mended copy of a data set's annotation file, and prints what was done.
+
+    Args:
+        cfg: whose data sets are registered.
+        file: to write, which must not be there.
+        name: of the data set; None for the only one that needs it.
+
+    Returns:
+        Whether nothing is left that the doctor calls an error.
+
+    Raises:
+        UserError: if nothing can be written.
+    """
+    _check_target(file)
+    name, source, content, done = _mend_one(cfg, _find_sources(cfg, name))
+    errors = _remaining(cfg, name, content)
+    with atomic_write(file, "w") as stream:
+        json.dump(content, stream)  # ASCII, whatever the names
+    print(f"data set {name}: {source.json_file} -> {file}")
+    for what, number in done.items():
+        print(f"  mended {number:7}  {what}")
+    if not done:
+        print("  nothing to mend")
+    for line in errors:
+        print(f"  ERROR  {line}")
+    print(
+        f"{len(errors)} errors are left, which need a decision of yours"
+        if errors
+        else f"look at it with [{name}, {file}, {source.image_root}] in DATASETS.REGISTER"
+    )
+    return not errors

@@ -1,0 +1,199 @@
+"""Reads an annotation file's JSON; says what a file is that has not the form of COCO instances."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gc
+import gzip
+import io
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+from contnet.utils.errors import UserError
+
+__all__ = ["LISTS", "check_form", "read_json"]
+
+LISTS = ("images", "annotations", "categories")
+_GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_START = 1 << 20  # characters in which to look for what a file is
+_CONVERT = "export it as COCO JSON, or convert it (tools/convert_dataset.py)"
+_FIX = "tools/doctor.py --fix makes a mended copy"
+
+
+def _encoding(head: bytes) -> tuple[str, str]:
+    """The encoding of a file that begins so, and what about it pycocotools refuses, or "".
+
+    Every other byte of ASCII is 0 in UTF-16.
+    """
+    for marks, encoding in ((_UTF_32, "utf-32"), (_UTF_16, "utf-16")):
+        if head.startswith(marks):
+            return encoding, f"is {encoding.upper()}, not UTF-8"
+    if head.count(0) == 2:
+        return f"utf-16-{'be' if head[0] == 0 else 'le'}", "is UTF-16, not UTF-8"
+    if head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig", "begins with a byte order mark"
+    return "utf-8", ""
+
+
+def _explain(start: str) -> str:
+    """Why a text that starts so is not one JSON value; "" if nothing is known."""
+    start = start.lstrip()
+    if not start:
+        return "it is empty"
+    if start.startswith("<"):
+        return f"it is XML, such as VOC's or CVAT's: {_CONVERT}"
+    if start.startswith("version https://git-lfs"):
+        return "it is a pointer of Git LFS: run git lfs pull"
+    try:
+        _, end = json.JSONDecoder().raw_decode(start)
+    except ValueError:
+        return ""
+    if start[end:].lstrip().startswith("{"):
+        return f"it has one JSON value after another, such as one a line: {_CONVERT}"
+    return ""
+
+
+def _load(file: str, mend: bool) -> tuple[object, list[str]]:
+    wrong = []
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(file, "rb"))
+        head = stream.read(4)
+        if head.startswith(_ZIP):
+            raise UserError(f"the annotation file {file} is a zip archive: unpack it")
+        stream.seek(0)
+        if head.startswith(_GZIP):
+            wrong.append("is compressed by gzip")
+            stream = stack.enter_context(gzip.open(stream))
+            head = stream.read(4)
+            stream.seek(0)
+        encoding, reason = _encoding(head)
+        if reason:
+            wrong.append(reason)
+        text = stack.enter_context(io.TextIOWrapper(stream, encoding=encoding))
+        if wrong and not mend:
+            raise UserError(
+                f"the annotation file {file} {' and '.join(wrong)}, which pycocotools cannot read: "
+                f"save it as plain UTF-8; {_FIX}"
+            )
+        try:
+            return json.load(text), wrong
+        except json.JSONDecodeError as error:
+            reason = _explain(error.doc[:_START]) or error
+            raise UserError(f"the annotation file {file} is not valid JSON ({reason})") from error
+
+
+def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
+    """Reads a JSON file.
+
+    Args:
+        file: its path.
+        mend: accept what pycocotools and Detectron2 refuse: gzip, UTF-16, a byte order mark.
+
+    Returns:
+        Its content, and what was accepted.
+
+    Raises:
+        UserError: if it is missing, or not valid.
+    """
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk through COCO's millions of new objects again and again
+    try:
+        return _load(file, mend)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the annotation file {file} cannot be read ({reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the annotation file {file} is not valid JSON ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _Form(NamedTuple):
+    """A form that is not COCO's.
+
+    Attributes:
+        name: what it is.
+        has: whether a dict (of a list, its first) is of this form.
+        listed: the file is a list.
+        advice: what to do.
+    """
+
+    name: str
+    has: Callable[[dict], bool]
+    listed: bool
+    advice: str = _CONVERT
+
+
+def _keys(*names: str) -> Callable[[dict], bool]:
+    return set(names).issubset
+
+
+# The first that fits.
+_FORMS = (
+    _Form(
+        "detections (results), not annotations",
+        _keys("image_id", "category_id", "score"),
+        True,
+        "give the file with the truth",
+    ),
+    _Form("the list 'annotations' alone", _keys("image_id", "category_id"), True),
+    _Form("an export of Label Studio", lambda x: "data" in x and "annotations" in x, True),
+    _Form("an export of Label Studio (JSON-MIN)", _keys("annotator", "lead_time"), True),
+    _Form("CreateML's form", _keys("image", "annotations"), True),
+    _Form("BDD100K's form", _keys("name", "labels"), True),
+    _Form("records of Detectron2", _keys("file_name", "annotations"), True),
+    _Form("an export of Labelbox", lambda x: "data_row" in x or "Labeled Data" in x, True),
+    _Form("a file of LabelMe, for one image", _keys("shapes", "imagePath"), False),
+    _Form("a project of VIA", lambda x: "_via_img_metadata" in x, False),
+    _Form("annotations of Datumaro", _keys("items", "categories"), False),
+    _Form("a file of Supervisely, for one image", _keys("objects", "size"), False),
+    _Form("polygons of Cityscapes, for one image", _keys("imgWidth", "objects"), False),
+    _Form("GeoJSON", _keys("type", "features"), False),
+    _Form(
+        "an export of VIA",
+        lambda x: any(isinstance(each, dict) and "regions" in each for each in x.values()),
+        False,
+    ),
+)
+
+
+def _find_form(content: object) -> _Form | None:
+    listed = isinstance(content, list)
+    first = content[0] if listed and content else content
+    if not isinstance(first, dict):
+        return None
+    return next((form for form in _FORMS if form.listed == listed and form.has(first)), None)
+
+
+def _is_list_of_dicts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
+def check_form(content: object, file: str) -> None:
+    """Checks that a file's content has the lists of COCO instances; "annotations" may be missing.
+
+    Raises:
+        UserError: if not, with the form that it has if that is known.
+    """
+    here = content if isinstance(content, dict) else {}
+    wrong = [
+        key
+        for key in LISTS
+        if not _is_list_of_dicts(here.get(key)) and (key != "annotations" or key in here)
+    ]
+    if not wrong:
+        return
+    if form := _find_form(content):
+        raise UserError(
+            f"the annotation file {file} has not the form of COCO instances, it is {form.name}: "
+            f"{form.advice}"
+        )
+    raise UserError(
+        f"the annotation file {file} has not the form of COCO instances: {wrong[0]!r} must be "
+        "there, a list of {...}"
+    )

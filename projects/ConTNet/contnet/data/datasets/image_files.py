@@ -1,0 +1,170 @@
+"""Finds the images of an annotation file in a folder, also under names that differ a little."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from contnet.utils.files import file_names
+
+__all__ = ["Match", "find_beside", "find_missing", "match_names"]
+
+_LOOKED_AT = 1_000_000  # files of a folder
+_BASES = 20  # missing images that are looked for in the folders beside
+
+
+class Match(NamedTuple):
+    """A file that an image's name most likely means.
+
+    Attributes:
+        path: of the file, within the folder.
+        difference: how the name differs.
+    """
+
+    path: str
+    difference: str
+
+
+def find_missing(root: str, names: Iterable[str]) -> list[str]:
+    """The names, each once, to which there is no file.
+
+    Args:
+        root: what goes before the names.
+        names: of images.
+    """
+    by_folder = defaultdict(list)
+    for name in dict.fromkeys(names):
+        folder, file = os.path.split(os.path.join(root, name))
+        by_folder[folder].append((file, name))
+    missing = []
+    for folder, pairs in by_folder.items():
+        present = file_names(folder)
+        missing += [name for file, name in pairs if file not in present]
+    return missing
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and the file that a name consists of, on whatever system it was written."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+
+
+def _unicode(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _same(text: str) -> str:
+    return text
+
+
+def _stem(text: str) -> str:
+    return os.path.splitext(_unicode(text).casefold())[0]
+
+
+def _unquoted(text: str) -> str:
+    return _unicode(unquote(text).strip()).casefold()
+
+
+# How names of files are compared, the strictest first, and what then differs.
+_COMPARISONS: tuple[tuple[Callable[[str], str], str], ...] = (
+    (_same, ""),
+    (_unicode, "another Unicode form of the same letters, NFC or NFD"),
+    (lambda text: _unicode(text).casefold(), "upper or lower case"),
+    (_unquoted, "escapes or spaces"),
+    (_stem, "another ending"),
+)
+
+
+def _list_files(root: str) -> list[list[str]]:
+    """The parts of the paths of all files below a folder."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = _parts(os.path.relpath(folder, root))
+        found += [[*above, name] for name in files if not name.startswith("._")]
+        if len(found) > _LOOKED_AT:
+            break
+    return found
+
+
+def _common(one: list[str], other: list[str], compare: Callable[[str], str]) -> int:
+    """How many parts are equal, counted from the end."""
+    count = 0
+    for left, right in zip(reversed(one), reversed(other), strict=False):
+        if compare(left) != compare(right):
+            break
+        count += 1
+    return count
+
+
+def _nearest(
+    parts: list[str], files: list[list[str]], compare: Callable[[str], str]
+) -> list[str] | None:
+    """Of files whose own names are equal, the one with most equal folders; None for a draw."""
+    best = sorted(files, key=lambda file: _common(parts, file, compare), reverse=True)
+    if not best:
+        return None
+    if len(best) > 1 and len({_common(parts, file, compare) for file in best[:2]}) == 1:
+        return None
+    return best[0]
+
+
+def _describe(name: str, found: list[str], what: str) -> str:
+    """How a name differs from that of its file."""
+    parts = _parts(name)
+    differences = [what] if what else []
+    if "\\" in name:
+        differences.append("\\ in the place of /")
+    if len(parts) > len(found):
+        differences.append("a path before them that the image folder has not")
+    elif len(parts) < len(found):
+        differences.append(f"they are in {'/'.join(found[: -len(parts)])}/")
+    return " and ".join(differences) or "another folder"
+
+
+def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict[str, Match]:
+    """Finds what missing images most likely are called in the folder.
+
+    A file is found for one name at most, and not for one if another image has it.
+
+    Args:
+        root: the image folder.
+        missing: of :func:`find_missing`.
+        names: of all images.
+    """
+    files = _list_files(root)
+    taken = set(names) - set(missing)
+    taken = {os.path.normpath(name) for name in taken}
+    free = [file for file in files if "/".join(file) not in taken]
+    found: dict[str, Match] = {}
+    for compare, what in _COMPARISONS:
+        by_base = defaultdict(list)
+        for file in free:
+            by_base[compare(file[-1])].append(file)
+        for name in missing:
+            parts = _parts(name)
+            if name in found or not parts:
+                continue
+            if file := _nearest(parts, by_base.get(compare(parts[-1]), []), compare):
+                found[name] = Match("/".join(file), _describe(name, file, what))
+    claims = Counter(match.path for match in found.values())
+    return {name: match for name, match in found.items() if claims[match.path] == 1}
+
+
+def find_beside(root: str, missing: Sequence[str]) -> str | None:
+    """Another folder beside the image folder, or above it, that has the missing images.
+
+    Args:
+        root: the image folder.
+        missing: names of images.
+    """
+    some = [_parts(name)[-1] for name in missing[:_BASES] if _parts(name)]
+    above = Path(os.path.abspath(root)).parent
+    for folder in [above, *sorted(path for path in above.iterdir() if path.is_dir())]:
+        if some and set(some) <= file_names(folder):
+            return str(folder)
+    return None
