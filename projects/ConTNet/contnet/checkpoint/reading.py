@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +36,7 @@ __all__ = [
     "NUM_AVERAGED",
     "Weights",
     "conversion_advice",
+    "read_class_names",
     "read_content",
     "read_weights",
 ]
@@ -376,3 +379,18 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
             f"{' or '.join(map(repr, _MODEL_KEYS[:2]))}; {conversion_advice(source)}"
         )
     return weights
+
+
+@lru_cache(maxsize=1)
+def _class_names_of(source: str, changed: int) -> list[str] | None:
+    return read_weights(source).classes
+
+
+def read_class_names(source: str) -> list[str] | None:
+    """Names of the classes that weights were trained on, in order; None where nothing tells them.
+
+    The arguments and errors are those of :func:`read_weights`.
+    """
+    path = fetch_weights(source).path
+    changed = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0
+    return _class_names_of(source, changed)

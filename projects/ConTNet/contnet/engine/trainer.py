@@ -123,7 +123,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
-        self.evaluator = Evaluator(cfg, self.launcher.guard)
+        self.evaluator = Evaluator(cfg, self.launcher.guard, metadata.classes)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.register_hooks(
             [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +14,13 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.mappers import ClassificationMapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
+from contnet.evaluation.subset import share_classes
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
 from contnet.utils.files import NO_GUARD, WriteGuard
@@ -60,11 +62,19 @@ class Evaluator:
     Args:
         cfg: the config.
         guard: is asked before results.json is written.
+        classes: names of the model's classes, in order, by which a data set that has some of them
+            is matched; None where nothing tells them.
     """
 
-    def __init__(self, cfg: CfgNode, guard: WriteGuard = NO_GUARD):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        guard: WriteGuard = NO_GUARD,
+        classes: Sequence[str] | None = None,
+    ):
         self.cfg = cfg
         self.guard = guard
+        self.classes = classes
         self._datasets: dict[str, Records | DatasetFromList] = {}
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
 
@@ -125,7 +135,9 @@ class Evaluator:
         loader = _build_test_loader(cfg, name, self._datasets[name], mapper)
         key = name, cfg.OUTPUT_DIR
         if key not in self._evaluators:
-            self._evaluators[key] = build_evaluator(cfg, name)
+            self._evaluators[key] = share_classes(
+                build_evaluator(cfg, name), name, self.classes, dataset_class_names(cfg, [name])
+            )
         with autocast(cfg):
             return inference_on_dataset(model, loader, self._evaluators[key]) or {}
 

@@ -12,13 +12,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.fetching import fetch_weights
 from contnet.checkpoint.names import has_last_checkpoint
+from contnet.checkpoint.reading import read_class_names
 from contnet.data.pipeline.annotations import cache_cityscapes
 from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.dataset import check_datasets
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
-from contnet.launch.arguments import RunSettings
+from contnet.launch.arguments import RunSettings, weights_to_evaluate
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
 
@@ -102,7 +104,13 @@ def _check_weights(settings: RunSettings) -> None:
             "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
-    if weights and not resumable and "://" not in weights and not os.path.isfile(weights):
+    if not weights or resumable:
+        return
+    if "://" in weights:
+        # Of the processes on a machine, one fetches what is not there yet.
+        if settings.processes.environment.local_rank == 0:
+            fetch_weights(weights)
+    elif not os.path.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
 
 
@@ -176,13 +184,16 @@ def check_inputs(settings: RunSettings, data: bool = True) -> list[str]:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     # Of the processes that others start on a machine, one reads the annotation files.
+    _check_weights(settings)
     warnings = []
     if data and settings.processes.environment.local_rank == 0:
-        warnings = check_datasets(cfg, datasets)
+        trained = None
+        if settings.eval_only:
+            trained = read_class_names(weights_to_evaluate(cfg, settings.resume)) or []
+        warnings = check_datasets(cfg, datasets, trained)
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
-    _check_weights(settings)
     return warnings
 
 

@@ -64,7 +64,8 @@ def _evaluate_only(cfg: CfgNode, resume: bool, launcher: LauncherHook) -> dict:
     file = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         file = checkpointer.get_checkpoint_file()
-    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED)
+    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED, subset=True)
+    evaluator.classes = checkpointer.file_classes
     return evaluator.evaluate(
         model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
     )

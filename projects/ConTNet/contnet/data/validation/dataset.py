@@ -189,8 +189,15 @@ def check_dataset(cfg: CfgNode, name: str) -> Findings:
     return findings
 
 
-def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
+def check_datasets(
+    cfg: CfgNode, names: Sequence[str], trained: Sequence[str] | None = None
+) -> list[str]:
     """Makes the checks of a run's data sets that need no image.
+
+    Args:
+        cfg: as for :func:`check_dataset`.
+        names: of the data sets.
+        trained: as for :func:`contnet.data.validation.classes.check_classes`.
 
     Returns:
         The warnings, a line each.
@@ -199,7 +206,7 @@ def check_datasets(cfg: CfgNode, names: Sequence[str]) -> list[str]:
         UserError: with the first error.
     """
     found = {name: check_dataset(cfg, name) for name in names}
-    check_classes(cfg, found)
+    check_classes(cfg, found, trained)
     errors = [(name, line) for name in found for line in found[name].lines(ERROR)]
     if errors:
         name, line = errors[0]
