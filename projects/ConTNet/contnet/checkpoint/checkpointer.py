@@ -46,6 +46,10 @@ class Checkpointer(DetectionCheckpointer):
             save and compare nothing.
         guard: is asked before anything is written or removed.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
+
+    Attributes:
+        warnings: what was said of the last file that changes results, a line each.
+        file_classes: names of the last file's classes, in order; None where nothing tells them.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Checkpointer(DetectionCheckpointer):
             model_optimizer.register_step_pre_hook(self._await_copy)
         self.metadata = metadata
         self.guard = guard
+        self.warnings: list[str] = []
+        self.file_classes: list[str] | None = None
 
     def save(
         self, name: str, *, iteration: int | None = None, temporary: bool = False, **kwargs
@@ -196,6 +202,8 @@ class Checkpointer(DetectionCheckpointer):
         self.wait()
         self.logger.info(f"Loading weights of {path}")
         weights = read_weights(path, prefer_ema=ema)
+        self.warnings = weights.warnings
+        self.file_classes = weights.classes
         if weights.is_ema and not ema:
             self.logger.warning(f"{path} has EMA weights alone ({weights.key!r}), which are used")
         return weights
@@ -222,7 +230,12 @@ class Checkpointer(DetectionCheckpointer):
             )
 
     def load(
-        self, path: str, checkpointables: Sequence[str] | None = None, *, ema: bool = False
+        self,
+        path: str,
+        checkpointables: Sequence[str] | None = None,
+        *,
+        ema: bool = False,
+        subset: bool = False,
     ) -> dict:
         """Loads a checkpoint that must give every tensor of the model.
 
@@ -230,6 +243,7 @@ class Checkpointer(DetectionCheckpointer):
             path: a file or URL.
             checkpointables: names of those to load, too; None for all.
             ema: load the EMA of the weights.
+            subset: the file may have more classes than the data, which a caller then maps.
 
         Returns:
             All that the checkpoint holds beside the weights.
@@ -241,7 +255,7 @@ class Checkpointer(DetectionCheckpointer):
         weights = self._read(path, ema)
         if ema and not weights.is_ema:
             raise UserError(f"{path} has no EMA weights: set SOLVER.EMA.ENABLED False")
-        load_weights(self.model, weights, whole=True, ours=self.metadata)
+        load_weights(self.model, weights, whole=True, ours=self.metadata, subset=subset)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in weights.rest:
                 self.checkpointables[key].load_state_dict(weights.rest[key])

@@ -13,6 +13,8 @@ from fvcore.common.checkpoint import (
 )
 from torch import Tensor, nn
 
+from contnet.checkpoint.detectors import translate_detector
+from contnet.checkpoint.heads import class_rows, compare_names, match_rows
 from contnet.checkpoint.key_mapping import (
     convert_resnet_state_dict,
     convert_state_dict,
@@ -60,6 +62,31 @@ def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
     return state
 
 
+def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """Pyramid and heads of a detector of others, by Detectron2's names."""
+    if not weights.origin.detector or isinstance(model, ImageClassifier | ConTNet):
+        return {}
+    rest = {
+        name: value
+        for name, value in weights.tensors.items()
+        if not weights.form or not name.startswith(weights.prefix)
+    }
+    made, left = translate_detector(rest, weights.origin.detector)
+    if ("head.scales" in made) != ("head.scales" in model.state_dict()):
+        # The other form of FCOS.
+        for part in ("head.bbox_pred", "head.ctrness"):
+            left += [f"{part} of FCOS"] if made.pop(f"{part}.weight", None) is not None else []
+            made.pop(f"{part}.bias", None)
+    line = (
+        f"{weights.path} is a detector of {weights.origin.maker}: {len(made)} tensors of its "
+        "pyramid and heads are translated"
+    )
+    if left:
+        line += f", {len(left)} mean nothing here and are left out ({first_names(left)})"
+    logger.info(line)
+    return made
+
+
 def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """A file's tensors by a model's names.
 
@@ -82,11 +109,12 @@ def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
         network = _network_in_form(weights, form)
     except ValueError as error:
         raise UserError(f"{weights.path}: {error}; {conversion_advice(weights.path)}") from error
-    return {
+    named = {
         prefix + name: value
         for name, value in network.items()
         if prefix + name in own or not name.startswith(_HEADS)
     }
+    return named | _translated_parts(model, weights)
 
 
 # --- values --------------------------------------------------------------------------------------
@@ -121,12 +149,8 @@ def _frozen_statistics(model: nn.Module) -> set[str]:
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    """Full names of the tensors that depend on the number of classes; none of a detector."""
-    if isinstance(model, ImageClassifier):
-        return model.head_names()
-    if isinstance(model, ConTNet):
-        return [name for name in model.state_dict() if name.startswith("head.")]
-    return []
+    """Full names of a classifier's head; none of a detector."""
+    return list(class_rows(model)) if isinstance(model, ImageClassifier | ConTNet) else []
 
 
 def _advice(
@@ -180,22 +204,37 @@ def _backbone_prefix(model: nn.Module, path: str) -> str:
         raise UserError(f"{path} cannot begin this model: {error}") from error
 
 
-def _takes_head(model: nn.Module, given: Mapping[str, Tensor]) -> bool:
-    """Whether what fits has parts that tell classes apart."""
-    if head := _head_names(model):
-        return any(name in given for name in head)
+def _takes_head(given: Mapping[str, Tensor]) -> bool:
+    """Whether what fits has parts that may tell classes apart."""
     # Pyramids and proposals know no classes.
     return any(not name.startswith(("backbone.", "proposal_generator.")) for name in given)
 
 
-def _must_have_classes(
-    model: nn.Module, ours: Metadata, weights: Weights, given: Mapping[str, Tensor], whole: bool
-) -> bool:
-    """Whether a head is taken from the file, so that its classes must be the data's."""
-    if whole:  # of a file that says nothing, check_network has told
-        return bool(given) and bool(weights.metadata or weights.classes)
-    same_number = bool(ours.classes) and len(ours.classes) == len(weights.classes or ())
-    return same_number and _takes_head(model, given)
+def _fit_head(
+    model: nn.Module,
+    weights: Weights,
+    ours: Metadata | None,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """What is taken, once the names of classes have decided about the head."""
+    rows, path = class_rows(model), weights.path
+    names, theirs = ours.classes if ours is not None else None, weights.classes
+    rest = {name: value for name, value in given.items() if name not in rows}
+    differ = bool(names and theirs) and list(names) != list(theirs)
+    if differ and any(name in state for name in rows):
+        logger.info(compare_names(names, theirs, path))
+        return rest | match_rows(rows, own, state, names, theirs)
+    if differ and not rows and len(names) == len(theirs) and _takes_head(given):
+        check_class_names(model, names, theirs, weights)  # nothing shows what its rows are
+    if any(name not in given for name in _head_names(model)):
+        logger.info(f"The classifier's head starts from random weights: {first_names(list(rows))}")
+        return rest
+    kept = any(name in given for name in rows)
+    if kept and ours is not None and not isinstance(model, ConTNet):
+        check_class_names(model, names, theirs, weights)
+    return given
 
 
 def _log_leftovers(
@@ -214,8 +253,12 @@ def load_weights(
     whole: bool,
     ours: Metadata | None = None,
     allow_missing: bool = False,
+    subset: bool = False,
 ) -> None:
     """Loads what a file has into a model, which stays as it is if anything is wrong.
+
+    Where the file is not for the whole model and has other classes, the head takes the rows of
+    those that have the same name.
 
     Args:
         model: to take the weights.
@@ -224,6 +267,7 @@ def load_weights(
             the backbone (of a classifier: all but its head), and whatever else fits is taken, too.
         ours: facts of the model, to compare with the file's; None to compare nothing.
         allow_missing: accept a file without some of the backbone's tensors.
+        subset: accept a whole file that has more classes than ``ours``.
 
     Raises:
         UserError: if tensors are missing, have another shape, are damaged or quantised, or were
@@ -236,19 +280,18 @@ def load_weights(
             f"{conversion_advice(path)}"
         )
     if ours is not None:
-        check_network(ours, weights.metadata, path, weights.form, whole)
+        check_network(ours, weights, whole)
     prefix = "" if whole else _backbone_prefix(model, path)
     own, state = model.state_dict(), _name_as_in(model, weights)
     wanted = [name for name in own if name.startswith(prefix) and not name.endswith(_COUNT)]
-    _check_values({name: own[name] for name in wanted}, state, path)
     given = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if ours is not None and _must_have_classes(model, ours, weights, given, whole):
-        check_class_names(model, ours.classes, weights.classes, path)
-    if not whole and (head := _head_names(model)):
-        wanted = [name for name in wanted if name not in head]
-        if any(name not in given for name in head):
-            given = {name: value for name, value in given.items() if name not in head}
-            logger.info(f"The classifier's head starts from random weights: {first_names(head)}")
+    if not whole:
+        given = _fit_head(model, weights, ours, own, state, given)
+        wanted = [name for name in wanted if name not in _head_names(model)]
+    elif given and ours is not None and (weights.metadata or weights.classes):
+        # Of a file that says nothing, check_network has told.
+        check_class_names(model, ours.classes, weights.classes, weights, subset)
+    _check_values({name: own[name] for name in (*wanted, *given)}, {**state, **given}, path)
     _check_complete(model, weights, wanted, state, given, whole, allow_missing)
     _log_leftovers(own, state, given)
     model.load_state_dict(given, strict=False)

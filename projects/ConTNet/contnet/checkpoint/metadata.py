@@ -6,16 +6,17 @@ no trace in names and shapes. Every checkpoint and converted file has these fact
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 import msgspec
 from detectron2.config import CfgNode
 from torch import nn
 
+from contnet.checkpoint.origins import Origin
 from contnet.modeling.classifier import ImageClassifier, classifier_name, contnet_options
 from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.fpn import bottom_up_name
@@ -43,6 +44,12 @@ _DECISIVE = {
     "use_avgdown": "MODEL.CONTNET.USE_AVGDOWN",
     "qkv_bias": "MODEL.CONTNET.QKV_BIAS",
     "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+_STRIDE = "stride_in_1x1"
+_PIXEL_KEYS = {
+    "format": "INPUT.FORMAT",
+    "mean": "MODEL.PIXEL_MEAN",
+    "std": "MODEL.PIXEL_STD",
 }
 _DILATED_PATCHES = "MODEL.CONTNET.DILATED_PATCHES"
 # Options that one kind of model has and another lacks, or that are no matter of weights.
@@ -76,8 +83,6 @@ _BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyn
 
 # What JSON has.
 Option = bool | int | float | str | list | dict | None
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,17 @@ class Metadata:
                 f"{path}: its metadata under {METADATA!r} are damaged ({error})"
             ) from error
         return found
+
+
+class _Weights(Protocol):
+    """What is compared of :class:`contnet.checkpoint.reading.Weights`."""
+
+    path: str
+    form: str
+    metadata: Metadata | None
+    origin: Origin
+
+    def warn(self, line: str) -> None: ...
 
 
 def _upgrade(said: Mapping) -> dict:
@@ -286,48 +302,73 @@ def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
     return changed
 
 
-def _unsaid(ours: Metadata, theirs: Metadata) -> list[str]:
+def _unsaid(ours: Metadata, theirs: Metadata, origin: Origin) -> list[str]:
     """The settings of a config that a file says nothing about, and tensors neither."""
     keys = [
         f"{_DECISIVE[name]} {ours.options[name]}"
         for name in ("pre_norm", "stride_in_1x1")
         if name in ours.options and name not in theirs.options
     ]
-    if ours.pixels and not theirs.pixels:
+    if _STRIDE in ours.options and origin.stride_in_1x1 is not None:
+        keys = [key for key in keys if not key.startswith(_DECISIVE[_STRIDE])]
+    if ours.pixels and not theirs.pixels and not origin.pixels:
         keys.append(f"{ours.pixels['format']} pixels with MODEL.PIXEL_MEAN and PIXEL_STD")
     return keys
 
 
-def check_network(
-    ours: Metadata, theirs: Metadata | None, path: str, form: str, whole: bool
-) -> None:
-    """Compares what a file says of its network with the one that shall take its weights.
+def _keys_of(origin: Origin, ours: Metadata) -> list[str]:
+    """The keys of a config to set, with their values, for a file of another maker."""
+    pairs = {
+        key: (origin.pixels.get(name), ours.pixels.get(name)) for name, key in _PIXEL_KEYS.items()
+    }
+    pairs[_DECISIVE[_STRIDE]] = (origin.stride_in_1x1, ours.options.get(_STRIDE))
+    return [
+        f'{key} "{value}"' if isinstance(value, list) else f"{key} {value}"
+        for key, (value, now) in pairs.items()
+        if value is not None and now is not None and not _same_value(value, now)
+    ]
+
+
+def check_network(ours: Metadata, weights: _Weights, whole: bool) -> None:
+    """Compares what is known of a file's network with the one that shall take its weights.
+
+    What the file and its maker leave open is a warning.
 
     Args:
         ours: of the model.
-        theirs: of the file; None where it states nothing. What it leaves open is a warning.
-        path: of the file, for messages.
-        form: whose names the file has, a key of ``key_mapping.MARKS``, or "".
+        weights: :class:`contnet.checkpoint.reading.Weights` of the file.
         whole: the file must give all of the model, not the backbone alone.
 
     Raises:
         UserError: for weights of another variant, or an option that changes the function.
     """
-    theirs = theirs or Metadata(ours.network)
-    if form == "timm":  # the strides are at one place in all ResNets of torchvision and timm
-        theirs = replace(theirs, options={"stride_in_1x1": False, **theirs.options})
+    path, origin = weights.path, weights.origin
+    theirs = weights.metadata or Metadata(ours.network)
+    # The strides are at one place in all ResNets of torchvision and timm.
+    if weights.form == "timm" and not origin.stride_in_1x1:
+        theirs = replace(theirs, options={_STRIDE: False, **theirs.options})
     _check_decisive(ours, theirs, path)
-    if unsaid := _unsaid(ours, theirs):
-        logger.warning(
+    if unsaid := _unsaid(ours, theirs, origin):
+        weights.warn(
             f"{path} does not say all that it was trained with, so the config's settings are "
             f"taken: {', '.join(unsaid)}"
         )
     if changed := _differences(ours, theirs, whole):
-        logger.warning(f"{path} was trained with another setting: {'; '.join(changed)}")
+        weights.warn(f"{path} was trained with another setting: {'; '.join(changed)}")
+    if weights.metadata is None and (keys := _keys_of(origin, ours)):
+        maker = f" ({origin.maker})" if origin.maker else ""
+        weights.warn(
+            f"{path}{maker} was trained with other pixels or strides than the config's, and gives "
+            f"wrong results so: set {' '.join(keys)}, or give other weights"
+        )
 
 
 def check_class_names(
-    model: nn.Module, ours: Sequence[str] | None, theirs: Sequence[str] | None, path: str
+    model: nn.Module,
+    ours: Sequence[str] | None,
+    theirs: Sequence[str] | None,
+    weights: _Weights,
+    subset: bool = False,
 ) -> None:
     """Compares names of classes, for labels are numbers that mean nothing without them.
 
@@ -335,17 +376,21 @@ def check_class_names(
         model: that shall take the head of the file.
         ours: names of the data's classes, in order; None where nothing tells them.
         theirs: those of the file.
-        path: of the file, for messages.
+        weights: :class:`contnet.checkpoint.reading.Weights` of the file.
+        subset: the data may have some of the file's classes, in any order.
 
     Raises:
         UserError: if they differ.
     """
+    path = weights.path
     if theirs is None or ours is None:
         who = "the data set does" if theirs else f"{path} does"
-        logger.warning(
+        weights.warn(
             f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
             "and of the weights' outputs mean the same"
         )
+    elif subset and set(ours) <= set(theirs):
+        return
     elif differing := describe_difference(ours, theirs):
         advice = "give data that has these names in this order, or weights of a run on this data"
         if isinstance(model, ImageClassifier):
@@ -355,6 +400,6 @@ def check_class_names(
             )
         raise UserError(
             f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
-            f"({differing}): {advice}; to train a new head, give the backbone alone, as "
-            f"tools/convert_weights.py {path} NEW.pth --head drop makes it"
+            f"({differing}): {advice}; a new training takes the head's classes by name "
+            "(docs/fine_tuning.md)"
         )

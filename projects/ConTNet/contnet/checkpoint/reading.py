@@ -10,22 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
-from detectron2.utils.file_io import PathManager
 from safetensors import SafetensorError
 from torch import Tensor
 
+from contnet.checkpoint.fetching import fetch_weights
 from contnet.checkpoint.key_mapping import locate_networks
 from contnet.checkpoint.metadata import METADATA, Metadata
+from contnet.checkpoint.origins import Origin, find_origin
 from contnet.utils.errors import UserError
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Weights",
     "conversion_advice",
     "read_checkpoint",
+    "read_class_names",
     "read_content",
     "read_weights",
 ]
@@ -70,6 +74,26 @@ _NUMBERS = [
     np.dtype,
     *dict.fromkeys(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
+# An array's parts, by the names of numpy 1 and 2.
+_reconstruct = np.zeros(1).__reduce__()[0]
+_ARRAYS = [
+    (_reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
+]
+# Objects that training scripts save beside their weights, and that are no matter of weights.
+_LEFT_OUT = (
+    "argparse.Namespace",
+    "detectron2.config.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "omegaconf.dictconfig.DictConfig",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "yacs.config.CfgNode",
+)
 # What torch.save wrote before PyTorch 1.6 begins with: a pickle of a number.
 _TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
@@ -77,6 +101,19 @@ _BLOCKED = re.compile(r"GLOBAL (\S+) whose module \S+ is blocked")
 
 
 # --- the content of a file -----------------------------------------------------------------------
+
+
+class _LeftOut(dict):
+    """Stands for an object of another package, which is neither imported nor built."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -114,7 +151,8 @@ def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
 
 def _read_torch(file: BinaryIO | str, path: str, mmap: bool = False) -> object:
     try:
-        with torch.serialization.safe_globals(_NUMBERS):
+        allowed = [*_NUMBERS, *_ARRAYS, *((_LeftOut, name) for name in _LEFT_OUT)]
+        with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
@@ -207,12 +245,14 @@ class Weights:
         is_ema: whether they are an exponential moving average.
         rest: what else the file holds.
         metadata: what the file says of itself; None where it says nothing of its network.
-        classes: names of the classes that it was trained on, in order; None if it does not say.
+        classes: names of the classes that it was trained on, in order; None where nothing tells.
+        origin: what is known of the file by who made it.
         form: whose names the one network in it has, a key of ``MARKS``; "" for an unknown network.
         prefix: of this network's names in ``tensors``.
         matching: "" where names are exact; "detectron2" or "caffe2" where Detectron2 finds out by
             similarity which tensor is which.
         sha256: of the file, if it was asked for.
+        warnings: what was said of it that changes results, a line each.
     """
 
     path: str
@@ -224,10 +264,17 @@ class Weights:
     rest: dict = field(default_factory=dict)
     metadata: Metadata | None = None
     classes: list[str] | None = None
+    origin: Origin = field(default_factory=Origin)
     form: str = ""
     prefix: str = ""
     matching: str = ""
     sha256: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, line: str) -> None:
+        """Says what changes results, in the log and in ``warnings``."""
+        logger.warning(line)
+        self.warnings.append(line)
 
     def network_tensors(self) -> dict[str, Tensor]:
         """Tensors of the one network of a known form, by the names of that form."""
@@ -303,19 +350,11 @@ def _class_names(rest: Mapping, metadata: Metadata | None) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
-def _fetch(url: str) -> str:
-    """The local copy of what a URL stands for."""
-    try:
-        return PathManager.get_local_path(url)
-    except (AssertionError, OSError, ValueError) as error:
-        raise UserError(f"{url} cannot be fetched: {error}") from error
-
-
 def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False) -> Weights:
     """Reads a file of weights, once.
 
     Args:
-        source: a file, or a URL that Detectron2's ``PathManager`` fetches.
+        source: a file, or an address of :func:`contnet.checkpoint.fetching.fetch_weights`.
         prefer_ema: take the EMA of weights, where there is one, and not the last weights.
         digest: compute the file's SHA-256.
 
@@ -323,7 +362,8 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
         UserError: if it is not there, not whole, or holds no tensors or more than tensors and
             plain values.
     """
-    path = _fetch(source) if "://" in source else source
+    fetched = fetch_weights(source)
+    path = fetched.path
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file (looked for in {Path.cwd()})")
     weights = Weights(source)
@@ -345,9 +385,32 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
     weights.metadata = Metadata.read(weights.rest.get(METADATA), source)
     weights.classes = _class_names(weights.rest, weights.metadata)
     _fill(weights, state)
+    origin = find_origin(content, weights.tensors, weights.rest, weights.matching, source)
+    if fetched.pixels:
+        origin = replace(origin, maker=fetched.maker, pixels=fetched.pixels)
+    if fetched.classes:
+        origin = replace(origin, classes=fetched.classes)
+    weights.origin = origin
+    if weights.classes is None and weights.metadata is None:
+        weights.classes = origin.classes
     if not weights.tensors:
         raise UserError(
             f"{source} holds no weights: it must be tensors by name alone, or have them as "
             f"{' or '.join(map(repr, _MODEL_KEYS[:2]))}; {conversion_advice(source)}"
         )
     return weights
+
+
+@lru_cache(maxsize=1)
+def _class_names_of(source: str, changed: int) -> list[str] | None:
+    return read_weights(source).classes
+
+
+def read_class_names(source: str) -> list[str] | None:
+    """Names of the classes that weights were trained on, in order; None where nothing tells them.
+
+    The arguments and errors are those of :func:`read_weights`.
+    """
+    path = fetch_weights(source).path
+    changed = os.stat(path).st_mtime_ns if os.path.isfile(path) else 0
+    return _class_names_of(source, changed)

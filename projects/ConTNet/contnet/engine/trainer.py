@@ -138,7 +138,7 @@ class Trainer(SimpleTrainer):
             trainer=weakref.proxy(self),
             **extras,
         )
-        self.evaluator = Evaluator(cfg, self.launcher.guard, warnings)
+        self.evaluator = Evaluator(cfg, self.launcher.guard, metadata.classes, warnings)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.scheduler = build_lr_scheduler(cfg, optimizer)
         self.register_hooks(

@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from contnet.data.datasets.cityscapes import CityscapesSource
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import find_source
 from contnet.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from contnet.evaluation.cityscapes_coco import NumberedImages, as_coco
@@ -60,7 +61,8 @@ def _build_cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEv
 
 
 def _build_classification(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    return ClassificationEvaluator(cfg.MODEL.CLASSIFIER.NUM_CLASSES)
+    names = dataset_class_names(cfg, [name])
+    return ClassificationEvaluator(len(names) if names else cfg.MODEL.CLASSIFIER.NUM_CLASSES)
 
 
 # By the evaluator_type of a data set's metadata: makes an evaluator from the config, the data set's

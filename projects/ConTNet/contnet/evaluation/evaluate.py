@@ -15,12 +15,14 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.findings import SHOWN
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
+from contnet.evaluation.subset import share_classes
 from contnet.evaluation.unreadable import MarkUnreadable, ReadableBatches
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
@@ -85,12 +87,21 @@ class Evaluator:
     Args:
         cfg: the config.
         guard: is asked before results.json is written.
+        classes: names of the model's classes, in order, by which a data set that has some of them
+            is matched; None where nothing tells them.
         warnings: what changes the numbers of all evaluations, a line each, for results.json.
     """
 
-    def __init__(self, cfg: CfgNode, guard: WriteGuard = NO_GUARD, warnings: Sequence[str] = ()):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        guard: WriteGuard = NO_GUARD,
+        classes: Sequence[str] | None = None,
+        warnings: Sequence[str] = (),
+    ):
         self.cfg = cfg
         self.guard = guard
+        self.classes = classes
         self.warnings = warnings
         self._datasets: dict[str, Records | DatasetFromList] = {}
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
@@ -170,7 +181,8 @@ class Evaluator:
         loader = _build_test_loader(cfg, name, self._datasets[name], mapper)
         loader = ReadableBatches(loader, evaluator)
         with autocast(cfg):
-            metrics = inference_on_dataset(model, loader, evaluator) or {}
+            shared = share_classes(evaluator, name, self.classes, dataset_class_names(cfg, [name]))
+            metrics = inference_on_dataset(model, loader, shared) or {}
         skipped = [file for part in comm.gather(loader.skipped) for file in part]
         warnings = list(getattr(evaluator, "warnings", ()))
         if skipped:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.names import find_checkpoint
+from contnet.checkpoint.reading import read_class_names
 from contnet.config import is_set
 from contnet.config.nodes import flatten, get_value
 from contnet.data.datasets.register import class_key, register_datasets
@@ -29,6 +31,7 @@ __all__ = [
     "config_parser",
     "configure",
     "parse_arguments",
+    "weights_to_evaluate",
 ]
 
 _EPILOG = """\
@@ -161,14 +164,27 @@ class RunSettings:
     scaled: dict[str, list] = field(default_factory=dict, repr=False)
 
 
+def weights_to_evaluate(cfg: CfgNode, resume: bool) -> str:
+    """What an evaluation alone loads: the last checkpoint of a run, or MODEL.WEIGHTS."""
+    path = find_checkpoint(cfg.OUTPUT_DIR) if resume else None
+    return cfg.MODEL.WEIGHTS if path is None else str(path)
+
+
 def _set_num_classes(
-    cfg: CfgNode, config_file: str, opts: Sequence[str], eval_only: bool
+    cfg: CfgNode, config_file: str, opts: Sequence[str], eval_only: bool, resume: bool
 ) -> list[str]:
-    """Takes the number of classes from the first data set, if that decides; says so."""
+    """Takes the number of classes from the first data set, if that decides; says so.
+
+    An evaluation takes it from its weights, if they say it: the data may have fewer.
+    """
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     key = class_key(cfg, names[0]) if names else None
     if key is None or is_set(key, config_file, opts):
         return []
+    file = weights_to_evaluate(cfg, resume) if eval_only else ""
+    if file and (trained := read_class_names(file)):
+        cfg.merge_from_list([key, len(trained)])
+        return [f"{key} {len(trained)}: the number of classes of {file}"]
     number = count_classes(cfg, names[0])
     cfg.merge_from_list([key, number])
     return [f"{key} {number}: the number of classes of {names[0]}"]
@@ -191,7 +207,11 @@ def _scale(cfg: CfgNode, processes: int, epoch_keys: Sequence[str]) -> tuple[Cfg
 
 
 def configure(
-    config_file: str, opts: Sequence[str] = (), eval_only: bool = False, processes: int = 0
+    config_file: str,
+    opts: Sequence[str] = (),
+    eval_only: bool = False,
+    processes: int = 0,
+    resume: bool = False,
 ) -> tuple[CfgNode, list[str]]:
     """Reads and completes a config, and registers its own data sets.
 
@@ -201,6 +221,7 @@ def configure(
         eval_only: whether DATASETS.TRAIN is not used.
         processes: of the run, which SOLVER.REFERENCE_WORLD_SIZE scales to; 0: nothing is scaled,
             and settings in epochs stay so.
+        resume: whether the last checkpoint in OUTPUT_DIR goes before MODEL.WEIGHTS.
 
     Returns:
         The config, checked and not frozen; and what was added to it, a line each.
@@ -211,7 +232,7 @@ def configure(
     """
     cfg = load_checked_config(config_file, opts)
     register_datasets(cfg)
-    notes = _set_num_classes(cfg, config_file, opts, eval_only)
+    notes = _set_num_classes(cfg, config_file, opts, eval_only, resume)
     epoch_keys = [] if eval_only else used_epoch_keys(cfg, config_file, opts)
     if not processes:
         return cfg, notes
@@ -231,7 +252,9 @@ def build_run_settings(args: argparse.Namespace) -> RunSettings:
         UserError: as :func:`configure`, and for variables of a launcher that do not fit together.
     """
     processes = Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    cfg, notes = configure(args.config_file, args.opts, args.eval_only, processes.world_size)
+    cfg, notes = configure(
+        args.config_file, args.opts, args.eval_only, processes.world_size, args.resume
+    )
     cfg.freeze()
     arguments = shlex.join([args.config_file, *args.opts])
     return RunSettings(cfg, args.resume, args.eval_only, processes, arguments, tuple(notes))

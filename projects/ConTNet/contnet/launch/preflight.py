@@ -13,9 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer
 
+from contnet.checkpoint.fetching import fetch_weights
 from contnet.checkpoint.metadata import METADATA
 from contnet.checkpoint.names import find_checkpoint, has_last_checkpoint
-from contnet.checkpoint.reading import read_checkpoint
+from contnet.checkpoint.reading import read_checkpoint, read_class_names
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
 from contnet.data.pipeline.loader import micro_batch_size
@@ -24,7 +25,7 @@ from contnet.engine.resume import Before, refusal, resume_config, trainer_state
 from contnet.evaluation.build import check_evaluator
 from contnet.evaluation.metrics import check_best_metric
 from contnet.evaluation.results import read_results
-from contnet.launch.arguments import RunSettings
+from contnet.launch.arguments import RunSettings, weights_to_evaluate
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.utils.errors import UserError
 from contnet.utils.text import describe_difference
@@ -110,7 +111,13 @@ def _check_weights(settings: RunSettings) -> None:
             "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
-    if weights and not resumable and "://" not in weights and not os.path.isfile(weights):
+    if not weights or resumable:
+        return
+    if "://" in weights:
+        # Of the processes on a machine, one fetches what is not there yet.
+        if settings.processes.environment.local_rank == 0:
+            fetch_weights(weights)
+    elif not os.path.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
 
 
@@ -204,10 +211,14 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
         if not cfg.DATASETS.TRAIN:
             raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
+    _check_weights(settings)
     # Of the processes that others start on a machine, one reads the annotation files.
     remarks = Remarks([] if settings.eval_only else _check_warmup(cfg), [])
     if data and settings.processes.environment.local_rank == 0:
-        found = check_datasets(cfg, datasets)
+        trained = None
+        if settings.eval_only:
+            trained = read_class_names(weights_to_evaluate(cfg, settings.resume)) or []
+        found = check_datasets(cfg, datasets, trained)
         remarks = Remarks([*remarks.warnings, *found.warnings], found.notes)
         _check_truth(settings)
     for name in cfg.DATASETS.TEST:
@@ -216,7 +227,6 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
     if not settings.eval_only:
         check_best_metric(cfg)
     read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
-    _check_weights(settings)
     return remarks
 
 

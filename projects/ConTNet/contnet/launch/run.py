@@ -18,7 +18,7 @@ from contnet.data.datasets.register import register_datasets
 from contnet.engine.hooks import LauncherHook
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import Evaluator
-from contnet.launch.arguments import RunSettings
+from contnet.launch.arguments import RunSettings, weights_to_evaluate
 from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.logs import WithoutColours
@@ -75,14 +75,13 @@ def _evaluate_only(
 ) -> dict:
     model = build_model(cfg)
     launcher.watch(model)
-    evaluator = Evaluator(cfg, launcher.guard, warnings)
+    evaluator = Evaluator(cfg, launcher.guard, warnings=warnings)
     evaluator.prepare()
     metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TEST))
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, metadata=metadata)
-    file = cfg.MODEL.WEIGHTS
-    if resume and checkpointer.has_checkpoint():
-        file = checkpointer.get_checkpoint_file()
-    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED)
+    file = weights_to_evaluate(cfg, resume)
+    rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED, subset=True)
+    evaluator.classes = checkpointer.file_classes
     return evaluator.evaluate(
         model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
     )

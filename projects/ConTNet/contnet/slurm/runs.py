@@ -77,7 +77,9 @@ def _check_content(settings: RunSettings, seen: set) -> None:
     """The checks of train_net.py; of what runs have in common, the data sets, once."""
     relevant = settings.cfg.clone()
     relevant.defrost()
-    relevant.OUTPUT_DIR = relevant.MODEL.WEIGHTS = ""
+    relevant.OUTPUT_DIR = ""
+    if not settings.eval_only:  # whose classes are the weights'
+        relevant.MODEL.WEIGHTS = ""
     for key in ("BASE_LR", "MAX_ITER", "STEPS", "WEIGHT_DECAY", "WARMUP_ITERS"):
         relevant.SOLVER.pop(key)
     relevant.SEED = 0
@@ -160,6 +162,7 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                     arguments.opts,
                     arguments.eval_only,
                     processes.world_size,
+                    arguments.resume,
                 )
                 base = base or _base_folder(args, expanded, cfg)
                 run = _make_run(arguments, cfg, notes, base / arguments.name, processes)

@@ -14,17 +14,23 @@ from contnet.data.datasets.shards import CLASSES_FILE
 from contnet.data.findings import Findings
 from contnet.data.validation.examine import examine_coco
 from contnet.utils.errors import UserError
-from contnet.utils.text import describe_difference, plural
+from contnet.utils.text import describe_difference, first_names, plural
 
 __all__ = ["check_classes", "count_classes"]
 
 
-def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
+def check_classes(
+    cfg: CfgNode, found: Mapping[str, Findings], trained: Sequence[str] | None = None
+) -> None:
     """Adds errors where data sets have other classes than the model, or than each other.
 
+    A data set that is only evaluated on may have some of the model's classes, in any order.
+
     Args:
-        cfg: MODEL is read.
+        cfg: MODEL and DATASETS are read.
         found: of all data sets of a run, by name.
+        trained: names of the classes of the weights to evaluate, empty where nothing tells them;
+            None for a training, whose model has the classes of its training sets.
     """
     keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
     first: dict[str, tuple[str, list[str]]] = {}
@@ -39,7 +45,15 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
                 _check_unnamed(cfg, keys.get(kind), len(classes), findings)
                 continue
             earlier, expected = first.setdefault(kind, (name, classes))
-            if classes != expected:
+            if trained and kind in keys:
+                earlier, expected = "the weights", list(trained)
+            by_name = trained or (trained is None and earlier in cfg.DATASETS.TRAIN)
+            tests = trained is not None or name not in cfg.DATASETS.TRAIN
+            if classes != expected and by_name and tests and set(classes) <= set(expected):
+                _say_shared(classes, expected, earlier, findings)
+                if kind in keys:
+                    _check_number(cfg, keys[kind], len(expected), findings)
+            elif classes != expected:
                 findings.error(
                     f"its classes ({_shown(classes)}) are not those of {earlier} "
                     f"({_shown(expected)}): names and their order must agree, "
@@ -54,6 +68,18 @@ def check_classes(cfg: CfgNode, found: Mapping[str, Findings]) -> None:
                 f"{first[IMAGE_LABELS][0]} have, so that their order cannot be compared: write "
                 f"{CLASSES_FILE} into its folder, one class a line in the order of the labels"
             )
+
+
+def _say_shared(
+    classes: Sequence[str], expected: Sequence[str], whose: str, findings: Findings
+) -> None:
+    if left := [name for name in expected if name not in classes]:
+        findings.warn(
+            f"it has {len(classes)} of the {len(expected)} classes of {whose}: predictions of the "
+            f"others do not count ({first_names(left)})"
+        )
+    else:
+        findings.note(f"its classes are those of {whose} in another order, matched by name")
 
 
 def _shown(classes: Sequence[str]) -> str:

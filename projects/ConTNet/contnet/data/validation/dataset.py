@@ -268,15 +268,22 @@ class Remarks(NamedTuple):
     notes: list[str]
 
 
-def check_datasets(cfg: CfgNode, names: Sequence[str]) -> Remarks:
+def check_datasets(
+    cfg: CfgNode, names: Sequence[str], trained: Sequence[str] | None = None
+) -> Remarks:
     """Makes the checks of a run's data sets; opens as many images as DATASETS.CHECK_IMAGES says.
+
+    Args:
+        cfg: as for :func:`check_dataset`.
+        names: of the data sets.
+        trained: as for :func:`contnet.data.validation.classes.check_classes`.
 
     Raises:
         UserError: with the first error.
     """
     examined = {name: examine_dataset(cfg, name) for name in names}
     found = {name: findings for name, (findings, _) in examined.items()}
-    check_classes(cfg, found)
+    check_classes(cfg, found, trained)
     _raise_errors(found)
     which = cfg.DATASETS.CHECK_IMAGES
     for name, (findings, look) in examined.items():

@@ -1,0 +1,325 @@
+"""Weights by an address: from a local server, and from the caches of the libraries."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import QUICK, REPOSITORY, SMALL
+from safetensors.torch import save as save_safetensors
+
+from contnet.checkpoint import fetching
+from contnet.checkpoint.fetching import fetch_weights
+from contnet.checkpoint.reading import read_weights
+from contnet.utils.errors import UserError
+
+
+class Server:
+    """Files of a dictionary by path, with what the hub's clients ask for; counts what is sent."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.sent: list[str] = []
+        self.behaviour = ""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self, body):
+                path = self.path
+                content = outer.files.get(path.partition("?")[0])
+                if content is None:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                if outer.behaviour == "slow":
+                    time.sleep(5)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.end_headers()
+                if body:
+                    outer.sent.append(path)
+                    half = len(content) // 2 if outer.behaviour == "cut" else len(content)
+                    self.wfile.write(content[:half])
+
+            def do_GET(self):
+                self.answer(True)
+
+            def do_HEAD(self):
+                self.answer(False)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def payload(value=1.0):
+    return save_safetensors({"weight": torch.full((3,), value)})
+
+
+def kept(cache):
+    """Files in the cache but locks."""
+    files = (path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return sorted(files)
+
+
+# --- URLs ----------------------------------------------------------------------------------------
+
+
+def test_a_url_is_fetched_once(server, cache):
+    server.files["/a/w.safetensors"] = payload()
+    url = f"{server.url}/a/w.safetensors"
+    for _ in range(2):
+        assert torch.equal(read_weights(url).tensors["weight"], torch.ones(3))
+    assert len(server.sent) == 1
+    server.server.shutdown()
+    assert Path(fetch_weights(url).path) in kept(cache)
+
+
+def test_files_of_one_name_are_kept_apart(server, cache):
+    other = Server()
+    server.files["/w.pth"], other.files["/w.pth"] = payload(1), payload(2)
+    server.files["/b/w.pth"] = payload(3)
+    urls = [f"{server.url}/w.pth", f"{other.url}/w.pth", f"{server.url}/b/w.pth"]
+    urls.append(f"{server.url}/w.pth?version=2")
+    found = [read_weights(url).tensors["weight"][0].item() for url in urls]
+    assert found == [1, 2, 3, 1]
+    assert len(kept(cache)) == 4
+    other.server.shutdown()
+    other.server.server_close()
+
+
+def test_the_hash_is_compared(server, cache):
+    server.files["/w.pth"] = payload()
+    digest = hashlib.sha256(payload()).hexdigest()
+    for right in (digest, digest[:8], digest.upper()):
+        fetch_weights(f"{server.url}/w.pth#sha256={right}")
+    assert len(server.sent) == 1
+    wrong = f"{server.url}/w.pth#sha256={'0' * 64}"
+    with pytest.raises(UserError, match=f"SHA-256 with {digest[:16]}"):
+        fetch_weights(wrong)
+    # A newer file on the server takes the place of what was kept.
+    server.files["/w.pth"] = payload(2)
+    new = hashlib.sha256(payload(2)).hexdigest()
+    assert read_weights(f"{server.url}/w.pth#sha256={new}").tensors["weight"][0] == 2
+
+
+def test_a_wrong_file_is_not_kept(server, cache):
+    server.files["/w.pth"] = payload()
+    with pytest.raises(UserError, match="is another file"):
+        fetch_weights(f"{server.url}/w.pth#sha256={'0' * 64}")
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize("fragment", ["md5=1", "sha256=12", "sha256=xyz", "x"])
+def test_what_is_no_hash_is_named(fragment):
+    with pytest.raises(UserError, match=f"#{fragment}"):
+        fetch_weights(f"http://127.0.0.1:9/w.pth#{fragment}")
+
+
+FAILURES = {
+    "absent": ("/none.pth", "", "the server says 404"),
+    "cut": ("/w.pth", "cut", "retrieval incomplete"),
+    "slow": ("/w.pth", "slow", "timed out"),
+    "no server": ("", "", "Connection refused"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_is_one_line_and_leaves_nothing(server, cache, monkeypatch, kind):
+    path, server.behaviour, said = FAILURES[kind]
+    monkeypatch.setattr(fetching, "_TIMEOUT", 0.5)
+    server.files["/w.pth"] = payload() * 50
+    url = server.url + path if path else "http://127.0.0.1:9/w.pth"
+    with pytest.raises(UserError) as error:
+        fetch_weights(url)
+    assert said in str(error.value) and url in str(error.value)
+    assert "\n" not in str(error.value)
+    assert kept(cache) == []
+    server.behaviour = ""
+    if path == "/w.pth":  # another try is not in its way
+        assert fetch_weights(url).path
+
+
+def test_a_full_disk_leaves_nothing(server, cache, monkeypatch):
+    """/dev/full stands for it."""
+    server.files["/w.pth"] = payload()
+    mkdir = Path.mkdir
+
+    def full(self, *args, **kwargs):
+        mkdir(self, *args, **kwargs)
+        if self.name.endswith(".download"):
+            (self / "w.pth.tmp").symlink_to("/dev/full")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match=r"No space left on device.*FVCORE_CACHE"):
+        fetch_weights(f"{server.url}/w.pth")
+    monkeypatch.undo()
+    assert not [path for path in kept(cache) if path.name == "w.pth"]
+
+
+# --- the hub, which its library looks up when it is imported -------------------------------------
+
+_ASK = """
+import json, sys
+from contnet.checkpoint.reading import read_weights
+from contnet.utils.errors import UserError
+for address in sys.argv[1:]:
+    try:
+        weights = read_weights(address)
+        print(json.dumps([len(weights.tensors), weights.origin.pixels, weights.classes]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def ask(home, endpoint, *addresses, **more):
+    """What a process that reads addresses finds: tensors, pixels, classes; or its errors."""
+    values = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **more}
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK, *addresses],
+        env={**os.environ, **values},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(addresses) :]]
+
+
+def repository(server, name, files):
+    for file, content in files.items():
+        server.files[f"/{name}/resolve/main/{file}"] = content
+
+
+CONFIG = {
+    "architecture": "resnet18",
+    "label_names": ["cat", "dog"],
+    "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5]},
+}
+PIXELS = {"format": "RGB", "mean": [127.5] * 3, "std": [127.5, 63.75, 127.5]}
+
+
+@pytest.mark.slow
+def test_the_hub(server, tmp_path):
+    """Safetensors first, once, and then without the hub; another file by its name."""
+    state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.bin")
+    binary = (tmp_path / "w.bin").read_bytes()
+    files = {"model.safetensors": save_safetensors(state), "pytorch_model.bin": binary}
+    repository(server, "me/net", {**files, "config.json": json.dumps(CONFIG).encode()})
+    repository(server, "me/old", {"pytorch_model.bin": binary, "sub/x.pth": binary})
+    home, net = tmp_path / "home", [len(state), PIXELS, ["cat", "dog"]]
+    addresses = [f"hf://me/{name}" for name in ("net", "old", "old/sub/x.pth", "old/y.pth")]
+    *found, absent = ask(home, server.url, *addresses)
+    assert found == [net, [1, {}, None], [1, {}, None]]
+    assert "no such file" in absent
+    assert not any(path.endswith("net/resolve/main/pytorch_model.bin") for path in server.sent)
+    sent = len(server.sent)
+    addresses = ["hf://me/net", "hf://me/other"]
+    found, absent = ask(home, server.url, *addresses, HF_HUB_OFFLINE="1")
+    assert found == net and "HF_HUB_OFFLINE is 1" in absent
+    found, absent = ask(home, "http://127.0.0.1:9", *addresses)
+    assert found == net and "does not answer" in absent
+    assert len(server.sent) == sent
+
+
+@pytest.mark.slow
+def test_weights_that_timm_knows(server, tmp_path):
+    """Its config says what their pixels are; a detector takes them, translated."""
+    state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}
+    repository(server, "timm/resnet18.tv_in1k", {"model.safetensors": save_safetensors(state)})
+    home = tmp_path / "home"
+    (found,) = ask(home, server.url, "timm://resnet18.tv_in1k")
+    assert found[0] == len(state)
+    assert found[1]["mean"] == [123.675, 116.28, 103.53]
+    program = """
+import sys, torch
+from contnet.checkpoint.checkpointer import Checkpointer
+from contnet.checkpoint.metadata import describe_model
+from contnet.config import load_config
+from contnet.modeling.build import build_model
+cfg = load_config(sys.argv[1], sys.argv[2:])
+made = Checkpointer(build_model(cfg), metadata=describe_model(cfg, None))
+made.load_backbone("timm://resnet18.tv_in1k")
+print(made.model.backbone.bottom_up.stem.conv1.weight.sum().item())
+print(*made.warnings)
+"""
+    leaf = str(REPOSITORY / "configs" / "faster_rcnn_r50.yaml")
+    options = [*SMALL, "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, leaf, *options, "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"],
+        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    total, warning = done.stdout.splitlines()
+    assert float(total) == pytest.approx(state["conv1.weight"].sum().item(), rel=1e-4)
+    assert 'MODEL.PIXEL_STD "[58.395, 57.12, 57.375]"' in warning
+
+
+NAMES = {
+    "timm://resnet51": "the nearest is resnet5",
+    "timm://resnet50.mine": "resnet50.tv_in1k",
+    "timm://contnet_m": "no weights of it are published",
+    "hf://resnet50": "hf://OWNER/REPOSITORY",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_there_are_not(name):
+    with pytest.raises(UserError) as error:
+        fetch_weights(name)
+    assert name in str(error.value) and NAMES[name] in str(error.value)
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_fetches_before_it_does_anything_else(tmp_path, capsys):
+    """Before it looks at the data, of which there are none here."""
+    from contnet.launch.main import main
+
+    leaf = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
+    options = [*QUICK, "MODEL.WEIGHTS", "http://127.0.0.1:9/w.pth", "OUTPUT_DIR", str(tmp_path)]
+    assert main(["--config-file", leaf, *options]) == 1
+    assert "cannot be fetched (Connection refused)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_conversion_takes_an_address(server, tmp_path, capsys):
+    from contnet.commands.convert_weights import main
+
+    state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}
+    server.files["/r18.safetensors"] = save_safetensors(state)
+    assert main([f"{server.url}/r18.safetensors", str(tmp_path / "r18.pth")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(str(tmp_path / "r18-"))
