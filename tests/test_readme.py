@@ -14,8 +14,8 @@ from conftest import REPOSITORY, finish
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
-from contnet.commands import convert_weights as weights
 from contnet.commands import convert_dataset, demo, doctor, make_shards, prepare_cityscapes
+from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
