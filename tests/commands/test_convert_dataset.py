@@ -173,7 +173,7 @@ def test_the_doctor_and_the_loader_take_it(
     cfg, _ = configure(config, options)
     records = load_dataset_dicts(cfg, ["mine_train"], train=True)
     assert sorted(len(record["annotations"]) for record in records) == [1, 2]
-    assert f"'set', '{tmp_path / 'out/set.json'}'" in said
+    assert f"['mine_set', '{tmp_path / 'out/set.json'}', " in said
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])

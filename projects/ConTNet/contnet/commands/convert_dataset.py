@@ -113,10 +113,9 @@ def _print(conversion: Conversion, written: dict[str, int], root: Path, out: Pat
     )
     for severity, word in ((ERROR, "left out"), (NOTE, "note")):
         lines += [f"  {word:8}  {line}" for line in conversion.findings.lines(severity)]
-    name = out.stem
-    lines.append(
-        f"config    DATASETS.REGISTER \"[['{name}', '{out}', '{os.path.relpath(root)}']]\""
-    )
+    name = "mine_" + out.stem.removeprefix("mine_")
+    entry = f"['{name}', '{out}', '{os.path.relpath(root)}']"
+    lines.append(f"its entry of DATASETS.REGISTER: {entry}")
     for line in lines:
         # File names need not be text, and not every terminal takes their bytes as they are.
         print(line.encode(errors="backslashreplace").decode())
