@@ -55,7 +55,7 @@ test-existing-torch: setup
 	$(TORCH26)/bin/pip install -q torch==2.6.0 torchvision==0.21.0
 	$(TORCH26)/bin/pip install -q -e . --no-deps
 	$(TORCH26)/bin/pip install -q -r requirements/existing-torch.txt pytest pytest-timeout packaging \
-	  webdataset
+	  webdataset globox
 	$(TORCH26)/bin/pip install -q --no-deps --only-binary=:all: --python-version 3.10 \
 	  --implementation cp --abi none --platform any --upgrade --require-hashes \
 	  -r requirements/detectron2.txt --target "$$($(TORCH26)/bin/python -c '$(SITE)')"

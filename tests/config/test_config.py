@@ -36,6 +36,13 @@ SYSTEMS = {
     "demo": (RCNN_LOSSES, None),
     "demo_imagenet": ({"loss_cls"}, None),
     "imagenet": ({"loss_cls"}, None),
+    "quick/faster_rcnn": (RCNN_LOSSES, None),
+    "quick/mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, None),
+    "quick/cityscapes_mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, None),
+    "quick/retinanet": ({"loss_cls", "loss_box_reg"}, None),
+    "quick/fcos": ({"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}, None),
+    "quick/cityscapes_pspnet": ({"loss_sem_seg", "loss_sem_seg_aux"}, None),
+    "quick/classifier": ({"loss_cls"}, None),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -148,8 +150,12 @@ def make_zoo(repository: Path) -> str:
     return "\n".join([_HEAD, *(_section(table, configs) for table in tables)])
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/model_zoo.py; writes the page into this repository."""
+    parser = argparse.ArgumentParser(
+        description=f"Writes {ZOO} anew from the configs and {RESULTS}; it has no other options."
+    )
+    parser.parse_args(argv)
     repository = Path(__file__).resolve().parents[4]
     (repository / ZOO).write_text(make_zoo(repository))
     print(f"wrote {repository / ZOO}")

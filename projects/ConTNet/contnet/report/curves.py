@@ -8,10 +8,11 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # importing matplotlib writes into the user's home
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Curve",
@@ -76,6 +77,8 @@ def running_median(values: list[float]) -> list[float]:
 
 
 def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("iteration", color=_SENTINEL)
@@ -88,6 +91,8 @@ def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _curve(figure: Figure, label: str, caption: str) -> Curve:
+    import matplotlib
+
     if figure.axes[0].get_legend_handles_labels()[1]:
         figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=_SENTINEL)
     stream = io.StringIO()

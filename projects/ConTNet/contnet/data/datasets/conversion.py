@@ -1,0 +1,328 @@
+"""What every conversion to COCO's format shares: images found by name, boxes, counts, the file."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, ImageOps
+
+from contnet.data.findings import ERROR, NOTE, Findings
+from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+
+__all__ = [
+    "IMAGE_ENDINGS",
+    "ClassNames",
+    "Conversion",
+    "ImageFolder",
+    "Points",
+    "bounding_box",
+    "find_files",
+    "read_size",
+    "read_text",
+    "turn",
+]
+
+Points = list[tuple[float, float]]
+
+# Of the files that Pillow may read.
+IMAGE_ENDINGS = tuple(
+    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
+
+_EXIF_ORIENTATION = 0x0112
+# Where a point of the stored image lies in the upright one, both of width w and height h as stored.
+_TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
+    2: lambda x, y, w, h: (w - x, y),
+    3: lambda x, y, w, h: (w - x, h - y),
+    4: lambda x, y, w, h: (x, h - y),
+    5: lambda x, y, w, h: (y, x),
+    6: lambda x, y, w, h: (h - y, x),
+    7: lambda x, y, w, h: (h - y, w - x),
+    8: lambda x, y, w, h: (y, w - x),
+}
+# Of a box over the edge, in pixels: what rounding does is not worth a word.
+_ROUNDING = 1.0
+_DIGITS = 6
+
+
+def find_files(folder: Path, endings: Iterable[str]) -> list[Path]:
+    """Files below a folder, in the order of their names; without hidden ones, as ``._1.jpg``."""
+    endings = tuple(endings)
+    found = (path for path in folder.rglob("*") if path.name.lower().endswith(endings))
+    kept = (path for path in found if not path.name.startswith(".") and path.is_file())
+    return sorted(kept, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no UTF-8 text: save it as that") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _key(name: str) -> str:
+    """A name as people compare it: any case, any separators, any form of Unicode."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+def _stem(name: str) -> str:
+    """The name without an image's ending; other dots are part of it."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_ENDINGS else name
+
+
+class ImageFolder:
+    """The images below a folder, to be found by what annotations call them.
+
+    Attributes:
+        root: the folder.
+        files: paths of the images, in the order of their names.
+    """
+
+    def __init__(self, root: Path, files: Sequence[Path] | None = None) -> None:
+        self.root = root
+        self.files = find_files(root, IMAGE_ENDINGS) if files is None else list(files)
+        self._by_name = defaultdict(list)
+        for file in self.files:
+            name = _key(self.name(file))
+            last = name.rpartition("/")[2]
+            for key in {name, _stem(name), last, _stem(last)}:
+                self._by_name[key].append(file)
+
+    def name(self, file: Path) -> str:
+        """The path of an image from the root, as ``file_name`` in COCO's format."""
+        return file.relative_to(self.root).as_posix()
+
+    def find(self, name: str) -> list[Path]:
+        """The images that a name or a path may stand for, none or several if that is not clear.
+
+        Whole names count before names without their ending, and paths from the root before the
+        last part of a path alone.
+        """
+        name = _key(name.strip())
+        last = name.rpartition("/")[2]
+        for key in (name, _stem(name), last, _stem(last)):
+            if key and key in self._by_name:
+                return self._by_name[key]
+        return []
+
+
+def read_size(file: Path) -> tuple[int, int, int]:
+    """Width and height of an image when it is upright, and the orientation that EXIF says.
+
+    The size of the stored image is this one, with its sides changed for orientations 5 to 8.
+
+    Raises:
+        OSError: if it cannot be read, and what else Pillow's decoders raise.
+    """
+    with Image.open(file) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        if orientation not in _TURNS:
+            return *image.size, 1
+        return *ImageOps.exif_transpose(image).size, orientation
+
+
+def turn(points: Points, orientation: int, size: tuple[int, int]) -> Points:
+    """Points of the image as it is stored, in the upright one.
+
+    Args:
+        points: x and y in pixels.
+        orientation: EXIF's, 1 to 8.
+        size: width and height of the upright image.
+    """
+    if orientation not in _TURNS:
+        return points
+    width, height = size if orientation < 5 else size[::-1]
+    return [_TURNS[orientation](x, y, width, height) for x, y in points]
+
+
+def bounding_box(points: Points) -> Points:
+    """Upper left and lower right corner of the box around points."""
+    xs, ys = zip(*points, strict=True)
+    return [(min(xs), min(ys)), (max(xs), max(ys))]
+
+
+def _polygon_area(points: Points) -> float:
+    following = [*points[1:], points[0]]
+    return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, following, strict=True))) / 2
+
+
+@dataclass
+class ClassNames:
+    """The classes of a data set.
+
+    Attributes:
+        ids: category id by name, in the order of the ids.
+        origin: where they are from, for messages.
+    """
+
+    ids: dict[str, int]
+    origin: str
+
+    @classmethod
+    def from_list(cls, names: Sequence[str], origin: str) -> ClassNames:
+        """Classes that are numbered from 1.
+
+        Raises:
+            UserError: if there is none, or a name occurs twice.
+        """
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise UserError(f"{origin} has the class {twice[0]} twice: give each its own name")
+        if not names:
+            raise UserError(f"{origin} has no class names")
+        return cls({name: number for number, name in enumerate(names, 1)}, origin)
+
+
+@dataclass
+class Conversion:
+    """A data set on its way to COCO's format.
+
+    Attributes:
+        classes: its classes.
+        images, annotations: of the file that will be written.
+        read: how many images, objects and classes the source has.
+        left_out: how many of these images and objects are not converted.
+        findings: why something was left out (errors), and what was changed (notes).
+    """
+
+    classes: ClassNames
+    images: list[dict] = field(default_factory=list)
+    annotations: list[dict] = field(default_factory=list)
+    read: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
+
+    def note_similar_classes(self) -> None:
+        """Notes names that differ in case alone, which one class may have got by mistake."""
+        groups = defaultdict(list)
+        for name in self.classes.ids:
+            groups[_key(name)].append(name)
+        for names in groups.values():
+            if len(names) > 1:
+                self.findings.note("classes whose names differ in case alone", ", ".join(names))
+
+    def measure(self, file: Path, place: str, objects: int) -> tuple[int, int, int] | None:
+        """:func:`read_size` of an image, None if it cannot be read and is left out."""
+        try:
+            return read_size(file)
+        except Exception as error:  # decoders raise anything on a damaged file
+            self.leave_image("cannot be read", f"{file} ({error})", objects)
+            return None
+
+    def add_image(self, name: str, size: tuple[int, int]) -> None:
+        """Adds an image, to which the next objects belong; it may have none."""
+        width, height = size
+        number = len(self.images) + 1
+        self.images.append({"id": number, "file_name": name, "width": width, "height": height})
+
+    def leave_image(self, why: str, place: str, objects: int = 0) -> None:
+        """Leaves out an image with its objects."""
+        self.left_out.update(images=1, objects=objects)
+        self.findings.error(f"images left out, {why}", place)
+
+    def leave_object(self, why: str, place: str, *, wanted: bool = False) -> None:
+        """Leaves out an object, as an option says if that is ``wanted``."""
+        self.left_out["objects"] += 1
+        self.findings.add(NOTE if wanted else ERROR, f"objects left out, {why}", place)
+
+    def add_object(
+        self, name: str, points: Points, place: str, *, polygon: bool, **fields: int
+    ) -> None:
+        """Adds an object of the last image, cut at the image's edges, or leaves it out.
+
+        Args:
+            name: of its class.
+            points: in pixels of the upright image; two corners of its box, or a polygon.
+            place: where it stands in the source.
+            polygon: which of these they are.
+            fields: what else its annotation says.
+        """
+        if not name:
+            self.leave_object("without a class", place)
+            return
+        if name not in self.classes.ids:
+            self.leave_object(f"of a class that {self.classes.origin} does not name", place)
+            return
+        image = self.images[-1]
+        width, height = image["width"], image["height"]
+        inside = [(min(max(x, 0), width), min(max(y, 0), height)) for x, y in points]
+        (left, top), (right, bottom) = bounding_box(inside)
+        area = _polygon_area(inside) if polygon else (right - left) * (bottom - top)
+        if not area > 0:
+            self.leave_object("without area inside the image", place)
+            return
+        cut = max(
+            max(abs(x - u), abs(y - v)) for (x, y), (u, v) in zip(points, inside, strict=True)
+        )
+        if cut > _ROUNDING:
+            self.findings.note("objects cut at the edge of their image", place)
+        box = [round(value, _DIGITS) for value in (left, top, right - left, bottom - top)]
+        annotation = {
+            "id": len(self.annotations) + 1,
+            "image_id": image["id"],
+            "category_id": self.classes.ids[name],
+            "bbox": box,
+            "area": round(area, _DIGITS),
+            "iscrowd": 0,
+            **fields,
+        }
+        if polygon:
+            flat = [round(value, _DIGITS) for point in inside for value in point]
+            annotation["segmentation"] = [flat]
+        self.annotations.append(annotation)
+
+    def content(self) -> dict:
+        """All of it in COCO's format."""
+        return {
+            "info": {"description": "made by tools/convert_dataset.py"},
+            "licenses": [],
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": [{"id": id_, "name": name} for name, id_ in self.classes.ids.items()],
+        }
+
+    def write(self, file: Path) -> dict[str, int]:
+        """Writes the file, reads it again and compares the counts.
+
+        Returns:
+            How many images, objects and classes it has, and of the images, how many are ``empty``.
+
+        Raises:
+            UserError: if there is no image, or the file cannot be written.
+        """
+        if not self.images:
+            raise UserError(f"no image could be converted, so that {file} is not written")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file, "w") as stream:
+                json.dump(self.content(), stream)
+            content = json.loads(file.read_text())
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error.strerror}") from error
+        counts = {
+            "images": len(content["images"]),
+            "objects": len(content["annotations"]),
+            "classes": len(content["categories"]),
+        }
+        for what in ("images", "objects"):
+            if counts[what] + self.left_out[what] != self.read[what]:
+                raise RuntimeError(
+                    f"{self.read[what]} {what} were read, {counts[what]} written and "
+                    f"{self.left_out[what]} left out"
+                )
+        used = {annotation["image_id"] for annotation in content["annotations"]}
+        return {**counts, "empty": counts["images"] - len(used)}

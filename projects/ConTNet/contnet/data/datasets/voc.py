@@ -1,0 +1,263 @@
+"""Pascal VOC's XML files, as labelImg, CVAT, Roboflow and others write them.
+
+Read with the standard library: globox and supervision, which read them too, end at the first
+damaged file, and lose polygons and flags (the tests compare with globox what it does read).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from contnet.data.datasets.conversion import (
+    ClassNames,
+    Conversion,
+    ImageFolder,
+    Points,
+    bounding_box,
+    find_files,
+    read_text,
+    turn,
+)
+from contnet.utils.errors import UserError
+from contnet.utils.text import first_names
+
+__all__ = ["convert_voc"]
+
+_IMAGE_FOLDERS = ("JPEGImages", "images")
+_PIXELS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _find_images(folder: Path) -> ImageFolder:
+    """The images that belong to a folder of XML files, or to one above such a folder."""
+    places = [above / name for above in (folder, folder.parent) for name in _IMAGE_FOLDERS]
+    for place in (*places, folder):
+        if place.is_dir() and (images := ImageFolder(place)).files:
+            return images
+    raise UserError(f"no images are in {folder} or beside it: say where they are by --images")
+
+
+def _parse(file: Path) -> ElementTree.Element | None:
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (OSError, ElementTree.ParseError, ValueError, LookupError):
+        return None
+    return root if root.tag == "annotation" else None
+
+
+def _text(node: ElementTree.Element, path: str) -> str:
+    return (node.findtext(path) or "").strip()
+
+
+def _numbers(node: ElementTree.Element, names: Iterable[str]) -> list[float]:
+    """Values of some children; ValueError for one that is missing or no finite number."""
+    values = [float(_text(node, name)) for name in names]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("not finite")
+    return values
+
+
+def _points(item: ElementTree.Element) -> tuple[Points, bool]:
+    """Corners of an object's box, or its polygon, as the file has them; and whether it is that."""
+    if (polygon := item.find("polygon")) is not None and polygon.find("x3") is not None:
+        count = sum(re.fullmatch(r"x\d+", child.tag) is not None for child in polygon)
+        xs = _numbers(polygon, (f"x{i}" for i in range(1, count + 1)))
+        ys = _numbers(polygon, (f"y{i}" for i in range(1, count + 1)))
+        return list(zip(xs, ys, strict=True)), True
+    left, top, right, bottom = _numbers(item.find("bndbox"), _PIXELS)
+    return [(left, top), (right, bottom)], False
+
+
+def _counts_from_one(root: ElementTree.Element, first_pixel: int | None) -> bool:
+    """Whether pixels are counted from 1, both ends of a box included, as VOC's own files do."""
+    if first_pixel is None:
+        return _text(root, "source/annotation").upper().startswith("PASCAL VOC")
+    return first_pixel == 1
+
+
+def _split_lists(folder: Path) -> dict[str, Path]:
+    """The lists of ImageSets, those of Main first, by name."""
+    lists = {}
+    for above in (folder, folder.parent):
+        for kind in ("Main", "*"):
+            for file in sorted(above.glob(f"ImageSets/{kind}/*.txt")):
+                lists.setdefault(file.stem, file)
+    return lists
+
+
+def _listed_names(file: Path) -> list[str]:
+    """Names of a list; lists of one class have -1, 0 or 1 behind each."""
+    lines = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_text(file).splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def _select(folder: Path, files: list[Path], split: str, conversion: Conversion) -> list[Path]:
+    """The XML files of a split: a list of ImageSets, a list of its own, or a folder."""
+    lists = _split_lists(folder)
+    given = Path(split)
+    if split in lists or (given.suffix == ".txt" and given.is_file()):
+        by_stem = {file.stem: file for file in files}
+        chosen = []
+        for name in _listed_names(lists.get(split, given)):
+            stem = Path(name.replace("\\", "/")).name
+            found = by_stem.get(stem) or by_stem.get(Path(stem).stem)
+            if found:
+                chosen.append(found)
+            else:
+                conversion.read["images"] += 1
+                conversion.leave_image(f"listed in {split} without an XML file", name)
+        return chosen
+    if (folder / split).is_dir():
+        return [file for file in files if file.is_relative_to(folder / split)]
+    known = sorted(lists) or sorted(path.name for path in folder.iterdir() if path.is_dir())
+    there = f"there are {first_names(known)}" if known else "there are none"
+    raise UserError(f"{folder} has no split {split}: {there} (ImageSets/Main/*.txt, or folders)")
+
+
+@dataclass
+class _Reader:
+    """Adds the files of one folder to a conversion."""
+
+    folder: Path
+    images: ImageFolder
+    conversion: Conversion
+    first_pixel: int | None
+    skip_difficult: bool
+    taken: dict[Path, str] = field(default_factory=dict)
+
+    def add_file(self, file: Path, root: ElementTree.Element | None) -> None:
+        """Adds an image with its objects, or leaves it out."""
+        place = file.relative_to(self.folder).as_posix()
+        objects = [] if root is None else root.findall("object")
+        self.conversion.read.update(images=1, objects=len(objects))
+        if root is None:
+            self.conversion.leave_image("their file is no VOC XML", place)
+            return
+        image = self._find_image(file, root)
+        if isinstance(image, str):
+            self.conversion.leave_image(image, place, len(objects))
+            return
+        if measured := self.conversion.measure(image, place, len(objects)):
+            *size, orientation = measured
+            orientation = self._frame(root, tuple(size), orientation, place)
+            if orientation is None:
+                why = "their XML is for another size"
+                self.conversion.leave_image(
+                    why, f"{place} (image {size[0]}x{size[1]})", len(objects)
+                )
+                return
+            self.taken[image] = place
+            self.conversion.add_image(self.images.name(image), tuple(size))
+            for number, item in enumerate(objects, 1):
+                one_based = _counts_from_one(root, self.first_pixel)
+                self._add_object(item, f"{place}, object {number}", orientation, one_based)
+
+    def _find_image(self, file: Path, root: ElementTree.Element) -> Path | str:
+        """The image of the file's own name, or else the one that it names; or why there is none."""
+        own = self.images.find(file.relative_to(self.folder).with_suffix("").as_posix())
+        named = self.images.find(_text(root, "filename"))
+        found = [path for path in own if path in named] or own or named
+        if len(found) != 1:
+            return "of several with one name" if found else f"not found in {self.images.root}"
+        if found[0] in self.taken:
+            return f"described by {self.taken[found[0]]} already"
+        return found[0]
+
+    def _frame(
+        self, root: ElementTree.Element, size: tuple[int, int], orientation: int, place: str
+    ) -> int | None:
+        """The orientation from which boxes are turned; None if they are for another size."""
+        try:
+            stated = tuple(round(each) for each in _numbers(root, ("size/width", "size/height")))
+        except ValueError:
+            stated = (0, 0)
+        if stated == (0, 0):
+            self.conversion.findings.note("XML files without the size of the image", place)
+        if stated in ((0, 0), size):
+            return 1
+        if orientation >= 5 and stated == size[::-1]:
+            what = "images that EXIF turns, labelled as stored: their boxes are turned along"
+            self.conversion.findings.note(what, place)
+            return orientation
+        return None
+
+    def _add_object(
+        self, item: ElementTree.Element, place: str, orientation: int, one_based: bool
+    ) -> None:
+        conversion = self.conversion
+        try:
+            points, polygon = _points(item)
+        except (ValueError, AttributeError):
+            conversion.leave_object("without a box of four numbers", place)
+            return
+        fields = {flag: 1 for flag in ("difficult", "truncated") if _text(item, flag) == "1"}
+        if "difficult" in fields:
+            if self.skip_difficult:
+                conversion.leave_object("marked difficult", place, wanted=True)
+                return
+            conversion.findings.note("objects marked difficult, kept", place)
+        if not polygon and points != bounding_box(points):
+            conversion.findings.note("boxes with corners in another order, put right", place)
+            points = bounding_box(points)
+        if one_based:
+            first, *others = [(x - 1, y - 1) for x, y in points]
+            points = [first, *(others if polygon else points[1:])]
+        size = conversion.images[-1]["width"], conversion.images[-1]["height"]
+        points = turn(points, orientation, size)
+        conversion.add_object(_text(item, "name"), points, place, polygon=polygon, **fields)
+
+
+def convert_voc(
+    folder: Path,
+    images_folder: Path | None = None,
+    *,
+    split: str = "",
+    names: list[str] | None = None,
+    first_pixel: int | None = None,
+    skip_difficult: bool = False,
+) -> tuple[Conversion, Path]:
+    """Reads XML files.
+
+    Args:
+        folder: holds the XML files, also in folders, or is the one above ``Annotations``.
+        images_folder: holds the images; otherwise ``JPEGImages`` or ``images`` in the folder or
+            beside it, or the folder itself.
+        split: a name of ``ImageSets/Main``, a file with names, or a folder; "": all.
+        names: classes in the order of their ids; otherwise those of all XML files, whatever the
+            split, sorted.
+        first_pixel: what the upper left pixel is called, 0 or 1; with 1, boxes include the pixels
+            of both corners. None: 1 for files that say they are PASCAL VOC's own, otherwise 0.
+        skip_difficult: leaves out objects that are marked difficult.
+
+    Returns:
+        The data set, and the folder from which its images are named.
+
+    Raises:
+        UserError: if there are no XML files, no images, or no such split.
+    """
+    files = find_files(folder, [".xml"])
+    if not files:
+        raise UserError(f"{folder} has no XML files, give the folder of the annotations")
+    images = ImageFolder(images_folder) if images_folder else _find_images(folder)
+    parsed = {file: _parse(file) for file in files}
+    if names is None:
+        roots = [root for root in parsed.values() if root is not None]
+        found = {_text(item, "name") for root in roots for item in root.findall("object")} - {""}
+        classes = ClassNames.from_list(sorted(found), f"the XML files of {folder}")
+    else:
+        classes = ClassNames.from_list(names, "the list of names")
+    conversion = Conversion(classes)
+    conversion.note_similar_classes()
+    reader = _Reader(folder, images, conversion, first_pixel, skip_difficult)
+    for file in _select(folder, files, split, conversion) if split else files:
+        reader.add_file(file, parsed[file])
+    if not split:
+        stems = {path for file in files for path in images.find(file.stem)}
+        for file in images.files:
+            if file not in stems and file not in reader.taken:
+                conversion.findings.note("images without an XML file, not taken", str(file))
+    return conversion, images.root
