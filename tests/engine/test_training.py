@@ -231,8 +231,9 @@ def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_
     facts = {"iteration": 4, "dataset": "coco_2017_val", "ema": True, "skipped_images": 0}
     for record in (trained, evaluated):
         assert {key: record[key] for key in facts} == facts
-        # The tiny set says so of itself; a training looks at two.
-        assert any("4 images" in line for line in record["warnings"])
+    # That the sets are not COCO's own, as checks before a run have found.
+    assert any("coco_2017_val: 4 images" in line for line in trained["warnings"])
+    assert any("coco_2017_train: 12 images" in line for line in trained["warnings"])
     assert trained["weights"] is None and evaluated["weights"] == weights
     assert evaluated["metrics"] == trained["metrics"]
     loss = metrics_of(folder)[-1]["total_loss"]
