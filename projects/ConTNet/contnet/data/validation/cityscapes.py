@@ -16,6 +16,7 @@ from PIL import Image
 
 from contnet.data.datasets.cityscapes import GT_FILES, IMAGE_SUFFIX, Scene, find_scenes
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
+from contnet.data.pipeline.images import without_pillow_limit
 from contnet.data.validation.coco import is_size
 from contnet.data.validation.geometry import is_far
 from contnet.data.validation.images import ImageRules, inspect_pixels
@@ -206,7 +207,7 @@ def _wrong_values(end: str, values: np.ndarray) -> list[int]:
 
 def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding]:
     try:
-        with Image.open(path) as image:
+        with without_pillow_limit(), Image.open(path) as image:
             labels = np.asarray(image)
             # As training reads them.
             grey = np.asarray(image.convert("L")) if end == "labelTrainIds.png" else labels
