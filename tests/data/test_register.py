@@ -236,6 +236,9 @@ def test_train_and_test_must_agree(drawn, tmp_path, change):
     entries = _entries(f"{drawn}/")
     entries[1][1] = str(tmp_path / "val.json")
     cfg = _config(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries))
+    if change == "reorder":  # which an evaluation matches by name, and a training set not
+        check_datasets(cfg, NAMES)
+        cfg.DATASETS.TRAIN = NAMES
     with pytest.raises(UserError, match=r"mine_val: its classes .*mine_train"):
         check_datasets(cfg, NAMES)
 
