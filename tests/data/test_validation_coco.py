@@ -80,7 +80,7 @@ STRUCTURE = {
     "no images": (_drop("images"), "'images'"),
     "images are no list": (_set("images", to={}), "'images'"),
     "empty images": (_set("images", to=[]), "lists no image"),
-    "no annotations": (_drop("annotations"), "no object to train on"),
+    "no annotations": (_drop("annotations"), "nothing can be learned"),
     "image without name": (_drop("images", 0, "file_name"), "file_name"),
     "image without size": (_drop("images", 0, "width"), "width and height"),
     "image id twice": (_twice("images"), "image ids that occur twice: 1 [1]"),

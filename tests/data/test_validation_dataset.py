@@ -205,7 +205,7 @@ def test_doctor_counts(root, capsys):
     status, said = run_doctor(capsys)
     assert status == 0, said
     assert any(re.search(r"\b1 .*CMYK.*\b1 .*grey.*\b1 .*EXIF", line) for line in said)
-    assert any(re.match(r"WARNING .*\b9 .*\b3 .*\b1281167 .*\b1000\b", line) for line in said)
+    assert any(re.match(r"NOTE .*\b9 .*\b3 .*\b1281167 .*\b1000\b", line) for line in said)
     assert said[-1].startswith("0 errors")
 
 

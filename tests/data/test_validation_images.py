@@ -110,7 +110,7 @@ def test_thin_images_are_named(data, capsys):
 
 def _check(data: Copy, which: str, *options: str) -> list[str]:
     cfg, _ = configure(LEAF, [*data.options(), "DATASETS.CHECK_IMAGES", which, *options])
-    return check_datasets(cfg, ["train", "val"])
+    return check_datasets(cfg, ["train", "val"]).warnings
 
 
 @pytest.mark.parametrize("damage", ["other size", "floats", "truncated", "turned by EXIF"])

@@ -82,10 +82,10 @@ _COMPARISONS: tuple[tuple[Callable[[str], str], str], ...] = (
 def _list_files(root: str) -> list[list[str]]:
     """The parts of the paths of all files below a folder."""
     found = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, _ in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         above = _parts(os.path.relpath(folder, root))
-        found += [[*above, name] for name in files if not name.startswith("._")]
+        found += [[*above, name] for name in file_names(folder) if not name.startswith("._")]
         if len(found) > _LOOKED_AT:
             break
     return found
