@@ -137,6 +137,15 @@ def test_all_images_are_opened_if_wanted(drawn, tmp_path, number, which):
         _check(data, which)
 
 
+def test_damaged_images_that_an_evaluation_skips_do_not_stop_it(drawn, tmp_path):
+    data = Copy(make_shapes(tmp_path / "set", num_train=1, num_val=1))
+    image = next((tmp_path / "set" / "val").glob("*.jpg"))
+    image.write_bytes(b"broken")
+    with pytest.raises(UserError, match=str(image)):
+        _check(data, "first")
+    assert _check(data, "first", "TEST.SKIP_UNREADABLE", "True") == []
+
+
 def test_dark_images_of_16_bits_are_warned_about(data):
     image = data.content["images"][0]
     pixels = np.full((image["height"], image["width"]), 3000, np.uint16)

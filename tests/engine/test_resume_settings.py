@@ -492,3 +492,17 @@ def test_an_evaluation_that_was_left(tmp_path, more):
     assert [line["images_seen"] for line in lines] == (
         [4, 8, 16] if more == DOUBLED else [4, 8, 12, 16]
     )
+
+
+# --- warnings of the first weights ---------------------------------------------------------------
+
+
+def test_all_results_warn_of_the_weights_that_a_run_started_from(base, tmp_path):
+    weights = {"model": checkpoint(base, "model_0000003.pth")["model"], "__author__": "MSRA"}
+    torch.save(weights, tmp_path / "start.pth")
+    folder, options = tmp_path / "run", ["MODEL.WEIGHTS", str(tmp_path / "start.pth")]
+    with pytest.raises(InterruptedError):
+        run(settings(folder, *options), Cut(3))
+    resume(folder, *options)
+    (record,) = json.loads((folder / "results.json").read_text())
+    assert any("PIXEL_MEAN" in line for line in record["warnings"])

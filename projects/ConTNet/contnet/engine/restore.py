@@ -52,6 +52,7 @@ _TRAINER = {
     "grad_scaler",
     "loss_normalizers",
     "scaled_settings",
+    "weights_warnings",
     "classes",  # of the first version
 }
 

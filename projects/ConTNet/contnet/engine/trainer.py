@@ -120,6 +120,7 @@ class Trainer(SimpleTrainer):
         self.start_iter = 0
         self.done = Progress(-1)  # before the first iteration of this attempt
         self.ema = None
+        self.weights_warnings = []  # of the file that the run started from
         self.pending_evaluation = None  # scalars with their smoothing hints, to evaluate first
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
@@ -175,10 +176,16 @@ class Trainer(SimpleTrainer):
             self._resume(self.checkpointer.get_checkpoint_file())
         elif weights:
             self.checkpointer.load_backbone(weights)
+            self._warn_in_results(self.checkpointer.warnings)
             if self.ema is not None:
                 self.ema.set(self.unwrapped_model)
         else:
             self._warn_of_random_weights()
+
+    def _warn_in_results(self, lines: Sequence[str]) -> None:
+        """Has all results of the run, resumed or not, say what its weights were warned of."""
+        self.weights_warnings = list(lines)
+        self.evaluator.warnings = [*self.evaluator.warnings, *lines]
 
     def _resume(self, file: str) -> None:
         """Goes on from a checkpoint, under the settings of now; names what it lacks."""
@@ -202,6 +209,7 @@ class Trainer(SimpleTrainer):
         restore_optimizer(self.optimizer, self.unwrapped_model, self.cfg, state, before)
         restore_scaler(self.scaler, state, before.file)
         restore_loss_normalizers(self.unwrapped_model, state, before.file)
+        self._warn_in_results(state.get("weights_warnings", ()))
         self._restore_hooks(state, before)
         self._restore_order(state, before)
         set_iteration(self.scheduler, min(self.iter + 1, self.max_iter))
@@ -383,6 +391,8 @@ class Trainer(SimpleTrainer):
         state["stream"] = self.batch_sampler.state_dict(self._steps_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = loss_normalizers(self.unwrapped_model)
+        if self.weights_warnings:
+            state["weights_warnings"] = self.weights_warnings
         if self.scaled_settings:
             state["scaled_settings"] = self.scaled_settings
         return state

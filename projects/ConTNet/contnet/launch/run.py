@@ -82,6 +82,7 @@ def _evaluate_only(
     file = weights_to_evaluate(cfg, resume)
     rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED, subset=True)
     evaluator.classes = checkpointer.file_classes
+    evaluator.warnings = [*warnings, *checkpointer.warnings]
     return evaluator.evaluate(
         model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
     )

@@ -287,7 +287,9 @@ def check_datasets(
     _raise_errors(found)
     which = cfg.DATASETS.CHECK_IMAGES
     for name, (findings, look) in examined.items():
-        if look and which != "none":
+        # Of a set that is only evaluated, TEST.SKIP_UNREADABLE leaves damaged images out.
+        skips = cfg.TEST.SKIP_UNREADABLE and name not in cfg.DATASETS.TRAIN
+        if look and which != "none" and not skips:
             items = look.find_all() if which == "all" else look.first
             look_at_images(look.inspect, items, name, findings, available_cpus())
     _raise_errors(found)
