@@ -161,7 +161,7 @@ def test_a_loss_in_a_checkpoint(arguments, tmp_path, monkeypatch, background):
         run(arguments(tmp_path, "SOLVER.CHECKPOINT_BACKGROUND", background), hook)
     files = files_of(tmp_path)
     checkpoints = sorted(name for name in files if ".pth" in name)
-    assert checkpoints == ["model_0000000.pth", "model_best.pth"]
+    assert checkpoints == ["model_0000000.pth"]
     assert files["last_checkpoint"] == b"model_0000000.pth"
     if background == "False":
         hook.guard.assert_nothing_changed()

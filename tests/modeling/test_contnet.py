@@ -48,7 +48,9 @@ COUNTS = {
 def test_logits_equal_the_oracle_at_224(name, options):
     theirs, ours = make_pair(name, **options)
     x = image(224)
-    assert difference(ours(x), theirs(x)) < 5e-5
+    expected = theirs(x)
+    # Single precision; how much is rounded depends on the CPU.
+    assert difference(ours(x), expected) < max(5e-5, 2e-6 * expected.abs().max().item())
 
 
 @torch.no_grad()

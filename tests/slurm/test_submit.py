@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY, SMALL
 from submissions import ANNOTATIONS, GPU, JOB, LEAF, error_of, submit
 from submitit.core.utils import DelayedSubmission
@@ -225,6 +226,7 @@ def test_no_config_file(slurm, capsys):
 def test_checkpoints_of_another_run(slurm, here, capsys):
     (here / "out").mkdir()
     (here / "out" / "last_checkpoint").write_text("model_0000001.pth")
+    torch.save({"model": {}, "iteration": 1}, here / "out" / "model_0000001.pth")
     line = error_of(capsys, "--config-file", LEAF, *JOB, *GPU, "OUTPUT_DIR", "out")
     assert "already holds checkpoints" in line
     assert submit("--resume", *GPU, "OUTPUT_DIR", "out") == 0
