@@ -131,5 +131,5 @@ def test_numpy_may_bring_numbers_and_arrays_but_no_objects(refuse, tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"model": ours(), "best": np.float64(1), "curve": np.zeros(3)}, path)
     assert read_weights(str(path)).rest["curve"].shape == (3,)
-    assert "Fraction" in refuse({"model": ours(), "best": np.array([fractions.Fraction(1, 3)])})
+    assert "weights_only" in refuse({"model": ours(), "a": np.array([fractions.Fraction(1, 3)])})
     assert "numpy" in refuse({"model": ours(), "best": np.datetime64("2026-01-01")})
