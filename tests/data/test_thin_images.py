@@ -153,7 +153,7 @@ def test_a_centre_crop_of_a_long_image_is_that_of_the_whole(tmp_path, size):
     assert far <= (0 if max(size) <= 16 * min(size) else 4)
 
 
-@pytest.mark.parametrize(("height", "width"), itertools.product([1, 2, 33], repeat=2))
+@pytest.mark.parametrize(("height", "width"), [*itertools.product([1, 2, 33], repeat=2)])
 def test_a_bare_backbone_takes_them(height, width):
     cfg = settings("psp")
     backbone = build_model(cfg).backbone.eval()
