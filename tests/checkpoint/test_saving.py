@@ -106,3 +106,18 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
         "model_best.pth",
         "model_final.pth",
     ]
+
+
+def test_files_of_a_later_time_do_not_push_out_the_last_checkpoint(tmp_path):
+    """As a folder has them that was copied from a machine whose clock is ahead."""
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), keep=2)
+    later = time.time() + 3600
+    for i in range(2):
+        checkpointer.save(f"model_{i:07d}")
+        os.utime(tmp_path / f"model_{i:07d}.pth", (later + i, later + i))
+    checkpointer.save("model_0000002")
+    names = sorted(p.name for p in tmp_path.glob("*.pth"))
+    assert names == ["model_0000001.pth", "model_0000002.pth"]
+    checkpointer.save("model_best")
+    assert sorted(p.name for p in tmp_path.glob("model_0*.pth")) == names
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"

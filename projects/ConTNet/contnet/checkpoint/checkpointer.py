@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 from contnet.checkpoint.background_writer import BackgroundWriter, HostCopy
 from contnet.checkpoint.loading import load_weights
 from contnet.checkpoint.metadata import METADATA, Metadata
-from contnet.checkpoint.names import BEST, LAST_CHECKPOINT, find_checkpoint, iteration_of
+from contnet.checkpoint.names import (
+    BEST,
+    LAST_CHECKPOINT,
+    find_checkpoint,
+    has_last_checkpoint,
+    iteration_of,
+    last_checkpoint,
+)
 from contnet.checkpoint.reading import EMA_KEYS, Weights, read_weights
 from contnet.utils.errors import UserError
 from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_write
@@ -177,14 +184,16 @@ class Checkpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def _drop_old(self) -> None:
-        # By age: numbers fall where a run goes on with a larger batch, or from an earlier file.
+        # By age: numbers fall where a run goes on with a larger batch, or from an earlier file. The
+        # last one is the newest, though a copied folder may have files of a later time.
+        last = last_checkpoint(self.save_dir) if has_last_checkpoint(self.save_dir) else None
         with os.scandir(self.save_dir) as entries:
             numbered = sorted(
-                (entry.stat().st_mtime_ns, Path(entry.path))
+                (Path(entry.path) == last, entry.stat().st_mtime_ns, Path(entry.path))
                 for entry in entries
                 if entry.name.endswith(".pth") and iteration_of(entry.name[:-4]) is not None
             )
-        files = [path for _, path in numbered if path != self._temporary]
+        files = [path for *_, path in numbered if path != self._temporary]
         for path in files[: max(len(files) - self.keep, 0)]:
             self.guard.check()
             path.unlink(missing_ok=True)
