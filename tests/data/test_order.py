@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from contnet.config import add_contnet_config
 from contnet.data.pipeline.loader import TrainingBatchSampler, build_order, build_train_loader
 from contnet.data.pipeline.order import ImageOrder
+from contnet.utils.errors import UserError
 
 
 def some_of(number: int, landscape: int) -> np.ndarray:
@@ -252,6 +253,14 @@ def test_factors_are_those_of_detectron2():
     assert order.images_per_epoch == 9 + 2  # of the rare class: sqrt(0.4 / 0.1)
     found = Counter(first_of(order, 10 * 22))
     assert found[0] == pytest.approx(2 * found[1], abs=3)
+
+
+@pytest.mark.parametrize("key", ["width", "annotations"])
+def test_records_without_what_the_order_needs_are_one_line(key):
+    """Of a loader of one's own, or labels of images."""
+    dicts = [{name: each[name] for name in each if name != key} for each in dicts_of(3)]
+    with pytest.raises(UserError, match=rf"have no {key}.*ASPECT_RATIO_GROUPING False"):
+        build_order(config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), dicts, 3)
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,27 @@ def test_without_truth_there_is_the_servers_file(tmp_path, annotations, masks):
         coco.loadRes(str(written))
 
 
+def test_keypoints_without_truth_are_in_the_servers_file(tmp_path):
+    truth = random_truth(np.random.default_rng(17), 2, 1)
+    file = tmp_path / "image_info_test-dev2017.json"
+    file.write_text(json.dumps(without_annotations(truth)))
+    name = f"keypoints_{tmp_path.name}"
+    MetadataCatalog.get(name).set(
+        json_file=str(file), thing_dataset_id_to_contiguous_id={1: 0}, evaluator_type="coco"
+    )
+    options = ["OUTPUT_DIR", str(tmp_path), "MODEL.KEYPOINT_ON", "True"]
+    evaluator = build_evaluator(load_config(LEAF, options), name)
+    evaluator.reset()
+    found = random_detections(np.random.default_rng(18), truth, 0, False)
+    found.pred_keypoints = torch.ones(len(found), 17, 3)
+    evaluator.process([{"image_id": 0}], [{"instances": found}])
+    assert evaluator.evaluate() == {}
+    written = tmp_path / "inference" / name / "detections_test-dev2017_contnet_results.json"
+    assert str(written) in evaluator.warnings[0]
+    rows = json.loads(written.read_text())
+    assert len(rows) == len(found) > 0 and all(len(row["keypoints"]) == 51 for row in rows)
+
+
 def without_annotations(truth):
     """What an institution publishes of its test set."""
     return {key: value for key, value in truth.items() if key != "annotations"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ __all__ = [
     "coco_tasks",
 ]
 
+_RESULTS_FILE = "coco_instances_results.json"  # Detectron2's name
 _PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _KEYPOINT_RECALLS = ("AR", "AR50", "AR75", "ARm", "ARl")
 
@@ -86,7 +88,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
     def results_file(self) -> Path:
         """The file of detections; without truth it has the name that COCO's server wants."""
         if self._do_evaluation:
-            return Path(self._output_dir, "coco_instances_results.json")
+            return Path(self._output_dir, _RESULTS_FILE)
         # Of image_info_test-dev2017.json, as COCO calls it.
         test_set = Path(self._metadata.json_file).stem.removeprefix("image_info_")
         return Path(self._output_dir, f"detections_{test_set}_contnet_results.json")
@@ -95,10 +97,18 @@ class _FullCOCOEvaluator(COCOEvaluator):
     def warnings(self) -> list[str]:
         if self._do_evaluation:
             return []
-        return [
-            f"{self._metadata.name} has no annotations: no metrics; the detections, in the form "
-            f"of COCO's server, are in {self.results_file.absolute()}"
-        ]
+        line = f"{self._metadata.name} has no annotations: no metrics"
+        if self.results_file.exists():  # proposals alone have no such form
+            line += (
+                "; the detections, in the form of COCO's server, are in "
+                f"{self.results_file.absolute()}"
+            )
+        return [line]
+
+    def _eval_predictions(self, predictions: list, img_ids: Sequence | None = None) -> None:
+        super()._eval_predictions(predictions, img_ids)
+        if not self._do_evaluation:
+            os.replace(Path(self._output_dir, _RESULTS_FILE), self.results_file)
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None

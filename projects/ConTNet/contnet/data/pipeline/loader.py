@@ -185,16 +185,18 @@ def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
         seed: of the run.
 
     Raises:
-        UserError: for an unknown sampler.
+        UserError: for an unknown sampler, and for records without what sampler or grouping need.
     """
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    return ImageOrder(
-        len(dicts),
-        seed,
-        cfg.DATALOADER.GROUP_SIZE,
-        _is_landscape(dicts) if grouped else None,
-        _repeat_factors(cfg, dicts),
-    )
+    try:
+        landscape = _is_landscape(dicts) if grouped else None
+        repeats = _repeat_factors(cfg, dicts)
+    except KeyError as error:
+        raise UserError(
+            f"the records of DATASETS.TRAIN have no {error.args[0]} (those of labelled images have "
+            "none): set DATALOADER.ASPECT_RATIO_GROUPING False and SAMPLER_TRAIN TrainingSampler"
+        ) from error
+    return ImageOrder(len(dicts), seed, cfg.DATALOADER.GROUP_SIZE, landscape, repeats)
 
 
 def _tell_of_groups(size: int, group_size: int) -> None:
