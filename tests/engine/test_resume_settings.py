@@ -17,6 +17,8 @@ from contnet.launch.arguments import build_run_settings, parse_arguments
 from contnet.launch.main import main
 from contnet.launch.preflight import check_run
 from contnet.launch.run import run
+from contnet.slurm.runs import prepare_runs
+from contnet.slurm.submit import parse_submission
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
@@ -460,6 +462,23 @@ def test_processes_that_scale_the_recipe_go_on_by_images(cut):
     assert (trainer.start_iter, trainer.max_iter) == (2, 4)
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.02}
     assert trainer.scaled_settings == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "finished"),
+    [([], True), (DOUBLED, True), ([*DOUBLED, "SOLVER.MAX_ITER", "7"], False)],
+    ids=["same", "other batch", "and a later end"],
+)
+def test_a_submission_knows_what_is_left_under_another_batch(tmp_path, more, finished):
+    content = {
+        "contnet": {"config": settings(tmp_path).cfg.dump()},
+        "trainer": {"iteration": 7, "stream": {"images_seen": 32}},
+    }
+    torch.save(content, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    words = [*arguments(tmp_path, *more), "--resume", "--cluster", "local"]
+    _, (submitted,) = prepare_runs(parse_submission(words))
+    assert submitted.finished == finished
 
 
 class StopInEvaluation(Cut):

@@ -113,8 +113,9 @@ def test_no_requeue_without_progress(tmp_path, monkeypatch):
     attempt = _attempt(tmp_path)
     assert attempt.job.restart == 1
     assert "iteration 12" in attempt.reason_to_stop()
-    (tmp_path / "last_checkpoint").write_text("model_0000013.pth")
-    assert not attempt.reason_to_stop()
+    for saved in ("model_0000013.pth", "model_0000006.pth"):  # the latter with twice the batch
+        (tmp_path / "last_checkpoint").write_text(saved)
+        assert not attempt.reason_to_stop()
     attempt = _attempt(tmp_path, max_requeues=1)
     assert "requeue 1" in attempt.reason_to_stop()
 

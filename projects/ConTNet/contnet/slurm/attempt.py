@@ -249,7 +249,8 @@ class Attempt:
             for record in read_requeues(self.run_folder)
             if record["job_id"] == self.job.job_id
         ]
-        if earlier and last_saved_iteration(self.run_folder) <= earlier[-1]["iteration"]:
+        # With a larger batch than before, numbers begin again at lower ones.
+        if earlier and last_saved_iteration(self.run_folder) == earlier[-1]["iteration"]:
             return (
                 "not requeued: nothing was saved since the last requeue, after iteration "
                 f"{earlier[-1]['iteration']}; give the job more time, or save more often"

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from contnet.checkpoint.names import FINAL, find_checkpoint, has_last_checkpoint, last_checkpoint
 from contnet.checkpoint.reading import read_checkpoint
-from contnet.engine.resume import Before, differing_keys, trainer_state
+from contnet.engine.resume import Before, differing_keys, resumed_iteration, trainer_state
 from contnet.launch.arguments import RunSettings, configure
 from contnet.launch.environment import DistributedEnvironment, Processes
 from contnet.launch.preflight import check_inputs, check_output, resume_settings
@@ -101,16 +101,22 @@ def _check_same_settings(cfg: CfgNode) -> None:
         )
 
 
-def _has_finished(run: Run, max_iter: int) -> bool:
+def _has_finished(run: Run, cfg: CfgNode) -> bool:
+    """Whether a resume under ``cfg`` would find nothing left to do."""
     folder, settings = run.folder, run.settings
     if not settings.resume or settings.eval_only or not has_last_checkpoint(folder):
         return False
     file = last_checkpoint(folder)
     if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
         return False
-    # MAX_ITER may have been raised since.
-    iteration = trainer_state(read_checkpoint(str(file))).get("iteration", -1)
-    return iteration + 1 >= max_iter
+    # MAX_ITER may have been raised since, and iterations may have other batches.
+    content = read_checkpoint(str(file))
+    state = trainer_state(content)
+    before, iterations = Before.of(str(file), content, cfg), state.get("iteration", -1) + 1
+    if before.batch not in (0, cfg.SOLVER.IMS_PER_BATCH):
+        images = (state.get("stream") or {}).get("images_seen", iterations * before.batch)
+        iterations = resumed_iteration(images, iterations, before, cfg)
+    return iterations >= cfg.SOLVER.MAX_ITER
 
 
 def _make_run(
@@ -167,7 +173,7 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                 base = base or _base_folder(args, expanded, cfg)
                 run = _make_run(arguments, cfg, notes, base / arguments.name, processes)
                 cfg = _check(run, seen)
-                run.finished = _has_finished(run, cfg.SOLVER.MAX_ITER)
+                run.finished = _has_finished(run, cfg)
         except UserError as error:
             if not arguments.name:
                 raise
