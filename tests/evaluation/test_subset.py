@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL
+from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.metadata import describe_model
+from contnet.data.findings import ERROR, Findings
+from contnet.data.validation.classes import check_classes
 from contnet.evaluation.subset import share_classes
 from contnet.launch.arguments import configure
 from contnet.launch.main import main
@@ -56,6 +59,23 @@ def test_scores_of_other_classes_are_left_out(kind):
 def test_unknown_classes_are_named():
     with pytest.raises(UserError, match=r"mine has 1 of its 2 classes .* \(bird\)"):
         share_classes(Kept(), "mine", OURS, ["cat", "bird"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(["cat", "dog", "cat"], ["cat", "dog"]), (["cat", "dog"], ["cat", "dog", "cat"])],
+    ids=["the model's", "the data's"],
+)
+def test_equal_names_match_no_classes(ours, theirs):
+    """Predictions of one of them would count for the other, or for nothing."""
+    with pytest.raises(UserError, match="several are called cat"):
+        share_classes(Kept(), "mine", ours, theirs)
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NUM_CLASSES = "RetinaNet", len(ours)
+    findings = Findings()
+    findings.classes["objects"] = theirs
+    check_classes(cfg, {"mine": findings}, trained=ours)
+    assert "some of them more than once" in findings.lines(ERROR)[0]
 
 
 # --- a run ---------------------------------------------------------------------------------------

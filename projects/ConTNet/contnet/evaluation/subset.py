@@ -74,10 +74,18 @@ def share_classes(
         theirs: names of the data set's.
 
     Raises:
-        UserError: if the data set has a class that the model lacks.
+        UserError: if the data set has a class that the model lacks, or names do not tell classes
+            apart.
     """
     if not ours or not theirs or list(ours) == list(theirs):
         return evaluator
+    if double := [
+        label for labels in (ours, theirs) for label in labels if labels.count(label) > 1
+    ]:
+        raise UserError(
+            f"data set {name} has not the model's classes in their order, and names cannot match "
+            f"them, for several are called {double[0]}: give them different names"
+        )
     if missing := [label for label in theirs if label not in ours]:
         raise UserError(
             f"data set {name} has {len(missing)} of its {len(theirs)} classes that the model does "

@@ -37,7 +37,9 @@ def describe_difference(names: Sequence[str], expected: Sequence[str]) -> str:
         if some:
             shown = ", ".join(sorted(some)[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "")
             parts.append(f"{len(some)} {what}: {shown}")
-    if not parts and list(names) != list(expected):
+    if not parts and len(names) != len(expected):
+        parts.append(f"{len(names)} instead of {len(expected)}, some of them more than once")
+    elif not parts and list(names) != list(expected):
         pairs = zip(names, expected, strict=True)
         number, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         parts.append(f"another order: number {number} is {one} instead of {other}")

@@ -49,7 +49,7 @@ def check_classes(
                 earlier, expected = "the weights", list(trained)
             by_name = trained or (trained is None and earlier in cfg.DATASETS.TRAIN)
             tests = trained is not None or name not in cfg.DATASETS.TRAIN
-            if classes != expected and by_name and tests and set(classes) <= set(expected):
+            if classes != expected and by_name and tests and _is_subset(classes, expected):
                 _say_shared(classes, expected, earlier, findings)
                 if kind in keys:
                     _check_number(cfg, keys[kind], len(expected), findings)
@@ -68,6 +68,12 @@ def check_classes(
                 f"{first[IMAGE_LABELS][0]} have, so that their order cannot be compared: write "
                 f"{CLASSES_FILE} into its folder, one class a line in the order of the labels"
             )
+
+
+def _is_subset(names: Sequence[str], expected: Sequence[str]) -> bool:
+    """Whether classes can be found among others by name: no two have the same."""
+    distinct = all(len(set(each)) == len(each) for each in (names, expected))
+    return distinct and set(names) <= set(expected)
 
 
 def _say_shared(
