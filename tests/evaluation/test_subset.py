@@ -170,3 +170,16 @@ def test_a_model_is_evaluated_on_some_of_its_classes(tmp_path, weights, capsys):
     assert of(0, 1) == of(1, 3)
     assert of(0, 2) == of(1, 1)
     assert "2 of the 3 classes" in (tmp_path / "out0" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("label", ["cat", "cow"])
+def test_the_best_metric_may_be_of_a_class_of_own_data(tmp_path, forget_datasets, capsys, label):
+    leaf, opts = options(tmp_path / "mine", ["cat", "dog"])
+    opts += ["DATASETS.TRAIN", "('mine',)", "TEST.BEST_METRIC", f"bbox/AP-{label}"]
+    opts += ["OUTPUT_DIR", str(tmp_path / "out"), "DATASETS.CACHE_DIR", str(tmp_path / "cache")]
+    status = main(["--config-file", leaf, *opts, "SOLVER.MAX_ITER", "1"])
+    if label == "cat":
+        assert status == 0 and (tmp_path / "out" / "model_best.pth").exists()
+    else:  # found before anything is trained
+        assert status == 1 and "bbox/AP-dog" in capsys.readouterr().err.splitlines()[-1]
+        assert not list((tmp_path / "out").glob("*.pth"))

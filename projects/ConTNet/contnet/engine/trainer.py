@@ -50,7 +50,7 @@ from contnet.engine.resume import Before, resumed_iteration, trainer_state
 from contnet.engine.run_record import record_run
 from contnet.engine.writers import build_writers, truncate_metrics
 from contnet.evaluation.evaluate import Evaluator
-from contnet.evaluation.metrics import main_metric
+from contnet.evaluation.metrics import check_best_metric, main_metric
 from contnet.evaluation.progress import Progress
 from contnet.evaluation.results import truncate_results
 from contnet.modeling.amp import autocast, grad_scaler
@@ -288,6 +288,7 @@ class Trainer(SimpleTrainer):
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
             return {}
         self.evaluator.prepare()
+        check_best_metric(self.cfg)  # anew, for now the classes are known
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
             guard = self.launcher.guard
