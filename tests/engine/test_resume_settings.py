@@ -511,6 +511,21 @@ def test_an_evaluation_that_was_left(tmp_path, more):
     )
 
 
+def test_an_optimizer_of_a_version_with_other_keys(cut):
+    """Its groups have no names, and are those of the keys that are known."""
+    content = checkpoint(cut, "model_0000003.pth")
+    momentum = momenta(content["trainer"]["optimizer"])
+    for group in content["trainer"]["optimizer"]["param_groups"]:
+        del group["param_names"]
+    content["contnet"]["config"] = content["contnet"]["config"].replace(
+        "SOLVER:\n", "SOLVER:\n  GONE: 1\n"
+    )
+    torch.save(content, cut / "model_0000003.pth")
+    restored = momenta(trainer_of(cut).state_dict()["optimizer"])
+    assert restored.keys() == momentum.keys()
+    assert all(torch.equal(restored[name], momentum[name]) for name in momentum)
+
+
 # --- warnings of the first weights ---------------------------------------------------------------
 
 

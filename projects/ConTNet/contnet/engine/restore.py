@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from contnet.config.nodes import flatten
 from contnet.engine.optimizer import matching_state, parameter_names
 from contnet.engine.resume import Before
 from contnet.utils.text import first_names, plural
@@ -120,8 +121,9 @@ def _old_names(
         return [group["param_names"] for group in groups]
     cfg = cfg.clone()
     cfg.defrost()
+    known = dict(flatten(cfg, cfg))
     for key, value in (before.config or {}).items():
-        if key.startswith("SOLVER."):
+        if key.startswith("SOLVER.") and key in known:  # the log names the others
             cfg.merge_from_list([key, value])
     names = parameter_names(cfg, model)
     sizes = [[len(each) for each in known] for known in (names, [g["params"] for g in groups])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -79,9 +80,8 @@ def share_classes(
     """
     if not ours or not theirs or list(ours) == list(theirs):
         return evaluator
-    if double := [
-        label for labels in (ours, theirs) for label in labels if labels.count(label) > 1
-    ]:
+    counts = (*Counter(ours).items(), *Counter(theirs).items())
+    if double := [label for label, count in counts if count > 1]:
         raise UserError(
             f"data set {name} has not the model's classes in their order, and names cannot match "
             f"them, for several are called {double[0]}: give them different names"
