@@ -319,6 +319,15 @@ def test_images_that_exif_turns(voc, convert, orientation):
     assert path.exists()
 
 
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_images_larger_than_pillows_limit_are_taken(form, request, convert, monkeypatch):
+    """As in a training with INPUT.MAX_PIXELS 0."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    status, content, said = convert(form, request.getfixturevalue(form))
+    assert status == 0, said
+    check_form(content)
+
+
 def test_polygons_become_masks(yolo, convert):
     text = "1 0.25 0.25 0.75 0.25 0.75 0.5\n0 0.5 0.5 0.5 0.5\n\n"
     (yolo / "labels" / "val" / "1.txt").write_text(text)

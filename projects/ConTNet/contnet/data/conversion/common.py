@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from contnet.data.findings import ERROR, NOTE, Findings
+from contnet.data.pipeline.images import decode_error, read_size
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
@@ -23,7 +24,6 @@ __all__ = [
     "Points",
     "bounding_box",
     "find_files",
-    "read_size",
     "read_text",
     "turn",
 ]
@@ -35,7 +35,6 @@ IMAGE_ENDINGS = tuple(
     ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
 )
 
-_EXIF_ORIENTATION = 0x0112
 # Where a point of the stored image lies in the upright one, both of width w and height h as stored.
 _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     2: lambda x, y, w, h: (w - x, y),
@@ -120,21 +119,6 @@ class ImageFolder:
         return []
 
 
-def read_size(file: Path) -> tuple[int, int, int]:
-    """Width and height of an image when it is upright, and the orientation that EXIF says.
-
-    The size of the stored image is this one, with its sides changed for orientations 5 to 8.
-
-    Raises:
-        OSError: if it cannot be read, and what else Pillow's decoders raise.
-    """
-    with Image.open(file) as image:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        if orientation not in _TURNS:
-            return *image.size, 1
-        return *ImageOps.exif_transpose(image).size, orientation
-
-
 def turn(points: Points, orientation: int, size: tuple[int, int]) -> Points:
     """Points of the image as it is stored, in the upright one.
 
@@ -215,12 +199,13 @@ class Conversion:
             if len(names) > 1:
                 self.findings.note("classes whose names differ in case alone", ", ".join(names))
 
-    def measure(self, file: Path, place: str, objects: int) -> tuple[int, int, int] | None:
+    def measure(self, file: Path, objects: int) -> tuple[int, int, int] | None:
         """:func:`read_size` of an image, None if it cannot be read and is left out."""
         try:
-            return read_size(file)
-        except Exception as error:  # decoders raise anything on a damaged file
-            self.leave_image("cannot be read", f"{file} ({error})", objects)
+            return read_size({"file_name": str(file)}, max_pixels=0)
+        except UserError as error:
+            reason = decode_error(error.__cause__)
+            self.leave_image("cannot be read", f"{file} ({reason})", objects)
             return None
 
     def add_image(self, name: str, size: tuple[int, int]) -> None:

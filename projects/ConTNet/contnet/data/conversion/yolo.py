@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from contnet.data.datasets.conversion import (
+from contnet.data.conversion.common import (
     IMAGE_ENDINGS,
     ClassNames,
     Conversion,
@@ -249,7 +249,7 @@ class _Reader:
             conversion.findings.note(what, f"{name} and {self.images.name(self.used[file])}")
         if file:
             self.used[file] = image
-        if measured := conversion.measure(image, name, len(rows)):
+        if measured := conversion.measure(image, len(rows)):
             conversion.add_image(name, measured[:2])
             for number, words in rows:
                 self._add_object(words, f"{file}, line {number}", *measured[:2])

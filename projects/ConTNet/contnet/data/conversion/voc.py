@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from contnet.data.datasets.conversion import (
+from contnet.data.conversion.common import (
     ClassNames,
     Conversion,
     ImageFolder,
@@ -141,7 +141,7 @@ class _Reader:
         if isinstance(image, str):
             self.conversion.leave_image(image, place, len(objects))
             return
-        if measured := self.conversion.measure(image, place, len(objects)):
+        if measured := self.conversion.measure(image, len(objects)):
             *size, orientation = measured
             orientation = self._frame(root, tuple(size), orientation, place)
             if orientation is None:
