@@ -322,9 +322,11 @@ def test_a_path_before_a_name_that_leads_there_is_fine(data):
 
 
 def test_single_missing_images_are_no_wrong_path(data):
+    """Although another folder has an image of that name."""
+    assert (data.root / "val" / data.image(0).name).exists()
     data.image(0).unlink()
     (line,) = _lines(data)
-    assert "1 of 4" in line and "DATASETS.REGISTER" not in line
+    assert "1 of 4" in line and "DATASETS.REGISTER" not in line and "folder" not in line
 
 
 def test_another_folder_is_named(data):
