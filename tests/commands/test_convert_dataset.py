@@ -305,6 +305,18 @@ def test_images_are_found_by_other_names(voc, convert, image, named):
     assert status == 0 and found(content)[image] == OBJECTS[0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso-8859-1", "gbk", "big5"])
+def test_names_of_classes_in_any_encoding(voc, convert, encoding):
+    name = "é" if "8" in encoding else "牛"
+    stated = encoding.removesuffix("-sig")
+    text = f"<?xml version='1.0' encoding='{stated}'?>" + xml("0.jpg", SIZES[0], OBJECTS[0])
+    text = text.replace("<name>cat", f"<name>{name}")
+    (voc / "Annotations" / "0.xml").write_bytes(text.encode(encoding))
+    status, content, said = convert("voc", voc)
+    assert status == 0, said
+    assert found(content)["0.jpg"] == [(name, OBJECTS[0][0][1]), OBJECTS[0][1]]
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_images_that_exif_turns(voc, convert, orientation):
     """Sizes are those of the upright image; boxes for the stored one are turned with it."""

@@ -29,6 +29,7 @@ from contnet.utils.text import first_names
 __all__ = ["convert_voc"]
 
 _IMAGE_FOLDERS = ("JPEGImages", "images")
+_ENCODING = re.compile(rb"\s*<\?xml[^>]*\sencoding\s*=\s*[\"']([\w.:-]+)")
 _PIXELS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -43,10 +44,15 @@ def _find_images(folder: Path) -> ImageFolder:
 
 def _parse(file: Path) -> ElementTree.Element | None:
     try:
-        root = ElementTree.parse(file).getroot()
+        data = file.read_bytes()
+        try:
+            root = ElementTree.fromstring(data)
+        except ValueError:  # expat knows no encoding of several bytes a letter, such as GBK
+            stated = _ENCODING.match(data)
+            root = ElementTree.fromstring(data.decode(stated[1].decode())) if stated else None
     except (OSError, ElementTree.ParseError, ValueError, LookupError):
         return None
-    return root if root.tag == "annotation" else None
+    return root if root is not None and root.tag == "annotation" else None
 
 
 def _text(node: ElementTree.Element, path: str) -> str:
