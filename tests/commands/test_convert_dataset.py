@@ -340,6 +340,22 @@ def test_images_larger_than_pillows_limit_are_taken(form, request, convert, monk
     check_form(content)
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_annotations_and_lists_in_another_form_of_unicode(form, request, convert, forms, split):
+    root = request.getfixturevalue(form)
+    names = [unicodedata.normalize(each, "é0") for each in forms]
+    for file in list(root.rglob("0.*")):
+        name = names[file.suffix != ".jpg"]
+        file.rename(file.with_name(name + file.suffix))
+    listed = root / "list.txt"
+    listed.write_text("É0.JPG\n1.jpg\n2.jpg\n".replace("É", unicodedata.normalize(forms[0], "É")))
+    status, content, said = convert(form, root, *(["--split", listed] if split else []))
+    assert status == 0, said
+    assert found(content)[names[0] + ".jpg"] == OBJECTS[0]
+
+
 def test_polygons_become_masks(yolo, convert):
     text = "1 0.25 0.25 0.75 0.25 0.75 0.5\n0 0.5 0.5 0.5 0.5\n\n"
     (yolo / "labels" / "val" / "1.txt").write_text(text)

@@ -23,6 +23,7 @@ __all__ = [
     "ImageFolder",
     "Points",
     "bounding_box",
+    "comparable",
     "find_files",
     "read_text",
     "turn",
@@ -72,7 +73,7 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _key(name: str) -> str:
+def comparable(name: str) -> str:
     """A name as people compare it: any case, any separators, any form of Unicode."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
@@ -96,7 +97,7 @@ class ImageFolder:
         self.files = find_files(root, IMAGE_ENDINGS) if files is None else list(files)
         self._by_name = defaultdict(list)
         for file in self.files:
-            name = _key(self.name(file))
+            name = comparable(self.name(file))
             last = name.rpartition("/")[2]
             for key in {name, _stem(name), last, _stem(last)}:
                 self._by_name[key].append(file)
@@ -111,7 +112,7 @@ class ImageFolder:
         Whole names count before names without their ending, and paths from the root before the
         last part of a path alone.
         """
-        name = _key(name.strip())
+        name = comparable(name.strip())
         last = name.rpartition("/")[2]
         for key in (name, _stem(name), last, _stem(last)):
             if key and key in self._by_name:
@@ -191,13 +192,16 @@ class Conversion:
     findings: Findings = field(default_factory=Findings)
 
     def note_similar_classes(self) -> None:
-        """Notes names that differ in case alone, which one class may have got by mistake."""
+        """Notes names that differ in case or the form of Unicode alone, which one class may have got by mistake."""
         groups = defaultdict(list)
         for name in self.classes.ids:
-            groups[_key(name)].append(name)
+            groups[comparable(name)].append(name)
         for names in groups.values():
             if len(names) > 1:
-                self.findings.note("classes whose names differ in case alone", ", ".join(names))
+                self.findings.note(
+                    "classes whose names differ in case or the form of Unicode alone",
+                    ", ".join(names),
+                )
 
     def measure(self, file: Path, objects: int) -> tuple[int, int, int] | None:
         """:func:`read_size` of an image, None if it cannot be read and is left out."""

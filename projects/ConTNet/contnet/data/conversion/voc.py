@@ -19,6 +19,7 @@ from contnet.data.conversion.common import (
     ImageFolder,
     Points,
     bounding_box,
+    comparable,
     find_files,
     read_text,
     turn,
@@ -106,10 +107,10 @@ def _select(folder: Path, files: list[Path], split: str, conversion: Conversion)
     lists = _split_lists(folder)
     given = Path(split)
     if split in lists or (given.suffix == ".txt" and given.is_file()):
-        by_stem = {file.stem: file for file in files}
+        by_stem = {comparable(file.stem): file for file in files}
         chosen = []
         for name in _listed_names(lists.get(split, given)):
-            stem = Path(name.replace("\\", "/")).name
+            stem = Path(comparable(name)).name
             found = by_stem.get(stem) or by_stem.get(Path(stem).stem)
             if found:
                 chosen.append(found)

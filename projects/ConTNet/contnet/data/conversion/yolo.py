@@ -17,6 +17,7 @@ from contnet.data.conversion.common import (
     ImageFolder,
     Points,
     bounding_box,
+    comparable,
     find_files,
     read_text,
 )
@@ -216,7 +217,7 @@ class _Reader:
     used: dict[Path, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.labels = {str(file).casefold(): file for file in find_files(self.folder, [".txt"])}
+        self.labels = {comparable(str(file)): file for file in find_files(self.folder, [".txt"])}
 
     def _find_labels(self, image: Path) -> Path | None:
         """The label file of an image: under labels/ for images/, beside it, or in the folder."""
@@ -226,7 +227,7 @@ class _Reader:
         inside = [self.folder / name, self.folder / "labels" / name]
         inside += [self.folder / own.name, self.folder / "labels" / own.name]
         for place in filter(None, (swapped, own, *inside)):
-            if (found := self.labels.get(str(place).casefold())) or place.is_file():
+            if (found := self.labels.get(comparable(str(place)))) or place.is_file():
                 return found or place
         return None
 
