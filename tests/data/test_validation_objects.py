@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pycocotools.mask as mask_util
 import pytest
 from drawn_set import LEAF, Copy, _doctor
+from PIL import Image
 
 from contnet.data.findings import ERROR, NOTE, SUSPECT, WARNING, Findings
 from contnet.data.validation.coco import check_instances
@@ -327,6 +328,28 @@ def test_single_missing_images_are_no_wrong_path(data):
     data.image(0).unlink()
     (line,) = _lines(data)
     assert "1 of 4" in line and "DATASETS.REGISTER" not in line and "folder" not in line
+
+
+@pytest.mark.parametrize(
+    "other", ["1.xml", "1.png", "masks/1.png", "masks/1.jpg", "val/1.jpg", "b/1.jpg"]
+)
+def test_other_files_of_the_same_name_are_not_taken_for_an_image(data, other):
+    """Labels and masks beside the images, and images of other folders."""
+    root = data.root / "train"
+    for number, image in enumerate(data.content["images"], 1):
+        (root / image["file_name"]).rename(root / f"{number}.jpg")
+        image["file_name"] = f"{number}.jpg"
+    if other == "1.png":
+        Image.open(root / "2.jpg").save(root / "2.png")
+    if other == "b/1.jpg":
+        (root / "a").mkdir()
+        (root / "1.jpg").rename(root / "a" / "1.jpg")
+        data.content["images"][0]["file_name"] = "a/1.jpg"
+    (root / other).parent.mkdir(exist_ok=True)
+    Image.open(root / "2.jpg").save(root / other, format="PNG")
+    data.image(0).unlink()
+    (line,) = _lines(data)
+    assert "images that are missing (1 of 4" in line
 
 
 def test_another_folder_is_named(data):

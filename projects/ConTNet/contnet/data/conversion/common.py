@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
+from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.data.findings import ERROR, NOTE, Findings
 from contnet.data.pipeline.images import decode_error, read_size
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
 __all__ = [
-    "IMAGE_ENDINGS",
     "ClassNames",
     "Conversion",
     "ImageFolder",
@@ -30,11 +28,6 @@ __all__ = [
 ]
 
 Points = list[tuple[float, float]]
-
-# Of the files that Pillow may read.
-IMAGE_ENDINGS = tuple(
-    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
-)
 
 # Where a point of the stored image lies in the upright one, both of width w and height h as stored.
 _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
@@ -192,7 +185,7 @@ class Conversion:
     findings: Findings = field(default_factory=Findings)
 
     def note_similar_classes(self) -> None:
-        """Notes names that differ in case or the form of Unicode alone, which one class may have got by mistake."""
+        """Notes names that look alike, which one class may have got by mistake."""
         groups = defaultdict(list)
         for name in self.classes.ids:
             groups[comparable(name)].append(name)

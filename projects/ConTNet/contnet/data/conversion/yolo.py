@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from contnet.data.conversion.common import (
-    IMAGE_ENDINGS,
     ClassNames,
     Conversion,
     ImageFolder,
@@ -21,6 +20,7 @@ from contnet.data.conversion.common import (
     find_files,
     read_text,
 )
+from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
 
