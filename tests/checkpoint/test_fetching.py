@@ -28,12 +28,14 @@ class Server:
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.sent: list[str] = []
+        self.asked: list[str] = []
         self.behaviour = ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self, body):
                 path = self.path
+                outer.asked.append(path)
                 content = outer.files.get(path.partition("?")[0])
                 if content is None:
                     self.send_response(404)
@@ -250,6 +252,9 @@ def test_the_hub(server, tmp_path):
     found, absent = ask(home, "http://127.0.0.1:9", *addresses)
     assert found == net and "does not answer" in absent
     assert len(server.sent) == sent
+    asked = len(server.asked)  # of what is there the hub is not asked, nor of what it has not
+    found = ask(home, server.url, "hf://me/net", "hf://me/old", "hf://me/old/sub/x.pth")
+    assert found == [net, [1, {}, None], [1, {}, None]] and len(server.asked) == asked
 
 
 @pytest.mark.slow

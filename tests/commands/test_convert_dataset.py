@@ -305,6 +305,18 @@ def test_images_are_found_by_other_names(voc, convert, image, named):
     assert status == 0 and found(content)[image] == OBJECTS[0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso-8859-1", "gbk", "big5"])
+def test_names_of_classes_in_any_encoding(voc, convert, encoding):
+    name = "é" if "8" in encoding else "牛"
+    stated = encoding.removesuffix("-sig")
+    text = f"<?xml version='1.0' encoding='{stated}'?>" + xml("0.jpg", SIZES[0], OBJECTS[0])
+    text = text.replace("<name>cat", f"<name>{name}")
+    (voc / "Annotations" / "0.xml").write_bytes(text.encode(encoding))
+    status, content, said = convert("voc", voc)
+    assert status == 0, said
+    assert found(content)["0.jpg"] == [(name, OBJECTS[0][0][1]), OBJECTS[0][1]]
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_images_that_exif_turns(voc, convert, orientation):
     """Sizes are those of the upright image; boxes for the stored one are turned with it."""
@@ -317,6 +329,31 @@ def test_images_that_exif_turns(voc, convert, orientation):
     assert (image["width"], image["height"]) == (SIZES[0] if orientation < 5 else SIZES[0][::-1])
     assert found(content)["0.jpg"][0][1] == expected
     assert path.exists()
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_images_larger_than_pillows_limit_are_taken(form, request, convert, monkeypatch):
+    """As in a training with INPUT.MAX_PIXELS 0."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    status, content, said = convert(form, request.getfixturevalue(form))
+    assert status == 0, said
+    check_form(content)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_annotations_and_lists_in_another_form_of_unicode(form, request, convert, forms, split):
+    root = request.getfixturevalue(form)
+    names = [unicodedata.normalize(each, "é0") for each in forms]
+    for file in list(root.rglob("0.*")):
+        name = names[file.suffix != ".jpg"]
+        file.rename(file.with_name(name + file.suffix))
+    listed = root / "list.txt"
+    listed.write_text("É0.JPG\n1.jpg\n2.jpg\n".replace("É", unicodedata.normalize(forms[0], "É")))
+    status, content, said = convert(form, root, *(["--split", listed] if split else []))
+    assert status == 0, said
+    assert found(content)[names[0] + ".jpg"] == OBJECTS[0]
 
 
 def test_polygons_become_masks(yolo, convert):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_set import LEAF, Copy
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -100,6 +101,15 @@ def _same_ids(data: Copy) -> None:
         item["id"] = 2
 
 
+def _single(to: Callable[[list], list]) -> Callable[[Copy], None]:
+    """Changes masks of one polygon."""
+    return _each("annotations", "segmentation", lambda mask: mask if mask[1:] else to(mask))
+
+
+def _points(mask: list) -> list:
+    return [list(map(list, zip(part[::2], part[1::2], strict=True))) for part in mask]
+
+
 DAMAGE = {
     "image ids: texts": _image_ids(str),
     "image ids: texts in one list": _each("images", "id", str),
@@ -150,6 +160,9 @@ DAMAGE = {
     "a box without area": _more("annotations", id=500, bbox=[5, 5, 0, 9], segmentation=[]),
     "polygons: texts": _each("annotations", "segmentation", _texts),
     "polygons that are none": _bad_polygon,
+    "polygons: points": _each("annotations", "segmentation", _points),
+    "polygons: points, in no list": _single(lambda mask: _points(mask)[0]),
+    "polygons: in no list": _single(lambda mask: mask[0]),
     "areas: none": _each("annotations", "area", lambda value: None),
     "areas: texts": _each("annotations", "area", str),
     "areas: 0": _each("annotations", "area", lambda value: 0),
@@ -229,6 +242,21 @@ def test_damage_is_mended(data, expected, capsys, tmp_path, damage):
     assert "  mended" in capsys.readouterr().out
     assert data.file.read_bytes() == before
     _check(data, out, expected)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_missing_sizes_are_those_of_upright_images(data, tmp_path, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = data.root / "train" / f"turned.{ending}"
+    Image.new("RGB", (150, 200)).save(path, exif=exif)
+    data.content["images"].append({"id": 77, "file_name": path.name})
+    data.file.write_text(json.dumps(data.content))
+    assert _fix(data, tmp_path / "out.json") == 0
+    image = json.loads((tmp_path / "out.json").read_text())["images"][-1]
+    with Image.open(path) as stored:
+        assert (image["width"], image["height"]) == ImageOps.exif_transpose(stored).size
 
 
 @pytest.mark.parametrize("encoding", BYTES)

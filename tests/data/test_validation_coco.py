@@ -104,7 +104,7 @@ STRUCTURE = {
     "iscrowd is null": (_item("iscrowd", None), "iscrowd is neither"),
     "odd polygon": (_item("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "an odd number"),
     "two points": (_item("segmentation", [[1, 2, 3, 4]]), "fewer than 3 points"),
-    "flat polygon": (_item("segmentation", [1, 2, 3, 4, 5, 6]), "polygons that are no lists"),
+    "flat polygon": (_item("segmentation", [1, 2, 3, 4, 5, 6]), "one list of numbers"),
     "text in a polygon": (_item("segmentation", [[1, 2, "3", 4, 5, 6]]), "polygons that are no"),
     "NaN in a polygon": (
         _item("segmentation", [[1, 2, float("nan"), 4, 5, 6]]),

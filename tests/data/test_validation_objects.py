@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pycocotools.mask as mask_util
 import pytest
 from drawn_set import LEAF, Copy, _doctor
+from PIL import Image
 
 from contnet.data.findings import ERROR, NOTE, SUSPECT, WARNING, Findings
 from contnet.data.validation.coco import check_instances
@@ -237,7 +238,23 @@ IDS = {
         "but texts",
     ),
     "texts as sizes": (_each("images", "width", str), "(the text "),
+    "no sizes": (_each("images", "height", lambda value: None), "width and height are no whole"),
+    "numbers as masks": (
+        _each("annotations", "segmentation", lambda mask: mask[0]),
+        "masks that are one list of numbers",
+    ),
+    "points as masks": (
+        _each("annotations", "segmentation", lambda mask: [[[1, 2], [3, 4], [9, 5], [2, 3]]]),
+        "or of points",
+    ),
 }
+
+
+@pytest.mark.parametrize("damage", ["texts as sizes", "no sizes"])
+def test_images_are_not_blamed_for_sizes_that_are_none(data, capsys, damage):
+    IDS[damage][0](data)
+    _, lines = _doctor(capsys, *data.options(), "MODEL.ROI_HEADS.NUM_CLASSES", "4")
+    assert [line for line in lines if line.startswith("  ERROR") and "another size" in line] == []
 
 
 @pytest.mark.parametrize("damage", IDS)
@@ -253,8 +270,8 @@ def test_one_line_says_what_the_difference_is(data, damage):
 def test_images_without_a_name_are_not_called_unlisted(data):
     for image in data.content["images"]:
         image["path"] = image.pop("file_name")
-    lines = [line for line in _lines(data) if "are missing" not in line]
-    assert len(lines) == 1 and "they have 'path' instead" in lines[0]
+    (line,) = _lines(data)
+    assert "they have 'path' instead" in line
 
 
 def _rename(old: Callable[[str], str], new: Callable[[str], str]) -> Callable[[Copy], None]:
@@ -306,9 +323,33 @@ def test_a_path_before_a_name_that_leads_there_is_fine(data):
 
 
 def test_single_missing_images_are_no_wrong_path(data):
+    """Although another folder has an image of that name."""
+    assert (data.root / "val" / data.image(0).name).exists()
     data.image(0).unlink()
     (line,) = _lines(data)
-    assert "1 of 4" in line and "DATASETS.REGISTER" not in line
+    assert "1 of 4" in line and "DATASETS.REGISTER" not in line and "folder" not in line
+
+
+@pytest.mark.parametrize(
+    "other", ["1.xml", "1.png", "masks/1.png", "masks/1.jpg", "val/1.jpg", "b/1.jpg"]
+)
+def test_other_files_of_the_same_name_are_not_taken_for_an_image(data, other):
+    """Labels and masks beside the images, and images of other folders."""
+    root = data.root / "train"
+    for number, image in enumerate(data.content["images"], 1):
+        (root / image["file_name"]).rename(root / f"{number}.jpg")
+        image["file_name"] = f"{number}.jpg"
+    if other == "1.png":
+        Image.open(root / "2.jpg").save(root / "2.png")
+    if other == "b/1.jpg":
+        (root / "a").mkdir()
+        (root / "1.jpg").rename(root / "a" / "1.jpg")
+        data.content["images"][0]["file_name"] = "a/1.jpg"
+    (root / other).parent.mkdir(exist_ok=True)
+    Image.open(root / "2.jpg").save(root / other, format="PNG")
+    data.image(0).unlink()
+    (line,) = _lines(data)
+    assert "images that are missing (1 of 4" in line
 
 
 def test_another_folder_is_named(data):

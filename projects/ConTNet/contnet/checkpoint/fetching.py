@@ -16,6 +16,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -193,13 +194,19 @@ def _hub_reason(error: Exception, repo: str) -> str:
     return ""
 
 
+def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> str | None:
+    """The first of some files that is in the hub's cache; taken as it is, without a network."""
+    for name in names:
+        if isinstance(cached := try_to_load_from_cache(repo, name, revision=revision), str):
+            return cached
+    return None
+
+
 def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ...]) -> str:
     """The first of some files that a repository has."""
     try:
-        for name in names:
-            # What is in the cache is taken as it is: that needs no network.
-            if isinstance(cached := try_to_load_from_cache(repo, name, revision=revision), str):
-                return cached
+        if cached := _find_in_cache(repo, revision, names):
+            return cached
         for name in names[:-1]:
             with contextlib.suppress(RemoteEntryNotFoundError):
                 return hf_hub_download(repo, name, revision=revision)
@@ -222,10 +229,12 @@ def _classes_of(config: Mapping) -> list[str] | None:
     return [str(name) for name in names] if names and isinstance(names, list | tuple) else None
 
 
-def _read_hub_config(repo: str, revision: str | None) -> Mapping:
+def _read_hub_config(repo: str, revision: str | None, offline: bool) -> Mapping:
     """What a repository's config says in timm's form; empty where it has none."""
     try:
-        content = json.loads(Path(_hub_file("", repo, revision, (_HUB_CONFIG,))).read_text())
+        find = _find_in_cache if offline else partial(_hub_file, "")
+        file = find(repo, revision, (_HUB_CONFIG,))
+        content = json.loads(Path(file).read_text()) if file else {}
     except (OSError, ValueError, UserError):
         return {}
     if not isinstance(content, Mapping):
@@ -242,8 +251,14 @@ def _fetch_hub(source: str, address: str) -> Fetched:
             "/FILE behind it where it has several"
         )
     repo, revision, file = match.groups()
-    path = _hub_file(source, repo, revision, (file,) if file else _HUB_FILES)
-    config = _read_hub_config(repo, revision)
+    names = (file,) if file else _HUB_FILES
+    try:
+        cached = _find_in_cache(repo, revision, names)
+    except _HUB_ERRORS as error:
+        raise _cannot(source, error, _hub_reason(error, repo)) from error
+    path = cached or _hub_file(source, repo, revision, names)
+    # Weights that came before came with their config, if there is one: no network is needed.
+    config = _read_hub_config(repo, revision, offline=cached is not None)
     return Fetched(path, f"{repo}'s {_HUB_CONFIG}", _pixels_of(config), _classes_of(config))
 
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from contnet.data.datasets.conversion import Conversion
-from contnet.data.datasets.voc import convert_voc
-from contnet.data.datasets.yolo import convert_yolo, read_names
+from contnet.data.conversion.common import Conversion
+from contnet.data.conversion.voc import convert_voc
+from contnet.data.conversion.yolo import convert_yolo, read_names
 from contnet.data.findings import ERROR, NOTE
 from contnet.utils.errors import UserError, print_error
 from contnet.utils.text import first_names, plural

@@ -19,6 +19,7 @@ from contnet.data.validation.examine import dataset_use
 from contnet.data.validation.fixing import mend
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
+from contnet.utils.text import plural
 
 __all__ = ["fix_annotations"]
 
@@ -132,7 +133,7 @@ def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
     for line in errors:
         print(f"  ERROR  {line}")
     print(
-        f"{len(errors)} errors are left, which need a decision of yours"
+        f"{plural(len(errors), 'error')} left, about which you must decide"
         if errors
         else f"look at it with [{name}, {file}, {source.image_root}] in DATASETS.REGISTER"
     )

@@ -20,7 +20,7 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _START = 1 << 20  # characters in which to look for what a file is
-_CONVERT = "export it as COCO JSON, or convert it (tools/convert_dataset.py)"
+_CONVERT = "export it as COCO JSON, or as VOC or YOLO for tools/convert_dataset.py"
 _FIX = "tools/doctor.py --fix makes a mended copy"
 
 
@@ -45,7 +45,10 @@ def _explain(start: str) -> str:
     if not start:
         return "it is empty"
     if start.startswith("<"):
-        return f"it is XML, such as VOC's or CVAT's: {_CONVERT}"
+        return (
+            "it is XML: tools/convert_dataset.py makes COCO JSON of a folder of VOC's files, of "
+            "others it must be exported"
+        )
     if start.startswith("version https://git-lfs"):
         return "it is a pointer of Git LFS: run git lfs pull"
     try:

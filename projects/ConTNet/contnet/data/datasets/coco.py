@@ -171,8 +171,9 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
 
 
 def image_names(content: dict) -> list[str]:
-    """Names of the images, as the file has them."""
-    return [str(image.get("file_name")) for image in content["images"]]
+    """Names of the images that have one, as the file has them."""
+    names = (image.get("file_name") for image in content["images"])
+    return [name for name in names if isinstance(name, str) and name]
 
 
 @dataclass(frozen=True)

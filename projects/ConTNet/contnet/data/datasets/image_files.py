@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from PIL import Image
+
 from contnet.utils.files import file_names
 
-__all__ = ["Match", "find_beside", "find_missing", "match_names"]
+__all__ = ["IMAGE_ENDINGS", "Match", "find_beside", "find_missing", "match_names"]
 
+# Of the files that Pillow may read.
+IMAGE_ENDINGS = tuple(
+    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
 _LOOKED_AT = 1_000_000  # files of a folder
 _BASES = 20  # missing images that are looked for in the folders beside
 
@@ -102,9 +108,25 @@ def _common(one: list[str], other: list[str], compare: Callable[[str], str]) -> 
 
 
 def _nearest(
-    parts: list[str], files: list[list[str]], compare: Callable[[str], str]
+    parts: list[str], files: list[list[str]], compare: Callable[[str], str], deeper: bool
 ) -> list[str] | None:
-    """Of files whose own names are equal, the one with most equal folders; None for a draw."""
+    """Of files whose own names are equal, the one with most equal folders; None for a draw.
+
+    One of the two paths must end with the other: ``train/1.jpg`` is another image than
+    ``val/1.jpg``.
+
+    Args:
+        parts: of the name.
+        files: parts of the files' paths.
+        compare: makes equal what may differ.
+        deeper: the file may be in folders that the name has not.
+    """
+    files = [
+        file
+        for file in files
+        if _common(parts, file, compare) == min(len(parts), len(file))
+        and (deeper or len(file) <= len(parts))
+    ]
     best = sorted(files, key=lambda file: _common(parts, file, compare), reverse=True)
     if not best:
         return None
@@ -126,10 +148,22 @@ def _describe(name: str, found: list[str], what: str) -> str:
     return " and ".join(differences) or "another folder"
 
 
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _companions(files: Iterable[list[str]], taken: Iterable[str]) -> set[str]:
+    """Endings of what lies beside images under their names, such as masks and label files."""
+    stems = {os.path.splitext(path)[0] for path in taken}
+    paths = map("/".join, files)
+    return {_ending(path) for path in paths if os.path.splitext(path)[0] in stems}
+
+
 def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict[str, Match]:
     """Finds what missing images most likely are called in the folder.
 
-    A file is found for one name at most, and not for one if another image has it.
+    A file is found for one name at most, and not for one if another image has it. Where some images
+    are in their places, others are not looked for in deeper folders.
 
     Args:
         root: the image folder.
@@ -140,8 +174,12 @@ def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict
     taken = set(names) - set(missing)
     taken = {os.path.normpath(name) for name in taken}
     free = [file for file in files if "/".join(file) not in taken]
+    endings = set(IMAGE_ENDINGS) - _companions(free, taken)
     found: dict[str, Match] = {}
     for compare, what in _COMPARISONS:
+        if compare is _stem:
+            free = [file for file in free if _ending(file[-1]) in endings]
+        deeper = not taken and compare is not _stem
         by_base = defaultdict(list)
         for file in free:
             by_base[compare(file[-1])].append(file)
@@ -149,7 +187,7 @@ def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict
             parts = _parts(name)
             if name in found or not parts:
                 continue
-            if file := _nearest(parts, by_base.get(compare(parts[-1]), []), compare):
+            if file := _nearest(parts, by_base.get(compare(parts[-1]), []), compare, deeper):
                 found[name] = Match("/".join(file), _describe(name, file, what))
     claims = Counter(match.path for match in found.values())
     return {name: match for name, match in found.items() if claims[match.path] == 1}

@@ -28,6 +28,7 @@ __all__ = [
     "read_image",
     "read_labels",
     "read_pixels",
+    "read_size",
     "without_pillow_limit",
 ]
 
@@ -90,14 +91,18 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _load(image: Image.Image, max_pixels: int) -> tuple[Image.Image, int]:
-    """The image upright, and its EXIF orientation."""
-    width, height = image.size
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if max_pixels and width * height > max_pixels:
         raise ValueError(
             f"it has {width}x{height} pixels, more than INPUT.MAX_PIXELS {max_pixels}: raise that "
             "key, 0 is no limit"
         )
+
+
+def _load(image: Image.Image, max_pixels: int) -> tuple[Image.Image, int]:
+    """The image upright, and its EXIF orientation."""
+    _check_pixels(image.size, max_pixels)
     orientation = _orientation(image)
     image.load()
     # Loading has turned a TIFF, by every Pillow; some keep its orientation afterwards.
@@ -169,6 +174,19 @@ def count_frames(record: dict) -> int:
     """How many frames or pages are stored, of which the first is the image; views count once."""
     with _named("image", record), without_pillow_limit(), _open(record) as stored:
         return 1 if stored.format == "MPO" else getattr(stored, "n_frames", 1)
+
+
+def read_size(record: dict, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
+    """Width and height of an image when it is upright, and the orientation of its EXIF, 1 to 8.
+
+    Of an image that nothing turns only the head is read, so that the rest may be damaged. The
+    arguments and errors are those of :func:`decode`.
+    """
+    with _named("image", record), without_pillow_limit(), _open(record) as stored:
+        if (orientation := _orientation(stored)) == 1:
+            _check_pixels(stored.size, max_pixels)
+            return *stored.size, orientation
+        return *_load(stored, max_pixels)[0].size, orientation
 
 
 def read_image(record: dict, max_pixels: int = MAX_PIXELS) -> Image.Image:

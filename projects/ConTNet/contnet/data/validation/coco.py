@@ -79,9 +79,12 @@ def _check_image_size(image: dict, where: str, findings: Findings) -> tuple[int,
     width, height = image.get("width"), image.get("height")
     if is_size(width, height):
         return width, height
-    what = "images whose width and height are no whole numbers above 0"
+    what = f"images whose width and height are no whole numbers above 0: {MEND}"
     if is_size(as_whole(width) or 0, as_whole(height) or 0):
-        what += f", but texts, or have a decimal point: {MEND}"
+        what = (
+            "images whose width and height are no whole numbers above 0, but texts, or have a "
+            f"decimal point: {MEND}"
+        )
         where += f" ({describe_value(height if is_whole(width) else width)})"
     findings.error(what, where)
     return None

@@ -127,12 +127,12 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
 def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
     """What to do about missing images."""
     how_many = f"{len(lost)} of {total}"
-    root = find_source(name).image_root
-    if folder := find_beside(root, lost):
+    # Of single ones, another folder may have other images of the same names, as train and val do.
+    if len(lost) < total:
+        return f"{how_many}; copy them, or leave them out of a copy of the file: {_DOCTOR} --fix"
+    if folder := find_beside(find_source(name).image_root, lost):
         return f"{how_many}; did you mean the folder {folder}?"
-    if len(lost) == total:
-        return f"{how_many}; {_origin(cfg, name)}"
-    return f"{how_many}; copy them, or leave them out of a copy of the file: {_DOCTOR} --fix"
+    return f"{how_many}; {_origin(cfg, name)}"
 
 
 def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:

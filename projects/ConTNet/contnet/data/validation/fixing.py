@@ -7,19 +7,20 @@ is one object) is left as it is, for the doctor to tell.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pycocotools.mask as mask_util
-from detectron2.data.detection_utils import read_image
 
 from contnet.data.datasets.coco import as_whole, is_whole
 from contnet.data.datasets.image_files import find_missing, match_names
 from contnet.data.findings import Findings
+from contnet.data.pipeline.images import read_size
 from contnet.data.validation.coco import NAME_KEYS, is_size, is_stray
 from contnet.data.validation.geometry import Geometry, is_far
-from contnet.data.validation.masks import are_numbers, is_mask_of, usable_polygons
+from contnet.data.validation.masks import are_numbers, flatten_polygons, is_mask_of, usable_polygons
 from contnet.utils.errors import UserError
 
 __all__ = ["MAPPING", "mend"]
@@ -111,9 +112,9 @@ def _drop_images(fix: _Fix) -> None:
         raise UserError(f"none of its {len(names)} images is in {fix.root}: give the right folder")
     ids = {image["id"] for image, name in zip(fix.images, names, strict=True) if name in lost}
     ids -= {image["id"] for image, name in zip(fix.images, names, strict=True) if name not in lost}
-    what = "images without a file: left out"
+    what = "images without a file, or files of macOS or Windows: left out"
     fix.keep("images", lambda image: str(image.get("file_name") or "") not in lost, what)
-    what = "annotations of images without a file: left out"
+    what = "annotations of such images: left out"
     fix.keep("annotations", lambda item: item["image_id"] not in ids, what)
 
 
@@ -126,9 +127,9 @@ def _size_images(fix: _Fix) -> None:
             fix.done["sizes of images that were no whole numbers: made such"] += 1
         else:
             try:
-                path = f"{fix.root}/{image['file_name']}"
-                size = read_image(path, "RGB").shape[1::-1]
-            except Exception:  # decoders raise anything on a damaged file, which the doctor tells
+                path = os.path.join(fix.root, image["file_name"])
+                size = read_size({"file_name": path}, max_pixels=0)[:2]
+            except UserError:  # damaged, which the doctor tells
                 continue
             fix.done["sizes of images that were missing: read from the images"] += 1
         image["width"], image["height"] = size
@@ -261,9 +262,9 @@ def _clean_polygons(fix: _Fix) -> None:
         mask = item.get("segmentation")
         if not isinstance(mask, list):
             continue
-        if mask and all(isinstance(value, (int, float)) for value in mask):
-            item["segmentation"] = mask = [mask]
-            fix.done["polygons that were not in a list: put into one"] += 1
+        if flat := flatten_polygons(mask):
+            item["segmentation"] = mask = flat
+            fix.done["masks of points or of one list of numbers: polygons"] += 1
         parts = [part for part in mask if isinstance(part, list) and are_numbers(part)]
         kept = usable_polygons(parts)
         if lost := len(mask) - len(kept):

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from contnet.data.datasets.coco import read_instances
+from contnet.data.datasets.coco import as_whole, read_instances
 from contnet.data.datasets.shards import sample_name
 from contnet.data.findings import ERROR, FACT, NOTE, WARNING, Finding, Findings
 from contnet.data.pipeline.images import Decoded, count_frames, decode, decode_error
@@ -146,11 +146,14 @@ def inspect_listed(image: ListedImage, rules: ImageRules) -> list[Finding]:
     if decoded is None:
         return found
     width, height = decoded.image.size
+    stated = as_whole(image.width), as_whole(image.height)
+    if None in stated:  # which is told of the file
+        return found
     sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
-    if (width, height) != (image.width, image.height):
+    if (width, height) != stated:
         what = "images of another size than their annotations say"
         turned = decoded.orientation in _EXIF_TURNED
-        if turned and (height, width) == (image.width, image.height):
+        if turned and (height, width) == stated:
             what = (
                 "images that their EXIF orientation turns when they are read, their annotations "
                 "are for the unturned ones: save the images without it"
@@ -175,10 +178,11 @@ def listed(root: str, images: Sequence[dict]) -> list[ListedImage]:
         root: the image folder.
         images: as the annotation file has them.
     """
-    paths = [os.path.join(root, str(image.get("file_name"))) for image in images]
+    named = [image for image in images if isinstance(image.get("file_name"), str)]
+    paths = [os.path.join(root, image["file_name"]) for image in named]
     return [
         ListedImage(path, image.get("width"), image.get("height"))
-        for path, image in zip(paths, images, strict=True)
+        for path, image in zip(paths, named, strict=True)
         if os.path.isfile(path)
     ]
 

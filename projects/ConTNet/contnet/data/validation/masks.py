@@ -14,6 +14,7 @@ __all__ = [
     "DatasetUse",
     "are_numbers",
     "check_mask",
+    "flatten_polygons",
     "is_mask_of",
     "is_text_of_numbers",
     "usable_polygons",
@@ -60,6 +61,28 @@ def is_text_of_numbers(values: Iterable) -> bool:
 def usable_polygons(mask: list) -> list[list]:
     """The polygons of a mask that Detectron2 keeps."""
     return [part for part in mask if len(part) >= 6 and not len(part) % 2]
+
+
+def flatten_polygons(mask: list) -> list | None:
+    """Polygons as COCO has them, of one that is in no list, or of lists of points [x, y].
+
+    Returns:
+        None where it is neither of the two.
+    """
+    if are_numbers(mask) and mask:
+        return [mask]
+    parts = [mask] if mask and all(map(_is_point, mask)) else mask
+    if parts and all(map(_is_line, parts)):
+        return [[value for point in part for value in point] for part in parts]
+    return None
+
+
+def _is_point(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 2 and all(map(_is_point, value))
 
 
 def _check_polygons(polygons: list, where: str, findings: Findings) -> bool:
@@ -141,6 +164,13 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
             findings.error("run-length masks of objects: set INPUT.MASK_FORMAT bitmask", where)
         return True
     if isinstance(mask, list):
+        if flatten_polygons(mask):
+            findings.error(
+                "masks that are one list of numbers, or of points [x, y], in the place of polygons "
+                f"[[x, y, x, y, ...], ...]: {MEND}",
+                where,
+            )
+            return False
         if use.evaluated and use.masks and any(_is_short(polygon) for polygon in mask):
             findings.error("polygons of fewer than 3 points, which evaluation takes wrongly", where)
         return _check_polygons(mask, where, findings)

@@ -9,33 +9,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageOps
-
+from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.data.findings import ERROR, NOTE, Findings
+from contnet.data.pipeline.images import decode_error, read_size
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write
 
 __all__ = [
-    "IMAGE_ENDINGS",
     "ClassNames",
     "Conversion",
     "ImageFolder",
     "Points",
     "bounding_box",
+    "comparable",
     "find_files",
-    "read_size",
     "read_text",
     "turn",
 ]
 
 Points = list[tuple[float, float]]
 
-# Of the files that Pillow may read.
-IMAGE_ENDINGS = tuple(
-    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
-)
-
-_EXIF_ORIENTATION = 0x0112
 # Where a point of the stored image lies in the upright one, both of width w and height h as stored.
 _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     2: lambda x, y, w, h: (w - x, y),
@@ -73,7 +66,7 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _key(name: str) -> str:
+def comparable(name: str) -> str:
     """A name as people compare it: any case, any separators, any form of Unicode."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
@@ -97,7 +90,7 @@ class ImageFolder:
         self.files = find_files(root, IMAGE_ENDINGS) if files is None else list(files)
         self._by_name = defaultdict(list)
         for file in self.files:
-            name = _key(self.name(file))
+            name = comparable(self.name(file))
             last = name.rpartition("/")[2]
             for key in {name, _stem(name), last, _stem(last)}:
                 self._by_name[key].append(file)
@@ -112,27 +105,12 @@ class ImageFolder:
         Whole names count before names without their ending, and paths from the root before the
         last part of a path alone.
         """
-        name = _key(name.strip())
+        name = comparable(name.strip())
         last = name.rpartition("/")[2]
         for key in (name, _stem(name), last, _stem(last)):
             if key and key in self._by_name:
                 return self._by_name[key]
         return []
-
-
-def read_size(file: Path) -> tuple[int, int, int]:
-    """Width and height of an image when it is upright, and the orientation that EXIF says.
-
-    The size of the stored image is this one, with its sides changed for orientations 5 to 8.
-
-    Raises:
-        OSError: if it cannot be read, and what else Pillow's decoders raise.
-    """
-    with Image.open(file) as image:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-        if orientation not in _TURNS:
-            return *image.size, 1
-        return *ImageOps.exif_transpose(image).size, orientation
 
 
 def turn(points: Points, orientation: int, size: tuple[int, int]) -> Points:
@@ -207,20 +185,24 @@ class Conversion:
     findings: Findings = field(default_factory=Findings)
 
     def note_similar_classes(self) -> None:
-        """Notes names that differ in case alone, which one class may have got by mistake."""
+        """Notes names that look alike, which one class may have got by mistake."""
         groups = defaultdict(list)
         for name in self.classes.ids:
-            groups[_key(name)].append(name)
+            groups[comparable(name)].append(name)
         for names in groups.values():
             if len(names) > 1:
-                self.findings.note("classes whose names differ in case alone", ", ".join(names))
+                self.findings.note(
+                    "classes whose names differ in case or the form of Unicode alone",
+                    ", ".join(names),
+                )
 
-    def measure(self, file: Path, place: str, objects: int) -> tuple[int, int, int] | None:
+    def measure(self, file: Path, objects: int) -> tuple[int, int, int] | None:
         """:func:`read_size` of an image, None if it cannot be read and is left out."""
         try:
-            return read_size(file)
-        except Exception as error:  # decoders raise anything on a damaged file
-            self.leave_image("cannot be read", f"{file} ({error})", objects)
+            return read_size({"file_name": str(file)}, max_pixels=0)
+        except UserError as error:
+            reason = decode_error(error.__cause__)
+            self.leave_image("cannot be read", f"{file} ({reason})", objects)
             return None
 
     def add_image(self, name: str, size: tuple[int, int]) -> None:

@@ -10,16 +10,17 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from contnet.data.datasets.conversion import (
-    IMAGE_ENDINGS,
+from contnet.data.conversion.common import (
     ClassNames,
     Conversion,
     ImageFolder,
     Points,
     bounding_box,
+    comparable,
     find_files,
     read_text,
 )
+from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
 
@@ -216,7 +217,7 @@ class _Reader:
     used: dict[Path, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.labels = {str(file).casefold(): file for file in find_files(self.folder, [".txt"])}
+        self.labels = {comparable(str(file)): file for file in find_files(self.folder, [".txt"])}
 
     def _find_labels(self, image: Path) -> Path | None:
         """The label file of an image: under labels/ for images/, beside it, or in the folder."""
@@ -226,7 +227,7 @@ class _Reader:
         inside = [self.folder / name, self.folder / "labels" / name]
         inside += [self.folder / own.name, self.folder / "labels" / own.name]
         for place in filter(None, (swapped, own, *inside)):
-            if (found := self.labels.get(str(place).casefold())) or place.is_file():
+            if (found := self.labels.get(comparable(str(place)))) or place.is_file():
                 return found or place
         return None
 
@@ -249,7 +250,7 @@ class _Reader:
             conversion.findings.note(what, f"{name} and {self.images.name(self.used[file])}")
         if file:
             self.used[file] = image
-        if measured := conversion.measure(image, name, len(rows)):
+        if measured := conversion.measure(image, len(rows)):
             conversion.add_image(name, measured[:2])
             for number, words in rows:
                 self._add_object(words, f"{file}, line {number}", *measured[:2])

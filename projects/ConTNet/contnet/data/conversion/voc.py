@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from contnet.data.datasets.conversion import (
+from contnet.data.conversion.common import (
     ClassNames,
     Conversion,
     ImageFolder,
     Points,
     bounding_box,
+    comparable,
     find_files,
     read_text,
     turn,
@@ -29,6 +30,7 @@ from contnet.utils.text import first_names
 __all__ = ["convert_voc"]
 
 _IMAGE_FOLDERS = ("JPEGImages", "images")
+_ENCODING = re.compile(rb"\s*<\?xml[^>]*\sencoding\s*=\s*[\"']([\w.:-]+)")
 _PIXELS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -43,10 +45,15 @@ def _find_images(folder: Path) -> ImageFolder:
 
 def _parse(file: Path) -> ElementTree.Element | None:
     try:
-        root = ElementTree.parse(file).getroot()
+        data = file.read_bytes()
+        try:
+            root = ElementTree.fromstring(data)
+        except ValueError:  # expat knows no encoding of several bytes a letter, such as GBK
+            stated = _ENCODING.match(data)
+            root = ElementTree.fromstring(data.decode(stated[1].decode())) if stated else None
     except (OSError, ElementTree.ParseError, ValueError, LookupError):
         return None
-    return root if root.tag == "annotation" else None
+    return root if root is not None and root.tag == "annotation" else None
 
 
 def _text(node: ElementTree.Element, path: str) -> str:
@@ -100,10 +107,10 @@ def _select(folder: Path, files: list[Path], split: str, conversion: Conversion)
     lists = _split_lists(folder)
     given = Path(split)
     if split in lists or (given.suffix == ".txt" and given.is_file()):
-        by_stem = {file.stem: file for file in files}
+        by_stem = {comparable(file.stem): file for file in files}
         chosen = []
         for name in _listed_names(lists.get(split, given)):
-            stem = Path(name.replace("\\", "/")).name
+            stem = Path(comparable(name)).name
             found = by_stem.get(stem) or by_stem.get(Path(stem).stem)
             if found:
                 chosen.append(found)
@@ -141,7 +148,7 @@ class _Reader:
         if isinstance(image, str):
             self.conversion.leave_image(image, place, len(objects))
             return
-        if measured := self.conversion.measure(image, place, len(objects)):
+        if measured := self.conversion.measure(image, len(objects)):
             *size, orientation = measured
             orientation = self._frame(root, tuple(size), orientation, place)
             if orientation is None:
