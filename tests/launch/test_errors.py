@@ -209,6 +209,7 @@ def test_damaged_images_end_a_run_in_one_line(broken_root, train_net, tmp_path, 
     for file in (broken_root / "coco" / f"{split}2017").iterdir():
         file.write_bytes(file.read_bytes()[:900])
     options = ["SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", workers]
+    options += ["DATASETS.CHECK_IMAGES", "none"]  # which would find them before the run
     options += ["OUTPUT_DIR", str(tmp_path / "run")]
     root = str(broken_root)
     line = _only_error(train_net(f"--config-file {LEAF}", *options, DETECTRON2_DATASETS=root))
