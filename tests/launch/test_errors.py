@@ -214,4 +214,4 @@ def test_damaged_images_end_a_run_in_one_line(broken_root, train_net, tmp_path, 
     root = str(broken_root)
     line = _only_error(train_net(f"--config-file {LEAF}", *options, DETECTRON2_DATASETS=root))
     assert f"{broken_root}/coco/{split}2017/" in line
-    assert "cannot be loaded (OSError: image file is truncated" in line
+    assert "image file is truncated" in line
