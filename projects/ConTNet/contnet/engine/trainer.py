@@ -142,15 +142,16 @@ class Trainer(SimpleTrainer):
         self.evaluator = Evaluator(cfg, self.launcher.guard, metadata.classes, warnings)
         self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
         self.scheduler = build_lr_scheduler(cfg, optimizer)
+        before_evaluation = CheckpointBeforeEvaluation(
+            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        )
         self.register_hooks(
             [
                 hooks.IterationTimer(),
                 hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
                 FirstProgress(),
-                CheckpointBeforeEvaluation(
-                    self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
-                ),
+                before_evaluation if cfg.DATASETS.TEST else None,
                 self.evaluation,
             ]
         )

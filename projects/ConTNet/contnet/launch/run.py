@@ -16,6 +16,7 @@ from contnet.checkpoint.names import has_last_checkpoint
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.engine.hooks import LauncherHook
+from contnet.engine.resume import trainer_state
 from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import Evaluator
 from contnet.launch.arguments import RunSettings, weights_to_evaluate
@@ -64,12 +65,6 @@ def _setup(settings: RunSettings) -> CfgNode:
     return cfg
 
 
-def _iteration(rest: dict) -> int | None:
-    """The last iteration that a checkpoint's weights have seen, if it says so."""
-    trainer = rest.get("trainer", rest)
-    return trainer.get("iteration") if isinstance(trainer, dict) else None
-
-
 def _evaluate_only(
     cfg: CfgNode, resume: bool, launcher: LauncherHook, warnings: Sequence[str]
 ) -> dict:
@@ -82,9 +77,11 @@ def _evaluate_only(
     file = weights_to_evaluate(cfg, resume)
     rest = checkpointer.load(file, ema=cfg.SOLVER.EMA.ENABLED, subset=True)
     evaluator.classes = checkpointer.file_classes
-    evaluator.warnings = [*warnings, *checkpointer.warnings]
+    state = trainer_state(rest)
+    first_weights = state.get("weights_warnings", ())
+    evaluator.warnings = [*warnings, *checkpointer.warnings, *first_weights]
     return evaluator.evaluate(
-        model, iteration=_iteration(rest), weights=file, tta=cfg.TEST.AUG.ENABLED
+        model, iteration=state.get("iteration"), weights=file, tta=cfg.TEST.AUG.ENABLED
     )
 
 
