@@ -9,9 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from contnet.data.datasets.cityscapes import CityscapesSource
 from contnet.data.datasets.classes import dataset_class_names
-from contnet.data.datasets.register import find_source
+from contnet.data.validation.dataset import has_truth
 from contnet.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from contnet.evaluation.cityscapes_coco import NumberedImages, as_coco
 from contnet.evaluation.classification import ClassificationEvaluator
@@ -35,13 +34,8 @@ class _Several(DatasetEvaluators):
         return [line for each in self._evaluators for line in getattr(each, "warnings", ())]
 
 
-def _has_truth(name: str) -> bool:
-    source = find_source(name)
-    return not isinstance(source, CityscapesSource) or source.has_truth()
-
-
 def _build_cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    if not _has_truth(name):
+    if not has_truth(cfg, name):
         if not cfg.MODEL.MASK_ON:
             raise UserError(
                 f"data set {name} has no truth here, and Cityscapes' server takes no boxes: "
@@ -55,7 +49,7 @@ def _build_cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetE
 
 
 def _build_cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    if not _has_truth(name):
+    if not has_truth(cfg, name):
         return CityscapesSemSegFiles(name, folder)
     return CityscapesSemSegEvaluator(name)
 
