@@ -73,9 +73,9 @@ def own_loggers():
         each.handlers, each.propagate = handlers, propagate
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def forget_datasets():
-    """Tests may take the same names for other files."""
+    """Tests may take the same names for other files, whichever come before them."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     known = set(DatasetCatalog.list())

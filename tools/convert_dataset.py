@@ -3,7 +3,11 @@
 
 import sys
 
-from contnet.commands.convert_dataset import main
+from contnet.modeling.compat import silence_known_warnings
+
+silence_known_warnings()  # before Detectron2 is imported
+
+from contnet.commands.convert_dataset import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,6 @@ from cityscapes import use_cityscapes
 
 from benchmarks.main import main as benchmarks
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 
 @pytest.mark.slow
 def test_benchmark_counts_parses(capsys, monkeypatch):

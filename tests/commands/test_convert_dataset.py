@@ -159,9 +159,7 @@ def test_yolo_in_one_folder(tmp_path, convert):
 
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
-def test_the_doctor_and_the_loader_take_it(
-    form, request, convert, tmp_path, capsys, forget_datasets
-):
+def test_the_doctor_and_the_loader_take_it(form, request, convert, tmp_path, capsys):
     root = request.getfixturevalue(form)
     _, _, said = convert(form, root)
     folder = root / "JPEGImages" if form == "voc" else root

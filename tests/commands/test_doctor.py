@@ -9,7 +9,6 @@ from drawn_set import _doctor
 from contnet.data.findings import SHOWN
 
 pytest_plugins = ["drawn_set"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 def test_examples_are_counted(data, capsys):

@@ -69,7 +69,7 @@ def test_every_part_is_trained(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_it_trains_and_evaluates(name, drawn, cityscapes_root, tmp_path, forget_datasets):
+def test_it_trains_and_evaluates(name, drawn, cityscapes_root, tmp_path):
     file = str(REPOSITORY / "configs" / f"{name}.yaml")
     sizes = [] if name.endswith(("classifier", "pspnet")) else SMALL
     options = [*FEW, *sizes, *own_sets(name, drawn), "OUTPUT_DIR", str(tmp_path)]

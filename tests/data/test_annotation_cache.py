@@ -29,7 +29,6 @@ from contnet.data.validation.dataset import check_dataset, check_datasets
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["annotated"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 @pytest.fixture

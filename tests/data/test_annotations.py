@@ -25,7 +25,6 @@ from contnet.data.validation.dataset import check_datasets
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["annotated"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 @pytest.fixture

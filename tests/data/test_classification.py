@@ -24,7 +24,6 @@ from contnet.utils.errors import UserError
 
 pytest_plugins = ["image_folders"]
 DETECTOR = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- layouts -------------------------------------------------------------------------------------

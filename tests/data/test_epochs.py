@@ -18,7 +18,6 @@ from contnet.slurm.submit import parse_submission
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["annotated"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 BATCH = ["SOLVER.IMS_PER_BATCH", "2"]
 

@@ -22,7 +22,6 @@ from contnet.data.validation.dataset import check_dataset
 from contnet.launch.arguments import configure
 
 pytest_plugins = ["drawn_set"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 def _each(key: str, field: str, to: Callable[[object], object]) -> Callable[[Copy], None]:

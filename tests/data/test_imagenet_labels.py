@@ -15,7 +15,6 @@ from contnet.data.validation.dataset import check_datasets
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["image_folders"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 def table(root: Path, classes: dict[str, str]) -> None:

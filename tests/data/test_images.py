@@ -26,7 +26,6 @@ from contnet.launch.main import main
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["image_folders"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- pixels --------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from contnet.utils.errors import UserError
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 KEY = "MODEL.ROI_HEADS.NUM_CLASSES"
 NAMES = ("mine_train", "mine_val")
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 @pytest.fixture(scope="session")

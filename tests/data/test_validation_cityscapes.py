@@ -13,8 +13,6 @@ from PIL import Image
 
 from contnet.data.datasets.cityscapes_labels import prepare_cityscapes
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 SIZE = (64, 32)
 INSTANCE = ["MODEL.ROI_HEADS.NUM_CLASSES", "8"]
 SEMANTIC = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "19"]

@@ -20,7 +20,6 @@ from contnet.utils.text import describe_difference
 
 pytest_plugins = ["image_folders"]
 NAMES = ("imagenet_train", "imagenet_val")
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from contnet.launch.arguments import configure
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["drawn_set"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 def _remove(data: Copy) -> None:

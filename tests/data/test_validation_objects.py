@@ -16,7 +16,6 @@ from contnet.data.validation.masks import DatasetUse
 from contnet.launch.arguments import configure
 
 pytest_plugins = ["drawn_set"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 BOTH = DatasetUse(trained=True, evaluated=True, masks=False, bitmasks=False)
 

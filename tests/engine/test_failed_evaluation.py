@@ -15,8 +15,6 @@ from contnet.data.datasets.shapes import make_shapes, shapes_datasets
 from contnet.evaluation.build import EVALUATORS
 from contnet.launch.main import main
 
-pytestmark = pytest.mark.usefixtures("forget_datasets")
-
 OPTIONS = """
 INPUT.CLASSIFIER.SIZE 32 INPUT.CLASSIFIER.RESIZE_TEST 32 INPUT.CLASSIFIER.CROP_TEST 32
 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 1000 TEST.EVAL_PERIOD 0

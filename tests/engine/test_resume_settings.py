@@ -215,7 +215,7 @@ def test_keys_of_other_versions():
 @pytest.mark.parametrize(
     "change", ["SOLVER.OPTIMIZER AdamW", "MODEL.CONTNET.RELATIVE True", "DATASETS.TRAIN ('mine',)"]
 )
-def test_a_refusal_leaves_the_folder_alone(cut, imagenet_root, capsys, change, forget_datasets):
+def test_a_refusal_leaves_the_folder_alone(cut, imagenet_root, capsys, change):
     files = {path.name: path.read_bytes() for path in cut.iterdir() if path.is_file()}
     mine = [["mine", str(imagenet_root / "imagenet" / "val")]]
     more = [*change.split(), "DATASETS.REGISTER", repr(mine)]
@@ -232,7 +232,7 @@ def test_weights_without_a_training_are_refused(cut, capsys):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_training_set_that_was_moved(imagenet_root, tmp_path, capsys, split, forget_datasets):
+def test_a_training_set_that_was_moved(imagenet_root, tmp_path, capsys, split):
     """Equal images may lie elsewhere; others may not take their place."""
     places = [imagenet_root / "imagenet" / "train", tmp_path / "moved"]
     shutil.copytree(imagenet_root / "imagenet" / split, places[1])

@@ -26,7 +26,6 @@ from contnet.evaluation.build import EVALUATORS
 from contnet.evaluation.evaluate import Evaluator
 
 pytest_plugins = ["predicted_scenes"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 class Guesses(nn.Module):

@@ -133,7 +133,7 @@ def evaluate(leaf, opts, weights, output):
 
 
 @pytest.fixture
-def weights(tmp_path, forget_datasets):
+def weights(tmp_path):
     """A RetinaNet of three classes."""
     leaf, opts = options(tmp_path / "train", ["cat", "person", "dog"])
     cfg, _ = configure(leaf, [*opts, "DATASETS.TRAIN", "('train',)"])
@@ -173,7 +173,7 @@ def test_a_model_is_evaluated_on_some_of_its_classes(tmp_path, weights, capsys):
 
 
 @pytest.mark.parametrize("label", ["cat", "cow"])
-def test_the_best_metric_may_be_of_a_class_of_own_data(tmp_path, forget_datasets, capsys, label):
+def test_the_best_metric_may_be_of_a_class_of_own_data(tmp_path, capsys, label):
     leaf, opts = options(tmp_path / "mine", ["cat", "dog"])
     opts += ["DATASETS.TRAIN", "('mine',)", "TEST.BEST_METRIC", f"bbox/AP-{label}"]
     opts += ["OUTPUT_DIR", str(tmp_path / "out"), "DATASETS.CACHE_DIR", str(tmp_path / "cache")]

@@ -18,7 +18,6 @@ from contnet.evaluation.evaluate import Evaluator
 from contnet.utils.errors import UserError
 
 pytest_plugins = ["predicted_scenes"]
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 IMAGES = {
     "boxes and masks": "shapes/val/*.jpg",

@@ -18,7 +18,6 @@ from contnet.launch.run import run
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
-pytestmark = pytest.mark.usefixtures("forget_datasets")
 
 
 @pytest.fixture
