@@ -83,3 +83,16 @@ def _turned(orientation: int, turn_sizes: bool) -> Callable[[Copy], None]:
         ]
 
     return change
+
+
+def rename_images(old: Callable[[str], str], new: Callable[[str], str]) -> Callable[[Copy], None]:
+    """New names of all images in the folder, others in the annotation file."""
+
+    def change(data: Copy) -> None:
+        for image in data.content["images"]:
+            path = data.root / "train" / old(image["file_name"])
+            path.parent.mkdir(exist_ok=True)
+            (data.root / "train" / image["file_name"]).rename(path)
+            image["file_name"] = new(image["file_name"])
+
+    return change

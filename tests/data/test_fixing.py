@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_set import LEAF, Copy
+from drawn_set import LEAF, Copy, rename_images
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -62,19 +62,6 @@ def _more(key: str, **changes: object) -> Callable[[Copy], None]:
 
     def change(data: Copy) -> None:
         data.content[key].append({**data.content[key][0], **changes})
-
-    return change
-
-
-def _rename(old: Callable[[str], str], new: Callable[[str], str]) -> Callable[[Copy], None]:
-    """New names of all images in the folder, others in the annotation file."""
-
-    def change(data: Copy) -> None:
-        for image in data.content["images"]:
-            path = data.root / "train" / old(image["file_name"])
-            path.parent.mkdir(exist_ok=True)
-            (data.root / "train" / image["file_name"]).rename(path)
-            image["file_name"] = new(image["file_name"])
 
     return change
 
@@ -130,18 +117,18 @@ DAMAGE = {
         _more("images", id=77, file_name="no.jpg"),
         _more("images", id=77, file_name="no2.jpg"),
     ),
-    "backslashes": _rename(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
+    "backslashes": rename_images(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
     "a prefix of Windows": _names(lambda name: f"C:\\data\\train\\{name}"),
     "a prefix of another machine": _names(lambda name: f"/home/other/train/{name}"),
-    "deeper in the folder": _rename(lambda name: f"images/{name}", lambda name: name),
+    "deeper in the folder": rename_images(lambda name: f"images/{name}", lambda name: name),
     "upper case": _names(str.upper),
     "another ending": _names(lambda name: name.replace(".jpg", ".png")),
-    "escapes": _rename(lambda name: f"a b{name}", lambda name: f"a%20b{name}"),
-    "NFC for NFD": _rename(
+    "escapes": rename_images(lambda name: f"a b{name}", lambda name: f"a%20b{name}"),
+    "NFC for NFD": rename_images(
         lambda name: unicodedata.normalize("NFD", f"é{name}"),
         lambda name: unicodedata.normalize("NFC", f"é{name}"),
     ),
-    "all of it": _rename(
+    "all of it": rename_images(
         lambda name: unicodedata.normalize("NFD", f"é{name}"),
         lambda name: "D:\\x\\" + unicodedata.normalize("NFC", f"é{name}").upper(),
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pycocotools.mask as mask_util
 import pytest
-from drawn_set import LEAF, Copy, _doctor
+from drawn_set import LEAF, Copy, _doctor, rename_images
 from PIL import Image
 
 from contnet.data.findings import ERROR, NOTE, SUSPECT, WARNING, Findings
@@ -273,37 +273,29 @@ def test_images_without_a_name_are_not_called_unlisted(data):
     assert "they have 'path' instead" in line
 
 
-def _rename(old: Callable[[str], str], new: Callable[[str], str]) -> Callable[[Copy], None]:
-    def change(data: Copy) -> None:
-        for image in data.content["images"]:
-            path = data.root / "train" / old(image["file_name"])
-            path.parent.mkdir(exist_ok=True)
-            (data.root / "train" / image["file_name"]).rename(path)
-            image["file_name"] = new(image["file_name"])
-
-    return change
-
-
 def _nfd(name: str) -> str:
     return unicodedata.normalize("NFD", f"é{name}")
 
 
 NAMES = {
     "backslashes": (
-        _rename(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
+        rename_images(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
         "in the place of /",
     ),
     "a machine's prefix": (
-        _rename(lambda name: name, lambda name: f"/home/other/{name}"),
+        rename_images(lambda name: name, lambda name: f"/home/other/{name}"),
         "a path before them",
     ),
-    "upper case": (_rename(lambda name: name, str.upper), "upper or lower case"),
-    "ending": (_rename(lambda name: name, lambda name: name[:-3] + "png"), "another ending"),
+    "upper case": (rename_images(lambda name: name, str.upper), "upper or lower case"),
+    "ending": (rename_images(lambda name: name, lambda name: name[:-3] + "png"), "another ending"),
     "NFC": (
-        _rename(_nfd, lambda name: unicodedata.normalize("NFC", _nfd(name))),
+        rename_images(_nfd, lambda name: unicodedata.normalize("NFC", _nfd(name))),
         r"'\xe9000001.jpg' is 'e\u0301000001.jpg'",
     ),
-    "deeper": (_rename(lambda name: f"images/{name}", lambda name: name), "they are in images/"),
+    "deeper": (
+        rename_images(lambda name: f"images/{name}", lambda name: name),
+        "they are in images/",
+    ),
 }
 
 

@@ -184,7 +184,7 @@ def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
     content = _read_own(config_file)
     if _sets(content, key):
         return 0
-    bases = content.get("_BASE_", [])
+    bases = content.get(BASE_KEY, [])
     folder = os.path.dirname(config_file)
     levels = []
     for base in [bases] if isinstance(bases, str) else bases:
