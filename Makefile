@@ -5,7 +5,10 @@ SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 NUMPY1 = $(abspath $(VENV))/numpy1
 TORCH26 = $(VENV)-torch2.6
 
-.PHONY: setup demo demo-imagenet test test-slurm lint format test-numpy1 test-existing-torch check-pythons lock
+MINUTES = 60
+SEED = 0
+
+.PHONY: setup demo demo-imagenet test test-slurm soak lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -26,6 +29,10 @@ test: setup
 # The jobs on a private SLURM cluster; root gets SLURM installed, others are told how.
 test-slurm: setup
 	@sh tools/test_slurm.sh $(BIN)/pytest
+
+# Random faults, hostile files and a watch for leaks, for as long as one likes (docs/reliability.md).
+soak: setup
+	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 # Format, style, and that imports go one way (the contracts are in setup.cfg).
 lint: setup
@@ -55,7 +62,7 @@ test-existing-torch: setup
 	$(TORCH26)/bin/pip install -q torch==2.6.0 torchvision==0.21.0
 	$(TORCH26)/bin/pip install -q -e . --no-deps
 	$(TORCH26)/bin/pip install -q -r requirements/existing-torch.txt pytest pytest-timeout packaging \
-	  webdataset globox
+	  hypothesis webdataset globox
 	$(TORCH26)/bin/pip install -q --no-deps --only-binary=:all: --python-version 3.10 \
 	  --implementation cp --abi none --platform any --upgrade --require-hashes \
 	  -r requirements/detectron2.txt --target "$$($(TORCH26)/bin/python -c '$(SITE)')"

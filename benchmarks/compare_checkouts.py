@@ -26,6 +26,7 @@ from torch import Tensor
 
 from contnet.data.datasets.shapes import crop_shapes, make_shapes, shapes_datasets
 from contnet.data.datasets.shapes_cityscapes import shapes_to_cityscapes
+from contnet.utils.command import run_command
 
 __all__ = ["CASES", "build_parser", "compare_checkouts", "compare_runs", "main"]
 
@@ -359,4 +360,4 @@ def main(repository: Path, argv: Sequence[str] | None = None) -> int:
             if not (checkout / part).exists():
                 parser.error(f"{checkout} has no {part}: give the folder of a checkout")
     names = [args.only] if args.only else list(CASES)
-    return 0 if compare_checkouts(*checkouts, names) else 1
+    return run_command(lambda: 0 if compare_checkouts(*checkouts, names) else 1)

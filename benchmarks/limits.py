@@ -19,11 +19,20 @@ __all__ = ["count_parts", "least_seconds", "measure_ceilings"]
 _COUNTED = ("convolution", "linear", "attention")
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """MACs a second of a large matrix product, and bytes a second of a large copy."""
-    side = 8192 if device == "cuda" else 2048
+def measure_ceilings(
+    device: str, dtype: torch.dtype, side: int | None = None, copied: int = 2**28
+) -> tuple[float, float]:
+    """MACs a second of a large matrix product, and bytes a second of a large copy.
+
+    Args:
+        device: cpu or cuda.
+        dtype: of the product.
+        side: of its matrices.
+        copied: bytes that the copy reads.
+    """
+    side = side or (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.zeros(2**28, device=device, dtype=torch.uint8)
+    source = torch.zeros(copied, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     ways = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
     seconds = {name: median(times) for name, times in alternate(ways, 10, 2).items()}

@@ -1,11 +1,19 @@
-"""Loading of training images with masks against Detectron2's mapper, in one thread."""
+"""Loading of training images: a detector's mapper in one thread, or a classifier's whole loader.
+
+By default images with masks are loaded by our mapper and by Detectron2's. With ``--classifier`` the
+loader of a classifier, with workers, gives batches whose images lie in one tensor, and lists of
+images as Detectron2's loaders do; what counts there is also how long the main thread is at work
+for a batch until its images lie on the device, for meanwhile it starts nothing else there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+import itertools
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -15,14 +23,20 @@ import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from benchmarks.timing import alternate, print_ratios
 from contnet.config import add_contnet_config
+from contnet.data.pipeline.loader import build_train_loader
 from contnet.data.pipeline.mappers import FastMapper
+from contnet.modeling.image_batch import ImageBatch
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
+from contnet.utils.processes import raise_open_files
 from contnet.utils.seed import seed_everything
 
 __all__ = ["add_arguments", "run"]
@@ -36,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--number", type=int, default=30, metavar="N", help="of images")
     parser.add_argument("--size", type=int, default=800, help="of the shorter side, in pixels")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each")
+    own = parser.add_argument_group("a classifier's loader")
+    own.add_argument("--classifier", action="store_true", help="measure it, not the mappers")
+    own.add_argument("--batch", type=int, default=128, metavar="N", help="images of a batch")
+    own.add_argument("--batches", type=int, default=40, metavar="N", help="of a timed pass")
+    own.add_argument("--workers", type=int, default=available_cpus(), metavar="N")
 
 
 def _draw(rng: np.random.Generator) -> Image.Image:
@@ -106,9 +125,64 @@ def _describe(records: Sequence[dict]) -> str:
     return f"{len(records)} images of {size:.0f} kB, {objects:.1f} objects each (median and mean)"
 
 
-def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _to_device(batch: Sequence[dict]) -> None:
+    """What a model does with the images first."""
+    device = _device()
+    if isinstance(batch, ImageBatch):
+        batch.images.to(device, non_blocking=True)
+    else:
+        torch.stack([each["image"] for each in batch]).to(device)
+
+
+def _build_loaders(args: argparse.Namespace, records: Sequence[dict]) -> dict[str, DataLoader]:
+    """Of a classifier: as Detectron2's collate, and ours."""
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
+    cfg.MODEL.DEVICE = _device()
+    cfg.SOLVER.IMS_PER_BATCH = args.batch
+    cfg.DATALOADER.NUM_WORKERS = args.workers
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    labelled = [{"file_name": each["file_name"], "label": 0} for each in records]
+    loaders = {name: build_train_loader(cfg, labelled, seed=0) for name in ("list", "one tensor")}
+    loaders["list"].collate_fn, loaders["list"].pin_memory = trivial_batch_collator, False
+    return loaders
+
+
+def _time_batches(loader: DataLoader, number: int) -> tuple[float, float]:
+    """Seconds of ``number`` batches, and those of them in which the main thread was at work."""
+    batches = iter(loader)
+    for batch in itertools.islice(batches, loader.num_workers + 1):  # until all are at work
+        _to_device(batch)
+    start, busy = time.perf_counter(), time.thread_time()
+    for batch in itertools.islice(batches, number):
+        _to_device(batch)
+    return time.perf_counter() - start, time.thread_time() - busy
+
+
+def _run_classifier(args: argparse.Namespace, records: Sequence[dict]) -> None:
+    raise_open_files()
+    loaders = _build_loaders(args, records)
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    busy: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(args.rounds):
+        # One after the other: the workers of both would take each other's processors.
+        for name, loader in loaders.items():
+            whole, at_work = _time_batches(loader, args.batches)
+            seconds[name].append(whole)
+            busy[name].append(at_work)
+    print_ratios(seconds, "list")
+    for name in loaders:
+        speed = args.batches * args.batch / median(seconds[name])
+        each = 1e3 * median(busy[name]) / args.batches
+        print(f"{name}: {speed:.1f} images a second, {each:.2f} ms of the main thread a batch")
+
+
+def _run_mappers(args: argparse.Namespace, records: Sequence[dict]) -> None:
     cfg = get_cfg()
     add_contnet_config(cfg)
     cfg.MODEL.MASK_ON = True
@@ -122,15 +196,9 @@ def run(args: argparse.Namespace) -> None:
             loaded.append(mapper(record))
         return loaded
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.images or args.annotations:
-            records = _read_records(args)
-        else:
-            records = _draw_records(Path(folder), args.number)
-        print(_describe(records))
-        ways = {name: lambda m=mapper: load_all(m) for name, mapper in mappers.items()}
-        seconds = alternate(ways, args.rounds)
-        theirs, ours = (way() for way in ways.values())
+    ways = {name: lambda m=mapper: load_all(m) for name, mapper in mappers.items()}
+    seconds = alternate(ways, args.rounds)
+    theirs, ours = (way() for way in ways.values())
     print_ratios(seconds, "Detectron2")
     for name, times in seconds.items():
         print(f"{name}: {len(records) / median(times):.1f} images a second")
@@ -141,3 +209,16 @@ def run(args: argparse.Namespace) -> None:
     )
     greatest = max(each.max().item() for each in differences)
     print(f"greatest difference of a value {greatest}, of {1e5 * share:.1f} in 100,000 values")
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.images or args.annotations:
+            records = _read_records(args)
+        else:
+            records = _draw_records(Path(folder), args.number)
+        print(_describe(records))
+        measure = _run_classifier if args.classifier else _run_mappers
+        measure(args, records)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from benchmarks import checkpoint, evaluation, loading, network, pixels, scaling, start_up, step
 from benchmarks.timing import describe_machine
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.command import run_command
 
 __all__ = ["build_parser", "main"]
 
@@ -35,13 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(args: argparse.Namespace) -> None:
+    print(describe_machine(), flush=True)
+    SUBJECTS[args.subject].run(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/benchmark.py; its exit status."""
     args = build_parser().parse_args(argv)
-    print(describe_machine(), flush=True)
-    try:
-        SUBJECTS[args.subject].run(args)
-    except UserError as error:
-        print_error(error)
-        return 1
-    return 0
+    return run_command(lambda: _run(args))

@@ -8,12 +8,12 @@ weights of a :class:`~contnet.modeling.contnet.ConTNet` and shares none of its c
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contnet.modeling.block import ConTBlock, PooledShortcut
 from contnet.modeling.contnet import ConTNet
-from contnet.modeling.encoder import Attention, Encoder
+from contnet.modeling.encoder import Attention, Encoder, Mlp
 
 __all__ = ["IMAGE_UNIT", "run_plain"]
 
@@ -40,6 +40,14 @@ def _attend(attention: Attention, x: Tensor, size: int) -> Tensor:
     return attention.proj_drop(attention.proj(x))
 
 
+def _run_mlp(mlp: Mlp, x: Tensor) -> Tensor:
+    return mlp.drop(mlp.fc2(mlp.drop(F.gelu(mlp.fc1(x)))))
+
+
+def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
 def _encode(encoder: Encoder, x: Tensor) -> Tensor:
     """A map (N, C, H, W), cut into patches, encoded and put together again."""
     n, c, h, w = x.shape
@@ -52,11 +60,11 @@ def _encode(encoder: Encoder, x: Tensor) -> Tensor:
         tokens = torch.cat([first + encoder.row_table, second + encoder.col_table], 3)
     tokens = tokens.reshape(-1, size * size, c)
     if encoder.pre_norm:
-        tokens = tokens + _attend(encoder.attn, encoder.norm1(tokens), size)
-        tokens = tokens + encoder.mlp(encoder.norm2(tokens))
+        tokens = tokens + _attend(encoder.attn, _normalise(encoder.norm1, tokens), size)
+        tokens = tokens + _run_mlp(encoder.mlp, _normalise(encoder.norm2, tokens))
     else:
-        tokens = encoder.norm1(tokens + _attend(encoder.attn, tokens, size))
-        tokens = encoder.norm2(tokens + encoder.mlp(tokens))
+        tokens = _normalise(encoder.norm1, tokens + _attend(encoder.attn, tokens, size))
+        tokens = _normalise(encoder.norm2, tokens + _run_mlp(encoder.mlp, tokens))
     tokens = tokens.reshape(n, h // size, w // size, size, size, c)
     return tokens.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
 

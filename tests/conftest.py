@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,13 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
     return output
+
+
+def pytest_configure() -> None:
+    """Has commands hear the usual signals, also if the tests run in the background or by nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # which commands would inherit
+            signal.signal(number, lambda *_: None)
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -93,6 +101,19 @@ def coco_root(tmp_path_factory) -> Path:
     return make_coco(tmp_path_factory.mktemp("datasets"))
 
 
+@pytest.fixture
+def coco_here(coco_root, tmp_path, monkeypatch) -> Path:
+    """A working folder with the tiny COCO where this process, with Detectron2 imported, looks."""
+    from detectron2.data import MetadataCatalog
+
+    file = MetadataCatalog.get("coco_2017_train").json_file
+    root = tmp_path / file.removesuffix("coco/annotations/instances_train2017.json")
+    root.mkdir(exist_ok=True)
+    (root / "coco").symlink_to(coco_root / "coco")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def cityscapes_root(tmp_path_factory) -> Path:
     """A DETECTRON2_DATASETS with a tiny Cityscapes, to which Detectron2's names point."""
@@ -109,6 +130,12 @@ def imagenet_root(tmp_path_factory) -> Path:
     from imagenet import make_imagenet
 
     return make_imagenet(tmp_path_factory.mktemp("datasets"), classes=7, train=8, val=5)
+
+
+@pytest.fixture
+def imagenet_here(imagenet_root, monkeypatch) -> None:
+    """The tiny ImageNet is the one of this process."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from networks import difference, images, randomised
 import contnet
 from benchmarks.plain import run_plain
 from contnet.config import load_config
+from contnet.data.pipeline.loader import build_train_loader, waiting_for_batch
 from contnet.modeling.build import build_model
 
 pytestmark = [
@@ -67,12 +68,12 @@ def test_autocast(dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("limit", [1, 2], ids=["one graph", "two graphs"])
-def test_graphs_serve_every_shape(limit):
+@pytest.mark.parametrize("budget", [0, 1, 1 << 30], ids=["no graph", "one graph", "all"])
+def test_graphs_serve_every_shape(budget):
     model = randomised("contnet_ti").eval().cuda()
-    fast = contnet.optimize_for_inference(model, max_graphs=limit)
+    fast = contnet.optimize_for_inference(model, max_graph_bytes=budget)
     earlier = []
-    for seed, size in enumerate([(64, 64), (61, 90), (64, 64), (64, 64)]):
+    for seed, size in enumerate([(64, 64), (61, 90)] * 4):
         x = images(size).cuda() + seed
         out = fast(x)
         earlier.append((out, out.clone()))
@@ -91,6 +92,16 @@ def test_leaves_train_a_step_in_mixed_precision(name):
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values()), losses
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_batches_are_pinned(imagenet_root, workers):
+    options = ["MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", workers]
+    cfg = load_config(str(CONFIGS / "imagenet" / "contti.yaml"), options)
+    dicts = [{"file_name": str(f), "label": 0} for f in imagenet_root.rglob("*.JPEG")]
+    with waiting_for_batch(cfg):
+        batch = next(iter(build_train_loader(cfg, dicts, seed=0)))
+    assert batch.images.is_pinned() and all(image["image"].is_pinned() for image in batch)
 
 
 def test_a_run_trains_evaluates_and_goes_on(train_net, tmp_path):

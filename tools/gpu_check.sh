@@ -7,18 +7,22 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 device=cuda
 output=output/gpu_check
+budget=360
 only=
-# Each part with the most seconds that it may take.
-limits="versions:60 tests:150 faster_rcnn_fp32:150 faster_rcnn_bf16:150 mask_rcnn:60 retinanet:60
-fcos:60 pspnet:60 cityscapes_mask_rcnn:60 classifier:60 network:90"
+# Each part with the most seconds that it may take, the most valuable first.
+limits="versions:60 tests:120 attention:60 faster_rcnn:150 network:90 systems:150 steps:90
+inference:60 profile:60 ddp:60 checkpoint:90 compiled:150"
+export GPU_CHECK_COMMAND="sh tools/gpu_check.sh${*:+ $*}"
 
 usage() {
     echo "usage: [PYTHON=python] sh tools/gpu_check.sh [--only PART]... [--device cuda|cpu]"
-    echo "           [--output FOLDER]"
+    echo "           [--budget SECONDS] [--output FOLDER]"
     echo "Checks that everything runs on a GPU, and measures it, in about six minutes. FOLDER"
-    echo "(output/gpu_check) gets results.jsonl, with a line for each measurement, and the log of"
-    echo "each part. The exit status is 1 if a part failed. --device cpu tries the parts out, small."
-    echo "Parts:"
+    echo "(output/gpu_check) gets results.jsonl, with a line for each measurement, and log.txt."
+    echo "Parts end, or are left out, when the seconds (360) are over. The exit status is 1 if a"
+    echo "part failed or was left out. --device cpu tries the parts out, small."
+    echo "python tools/gpu_check.py --report writes docs/gpu.md from the folder."
+    echo "Parts, in this order:"
     for each in $limits; do
         echo "    ${each%:*} (at most ${each#*:} s)"
     done
@@ -32,7 +36,7 @@ fail() {
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) usage && exit ;;
-        --only | --device | --output) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+        --only | --device | --output | --budget) [ $# -gt 1 ] || fail "$1 needs a value" ;;
         *) fail "unknown option $1: --help lists them" ;;
     esac
     case $1 in
@@ -42,6 +46,10 @@ while [ $# -gt 0 ]; do
             ;;
         --device) device=$2 ;;
         --output) output=$2 ;;
+        --budget)
+            case $2 in '' | *[!0-9]*) fail "--budget is a number of seconds, not $2" ;; esac
+            budget=$2
+            ;;
     esac
     shift 2
 done
@@ -53,7 +61,8 @@ esac
 
 mkdir -p "$output" || exit 1
 results=$output/results.jsonl
-: >"$results" || exit 1
+log=$output/log.txt
+: >"$results" && : >"$log" || exit 1
 export PYTHONUNBUFFERED=1
 export PYTHONPATH="$root:$root/projects/ConTNet:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
 # Workers that load images pass them on as open files.
@@ -62,29 +71,37 @@ status=0
 pid=
 trap '[ -z "$pid" ] || kill "$pid" 2>/dev/null' EXIT
 trap 'exit 130' HUP INT TERM
+begin=$(date +%s)
 
 for each in $limits; do
     part=${each%:*}
     limit=${each#*:}
-    [ $device = cuda ] || limit=$((limit * 3))
     case ${only:-" $part "} in *" $part "*) ;; *) continue ;; esac
     figures=$output/$part.figures
     rm -f "$figures"
     start=$(date +%s)
-    timeout -k 10 "$limit" "$python" -m benchmarks.gpu_check "$part" \
-        --device "$device" --output "$output" >"$output/$part.log" 2>&1 &
-    pid=$!
+    left=$((begin + budget - start))
     ended=ok
-    wait "$pid" || ended=failed
-    pid=
+    if [ $left -lt 10 ]; then
+        ended="left out"
+    else
+        [ $device = cuda ] || limit=$((limit * 3))
+        [ $limit -lt $left ] || limit=$left
+        echo "=== $part" >>"$log"
+        timeout -k 10 "$limit" "$python" -m benchmarks.gpu_check "$part" \
+            --device "$device" --output "$output" >>"$log" 2>&1 &
+        pid=$!
+        wait "$pid" || ended=failed
+        pid=
+    fi
     seconds=$(($(date +%s) - start))
-    [ $ended = ok ] || status=1
-    [ $ended = ok ] || [ $seconds -lt "$limit" ] || ended="timed out"
+    [ "$ended" = ok ] || status=1
+    [ "$ended" != failed ] || [ $seconds -lt "$limit" ] || ended="timed out"
     [ -s "$figures" ] || echo "{}" >"$figures"
     sed "s/.*/{\"part\": \"$part\", \"status\": \"$ended\", \"seconds\": $seconds, \"figures\": &}/" \
         "$figures" >>"$results"
     rm "$figures"
     echo "$part: $ended, $seconds s"
-    [ "$ended" = ok ] || echo "    $(tail -n 1 "$output/$part.log")"
+    case $ended in failed | "timed out") echo "    $(tail -n 1 "$log")" ;; esac
 done
 exit $status

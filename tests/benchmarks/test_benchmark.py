@@ -103,6 +103,15 @@ def test_checkpoints(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_loading_of_a_classifier(capsys):
+    argv = ["loading", "--classifier", "--number", "4", "--rounds", "1"]
+    assert main([*argv, "--batch", "4", "--batches", "2", "--workers", "1"]) == 0
+    output = capsys.readouterr().out
+    for name in ("list", "one tensor"):
+        rates = rf"^{name}: \d+\.\d images a second, \d+\.\d\d ms of the main thread a batch$"
+        assert re.search(rates, output, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_scaling_over_two_processes():
     command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "scaling"]

@@ -148,7 +148,7 @@ def test_a_changed_network_is_found(copy, capsys):
 
     file = copy / "projects" / "ConTNet" / "contnet" / "modeling" / "encoder.py"
     text = file.read_text()
-    changed = text.replace("nn.LayerNorm(dim)", "nn.LayerNorm(dim, eps=1e-4)")
+    changed = text.replace("= LayerNorm(dim)", "= LayerNorm(dim, eps=1e-4)")
     assert changed != text
     file.write_text(changed)
     assert main(REPOSITORY, argv) == 1

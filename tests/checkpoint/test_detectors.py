@@ -349,7 +349,11 @@ def test_objects_beside_the_weights_are_left_out(tmp_path, monkeypatch):
     assert not isinstance(weights.rest["message_hub"]["log_scalars"]["train/loss"], HistoryBuffer)
 
 
-def test_other_objects_are_refused_still(tmp_path):
+def test_functions_are_left_out_and_weights_in_objects_are_refused(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": pytest.raises}, tmp_path / "w.pth")
+    weights = read_weights(str(tmp_path / "w.pth"))
+    assert torch.equal(weights.tensors["a"], torch.ones(2))
+    assert weights.rest["hook"] is not pytest.raises
+    torch.save({"state_dict": torch.nn.Linear(1, 1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="could run code"):
         read_weights(str(tmp_path / "w.pth"))

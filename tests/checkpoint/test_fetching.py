@@ -9,6 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import timm
@@ -30,6 +31,7 @@ class Server:
         self.sent: list[str] = []
         self.asked: list[str] = []
         self.behaviour = ""
+        self.half_sent = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +47,11 @@ class Server:
                     return
                 if outer.behaviour == "slow":
                     time.sleep(5)
+                if outer.behaviour.startswith("to "):
+                    self.send_response(302)
+                    self.send_header("Location", outer.behaviour.removeprefix("to "))
+                    self.end_headers()
+                    return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
@@ -52,8 +59,11 @@ class Server:
                 self.end_headers()
                 if body:
                     outer.sent.append(path)
-                    half = len(content) // 2 if outer.behaviour == "cut" else len(content)
+                    half = len(content) // 2 if outer.behaviour in ("cut", "half") else len(content)
                     self.wfile.write(content[:half])
+                    if outer.behaviour == "half":
+                        outer.half_sent.set()
+                        time.sleep(5)
 
             def do_GET(self):
                 self.answer(True)
@@ -149,7 +159,11 @@ def test_what_is_no_hash_is_named(fragment):
 
 FAILURES = {
     "absent": ("/none.pth", "", "the server says 404"),
-    "cut": ("/w.pth", "cut", "retrieval incomplete"),
+    "cut": ("/w.pth", "cut", "cut short"),
+    "to a file": ("/w.pth", "to file:///etc/passwd", "edirect"),
+    "to FTP": ("/w.pth", "to ftp://127.0.0.1/w.pth", "edirect"),
+    "to data": ("/w.pth", "to data:,x", "edirect"),
+    "in circles": ("/w.pth", "to /w.pth", "302"),
     "slow": ("/w.pth", "slow", "timed out"),
     "no server": ("", "", "Connection refused"),
 }
@@ -171,21 +185,95 @@ def test_a_failure_is_one_line_and_leaves_nothing(server, cache, monkeypatch, ki
         assert fetch_weights(url).path
 
 
-def test_a_full_disk_leaves_nothing(server, cache, monkeypatch):
+def test_a_full_disk_leaves_nothing(server, cache):
     """/dev/full stands for it."""
-    server.files["/w.pth"] = payload()
-    mkdir = Path.mkdir
-
-    def full(self, *args, **kwargs):
-        mkdir(self, *args, **kwargs)
-        if self.name.endswith(".download"):
-            (self / "w.pth.tmp").symlink_to("/dev/full")
-
-    monkeypatch.setattr(Path, "mkdir", full)
+    server.files["/w.pth"] = payload() * 10_000
+    path = Path(fetch_weights(f"{server.url}/w.pth").path)
+    path.unlink()
+    path.with_name("w.pth.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"No space left on device.*FVCORE_CACHE"):
         fetch_weights(f"{server.url}/w.pth")
-    monkeypatch.undo()
-    assert not [path for path in kept(cache) if path.name == "w.pth"]
+    assert kept(cache) == []
+
+
+def test_a_killed_download_is_not_taken_for_whole(server, cache):
+    server.files["/w.pth"], server.behaviour = payload() * 10_000, "half"
+    url = f"{server.url}/w.pth"
+    program = f"from contnet.checkpoint.fetching import fetch_weights; fetch_weights({url!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    assert server.half_sent.wait(60)
+    process.kill()
+    process.wait()
+    server.behaviour = ""
+    assert Path(fetch_weights(url).path).read_bytes() == server.files["/w.pth"]
+    assert len(kept(cache)) == 1
+
+
+PATHS = (
+    *(
+        "/../../../../w.pth",
+        "/%2e%2e/%2e%2e/%2e%2e/w.pth",
+        "/..%2f..%2f..%2fw.pth",
+        "/..\\..\\w.pth",
+    ),
+    *(
+        "/a//w.pth",
+        "/a/../w.pth",
+        "/.w.pth",
+        "/..",
+        "/",
+        "/" + "x" * 1000,
+        "/%00w.pth",
+        "/a%0ab.pth",
+    ),
+)
+
+
+def test_no_path_leads_out_of_the_cache_and_each_has_its_file(server, tmp_path, cache):
+    found = {}
+    for number, path in enumerate(PATHS):
+        server.files[path] = payload(number)
+        found[path] = Path(fetch_weights(server.url + path).path)
+    assert len(set(found.values())) == len(PATHS)
+    for number, path in enumerate(PATHS):
+        assert found[path].resolve().is_relative_to(cache)
+        assert found[path].read_bytes() == payload(number)
+    assert {each.name for each in tmp_path.iterdir()} == {"cache"}
+
+
+def test_the_hash_in_a_name_is_compared(server):
+    digest = hashlib.sha256(payload()).hexdigest()
+    for name in (f"w-{digest[:8]}.pth", "w-20200130.pth", "w-12.pth"):
+        server.files[f"/{name}"] = payload()
+        assert fetch_weights(f"{server.url}/{name}").path
+    server.files["/w-0123abcd.pth"] = payload()
+    with pytest.raises(UserError, match="is another file"):
+        fetch_weights(f"{server.url}/w-0123abcd.pth")
+
+
+def test_a_file_of_the_cache_that_was_exchanged_is_fetched_again(server):
+    server.files["/w.pth"] = payload()
+    url = f"{server.url}/w.pth#sha256={hashlib.sha256(payload()).hexdigest()}"
+    Path(fetch_weights(url).path).write_bytes(payload(2))
+    assert read_weights(url).tensors["weight"][0] == 1
+
+
+NO_ADDRESSES = ("file:///etc/passwd", "ftp://127.0.0.1/w.pth", "s3://a/w.pth", "data://x", "://x")
+
+
+@pytest.mark.parametrize("address", [*NO_ADDRESSES, "hf://a/b@../../../c.pth", "hf://a/b/../../c"])
+def test_other_addresses_are_refused(address):
+    with pytest.raises(UserError, match=r"MODEL\.WEIGHTS"):
+        fetch_weights(address)
+
+
+def test_a_password_is_not_sent_and_not_shown(server):
+    address = server.url.replace("://", "://user:s3cr3t@") + "/w.pth"
+    for read in (fetch_weights, read_weights):
+        with pytest.raises(UserError, match="HF_TOKEN") as error:
+            read(address)
+        assert "s3cr3t" not in str(error.value)
+    assert not server.asked
 
 
 # --- the hub, which its library looks up when it is imported -------------------------------------
@@ -328,3 +416,43 @@ def test_a_conversion_takes_an_address(server, tmp_path, capsys):
     server.files["/r18.safetensors"] = save_safetensors(state)
     assert main([f"{server.url}/r18.safetensors", str(tmp_path / "r18.pth")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(str(tmp_path / "r18-"))
+
+
+CONFIGS_OF_STRANGERS = {
+    "texts": b'{"mean": ["a", "b", "c"], "std": ["a", "b", "c"]}',
+    "numbers": b'{"mean": 3, "std": 4, "label_names": 5}',
+    "deep": b"[" * 100_000,
+    "a list": b"[1]",
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.slow
+def test_a_config_of_a_stranger_is_left_out(server, tmp_path):
+    for number, config in enumerate(CONFIGS_OF_STRANGERS.values()):
+        files = {"model.safetensors": payload(), "config.json": config}
+        repository(server, f"me/net{number}", files)
+    addresses = [f"hf://me/net{number}" for number in range(len(CONFIGS_OF_STRANGERS))]
+    assert ask(tmp_path / "home", server.url, *addresses) == [[1, {}, None]] * len(addresses)
+
+
+def test_a_digest_of_the_address_goes_before_one_in_the_name(server):
+    server.files["/net-abcdef12.pth"] = payload()
+    right = hashlib.sha256(payload()).hexdigest()
+    assert read_weights(f"{server.url}/net-abcdef12.pth#sha256={right}").sha256 == right
+    with pytest.raises(UserError, match="another file"):
+        read_weights(f"{server.url}/net-abcdef12.pth")
+
+
+@pytest.mark.parametrize("name", ["step-00012345", "模型", "b7a1f0de-11aa-4bcd-9e11-0123456789ab"])
+def test_names_that_have_no_digest(server, tmp_path, name):
+    server.files[quote(f"/{name}.pth")] = payload()
+    (tmp_path / f"{name}.pth").write_bytes(payload())
+    for source in (f"{server.url}/{name}.pth", str(tmp_path / f"{name}.pth")):
+        assert list(read_weights(source).tensors) == ["weight"]
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "a\0b", "http://[::1/x.pth", "http://h/\udc80.pth"])
+def test_what_no_file_and_no_address_can_be_is_one_line(source):
+    with pytest.raises(UserError):
+        read_weights(source)

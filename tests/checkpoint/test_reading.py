@@ -1,6 +1,5 @@
 """Files and networks that are foreign: refused in one line, never run."""
 
-import fractions
 import pickle
 from pathlib import Path
 
@@ -120,16 +119,42 @@ def test_a_refusal_names_what_is_wrong(refuse, tmp_path, kind):
     assert NAMED[kind] in refuse(tmp_path / "source.pth")
 
 
-def test_a_checkpoint_with_objects_says_what_to_do(refuse):
-    content = {"model": ours(), "args": fractions.Fraction(1, 3)}
-    error = refuse(content)
-    assert "(fractions.Fraction)" in error
-    assert "weights_only=False" in error
+def test_a_model_that_is_an_object_says_what_to_do(refuse):
+    error = refuse({"model": torch.nn.Linear(2, 2), "epoch": 3})
+    assert "torch.nn.modules.linear.Linear" in error
+    assert "model.state_dict()" in error
 
 
-def test_numpy_may_bring_numbers_and_arrays_but_no_objects(refuse, tmp_path):
+def test_numbers_and_arrays_of_numpy_are_read_as_they_are(tmp_path):
     path = tmp_path / "a.pth"
-    torch.save({"model": ours(), "best": np.float64(1), "curve": np.zeros(3)}, path)
-    assert read_weights(str(path)).rest["curve"].shape == (3,)
-    assert "weights_only" in refuse({"model": ours(), "a": np.array([fractions.Fraction(1, 3)])})
-    assert "numpy" in refuse({"model": ours(), "best": np.datetime64("2026-01-01")})
+    curves = {"c": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.ones((2, 3), ">i2"))}
+    rest = {"best": np.float64(1.5), "n": np.int64(3), "names": np.array(["a", "bc"]), **curves}
+    torch.save({"model": {"w": torch.ones(1)}, **rest}, path)
+    found = read_weights(str(path)).rest
+    assert found["best"] == 1.5 and found["n"] == 3 and list(found["names"]) == ["a", "bc"]
+    for name, value in curves.items():
+        assert (
+            np.array_equal(found[name], value)
+            and found[name].dtype.itemsize == value.dtype.itemsize
+        )
+
+
+ODD_NAMES = {
+    "escapes": "\x1b[31mred\x1b]0;title\x07",
+    "lines": "a\nerror: b\r\u2028c",
+    "another direction": "a\u202eb\u2066c",
+    "half a character": "a\udc80",
+    "ten megabytes": "x" * 10**7,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_NAMES)
+def test_names_in_a_file_are_shown_as_one_line(convert, refuse, tmp_path, kind):
+    name = ODD_NAMES[kind]
+    torch.save({name: torch.zeros(1)}, tmp_path / "first.pth")
+    error = refuse(tmp_path / "first.pth")
+    assert error[:-1].isprintable() and len(error) < 2000
+    for state in (make_oracle("contnet_ti").state_dict(), ours()):
+        _, lines = convert({"model": {**state, name: "no tensor"}, name: 1})
+        for line in lines:
+            assert line.isprintable() and len(line) < 2000

@@ -93,6 +93,13 @@ def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path, background):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_leftovers_of_evaluations_that_may_still_run_stay(tmp_path):
+    for name in ("model_0000001.pth.tmp", "results.json.lease1.tmp", "results.json.tmp"):
+        (tmp_path / name).touch()
+    Checkpointer(torch.nn.Linear(1, 1), str(tmp_path)).remove_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json.tmp"]
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path):
     checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), keep=2)
     (tmp_path / "model_best.pth").write_text("mine")

@@ -44,7 +44,7 @@ def test_config_mistakes_are_one_line(capsys):
     no_sets = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     for options in (["A.B", "1"], no_sets, ["--worker"], ["--workers", "0"]):
         status, lines = _doctor(capsys, *options)
-        assert status == 1
+        assert status == 2
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import REPOSITORY
+from damages import DAMAGES, damage
 
 from contnet.commands.results import main
 from contnet.config import load_config
@@ -204,22 +206,54 @@ def test_seeds_with_other_settings_are_not_mixed(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("name", ["results.json", "config.yaml"])
-@pytest.mark.parametrize("content", ["[{", "[3]", "3", "\0"])
-def test_damaged_files_are_one_line(tmp_path, capsys, name, content):
-    make_run(tmp_path / "run", 50.0)
-    (tmp_path / "run" / name).write_text(content)
-    assert main([str(tmp_path), "--cost"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert str(tmp_path / "run" / name) in error and "move it away" in error
+FILES = (
+    "results.json",
+    "config.yaml",
+    "metrics.json",
+    "slurm/submission.json",
+    "lease/000001/owner.json",
+)
 
 
-def test_a_config_that_is_not_understood_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files_are_left_out(tmp_path, capsys, caplog, content):
+    """Of a folder that may be another user's: nothing is moved, and other runs are shown."""
+    make_run(tmp_path / "good", 50.0)
+    damaged = [tmp_path / f"run{number}" / name for number, name in enumerate(FILES)]
+    for file in damaged:
+        shutil.copytree(tmp_path / "good", tmp_path / file.relative_to(tmp_path).parts[0])
+        damage(file, content)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(tmp_path), "--group-by-seed"]) == 0
+    assert "50.00" in capsys.readouterr().out
+    said = [record.getMessage() for record in caplog.records]
+    fine = {"metrics.json": [b""], "config.yaml": [b"", DAMAGES["other types"]]}
+    for file in damaged:
+        expected = content not in fine.get(file.name, [])
+        assert sum(str(file) in line for line in said) == expected, file
+    assert not any("\n" in line for line in said)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_that_is_not_understood_is_one_line(tmp_path, capsys, caplog):
     make_run(tmp_path / "run", 50.0)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("resnet18", "resnet5"))
     assert main([str(tmp_path)]) == 0
-    assert main([str(tmp_path), "--cost"]) == 1
-    error = capsys.readouterr().err
-    assert "nearest is" in error and error.count("\n") == 1
+    capsys.readouterr()
+    assert main([str(tmp_path), "--cost"]) == 0
+    assert "50.00" in capsys.readouterr().out
+    (said,) = [each.getMessage() for each in caplog.records if "nearest" in each.getMessage()]
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(("number", "times"), [(12, 10), (2000, 1)])
+def test_a_config_of_aliases_of_aliases_is_left_out(tmp_path, capsys, caplog, number, times):
+    make_run(tmp_path / "run", 50.0)
+    bomb = "a0: &a0 [x]\n" + "".join(
+        f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * times)}]\n" for i in range(number)
+    )
+    (tmp_path / "run" / "config.yaml").write_text(bomb)
+    assert main([str(tmp_path), "--group-by-seed"]) == 0
+    assert "50.00" in capsys.readouterr().out
+    assert any("aliases" in each.getMessage() for each in caplog.records)

@@ -16,6 +16,7 @@ from contnet.config import (
     load_config,
     load_finished_config,
 )
+from contnet.config.nodes import flatten
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.build import build_model
@@ -200,7 +201,7 @@ def test_a_dump_loads_again(tmp_path):
     [
         ("", "KEY: value"),
         ("- 1", "KEY: value"),
-        ("SOLVER: {BASE_LR: [}", "line 1: expected the node content"),
+        ("SOLVER: {BASE_LR: [}", "line 1: .*expected node content"),
         ("SOLVER:\n  STEPS: !!python/tuple [1]", "line 2: .*python/tuple.* plain values"),
         ("!!python/object/apply:os.mkdir ['x']", "line 1: .*plain values"),
         ("_BASE_: nowhere.yaml", "_BASE_ .*nowhere.yaml"),
@@ -269,6 +270,9 @@ def test_wrong_overrides(opts, message):
         ("MODEL.CONTNET.OUTPUT_STRIDE", "4", "one of 32, 16, 8"),
         ("MODEL.FCOS.BOX_LOSS", "diou", "one of giou, iou"),
         ("MODEL.FCOS.PRIOR_PROB", "0", r"in \(0, 1\)"),
+        ("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]", "above 0"),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0", "from 1"),
+        ("SOLVER.WARMUP_FACTOR", "-1", r"in \[0, inf\)"),
         ("INPUT.MASK_FORMAT", "rle", "one of polygon, bitmask"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the least and the greatest"),
         ("INPUT.MIN_SIZE_TRAIN", "(0,)", "whole numbers from 1"),
@@ -298,6 +302,7 @@ def test_wrong_overrides(opts, message):
         ("MODEL.PIXEL_STD", "[1.0]", "of one length"),
         ("SOLVER.OPTIMIZER", "adam", "one of SGD, AdamW"),
         ("SOLVER.AMP.DTYPE", "fp16", "one of float16, bfloat16"),
+        ("SOLVER.FLOAT32_PRECISION", "fp32", "one of '', tf32, ieee"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global", "one of value, norm, full_model"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0", r"in \(0, inf\)"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "WarmupMultiStepLR, WarmupC"),
@@ -324,6 +329,29 @@ def test_illegal_values(key, value, message):
     with pytest.raises(UserError, match=message) as caught:
         load_checked_config(str(CONFIGS / "faster_rcnn_contm.yaml"), [key, value])
     assert key.rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_number_is_finite(tmp_path):
+    """Also those of Detectron2's keys, and within lists."""
+    path = str(CONFIGS / "faster_rcnn_contm.yaml")
+    plain = load_config(path)
+    for key, value in list(flatten(plain, plain)):
+        floats = [value] if isinstance(value, float) else value
+        if isinstance(floats, (list, tuple)) and floats and isinstance(floats[0], float):
+            for wrong in (math.nan, math.inf):
+                if (key, wrong) == ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", math.inf):
+                    continue
+                cfg = plain.clone()
+                cfg.merge_from_list(
+                    [key, wrong if floats == [value] else type(value)([*value[1:], wrong])]
+                )
+                with pytest.raises(UserError, match=key.replace(".", r"\.")):
+                    check_values(cfg)
+    for opts in (["SOLVER.GAMMA", "nan"], ["MODEL.PIXEL_MEAN", "[1e999, 1.0, 1.0]"]):
+        with pytest.raises(UserError, match=opts[0]):
+            load_config(path, opts)
+    with pytest.raises(UserError, match="PIXEL_MEAN"):
+        load_config(_write(tmp_path, "MODEL: {PIXEL_MEAN: [.nan, .inf, -.inf]}"))
 
 
 def test_values_may_be_checked_again():
@@ -356,3 +384,15 @@ def test_a_finished_config_that_was_changed(tmp_path, old, new, said):
     with pytest.raises(UserError, match=said) as error:
         load_finished_config(_write(tmp_path, text.replace(old, new)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+@pytest.mark.parametrize("value", ["[[]]", "[3]"])
+def test_names_of_data_sets_are_texts(key, value):
+    with pytest.raises(UserError, match=f"{key} is .* a list of names of data sets"):
+        load_checked_config(str(CONFIGS / "mask_rcnn_contti.yaml"), [key, value])
+
+
+def test_a_folder_of_no_name_is_refused():
+    with pytest.raises(UserError, match=r"CACHE_DIR is .* no path"):
+        load_checked_config(str(CONFIGS / "fcos_contti.yaml"), ["DATASETS.CACHE_DIR", "a\0b"])

@@ -185,7 +185,7 @@ def test_wrong_folders_are_told(tmp_path, capsys):
     assert f"did you mean {tmp_path / 'cityscapes'}?" in capsys.readouterr().err
     assert main(["--root", str(tmp_path / "cityscapes")]) == 1
     assert "_gtFine_polygons.json: unpack" in capsys.readouterr().err
-    assert main(["--root", str(tmp_path), "--workers", "0"]) == 1
+    assert main(["--root", str(tmp_path), "--workers", "0"]) == 2
     assert "--workers is 0" in capsys.readouterr().err
 
 

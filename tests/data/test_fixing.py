@@ -214,9 +214,9 @@ def _check(data: Copy, out: Path, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(_statistics(out), expected)
 
 
-@pytest.fixture
-def expected(data) -> np.ndarray:
-    return _statistics(data.file)
+@pytest.fixture(scope="module")
+def expected(drawn) -> np.ndarray:
+    return _statistics(drawn / "annotations" / "instances_train.json")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -302,6 +302,6 @@ def test_of_several_sets_the_damaged_one_is_mended(data, capsys, tmp_path):
     other = data.root / "annotations" / "instances_val.json"
     other.write_text(other.read_text().replace('"area": ', '"area": 0.'))
     fix[3] = str(tmp_path / "other.json")
-    assert main(fix) == 1
+    assert main(fix) == 2
     assert "--dataset" in capsys.readouterr().err
     assert main([*fix, "--dataset", "val"]) == 0

@@ -383,7 +383,6 @@ ERRORS = [
     ValueError("two\nlines"),
     KeyError("bbox"),
     IndexError(),
-    MemoryError(),
     cv2.error("resize failed"),
     ZeroDivisionError("by zero"),
     AssertionError(),
@@ -394,8 +393,12 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+# A loader takes 5 s to end a worker that has raised.
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [*((error, 0) for error in ERRORS), (ERRORS[2], 1), (ERRORS[8], 1)],
+    ids=lambda value: type(value).__name__,
+)
 def test_whatever_goes_wrong_names_the_image_in_one_line(capsys, error, workers):
     loader = DataLoader(Listed(Failing(error)), num_workers=workers, collate_fn=list)
     with pytest.raises(UserError) as caught:

@@ -240,8 +240,8 @@ def test_killed_and_restarted(tmp_path):
 
 
 def test_other_content_is_refused(source, made, tmp_path, capsys):
-    def error(*arguments: object) -> str:
-        assert main([str(argument) for argument in arguments]) == 1
+    def error(*arguments: object, status: int = 1) -> str:
+        assert main([str(argument) for argument in arguments]) == status
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "other images or options (samples_per_shard)" in error(source, made)
@@ -258,8 +258,9 @@ def test_other_content_is_refused(source, made, tmp_path, capsys):
     assert "lies in" in error(other, other / "shards")
     (made / "train-000009.tar").unlink()
     assert "holds shards already" in error(made, tmp_path / "x")
-    assert "--workers is 0" in error(source, tmp_path / "x", "--workers", "0")
-    assert "--samples-per-shard is -1" in error(source, tmp_path / "x", "--samples-per-shard=-1")
+    assert "--workers is 0" in error(source, tmp_path / "x", "--workers", "0", status=2)
+    negative = error(source, tmp_path / "x", "--samples-per-shard=-1", status=2)
+    assert "--samples-per-shard is -1" in negative
     assert "cannot be read" in error(tmp_path / "gone", tmp_path / "x")
     (tmp_path / "file").write_text("")
     assert "cannot be written" in error(source, tmp_path / "file" / "x")

@@ -242,3 +242,21 @@ def test_the_log_of_a_training(shapes, tmp_path, capsys, monkeypatch):
     assert record["loss"] == {"total_loss": last["total_loss"], "smoothed": False}
     assert {"AR@1", "AR@10", "AR@100", "ARs", "ARm", "ARl"} <= record["metrics"]["bbox"].keys()
     assert last["bbox/AR@100"] == record["metrics"]["bbox"]["AR@100"]
+
+
+@pytest.mark.slow
+def test_a_class_of_any_name_is_trained_and_shown(shapes, tmp_path, capsys):
+    """Its name is escaped in the log, in tables and in the tags of TensorBoard."""
+    name = "cat\x1b[2J\r\n[11/29 error]: gone\u202egpj\u2028\x9b\ud800"
+    for file in (tmp_path / "shapes").rglob("*.json"):
+        content = json.loads(file.read_text())
+        if "categories" in content:
+            content["categories"][0]["name"] = name
+            file.write_text(json.dumps(content))
+    assert detect(tmp_path, capsys, *shapes)[0] == 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert all(char.isprintable() or char in "\n\t" for char in log)
+    shown = r"cat\x1b[2J\r\n[11/29 error]: gone\u202egpj\u2028\x9b\ud800"
+    assert f"| {shown} |" in log and not re.search(r"^\[11/29 error", log, re.MULTILINE)
+    assert f"bbox/AP-{shown}" in metrics_of(tmp_path / "run")[-1]
+    assert results(tmp_path / "run")[0]["metrics"]["bbox"].keys() >= {f"AP-{shown}"}

@@ -22,6 +22,7 @@ from contnet.slurm.submit import parse_submission
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
+pytestmark = pytest.mark.usefixtures("imagenet_here")
 SMALL_OPTIONS = """
 SOLVER.RESCALE_INTERVAL False
 MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 32 INPUT.CLASSIFIER.RESIZE_TEST 32
@@ -60,17 +61,12 @@ def trainer_of(folder, *more):
     """A trainer that has resumed."""
     found = check_run(settings(folder, *more, "--resume"))
     trainer = Trainer(found.cfg, found.cfg.SEED, scaled=found.scaled)
-    trainer.resume_or_load(True)
+    trainer.resume_or_load(found.checkpoint.path)
     return trainer
 
 
 def said(folder):
     return (folder / "log.txt").read_text()
-
-
-@pytest.fixture(autouse=True)
-def data_here(imagenet_root, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
 
 
 @pytest.fixture(scope="module")

@@ -509,5 +509,5 @@ def test_loss_normalizer_is_saved_and_restored(tmp_path):
     trainer.checkpointer.wait()  # it writes in the background
     other = trainer_of(tmp_path, *options)
     assert not hasattr(other.unwrapped_model, "loss_normalizer")
-    other.resume_or_load(resume=True)
+    other.resume_or_load(str(tmp_path / "model_0000000.pth"))
     assert other.unwrapped_model.loss_normalizer == moved

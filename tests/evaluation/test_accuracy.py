@@ -3,6 +3,7 @@
 import pytest
 import torch
 from classifiers import config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from contnet.data.datasets.register import register_datasets
 from contnet.evaluation.classification import ClassificationEvaluator
@@ -44,3 +45,20 @@ def test_logits_that_are_not_finite_are_wrong_and_named(caplog):
     )
     assert evaluator.evaluate()["classification"] == {"top1": 50.0}
     assert "1 of 2 images have logits that are not finite" in caplog.text
+
+
+class Numbers(TorchDispatchMode):
+    """Counts the numbers that are read one by one, for each of which a GPU is waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_is_read_at_once():
+    with Numbers() as numbers:
+        outputs = [{"logits": logits} for logits in torch.eye(10)]
+        ClassificationEvaluator(10).process([{"label": i} for i in range(10)], outputs)
+    assert numbers.count == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -86,6 +87,7 @@ def test_records_are_strict_json(tmp_path):
         "dataset": "val",
         "weights": None,
         "ema": True,
+        "float32_precision": "",
         "loss": None,
         "metrics": {"bbox": {"AP": None, "AP50": 2.5, "n": 3.0}, "speed": None},
         "skipped_images": 0,
@@ -123,14 +125,37 @@ def test_a_resume_forgets_what_it_will_evaluate_again(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"iteration": 1}]', "[{"])
-def test_a_foreign_file_is_not_overwritten(tmp_path, content):
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UserError, match=r"results\.json .*move it away"):
-        record(tmp_path, 1, 1.0)
-    assert (tmp_path / "results.json").read_text() == content
+def test_a_damaged_file_is_set_aside(tmp_path, caplog, content):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    assert read_results(tmp_path) == [] and path.read_text() == content
+    record(tmp_path, 1, 1.0)
+    assert values_of(tmp_path) == [(1, 1.0)]
+    assert (tmp_path / "set_aside" / "results.json").read_text() == content
+    (said,) = [each.getMessage() for each in caplog.records if "set aside" in each.getMessage()]
+    assert str(path) in said and str(tmp_path / "set_aside" / "results.json") in said
 
 
 # --- which metric counts -------------------------------------------------------------------------
+
+
+def record_many(folder, weights):
+    for iteration in range(40):
+        record(folder, iteration, 1, weights=weights)
+
+
+def test_evaluations_at_once_keep_each_others_results(tmp_path):
+    processes = [
+        multiprocessing.get_context("fork").Process(target=record_many, args=(tmp_path, weights))
+        for weights in ("a.pth", "b.pth")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(read_results(tmp_path)) == 80
+    assert not (tmp_path / "set_aside").exists()
 
 
 def config(*options):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -93,3 +94,22 @@ def test_train_net_in_one_process_logs_its_notes(drawn, tmp_path, monkeypatch):
     log = (folder / "log.txt").read_text()
     assert f"{CLASSES} 4: the number of classes of mine" in log
     assert "scaled to" not in log
+
+
+def test_the_config_of_a_training_is_replaced_whole_and_by_no_evaluation(
+    drawn, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = tmp_path / "run"
+    options = ["DATASETS.TEST", "('mine',)", "SOLVER.MAX_ITER", "1", "TEST.EVAL_PERIOD", "0"]
+    assert main([*_arguments(drawn, folder), *options]) == 0
+    saved = (folder / "config.yaml").read_bytes()
+    options += ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "TEST.DETECTIONS_PER_IMAGE", "7"]
+    assert main([*_arguments(drawn, folder), *options, "--eval-only"]) == 0
+    assert (folder / "config.yaml").read_bytes() == saved
+    assert main([*_arguments(drawn, tmp_path / "alone"), *options, "--eval-only"]) == 0
+    assert "DETECTIONS_PER_IMAGE: 7" in (tmp_path / "alone" / "config.yaml").read_text()
+    os.link(folder / "config.yaml", tmp_path / "before.yaml")  # a resume replaces the file
+    assert main([*_arguments(drawn, folder), "SOLVER.MAX_ITER", "2", "--resume"]) == 0
+    assert "MAX_ITER: 2" in (folder / "config.yaml").read_text()
+    assert (tmp_path / "before.yaml").read_bytes() == saved

@@ -1,5 +1,7 @@
 """The network as a PyTorch module: gradients, dropout, recomputation, precision, state."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from oracle import make_pair
@@ -18,8 +20,10 @@ from pairs import (
     randomised,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import contnet
+from contnet.modeling.encoder import Mlp
 
 # --- gradients -----------------------------------------------------------------------------------
 
@@ -176,7 +180,8 @@ def test_batch_norm_statistics_move_in_training_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("contnet_ti", "block"), ("contnet_b", "block"), ("contnet_b", "mlp")]
+    ("name", "part"),
+    [("contnet_ti", "block"), ("contnet_b", "block"), ("contnet_b", "mlp"), ("contnet_b", "gelu")],
 )
 def test_checkpointing_changes_nothing(name, part):
     """B has dropout, so this also needs the random state to be restored on recomputation."""
@@ -226,11 +231,19 @@ def test_checkpointing_saves_memory():
     model = contnet.create_model("contnet_m", num_classes=10).train()
     x = image(112)
     kept = {}
-    for part in ("", "mlp", "block"):
+    for part in ("", "gelu", "mlp", "block"):
         model.set_grad_checkpointing(part)
         kept[part] = saved_bytes(model, x)
-    assert kept["mlp"] < 0.8 * kept[""]
+    assert kept["gelu"] < 0.85 * kept[""]
+    assert kept["mlp"] < 0.85 * kept["gelu"]
     assert kept["block"] < 0.5 * kept["mlp"]
+
+
+def test_gradients_of_gradients_with_gelus_computed_again():
+    mlp = Mlp(4, 6, drop=0.0).double().train()
+    mlp.grad_checkpointing = True
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp, x) and torch.autograd.gradgradcheck(mlp, x)
 
 
 def test_checkpointing_of_an_unknown_part_is_refused():
@@ -333,3 +346,38 @@ def test_inference_mode_does_not_poison_training():
     with torch.inference_mode():
         model.eval()(image(37, 50))
     model.train()(image(37, 50, batch=2)).sum().backward()
+
+
+# --- masks of margins ----------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_masks_of_a_size_are_made_once():
+    model = contnet.create_model("contnet_ti", num_classes=3).eval()
+    made = []
+    for _ in range(2):
+        with torch.no_grad(), Calls() as calls:
+            model(image(83, 61))
+        made.append(calls.names.count("arange"))
+    assert made[0] and not made[1]
+
+
+def test_masks_that_inference_has_made_serve_a_training():
+    model = contnet.create_model("contnet_ti", num_classes=3)
+    with torch.inference_mode():
+        model.eval()(image(59, 87))
+    gradients(model.train(), image(59, 87))
+    with ThreadPoolExecutor(4) as pool:
+        outputs = [*pool.map(model.eval(), [image(91, 67)] * 8)]
+    assert all(torch.equal(each, outputs[0]) for each in outputs)

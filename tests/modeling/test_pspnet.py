@@ -129,7 +129,7 @@ def test_wrong_settings_are_one_line(opts, message):
 
 def test_batch_norm_over_one_pixel_is_refused_before_training(tmp_path, capsys):
     options = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "1", "OUTPUT_DIR", str(tmp_path)]
-    assert main(["--config-file", LEAF, *options]) == 1
+    assert main(["--config-file", LEAF, *options]) == 2
     assert "needs 2 images at a time" in capsys.readouterr().err
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_config
 
+from contnet.modeling.patches import merge_and_crop, pad_and_partition
+
 OUTPUTS = ["res2", "res3", "res4", "res5"]
 FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
 OPTIONS = [{}, {"relative": True}, FLAGS]
@@ -76,6 +78,16 @@ def test_compiled_serves_changing_sizes():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for size in ((37, 50), (99, 131), (200, 99)):
         assert_equal(compiled(image(*size)), model(image(*size)))
+
+
+def test_compiled_patches_serve_changing_sizes():
+    def cut_and_join(x):
+        return merge_and_crop(pad_and_partition(x, 14, 7, 1), 14, 7, 1, x)
+
+    compiled = torch.compile(cut_and_join, backend="eager", fullgraph=True, dynamic=True)
+    for height, width in ((28, 42), (9, 30), (28, 15)):
+        x = image(height, width)
+        assert torch.equal(compiled(x.permute(0, 2, 3, 1)), x.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("options", [{"relative": True}], ids=label)

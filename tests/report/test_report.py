@@ -164,6 +164,29 @@ def test_no_text_becomes_markup(tmp_path):
     assert page.words().count(HOSTILE) >= 11
 
 
+# Escapes of terminals, another reading direction, no valid text, TeX that is none, and length.
+UNSEEN = "cat\x1b[2J\x00\u202egpj\ud800\n$x_{$ 猫"
+
+
+def test_no_text_hides_or_breaks_the_page(tmp_path, recwarn):
+    boxes = [Box((4, 5, 30, 40), 0), Box((4, 5, 30, 40), 1)]
+    long = "y" * 10**7
+    page = write(
+        tmp_path / "report.html",
+        title=UNSEEN,
+        images=[ReportImage(long, np.zeros((48, 64, 3), np.uint8), {UNSEEN: boxes})],
+        metrics=[{"iteration": 1, f"loss_{UNSEEN}": 1.0, f"loss_{long}": 1.0}],
+        summary={UNSEEN: UNSEEN, long: long},
+        class_names=[UNSEEN, long],
+    )
+    html = page.read_bytes().decode()
+    assert len(html) < 10**6
+    assert all(char.isprintable() or char == "\n" for char in html)
+    shown = r"cat\x1b[2J\x00\u202egpj\ud800\n$x_{$ 猫"
+    assert f">loss_{shown}</text>" in html and f"<h1>{shown}</h1>" in html
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
 def test_sections_in_any_order_and_number(tmp_path):
     """A page is what it is given: here one of a classifier, with two galleries."""
     rows = {i: {"total_loss": 2.0 - i, "classification/top1": 40.0 + i} for i in range(2)}

@@ -16,6 +16,7 @@ import submitit
 import torch
 from cluster import Cluster, free_ports, running_cluster, why_no_slurm
 from conftest import REPOSITORY, SMALL, metrics_of
+from equality import equal
 from finished import write_config
 from toy import FAULTS, ToyJob
 
@@ -192,21 +193,11 @@ def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]
         os._exit(status)
 
 
-def _equal(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return one == other
-
-
 def same_training(run: Path, reference: Path) -> None:
     """Checks that two runs ended with the same weights, optimizer and metrics, to the bit."""
     ours, theirs = (torch.load(folder / "model_final.pth") for folder in (run, reference))
-    assert _equal(ours["model"], theirs["model"]), "the weights differ"
-    assert _equal(ours["trainer"]["optimizer"], theirs["trainer"]["optimizer"])
+    assert equal(ours["model"], theirs["model"]), "the weights differ"
+    assert equal(ours["trainer"]["optimizer"], theirs["trainer"]["optimizer"])
     assert [line["iteration"] for line in metrics_of(run)] == list(range(ITERATIONS))
     # As text, where not-a-number equals itself.
     assert list(map(repr, metrics_of(run))) == list(map(repr, metrics_of(reference)))

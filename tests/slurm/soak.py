@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,9 @@ MOST = 6
 
 def _signal(name: str):
     def send(lab: Lab, job, rng: random.Random) -> None:
-        lab.cluster.ask("scancel", f"--signal={name}", job.job_id, check=False)
+        # It tries for minutes where the job is between two states.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            lab.cluster.ask("scancel", f"--signal={name}", job.job_id, check=False)
 
     return send
 

@@ -1,6 +1,7 @@
 """Attempts of a job: signals, lease, heartbeats, requeues."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -12,16 +13,23 @@ from dataclasses import asdict
 import pytest
 from finished import write_config
 from launchers import LOCAL, STEP
+from torch.distributed import DistBackendError
+from torch.utils.data import DataLoader, Dataset
 
 from contnet.launch.environment import find_environment
+from contnet.launch.run_lease import newest_lease
+from contnet.slurm import attempt as attempts
 from contnet.slurm.attempt import Attempt
 from contnet.slurm.attempt_folder import AttemptFolder, last_saved_iteration, record_requeue
 from contnet.slurm.cluster import Job
 from contnet.slurm.describe import describe_run
 from contnet.slurm.job import TrainingJob, python_command
 from contnet.slurm.lease import Lease
+from contnet.slurm.nccl import leave_failures_to_watcher
+from contnet.slurm.preemption import Preempted
 from contnet.slurm.status import read_status
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.records import DamagedFile
 
 
 def _job(environ):
@@ -67,28 +75,40 @@ def _lease(folder, job_id, restart, cluster=""):
 def test_lease_passes_to_a_later_attempt_alone(tmp_path):
     old, new = _lease(tmp_path, "5", 0), _lease(tmp_path, "5", 1)
     assert not old.lost()
-    old.take(timeout=0)
+    old.take(patience=0)
     assert not old.lost() and not new.lost()
-    new.take(timeout=0)
+    new.take(patience=0)
     assert old.lost() and not new.lost()
     # Also for a rank of the old attempt that never saw its own lease.
     assert _lease(tmp_path, "5", 0).lost()
     old.release()
-    assert not new.lost() and not json.loads(new.path.read_text())["released"]
+    owner, _ = newest_lease(tmp_path)
+    assert not new.lost() and owner.attempt == ("", "5", 1)
 
 
-def test_lease_of_another_job(tmp_path):
-    first, second = _lease(tmp_path, "5", 3), _lease(tmp_path, "6", 0)
-    first.take(timeout=0)
-    folder = AttemptFolder(tmp_path, "5", 3)
-    folder.path.mkdir(parents=True)
-    alive = folder.rank_file(0, ".json")
-    alive.write_text(json.dumps({"rank": 0, "time": time.time() + 1000}))
-    with pytest.raises(UserError, match="belongs to job 5"):
-        second.take(timeout=1.5)
-    first.release()
-    second.take(timeout=60)
-    assert first.lost()
+def _take_and_wait(folder, pipe):
+    _lease(folder, "5", 3, "slurm").take()
+    pipe.send("taken")
+    signal.pause()
+
+
+@pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("FAILED", True), ("", False)])
+def test_slurm_says_whether_the_job_of_a_living_process_goes_on(tmp_path, monkeypatch, state, free):
+    """A node that SLURM has given up may still run its tasks."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=_take_and_wait, args=(tmp_path, theirs))
+    process.start()
+    assert ours.recv() == "taken"
+    monkeypatch.setenv("PATH", _fake_slurm(tmp_path / "bin", state)["PATH"])
+    lease = _lease(tmp_path, "6", 0, "slurm")
+    if free:
+        lease.take()
+    else:
+        with pytest.raises(UserError, match=f"job 5, process {process.pid} "):
+            lease.take(patience=1)
+    process.kill()
+    process.join()
 
 
 def test_last_saved(tmp_path):
@@ -120,6 +140,18 @@ def test_no_requeue_without_progress(tmp_path, monkeypatch):
     assert "requeue 1" in attempt.reason_to_stop()
 
 
+def test_a_local_job_goes_on_though_its_requeues_are_damaged(tmp_path, monkeypatch):
+    for name, value in LOCAL.items():
+        monkeypatch.setenv(name, value)
+    for restart, requeued in ((0, True), (1, True), (2, False)):
+        folder = AttemptFolder(tmp_path, "99", restart)
+        folder.path.mkdir(parents=True)
+        note = {"rank": 0, "requeued": requeued, "reason": "", "status": 0}
+        folder.note("exit", note)
+    (tmp_path / "slurm" / "requeues.json").write_text("[{")
+    assert _attempt(tmp_path).job.restart == 2
+
+
 def _heartbeat(folder, rank, **more):
     folder.write_heartbeat(
         {"rank": rank, "host": "h", "pid": rank + 7, "iteration": 4, "max_iter": 9}
@@ -129,7 +161,7 @@ def _heartbeat(folder, rank, **more):
 
 def test_status(tmp_path):
     assert read_status(tmp_path) == {}
-    _lease(tmp_path, "5", 0).take(timeout=0)
+    _lease(tmp_path, "5", 0).take(patience=0)
     folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
     assert read_status(tmp_path)["state"] == "starting"
@@ -147,8 +179,48 @@ def test_status(tmp_path):
     assert "rank 1 (process 8 on h) ended without a word" in status["failure"]["reason"]
 
 
+class _Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DamagedFile("bad.jpg cannot be loaded")
+
+
+def _fail(folder, error):
+    """In a process of its own, which never returns: signals and timers are the watcher's."""
+    status = 1
+    try:
+        watcher = _attempt(folder).watcher
+        watcher.lease.take()
+        watcher.start()
+        try:
+            next(iter(DataLoader(_Broken(), num_workers=1)))
+        except DamagedFile as of_worker:
+            watcher.fail(error or of_worker)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "bad.jpg cannot be loaded"),  # the loader's own
+        (UsageError("no such key"), "no such key"),
+        (ValueError("no such number"), "ValueError: no such number"),
+    ],
+)
+def test_status_says_what_the_error_line_of_a_failed_job_says(tmp_path, error, said):
+    process = multiprocessing.get_context("fork").Process(target=_fail, args=(tmp_path, error))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert describe_run(tmp_path) == f"failed: {said} (rank 0)"
+
+
 def test_a_silent_run(tmp_path, monkeypatch):
-    _lease(tmp_path, "5", 0).take(timeout=0)
+    _lease(tmp_path, "5", 0).take(patience=0)
     folder = AttemptFolder(tmp_path, "5", 0)
     folder.path.mkdir(parents=True)
     _heartbeat(folder, 0)
@@ -176,6 +248,115 @@ def _fake_slurm(folder, state):
         (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
         (folder / name).chmod(0o755)
     return {"SLURM_JOB_ID": "4242", "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+class _Signalled(Attempt):
+    def _train(self):
+        raise Preempted
+
+
+def _end_signalled(folder):
+    """In a process of its own, which never returns."""
+    try:
+        _Signalled(**asdict(TrainingJob("", str(folder)))).run()
+    except UserError:
+        os._exit(7)
+    finally:
+        os._exit(1)
+
+
+def test_a_requeue_that_cannot_be_noted_is_a_failure(tmp_path, monkeypatch):
+    for name, value in _fake_slurm(tmp_path / "bin", "RUNNING").items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "slurm" / "requeues.json.4242-000.tmp").mkdir(parents=True)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_end_signalled, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    failed = f"failed: {tmp_path}/slurm/requeues.json cannot be written"
+    assert describe_run(tmp_path).startswith(failed)
+    assert read_status(tmp_path)["ranks"][0]["ended"] == "failed"
+    assert not (tmp_path / "bin" / "calls").exists()
+
+
+def test_a_decision_that_could_not_be_noted_at_once_stays(tmp_path, monkeypatch):
+    for name, value in _fake_slurm(tmp_path / "bin", "RUNNING").items():
+        monkeypatch.setenv(name, value)
+    attempt = _attempt(tmp_path)
+    attempt.lease.take()
+    in_the_way = attempt.folder.path / "exit-00000.new"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(OSError, match=in_the_way.name):
+        attempt.watcher.abandon("a signal")
+    in_the_way.rmdir()
+    assert attempt.watcher.abandon("a signal") == 0
+    assert attempt.folder.read("exit")["requeued"]
+    assert len((tmp_path / "bin" / "calls").read_text().splitlines()) == 1
+
+
+class _Alone(Attempt):
+    """Rank 0, whose collective has failed since a node is gone."""
+
+    def _begin(self):
+        self.lease.take()
+
+    def _train(self):
+        raise DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: x")
+
+
+def _lose_a_node(folder):
+    """In a process of its own, which never returns."""
+    attempts._NODE_SILENCE = 0
+    try:
+        _Alone(**asdict(TrainingJob("", str(folder)))).run()
+    except SystemExit as end:
+        os._exit(end.code)
+    finally:
+        os._exit(1)
+
+
+def test_a_job_that_nccl_says_has_lost_a_node_is_requeued(tmp_path, monkeypatch):
+    slurm = _fake_slurm(tmp_path / "bin", "RUNNING")
+    rank = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in {**STEP, **rank, **slurm}.items():
+        monkeypatch.setenv(name, value)
+    process = multiprocessing.get_context("fork").Process(target=_lose_a_node, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    reason = "a node does not answer any more; requeued"
+    assert AttemptFolder(tmp_path, "4242", 0).read("exit")["reason"] == reason
+    assert (tmp_path / "bin" / "calls").read_text() == "requeue 4242\n"
+
+
+def _abort_as_nccl(folder):
+    _attempt(folder).watcher.start()
+    os.abort()
+
+
+def test_an_aborted_process_leaves_its_stacks(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_abort_as_nccl, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGABRT
+    (stacks,) = tmp_path.glob("slurm/attempts/*/rank-00000.stack")
+    assert "Aborted" in (text := stacks.read_text()) and "_abort_as_nccl" in text
+
+
+def test_nccl_leaves_failures_to_the_watcher_unless_the_user_decides(tmp_path):
+    environ = {}
+    leave_failures_to_watcher(tmp_path, 1860.0, environ)
+    assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "1860"
+    assert f"{tmp_path}/nccl-" in environ.values()
+    given = dict.fromkeys(environ, "3")
+    environ = dict(given)
+    leave_failures_to_watcher(tmp_path, 1860.0, environ)
+    assert environ == given
+    environ = {"NCCL_ASYNC_ERROR_HANDLING": "1"}  # the older name
+    leave_failures_to_watcher(tmp_path, 1860.0, environ)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in environ
 
 
 JOB = """

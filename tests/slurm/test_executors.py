@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,11 +21,12 @@ from contnet.data.datasets.shapes import make_shapes
 from contnet.slurm.attempt_folder import last_saved_iteration
 from contnet.slurm.describe import describe_run
 from contnet.slurm.executors import local_executor, submit_jobs
-from contnet.slurm.jobs import process_start
+from contnet.slurm.local_queue import run_queue
 from contnet.slurm.records import read_submissions
 from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.status import read_status
 from contnet.slurm.submit import main
+from contnet.utils.processes import process_start
 
 pytest_plugins = ["submissions"]
 
@@ -132,7 +134,8 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     argv = ["--config-file", LEAF, *QUICK, "--num-gpus", "2", "SOLVER.MAX_ITER", "9999"]
     argv += ["OUTPUT_DIR", "out"]
     assert main(argv) == 0
-    wait_for(lambda: (out / "metrics.json").exists())
+    metrics = out / "metrics.json"
+    wait_for(lambda: metrics.exists() and metrics.read_text())  # an iteration is done
     assert len(processes_of(out)) >= 3  # submitit's, and two tasks
     assert "in use by job" in error_of(capsys, *argv)
     assert main(["--cancel", "out"]) == 0
@@ -238,3 +241,17 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.2)
+
+
+def test_an_interrupt_counts_though_nobody_reads_the_output(tmp_path, monkeypatch):
+    record = {"time": "now", "job_id": str(os.getpid()), "runs": {}, "cancelled": "now"}
+    record |= {"cluster": "local", "run_folder": str(tmp_path), "job_folder": str(tmp_path)}
+    record |= {"log": "log", "host": "h", "nodes": 1, "tasks": 1, "process_start": ""}
+    plan = SimpleNamespace(
+        pending=[None], runs=[], parallel=0, base=tmp_path, record=lambda *_: record
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("sys.stdout", open(writer, "w"))  # noqa: SIM115
+    with pytest.raises(KeyboardInterrupt):
+        run_queue(plan)

@@ -65,9 +65,9 @@ def test_a_replaced_attempt_ends_without_a_trace(
     )
     _wait_for(process, (run / "saving").exists)
     process.send_signal(signal.SIGSTOP)
-    (unfinished,) = run.glob("*.tmp")
+    (unfinished,) = run.glob("model_*.tmp")
     assert unfinished.name == f"model_0000009.pth.process{process.pid}-000.tmp"
-    Lease(run, Job("", f"process{process.pid}", restart=1)).take(timeout=0)
+    Lease(run, Job("", f"process{process.pid}", restart=1)).take(patience=0)
     before = _written(run)
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=300)

@@ -28,7 +28,7 @@ def _saved_before(status, start):
 
 
 def test_usr2_then_requeued_by_hand(lab, reference):
-    job = lab.submit(lab.job("hand", faults={"pace": 0.3}), nodes=2, tasks=1)
+    job = lab.submit(lab.job("hand", faults={"pace": 0.3, "slow": 1.0}), nodes=2, tasks=1)
     lab.until_iteration("hand", 2)
     # Loader workers get what SLURM sends to their task; that alone must not end anything.
     for pid in lab.cluster.tasks(job.job_id).values():

@@ -1,10 +1,15 @@
 """What --status, --cancel and the table of results say of submissions."""
 
 import json
+import shutil
 
+import pytest
+from damages import DAMAGES, damage
 from submissions import GPU, error_of, submit
 
 from contnet.commands.results import collect_results, results_table
+from contnet.launch.run_lease import RunLease
+from contnet.slurm.attempt_folder import AttemptFolder, record_requeue
 from contnet.slurm.submit import main
 
 pytest_plugins = ["submissions"]
@@ -61,3 +66,53 @@ def test_results_table(slurm, here, capsys):
     assert cells["SEED=3"] == ["never started", "", "0", "", ""]
     rows = collect_results([here / "out"], ["bbox/AP-person"])
     assert [row["metrics"] for row in rows] == [{"bbox/AP-person": 5.0}, {}, {}]
+
+
+@pytest.fixture
+def left(slurm, here):
+    """The folder of a run whose job has failed."""
+    assert submit(*GPU, "OUTPUT_DIR", "out") == 0
+    out = here / "out"
+    folder = AttemptFolder(out, "4242", 0)
+    folder.path.mkdir(parents=True)
+    lease = RunLease(out, "slurm", "4242")
+    lease.take()
+    lease.release()
+    beat = {"rank": 0, "host": "h", "pid": 7, "iteration": 4, "max_iter": 9, "phase": "training"}
+    folder.write_heartbeat({**beat, "heartbeat_interval": 5, "ended": None})
+    folder.note("failure", {"rank": 0, "reason": "it broke", "details": "", "lost": True})
+    folder.note("exit", {"rank": 0, "reason": "it broke", "requeued": False, "status": 1})
+    requeue = {"job_id": "4242", "restart": 0, "iteration": 3, "reason": "time"}
+    record_requeue(out, requeue)
+    (out / "metrics.json").write_text('{"iteration": 4, "total_loss": 1.5}\n')
+    return out
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_status_of_damaged_files(left, slurm, capsys, caplog, content):
+    slurm.show_jobs("")
+    for file in sorted(left.rglob("*.json")):
+        whole = file.read_bytes()
+        damage(file, content)
+        before = sorted(left.rglob("*"))
+        caplog.clear()
+        capsys.readouterr()
+        status = main(["--status", str(left)])
+        output, errors = capsys.readouterr()
+        assert status == (file.name == "submission.json"), file
+        said = [errors] * status + [record.getMessage() for record in caplog.records]
+        empty = file.name == "metrics.json" and content == b""
+        assert len(said) == (not empty) and all(str(file) in line for line in said), file
+        assert output.startswith("run ") or status
+        assert main(["--cancel", str(left)]) == 1  # for the job has ended
+        assert sorted(left.rglob("*")) == before
+        shutil.rmtree(file) if content is None else file.unlink()
+        file.write_bytes(whole)
+
+
+def test_a_damaged_submission_is_set_aside_by_the_next(left, slurm, caplog):
+    (left / "slurm" / "submission.json").write_text("[")
+    slurm.show_jobs("")
+    assert submit(*GPU, "OUTPUT_DIR", "out") == 0
+    assert (left / "slurm" / "set_aside" / "submission.json").read_text() == "["
+    assert main(["--status", "out"]) == 0

@@ -1,6 +1,7 @@
 """tools/submit.py against a made-up SLURM: what is sent, and what is refused."""
 
 import json
+import multiprocessing
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from submitit.core.utils import DelayedSubmission
 
 from contnet.config import load_config, load_finished_config
 from contnet.config.nodes import flatten
+from contnet.launch.run_lease import RunLease
 from contnet.slurm.records import read_submissions
 from contnet.slurm.submit import main
 
@@ -234,6 +236,25 @@ def test_checkpoints_of_another_run(slurm, here, capsys):
     assert DelayedSubmission.load(sent).function.resume
 
 
+def test_a_job_goes_back_to_a_file_once(slurm, here, capsys):
+    """Each of its attempts goes on from the last checkpoint, which the file becomes."""
+    out = here / "out"
+    out.mkdir()
+    for number in (1, 3):
+        torch.save({"model": {}, "iteration": number}, out / f"model_{number:07d}.pth")
+    (out / "last_checkpoint").write_text("model_0000003.pth")
+    options = ["--resume-from", "out/model_0000001.pth", *GPU, "OUTPUT_DIR", "out"]
+    assert submit("--dry-run", *options) == 0
+    assert (out / "last_checkpoint").read_text() == "model_0000003.pth"
+    line = error_of(capsys, "--config-file", LEAF, *JOB, *options, "--sweep", "SEED=1,2")
+    assert "--resume-from" in line
+    assert submit(*options) == 0
+    assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert [path.name for path in (out / "set_aside").iterdir()] == ["model_0000003.pth"]
+    sent = out / "slurm" / "submission1" / "4242_submitted.pkl"
+    assert DelayedSubmission.load(sent).function.resume
+
+
 def test_run_folder_in_use(slurm, here, capsys):
     assert submit(*GPU, "OUTPUT_DIR", "out") == 0
     slurm.show_jobs("4242|RUNNING|None\n")
@@ -245,6 +266,28 @@ def test_run_folder_in_use(slurm, here, capsys):
     assert submit(*GPU, "OUTPUT_DIR", "out") == 0
     assert [each["job_id"] for each in read_submissions(here / "out")] == ["4242", "4242"]
     assert (here / "out" / "slurm" / "submission2" / "config.yaml").exists()
+
+
+def _train_until_told(folder, pipe):
+    RunLease(folder).take()
+    pipe.send("")
+    pipe.recv()
+
+
+def test_an_evaluation_is_not_sent_into_the_folder_of_a_training(slurm, here, capsys):
+    """Its job would take the lease, as that of a training does."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_train_until_told, args=(here / "out", theirs)
+    )
+    process.start()
+    ours.recv()
+    try:
+        argv = ["--config-file", LEAF, *JOB, *GPU, "--eval-only", "OUTPUT_DIR", "out"]
+        assert f"in use by a training (process {process.pid}" in error_of(capsys, *argv)
+    finally:
+        ours.send("")
+        process.join()
 
 
 def test_sbatch_refuses(slurm, here, capsys):

@@ -1,5 +1,7 @@
 """The runs of --array, --sweep and --only: what is sent, names, what a resume keeps."""
 
+import os
+
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -58,6 +60,11 @@ def test_array_file(slurm, here):
         "faster_rcnn_r50,SEED=1",
         "faster_rcnn_r50,SEED=2",
     ]
+
+
+def test_an_array_that_is_no_file(slurm, here, capsys):
+    os.mkfifo(here / "runs.txt")  # nobody waits for its writer
+    assert "--array runs.txt cannot be read" in error_of(capsys, "--array", "runs.txt", *JOB)
 
 
 @pytest.mark.parametrize(

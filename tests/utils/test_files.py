@@ -1,8 +1,13 @@
 """Files that are whole or not there, also of a process that may write no longer."""
 
+import errno
+import os
+import shutil
+
 import pytest
 
-from contnet.utils.files import WriteGuard, atomic_write
+from contnet.utils.errors import UserError
+from contnet.utils.files import WriteError, WriteGuard, atomic_write, explaining_disk, writing
 
 
 class Lost(BaseException):
@@ -50,3 +55,44 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         file.write(b"half")
         raise OSError("the disk is full")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told(tmp_path):
+    """By who writes a file; also an error at its end, which has no file's name."""
+    path = tmp_path / "file"
+    path.symlink_to("/dev/full")
+    with pytest.raises(WriteError) as caught, writing(path), open(path, "w") as file:
+        file.write("some")
+    assert str(path) in str(caught.value) and "MiB are free there" in str(caught.value)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+
+
+def test_a_folder_that_has_gone_is_told(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(UserError, match="moved or deleted"), atomic_write(folder / "file") as file:
+        shutil.rmtree(folder)
+        file.write(b"some")
+    assert not folder.exists()
+
+
+def test_an_error_of_reading_is_not_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file") as file:
+        file.write((tmp_path / "missing").read_bytes())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [None, "/data/image.jpg"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.ESTALE])
+def test_errors_of_the_disk_are_one_line(tmp_path, number, name):
+    with pytest.raises(UserError) as caught, explaining_disk(tmp_path):
+        raise OSError(number, os.strerror(number), name)
+    assert (name or str(tmp_path)) in str(caught.value)
+    assert os.strerror(number) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError), explaining_disk(tmp_path):
+        (tmp_path / "missing").read_bytes()
+    with pytest.raises(UserError, match="moved or deleted"), explaining_disk(tmp_path / "gone"):
+        (tmp_path / "gone" / "missing").read_bytes()

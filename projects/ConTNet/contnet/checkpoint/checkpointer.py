@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -19,12 +18,12 @@ from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.names import (
     BEST,
     LAST_CHECKPOINT,
+    checkpoint_files,
     find_checkpoint,
-    has_last_checkpoint,
     iteration_of,
-    last_checkpoint,
 )
 from contnet.checkpoint.reading import EMA_KEYS, Weights, read_weights
+from contnet.checkpoint.verification import verify_file
 from contnet.utils.errors import UserError
 from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_write
 
@@ -36,14 +35,15 @@ _TEMPORARY = "temporary"  # key of a checkpoint that goes when the next one is t
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made atomic and strict.
 
-    A file takes its name once it is complete, and ``last_checkpoint`` names it after that.
+    A file takes its name once it is complete and verified, and ``last_checkpoint`` names it after
+    that.
 
     Args:
         model: the model, or a DistributedDataParallel of it.
         save_dir: where checkpoints are saved and looked for.
         allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
-        keep: the most recent numbered checkpoints that stay; model_final.pth and model_best.pth
-            always do.
+        keep: the numbered checkpoints that stay, those of the latest iterations; model_final.pth
+            and model_best.pth always do.
         background: return from :meth:`save` once the state is copied, and write it in a thread.
             Takes host memory of the size of a checkpoint (for a GPU up to twice, for page-locked
             memory is rounded up). Whoever ends the training calls :meth:`wait`.
@@ -55,6 +55,8 @@ class Checkpointer(DetectionCheckpointer):
         **checkpointables: objects with a state dict that are saved and resumed with the model.
 
     Attributes:
+        earlier: numbered checkpoints of before a resume, in the order of what they have seen. Their
+            numbers may be above later ones, where a run goes on with a larger batch.
         warnings: what was said of the last file that changes results, a line each.
         file_classes: names of the last file's classes, in order; None where nothing tells them.
     """
@@ -86,13 +88,14 @@ class Checkpointer(DetectionCheckpointer):
             model_optimizer.register_step_pre_hook(self._await_copy)
         self.metadata = metadata
         self.guard = guard
+        self.earlier: list[Path] = []
         self.warnings: list[str] = []
         self.file_classes: list[str] | None = None
 
     def save(
         self, name: str, *, iteration: int | None = None, temporary: bool = False, **kwargs
     ) -> None:
-        """Saves model and checkpointables to ``<name>.pth``, then drops the oldest ones.
+        """Saves model and checkpointables to ``<name>.pth``, then drops the earliest ones.
 
         In the background, files are written in the order of the calls, and one of another iteration
         waits for all before.
@@ -162,16 +165,32 @@ class Checkpointer(DetectionCheckpointer):
 
     def _write(self, path: Path, read: Callable[[], object], temporary: bool) -> None:
         try:
-            with atomic_write(path, guard=self.guard) as file:
-                torch.save(read(), file)
-            if path.stem != BEST:
-                self.tag_last_checkpoint(path.name)
+            if path.stem == BEST:
+                self._write_verified(path, read)
+            else:
+                # Begun first: of a first save that was cut off before its end, it stays behind.
+                pointer = Path(self.save_dir, LAST_CHECKPOINT)
+                with atomic_write(pointer, "w", self.guard) as file:
+                    file.write(path.name)
+                    self._write_verified(path, read)
         except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its zip writer.
-            raise UserError(f"checkpoint {path} cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"checkpoint {path} cannot be written: {reason}") from error
         if path.stem != BEST:
             self._replace_temporary(path if temporary else None, by=path)
-        self._drop_old()
+        if iteration_of(path.stem) is not None:
+            self._drop_old(path)
+
+    def _write_verified(self, path: Path, read: Callable[[], object]) -> None:
+        with atomic_write(path, guard=self.guard) as file:
+            torch.save(read(), file)
+            file.flush()
+            with open(file.name, "rb") as written:
+                try:
+                    verify_file(written, path.name)
+                except UserError as error:
+                    reason = f"what was written is not what is read back: {error}"
+                    raise UserError(f"checkpoint {path} cannot be written: {reason}") from error
 
     def _replace_temporary(self, new: Path | None, by: Path) -> None:
         if self._temporary not in (None, by):
@@ -179,22 +198,16 @@ class Checkpointer(DetectionCheckpointer):
             self._temporary.unlink(missing_ok=True)
         self._temporary = new
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(Path(self.save_dir, LAST_CHECKPOINT), "w", self.guard) as file:
-            file.write(last_filename_basename)
-
-    def _drop_old(self) -> None:
-        # By age: numbers fall where a run goes on with a larger batch, or from an earlier file. The
-        # last one is the newest, though a copied folder may have files of a later time.
-        last = last_checkpoint(self.save_dir) if has_last_checkpoint(self.save_dir) else None
-        with os.scandir(self.save_dir) as entries:
-            numbered = sorted(
-                (Path(entry.path) == last, entry.stat().st_mtime_ns, Path(entry.path))
-                for entry in entries
-                if entry.name.endswith(".pth") and iteration_of(entry.name[:-4]) is not None
-            )
-        files = [path for *_, path in numbered if path != self._temporary]
-        for path in files[: max(len(files) - self.keep, 0)]:
+    def _drop_old(self, saved: Path) -> None:
+        self.earlier = [path for path in self.earlier if path != saved]
+        places = {path: i for i, path in enumerate(self.earlier)}
+        numbers = {path: iteration_of(path.stem) for path in checkpoint_files(self.save_dir)}
+        files = sorted(
+            (path == saved, places.get(path, len(places)), number, path)
+            for path, number in numbers.items()
+            if number is not None and path != self._temporary
+        )
+        for *_, path in files[: max(len(files) - self.keep, 0)]:
             self.guard.check()
             path.unlink(missing_ok=True)
 
@@ -273,8 +286,10 @@ class Checkpointer(DetectionCheckpointer):
         return weights.rest
 
     def remove_leftovers(self) -> None:
-        """Deletes what a killed process left half written."""
+        """Deletes what a killed training left half written."""
         self.wait()
         self.guard.check()  # those of a later attempt are still being written
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
-            path.unlink()
+            # Without a writer's name, files other than checkpoints are of an evaluation that runs.
+            if Path(path.stem).suffix not in (".json", ".yaml"):
+                path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Fetches weights that MODEL.WEIGHTS names by an address, into the caches of the libraries.
 
-A file takes its name once it is whole. Later runs find it there, without a network.
+A file takes its name once it is whole and its hash is right. Later runs find it there, without a
+network, under the whole address: no server can give the file of another.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import re
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import timm
 from detectron2.checkpoint.catalog import ModelCatalog
@@ -36,20 +37,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from iopath.common.download import download
 from iopath.common.file_io import file_lock, get_cache_dir
 from portalocker.exceptions import LockException
 from timm.models import get_pretrained_cfg
+from tqdm import tqdm
 
+from contnet.checkpoint.verification import digest_in_name
+from contnet.utils.addresses import CREDENTIALS_ADVICE, has_credentials
 from contnet.utils.errors import UserError
-from contnet.utils.text import nearest
+from contnet.utils.files import atomic_write, explain_os_error
+from contnet.utils.text import nearest, printable
 
 __all__ = ["Fetched", "fetch_weights"]
 
 # A server that says nothing for so long, in seconds, is given up.
 _TIMEOUT = 30
-# Whose files Detectron2 keeps by their path alone.
-_DETECTRON2_HOST = "dl.fbaipublicfiles.com"
+# In bytes, above which no file is taken.
+_LARGEST = 2**36
+# What stands in a URL as it is; any other letter becomes bytes of UTF-8.
+_IN_URLS = string.punctuation
 # Of a repository of the hub, the first that it has.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_CONFIG = "config.json"
@@ -65,12 +71,14 @@ class Fetched:
 
     Attributes:
         path: of the file.
+        digest: its SHA-256 or the start of it, where the address says it.
         maker: who says what its pixels are; "" if nobody does.
         pixels: "format", "mean" and "std" of the channels, in units of 0 to 255.
         classes: names of the classes, in order; None where nobody tells them.
     """
 
     path: str
+    digest: str = ""
     maker: str = ""
     pixels: dict[str, str | list[float]] = field(default_factory=dict)
     classes: list[str] | None = None
@@ -79,23 +87,23 @@ class Fetched:
 # --- addresses of files --------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _timeout() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+class _Redirects(HTTPRedirectHandler):
+    """Follows to servers of the web alone, and keeps to TLS."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if after not in ("https", before):
+            raise URLError(f"the server redirects to {after}://")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, HTTPError):
-        return f"the server says {error.code} {error.reason}"
+        return printable(f"the server says {error.code} {error.reason}", 200)
     reason = getattr(error, "reason", error)
     if isinstance(reason, OSError) and reason.strerror:
         return reason.strerror
-    return str(reason).splitlines()[0] if str(reason) else type(error).__name__
+    return printable(str(reason).splitlines()[0], 200) if str(reason) else type(error).__name__
 
 
 def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
@@ -107,13 +115,10 @@ def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
 
 
 def _cached_file(url: str) -> Path:
-    """Where a URL's file is kept: in iopath's cache, below the name of its server."""
-    parts = urlsplit(url)
-    name = Path(parts.path).name or "weights"
-    name = re.sub(r"[^\w.=-]+", "_", f"{name}_{parts.query}" if parts.query else name)
-    folder = Path(parts.path.lstrip("/")).parent
-    host = "" if parts.netloc == _DETECTRON2_HOST else re.sub(r"[^\w.-]", "_", parts.netloc)
-    return Path(get_cache_dir(), host, *(p for p in folder.parts if p != ".."), name[-200:])
+    """Where a URL's file is kept: in iopath's cache, in a folder of its own."""
+    name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-100:]
+    key = hashlib.sha256(url.encode()).hexdigest()[:32]
+    return Path(get_cache_dir(), "contnet", key, name.lstrip(".") or "weights")
 
 
 def _has_digest(file: Path, digest: str) -> bool:
@@ -123,10 +128,10 @@ def _has_digest(file: Path, digest: str) -> bool:
         return hashlib.file_digest(content, "sha256").hexdigest().startswith(digest)
 
 
-def _digest_of(source: str, fragment: str) -> str:
-    """The SHA-256, or its start, that a URL ends with."""
+def _digest_of(source: str, url: str, fragment: str) -> str:
+    """The SHA-256, or its start, that a URL ends with or the file's name has."""
     if not fragment:
-        return ""
+        return digest_in_name(urlsplit(url).path)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if match is None:
         raise UserError(
@@ -136,43 +141,55 @@ def _digest_of(source: str, fragment: str) -> str:
     return match[1].lower()
 
 
-def _download(source: str, url: str, file: Path, digest: str) -> None:
-    """Downloads into a folder beside the file, and moves what is whole and right to its place."""
-    folder = file.with_name(f".{file.name}.download")
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    folder.mkdir()
-    log = logging.getLogger("iopath.common.download")
-    quiet, log.disabled = log.disabled, True  # its errors are raised, too
-    try:
-        with _timeout():
-            path = Path(download(url, str(folder), filename=file.name))
-        if not _has_digest(path, digest):
-            with open(path, "rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
+def _receive(url: str, file: BinaryIO) -> str:
+    """Writes what a server has, whole; its SHA-256."""
+    digest, received = hashlib.sha256(), 0
+    with build_opener(_Redirects).open(Request(url), timeout=_TIMEOUT) as answer:
+        length = answer.headers.get("Content-Length")
+        total = int(length) if length else None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=Path(file.name).stem) as bar:
+            while block := answer.read(2**20):
+                received += len(block)
+                if received > _LARGEST:
+                    raise ValueError(f"it has more than {_LARGEST >> 30} GiB")
+                digest.update(block)
+                file.write(block)
+                bar.update(len(block))
+    if not received or total not in (None, received):
+        raise ValueError(f"it was cut short, {received} of {total} bytes came")
+    return digest.hexdigest()
+
+
+def _download(source: str, url: str, path: Path, digest: str) -> None:
+    """Fetches a file, which takes its name once it is whole and right."""
+    with atomic_write(path) as file:
+        found = _receive(url, file)
+        if not found.startswith(digest):
             raise UserError(
                 f"{source} is another file: the one that the server has begins its SHA-256 with "
                 f"{found[:16]}, give the right #sha256= or another address"
             )
-        os.replace(path, file)
-    finally:
-        log.disabled = quiet
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_url(source: str, url: str) -> str:
+def _fetch_url(source: str, url: str) -> Fetched:
     url, _, fragment = url.partition("#")
-    digest = _digest_of(source, fragment)
-    file = _cached_file(url)
     try:
-        if file.is_file() and _has_digest(file, digest):
-            return str(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(file)):
-            if not file.is_file() or not _has_digest(file, digest):
-                _download(source, url, file, digest)
-    except (OSError, HTTPException, LockException, ValueError) as error:
+        url = quote(url, safe=_IN_URLS)
+        digest = _digest_of(source, url, fragment)
+        path = _cached_file(url)
+    except ValueError as error:  # no address
         raise _cannot(source, error) from error
-    return str(file)
+    try:
+        if not path.is_file() or not _has_digest(path, digest):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(str(path)):
+                if not path.is_file() or not _has_digest(path, digest):
+                    _download(source, url, path, digest)
+    except (HTTPException, LockException, URLError, ValueError) as error:
+        raise _cannot(source, error) from error
+    except OSError as error:
+        raise _cannot(source, error, explain_os_error(error, path)) from error
+    return Fetched(str(path), digest)
 
 
 # --- the hub -------------------------------------------------------------------------------------
@@ -218,8 +235,11 @@ def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ..
 def _pixels_of(config: Mapping) -> dict[str, str | list[float]]:
     """Pixel statistics of a config of timm's, whose units are 0 to 1."""
     mean, std = config.get("mean"), config.get("std")
-    if not mean or not std or len(mean) != 3 or len(std) != 3:
-        return {}
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            return {}
+        if not all(isinstance(value, int | float) for value in values):
+            return {}
     mean, std = ([round(255 * x, 3) for x in values] for values in (mean, std))
     return {"format": "RGB", "mean": mean, "std": std}
 
@@ -235,7 +255,7 @@ def _read_hub_config(repo: str, revision: str | None, offline: bool) -> Mapping:
         find = _find_in_cache if offline else partial(_hub_file, "")
         file = find(repo, revision, (_HUB_CONFIG,))
         content = json.loads(Path(file).read_text()) if file else {}
-    except (OSError, ValueError, UserError):
+    except (OSError, RecursionError, ValueError, UserError):
         return {}
     if not isinstance(content, Mapping):
         return {}
@@ -251,6 +271,8 @@ def _fetch_hub(source: str, address: str) -> Fetched:
             "/FILE behind it where it has several"
         )
     repo, revision, file = match.groups()
+    if ".." in address.replace("@", "/").split("/"):
+        raise UserError(f"MODEL.WEIGHTS {source} leads out of the hub's cache: leave .. out")
     names = (file,) if file else _HUB_FILES
     try:
         cached = _find_in_cache(repo, revision, names)
@@ -259,7 +281,8 @@ def _fetch_hub(source: str, address: str) -> Fetched:
     path = cached or _hub_file(source, repo, revision, names)
     # Weights that came before came with their config, if there is one: no network is needed.
     config = _read_hub_config(repo, revision, offline=cached is not None)
-    return Fetched(path, f"{repo}'s {_HUB_CONFIG}", _pixels_of(config), _classes_of(config))
+    maker = f"{repo}'s {_HUB_CONFIG}"
+    return Fetched(path, "", maker, _pixels_of(config), _classes_of(config))
 
 
 def _fetch_timm(source: str, name: str) -> Fetched:
@@ -277,13 +300,14 @@ def _fetch_timm(source: str, name: str) -> Fetched:
     if config.hf_hub_id:
         repo, _, revision = config.hf_hub_id.partition("@")
         names = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
-        path = _hub_file(source, repo, revision or None, names)
+        fetched = Fetched(_hub_file(source, repo, revision or None, names))
     elif isinstance(config.url, str) and config.url:
-        path = _fetch_url(source, config.url)
+        fetched = _fetch_url(source, config.url)
     else:
         raise UserError(f"MODEL.WEIGHTS {source}: no weights of it are published")
     facts = config.to_dict()
-    return Fetched(path, "timm's config of it", _pixels_of(facts), _classes_of(facts))
+    pixels, classes = _pixels_of(facts), _classes_of(facts)
+    return replace(fetched, maker="timm's config of it", pixels=pixels, classes=classes)
 
 
 # --- the whole -----------------------------------------------------------------------------------
@@ -294,27 +318,36 @@ def fetch_weights(source: str) -> Fetched:
 
     Args:
         source: a file; ``timm://NAME`` for weights that timm knows; ``hf://OWNER/REPO[@REVISION]``
-            with a ``/FILE`` for the hub; a URL, with ``#sha256=DIGEST`` to be checked; or any other
-            address of Detectron2's ``PathManager``.
+            with a ``/FILE`` for the hub; a URL, with ``#sha256=DIGEST`` to be checked; or an
+            address of a scheme that was registered with Detectron2's ``PathManager``.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if it cannot be had, or the address has a password or a token.
     """
     scheme, mark, address = source.partition("://")
     if not mark:
         return Fetched(source)
+    if has_credentials(source):
+        raise UserError(f"MODEL.WEIGHTS {source} {CREDENTIALS_ADVICE}")
     if scheme == "timm":
         return _fetch_timm(source, address)
     if scheme == "hf":
         return _fetch_hub(source, address)
     if scheme == "detectron2":
-        return Fetched(_fetch_url(source, Detectron2Handler.S3_DETECTRON2_PREFIX + address))
+        return _fetch_url(source, Detectron2Handler.S3_DETECTRON2_PREFIX + address)
+    if source.startswith(OneDrivePathHandler.ONE_DRIVE_PREFIX):
+        return _fetch_url(source, OneDrivePathHandler().create_one_drive_direct_download(source))
+    if scheme.lower() in ("http", "https"):
+        return _fetch_url(source, source)
     try:
         if scheme == "catalog":
-            return Fetched(_fetch_url(source, ModelCatalog.get(address)))
-        share = source.startswith(OneDrivePathHandler.ONE_DRIVE_PREFIX)
-        if scheme in ("http", "https", "ftp") and not share:
-            return Fetched(_fetch_url(source, source))
-        return Fetched(PathManager.get_local_path(source))
+            return _fetch_url(source, ModelCatalog.get(address))
+        path = PathManager.get_local_path(source) if scheme not in ("file", "ftp") else ""
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise _cannot(source, error) from error
+    if not os.path.isfile(path):
+        raise UserError(
+            f"MODEL.WEIGHTS {source} cannot be fetched: give a file by its path, or an address of "
+            "https://, hf://, timm:// or detectron2://"
+        )
+    return Fetched(path)

@@ -27,7 +27,7 @@ from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import ConTNet
 from contnet.utils.errors import UserError
-from contnet.utils.text import first_names
+from contnet.utils.text import first_names, printable
 
 __all__ = ["load_weights"]
 
@@ -166,7 +166,9 @@ def _advice(
     if not absent:
         return "it is a checkpoint of another architecture, or of another number of classes"
     first = next(iter(weights.tensors))
-    return f"it is a checkpoint of another architecture, its first tensor is {first!r}"
+    return (
+        f"it is a checkpoint of another architecture, its first tensor is {printable(first, 200)}"
+    )
 
 
 def _check_complete(

@@ -22,7 +22,7 @@ from contnet.modeling.contnet import VARIANTS
 from contnet.modeling.fpn import bottom_up_name
 from contnet.utils.errors import UserError
 from contnet.utils.packages import installed_versions
-from contnet.utils.text import describe_difference
+from contnet.utils.text import describe_difference, printable
 
 __all__ = [
     "METADATA",
@@ -36,6 +36,7 @@ __all__ = [
 # The key, of a checkpoint or of a .safetensors file's metadata.
 METADATA = "contnet"
 _FORMAT = 1
+_DAMAGED = (AttributeError, RecursionError, TypeError, ValueError)
 
 # Options that change the function, most of them without a trace in names and shapes.
 _DECISIVE = {
@@ -140,9 +141,10 @@ class Metadata:
             found = msgspec.convert(said if "format" in said else _upgrade(said), cls)
             for name in found.options.keys() & _KINDS.keys():
                 msgspec.convert(found.options[name], _KINDS[name])
-        except (msgspec.ValidationError, AttributeError, TypeError, ValueError) as error:
+        except (msgspec.ValidationError, *_DAMAGED) as error:
+            reason = printable(str(error), 200)
             raise UserError(
-                f"{path}: its metadata under {METADATA!r} are damaged ({error})"
+                f"{path}: its metadata under {METADATA!r} are damaged ({reason})"
             ) from error
         return found
 

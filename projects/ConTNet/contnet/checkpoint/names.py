@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 from contnet.utils.errors import UserError
+from contnet.utils.files import file_names
+from contnet.utils.text import printable
 
 __all__ = [
     "BEST",
     "FINAL",
     "LAST_CHECKPOINT",
+    "checkpoint_files",
     "find_checkpoint",
     "has_last_checkpoint",
     "iteration_of",
@@ -26,6 +29,9 @@ FINAL = "model_final"
 BEST = "model_best"
 
 _NUMBERED = re.compile(r"model_(\d+)")
+_LONGEST_NAME = 255  # bytes
+# No path, which could lead out of the folder, and no bytes that are no text.
+_FILE_NAME = re.compile(r"[^/\uFFFD]+\.pth")
 
 
 def numbered_name(iteration: int) -> str:
@@ -39,22 +45,45 @@ def iteration_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def checkpoint_files(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a run's folder, by name."""
+    names = sorted(file_names(output_dir))
+    known = [name for name in names if name.endswith(".pth")]
+    return [
+        Path(output_dir, name)
+        for name in known
+        if name[:-4] in (BEST, FINAL) or iteration_of(name[:-4]) is not None
+    ]
+
+
 def has_last_checkpoint(output_dir: str | Path) -> bool:
-    """Whether a run has a checkpoint that a resume would go on from."""
+    """Whether a run has a file that says what a resume would go on from."""
     return Path(output_dir, LAST_CHECKPOINT).exists()
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """The file that a resume would go on from.
+    """The file that a resume would go on from, which may not be there.
 
     Raises:
         OSError: if the run has none.
+        UserError: if what should name it is not the name of a file in that folder.
     """
-    return Path(output_dir, Path(output_dir, LAST_CHECKPOINT).read_text().strip())
+    path = Path(output_dir, LAST_CHECKPOINT)
+    if not path.is_file() and path.exists():
+        raise UserError(f"{path} is not a file: remove it")
+    with open(path, "rb") as file:
+        content = file.read(_LONGEST_NAME + 2)
+    name = content.decode(errors="replace").strip()
+    if not _FILE_NAME.fullmatch(name) or not name.isprintable():
+        raise UserError(
+            f"{path} must hold the name of a checkpoint in its folder, not "
+            f"{printable(repr(name), 80)}: write one into it, or name a file by --resume-from"
+        )
+    return Path(output_dir, name)
 
 
 def find_checkpoint(output_dir: str | Path) -> Path | None:
-    """The file that a resume goes on from, None if the run has none.
+    """The file that a resume would go on from, None if the run has none.
 
     Raises:
         UserError: if it is not there.

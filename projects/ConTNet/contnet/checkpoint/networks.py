@@ -23,7 +23,7 @@ from contnet.checkpoint.metadata import RESNET_OPTIONS
 from contnet.checkpoint.reading import NUM_AVERAGED, Weights
 from contnet.modeling.contnet import create_model
 from contnet.utils.errors import UserError
-from contnet.utils.text import first_names
+from contnet.utils.text import first_names, printable
 
 __all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 
@@ -82,7 +82,9 @@ def _check_single(weights: Weights) -> None:
     found = locate_networks(weights.tensors)
     if not found:
         first = next(iter(weights.tensors))
-        raise UserError(f"it holds neither a ConTNet nor a ResNet, its first tensor is {first!r}")
+        raise UserError(
+            f"it holds neither a ConTNet nor a ResNet, its first tensor is {printable(first, 200)}"
+        )
     if len(found) > 1:
         names = ", ".join(prefix + MARKS[form] for form, prefix in found)
         raise UserError(f"it holds several networks ({names}): leave one of them in the file")
@@ -107,10 +109,8 @@ def _check_said(network: Network, weights: Weights) -> None:
     if network.family == "resnet":
         # An activation, for one, leaves no trace in tensors.
         if unknown := sorted(said.keys() - RESNET_OPTIONS):
-            raise UserError(
-                f"its {network.variant} has {unknown[0]} {said[unknown[0]]!r}: this "
-                "option cannot be converted"
-            )
+            option = printable(f"{unknown[0]} {said[unknown[0]]!r}", 200)
+            raise UserError(f"its {network.variant} has {option}: this option cannot be converted")
         return
     if weights.metadata is None:
         return

@@ -1,35 +1,35 @@
-"""Reads files of weights: what they hold, never running code from them, and what is known of it.
+"""Reads files of weights: what they hold, and what is known of it.
 
-A file of whatever form (ours, the authors', torchvision's, timm's, Detectron2's; PyTorch's,
-.safetensors, .pkl) is opened once and becomes :class:`Weights`. Forms are recognised here and
-nowhere else.
+A file of whatever form (ours, the authors', torchvision's, timm's, Detectron2's) is opened once and
+becomes :class:`Weights`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from contnet.checkpoint.content import read_content
 from contnet.checkpoint.fetching import fetch_weights
 from contnet.checkpoint.key_mapping import locate_networks
 from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.origins import Origin, find_origin
+from contnet.checkpoint.verification import verify_file
 from contnet.utils.errors import UserError
+from contnet.utils.files import open_regular
+from contnet.utils.text import printable
 
 __all__ = [
     "EMA_KEYS",
@@ -38,7 +38,6 @@ __all__ = [
     "conversion_advice",
     "read_checkpoint",
     "read_class_names",
-    "read_content",
     "read_weights",
 ]
 
@@ -52,181 +51,34 @@ _MODEL_KEYS = ("model", "state_dict", "model_state", "blobs")
 NUM_AVERAGED = "n_averaged"
 # What DistributedDataParallel and torch.compile put before names.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
-
-# All that arrays and plain values are made of in a pickle.
-_PLAIN = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.numeric", "_frombuffer"),
-}
-# A training script's accuracy is often numpy's: numbers, by the names of numpy 1 and 2.
-_scalar = np.float64(0).__reduce__()[0]
-_NUMBERS = [
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *dict.fromkeys(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
-]
-# An array's parts, by the names of numpy 1 and 2.
-_reconstruct = np.zeros(1).__reduce__()[0]
-_ARRAYS = [
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_reconstruct, "numpy._core.multiarray._reconstruct"),
-    np.ndarray,
-]
-# Objects that training scripts save beside their weights, and that are no matter of weights.
-_LEFT_OUT = (
-    "argparse.Namespace",
-    "detectron2.config.config.CfgNode",
-    "fvcore.common.config.CfgNode",
-    "mmengine.config.config.ConfigDict",
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "omegaconf.dictconfig.DictConfig",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "yacs.config.CfgNode",
-)
-# What torch.save wrote before PyTorch 1.6 begins with: a pickle of a number.
-_TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-_ASKED_FOR = re.compile(r"GLOBAL (\S+) was not an allowed global|but got <class '([^']+)'>")
-_BLOCKED = re.compile(r"GLOBAL (\S+) whose module \S+ is blocked")
+# In bytes, up to which a tensor may repeat what its file has.
+_EXPANDED = 2**26
 
 
-# --- the content of a file -----------------------------------------------------------------------
-
-
-class _LeftOut(dict):
-    """Stands for an object of another package, which is neither imported nor built."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_pickle(file: BinaryIO, path: str) -> object:
+@contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """The file, opened once: what is checked of it is what is loaded."""
     try:
-        return _PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a file that is no pickle may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a pickle of plain arrays: {reason}") from error
-
-
-def _refusal(path: str, error: pickle.UnpicklingError) -> UserError:
-    what = f"{path} is not a checkpoint of tensors and plain numbers"
-    if blocked := _BLOCKED.search(str(error)):
-        return UserError(f"{what}: it wants to run code ({blocked[1]}), do not use this file")
-    if not (asked := _ASKED_FOR.search(str(error))):
-        # PyTorch's advice before that, or without it, is to load it unsafely.
-        _, found, reason = str(error).rpartition("WeightsUnpickler error:")
-        lines = reason.strip().splitlines() if found else []
-        return UserError(f"{what}: {lines[0] if lines else 'it cannot be unpickled'}")
-    return UserError(
-        f"{what}: it holds a Python object ({asked[1] or asked[2]}), which is not loaded, since "
-        "that could run code; get a file of the weights alone, or make one where you trust the "
-        "file: python -c 'import torch; "
-        'torch.save(torch.load("FILE", "cpu", weights_only=False)["model"], "WEIGHTS.pth")\' '
-        '(or .state_dict() in the place of ["model"])'
-    )
-
-
-def _read_torch(file: BinaryIO | str, path: str, mmap: bool = False) -> object:
-    try:
-        allowed = [*_NUMBERS, *_ARRAYS, *((_LeftOut, name) for name in _LEFT_OUT)]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise _refusal(path, error) from error
-    except Exception as error:  # a damaged file may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-        raise UserError(f"{path} cannot be read, it may be cut short: {reason}") from error
-
-
-def _read_safetensors(file: BinaryIO, path: str) -> dict:
-    """Tensors under "model", and under ``METADATA`` what the file says of itself."""
-    data = file.read()
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read, it may be cut short or no .safetensors file: {reason}"
-        ) from error
-    # The file begins with the length of its header, which is JSON.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    try:
-        said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} has metadata that are no JSON: {error}") from error
-    return {"model": tensors, METADATA: said}
-
-
-def _format(start: bytes, suffix: str) -> str:
-    """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
-    if start.startswith((b"PK", _TORCH_MAGIC)):
-        return "torch"
-    if start[4:9] == b"\0\0\0\0{" or suffix == ".safetensors":
-        return "safetensors"
-    return "pickle" if start.startswith(b"\x80") or suffix == ".pkl" else "torch"
-
-
-_READERS = {"torch": _read_torch, "safetensors": _read_safetensors, "pickle": _read_pickle}
-
-
-def read_content(file: BinaryIO, path: str) -> dict:
-    """Reads a dict of tensors and plain values; the file's form goes by its content.
-
-    Args:
-        file: open, at its beginning.
-        path: its name.
-
-    Raises:
-        UserError: if it is not whole, holds anything else, or is no dict.
-    """
-    start = file.read(len(_TORCH_MAGIC))
-    file.seek(0)
-    content = _READERS[_format(start, Path(path).suffix)](file, path)
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return dict(content)
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_checkpoint(path: str) -> dict:
     """Reads a checkpoint that is on the disk, its tensors only when they are looked at.
 
+    Of the file, all but the tensors is verified.
+
     Args:
         path: of the file.
 
     Raises:
-        UserError: as :func:`read_content`.
+        UserError: as :func:`contnet.checkpoint.content.read_content`.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(2)
-            file.seek(0)
-            content = _read_torch(path, path, mmap=True) if start == b"PK" else None
-            return read_content(file, path) if not isinstance(content, Mapping) else dict(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with _open(path) as file:
+        verify_file(file, path, tensors=False)
+        return read_content(file, path, mmap=True)
 
 
 # --- what it is ----------------------------------------------------------------------------------
@@ -312,11 +164,15 @@ def _matching(content: Mapping, state: Mapping) -> str:
 
 
 def _as_tensor(value: object) -> Tensor | None:
-    """A tensor with values of its own; None for anything else."""
+    """A tensor with values of its own, and nothing else about it; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.array(value))
-    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    return value if dense else None
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return None
+    # A few values that are said to be many.
+    if value.nbytes > max(_EXPANDED, value.untyped_storage().nbytes()):
+        return None
+    return Tensor.detach(value)
 
 
 def _fill(weights: Weights, state: Mapping) -> None:
@@ -333,7 +189,7 @@ def _fill(weights: Weights, state: Mapping) -> None:
         if tensor is None or not isinstance(name, str):
             weights.odd.append(str(name))
         elif short in weights.tensors:
-            raise UserError(f"{weights.path} holds {short!r} twice, in two wrappers")
+            raise UserError(f"{weights.path} holds {printable(short, 200)} twice, in two wrappers")
         else:
             weights.tensors[short], weights.origins[short] = tensor, name
     networks = locate_networks(weights.tensors)
@@ -364,17 +220,15 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
     """
     fetched = fetch_weights(source)
     path = fetched.path
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is not a file (looked for in {Path.cwd()})")
     weights = Weights(source)
-    try:
-        with open(path, "rb") as file:
-            if digest:
-                weights.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-            content = read_content(file, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with _open(path) as file:
+        weights.sha256 = verify_file(file, path, digest=fetched.digest)
+        if digest and not weights.sha256:
+            weights.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+        content = read_content(file, path)
     state, weights.key = _pick(content, prefer_ema)
     weights.matching = _matching(content, state)
     if weights.matching == "caffe2":

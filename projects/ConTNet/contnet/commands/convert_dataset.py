@@ -11,8 +11,9 @@ from contnet.data.conversion.common import Conversion
 from contnet.data.conversion.voc import convert_voc
 from contnet.data.conversion.yolo import convert_yolo, read_names
 from contnet.data.findings import ERROR, NOTE
-from contnet.utils.errors import UserError, print_error
-from contnet.utils.text import first_names, plural
+from contnet.utils.command import run_command
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.text import first_names, plural, say
 
 __all__ = ["build_parser", "main"]
 
@@ -83,7 +84,7 @@ def _convert(args: argparse.Namespace) -> tuple[Conversion, Path]:
     if args.names and not args.names.is_file():
         raise UserError(f"{args.names} does not exist")
     if args.out.suffix != ".json":
-        raise UserError(f"{args.out} does not end with .json: give FOLDER, then OUT.json")
+        raise UsageError(f"{args.out} does not end with .json: give FOLDER, then OUT.json")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} exists: give another name, or --force to replace it")
     if args.form == "yolo":
@@ -116,22 +117,19 @@ def _print(conversion: Conversion, written: dict[str, int], root: Path, out: Pat
     name = "mine_" + out.stem.removeprefix("mine_")
     entry = f"['{name}', '{out}', '{os.path.relpath(root)}']"
     lines.append(f"its entry of DATASETS.REGISTER: {entry}")
-    for line in lines:
-        # File names need not be text, and not every terminal takes their bytes as they are.
-        print(line.encode(errors="backslashreplace").decode())
+    say(*lines)
+
+
+def _run(args: argparse.Namespace) -> int:
+    conversion, root = _convert(args)
+    if not conversion.images:
+        say(*conversion.findings.lines(ERROR))
+    written = conversion.write(args.out)
+    _print(conversion, written, root, args.out)
+    return 1 if conversion.findings.lines(ERROR) and not args.skip else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/convert_dataset.py; status 1 if something had to be left out."""
     args = build_parser().parse_args(argv)
-    try:
-        conversion, root = _convert(args)
-        if not conversion.images:
-            for line in conversion.findings.lines(ERROR):
-                print(line)
-        written = conversion.write(args.out)
-    except UserError as error:
-        print_error(error)
-        return 1
-    _print(conversion, written, root, args.out)
-    return 1 if conversion.findings.lines(ERROR) and not args.skip else 0
+    return run_command(lambda: _run(args))

@@ -12,13 +12,16 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from contnet.checkpoint.content import read_content
 from contnet.checkpoint.convert import TARGETS, Result, convert, largest_difference
 from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.networks import Network, find_network
-from contnet.checkpoint.reading import Weights, read_content, read_weights
-from contnet.utils.errors import UserError, print_error
+from contnet.checkpoint.reading import Weights, read_weights
+from contnet.utils.command import run_command
+from contnet.utils.errors import UsageError, UserError
 from contnet.utils.files import atomic_write
 from contnet.utils.packages import installed_versions
+from contnet.utils.text import printable, say
 
 __all__ = ["TOLERANCE", "build_parser", "main"]
 
@@ -102,7 +105,7 @@ def _check(network: Network, result: Result, data: bytes, suffix: str) -> None:
     for size in _SIZES:
         difference, largest = largest_difference(network, result, size, with_logits)
         shown = f"{size[0]}x{size[1]}"
-        print(
+        say(
             f"check    {network.form} against {result.form}, {what} at {shown}: largest difference "
             f"{difference:.2e}, largest output {largest:.2e}"
         )
@@ -130,7 +133,7 @@ def _encode(result: Result, metadata: dict, suffix: str) -> bytes:
 
 def _check_target(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
-        raise UserError(f"DST {path} must end in {' or '.join(_SUFFIXES)}")
+        raise UsageError(f"DST {path} must end in {' or '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
         raise UserError(f"DST {path}: there is no folder {path.parent}")
 
@@ -149,18 +152,18 @@ def _write(path: Path, data: bytes) -> Path:
 
 def _print_report(network: Network, result: Result) -> None:
     for theirs, name in result.mapped:
-        print(f"mapped   {theirs} -> {name}")
+        say(f"mapped   {printable(theirs, 200)} -> {printable(name, 200)}")
     for name in network.dropped:
         why = "the network computes it" if name.endswith(_INDEX) else "no part of the network"
-        print(f"dropped  {name} ({why})")
+        say(f"dropped  {printable(name, 200)} ({why})")
     for name in result.left:
-        print(f"dropped  {name}")
+        say(f"dropped  {printable(name, 200)}")
     for name in network.missing:
-        print(f"missing  {name}")
+        say(f"missing  {name}")
     for name in result.new:
-        print(f"new      {name}")
+        say(f"new      {name}")
     dropped = len(network.dropped) + len(result.left)
-    print(
+    say(
         f"tensors  {len(result.mapped)} mapped, {dropped} dropped, {len(network.missing)} missing, "
         f"{len(result.new)} new"
     )
@@ -200,20 +203,20 @@ def _run(args: argparse.Namespace) -> None:
         result = convert(network, args.to, args.head)
     except UserError as error:
         raise UserError(f"{args.source}: {error}") from error
-    others = [other for other in weights.rest if other != METADATA]
+    others = [printable(str(other), 200) for other in weights.rest if other != METADATA]
     beside = f", left behind: {', '.join(others)}" if others else ""
     key = f"its {weights.key!r}" if weights.key else "a bare state dict"
-    print(f"source   {args.source}, {key}{beside}")
+    say(f"source   {args.source}, {key}{beside}")
     shown = ", ".join(f"{name} {value}" for name, value in network.options.items())
-    print(f"network  {network.variant} by the names of {network.form} ({shown})")
+    say(f"network  {network.variant} by the names of {network.form} ({shown})")
     _print_report(network, result)
     if network.family == "resnet" and network.stride_in_1x1 is None:
-        print("unknown  whether strides are in 1x1 convolutions: they are taken to be in the 3x3")
+        say("unknown  whether strides are in 1x1 convolutions: they are taken to be in the 3x3")
     metadata = _describe(weights, network, result, args.head)
     data = _encode(result, metadata.state(), target.suffix)
     if args.check:
         _check(network, result, data, target.suffix)
-    print(_write(target, data))
+    say(str(_write(target, data)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,12 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status. Mistakes of the user's are one line on the error stream and status 1.
+        The exit status, as of :func:`contnet.utils.command.run_command`.
     """
     args = build_parser().parse_args(argv)
-    try:
-        _run(args)
-    except UserError as error:
-        print_error(error)
-        return 1
-    return 0
+    return run_command(lambda: _run(args))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from contnet.data.datasets.shapes import crop_shapes, make_shapes
 from contnet.evaluation.results import read_results
-from contnet.launch.main import main as train
-from contnet.utils.errors import UserError, print_error
+from contnet.launch.main import train
+from contnet.utils.command import run_command
+from contnet.utils.errors import UserError
 
 __all__ = ["REQUIRED_TOP1", "main", "run_demo"]
 
@@ -42,28 +43,24 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float
     shutil.rmtree(run, ignore_errors=True)
     sets = [[f"pictures_{split}", str(pictures / split)] for split in ("train", "val")]
     opts = ["DATASETS.REGISTER", str(sets), *opts, "OUTPUT_DIR", str(run)]
-    if train(["--config-file", str(config_file), *opts]):
-        raise UserError("the demonstration's training failed, see the line above")
+    train(["--config-file", str(config_file), *opts])
     return read_results(str(run))[-1]["metrics"]["classification"]["top1"]
+
+
+def _run(args: argparse.Namespace) -> None:
+    repository = Path(__file__).resolve().parents[4]
+    top1 = run_demo(repository / "configs" / "demo_imagenet.yaml", args.output, args.opts)
+    print(f"top-1 {top1:.1f}")
+    if not top1 >= REQUIRED_TOP1:
+        raise UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, something is broken")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/demo_imagenet.py; status 1 if top-1 is below ``REQUIRED_TOP1``."""
-    repository = Path(__file__).resolve().parents[4]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("output/demo_imagenet"), metavar="FOLDER"
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")
     args = parser.parse_intermixed_args(argv)
-    config_file = repository / "configs" / "demo_imagenet.yaml"
-    try:
-        top1 = run_demo(config_file, args.output, args.opts)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"top-1 {top1:.1f}")
-    if not top1 >= REQUIRED_TOP1:
-        print_error(UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, something is broken"))
-        return 1
-    return 0
+    return run_command(lambda: _run(args))

@@ -18,8 +18,9 @@ from contnet.data.validation.images import look_at_images
 from contnet.launch.arguments import config_parser, configure
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.compat import silence_known_warnings
-from contnet.utils.errors import UserError, print_error
-from contnet.utils.text import plural
+from contnet.utils.command import run_command
+from contnet.utils.errors import UsageError
+from contnet.utils.text import plural, say
 
 __all__ = ["build_parser", "diagnose", "main"]
 
@@ -52,11 +53,11 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
         What was found, by data set.
 
     Raises:
-        UserError: if the config names no data set.
+        UsageError: if the config names no data set.
     """
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     if not names:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+        raise UsageError("DATASETS.TRAIN and DATASETS.TEST are empty")
     examined = {name: examine_dataset(cfg, name) for name in names}
     found = {name: findings for name, (findings, _) in examined.items()}
     check_classes(cfg, found)
@@ -71,9 +72,7 @@ def _print(name: str, findings: Findings) -> None:
     for word, severities in _WORDS.items():
         for severity in severities:
             lines += [f"  {word:5}  {line}" for line in findings.lines(severity)]
-    for line in lines:
-        # File names need not be text, and not every terminal takes their bytes as they are.
-        print(line.encode(errors="backslashreplace").decode())
+    say(*lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,23 +98,16 @@ def _fix(args: argparse.Namespace) -> int:
     return 0 if fix_annotations(cfg, args.fix, args.dataset) else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
-    silence_known_warnings()
-    try:
-        args = build_parser().parse_intermixed_args(argv)
-        check_positive(args, "workers")
-        if args.fix:
-            return _fix(args)
-        if args.dataset:
-            raise UserError("--dataset is for --fix")
-        cfg, added = configure(args.config_file, args.opts)
-        for line in added:
-            print(line)
-        found = diagnose(cfg, args.workers)
-    except UserError as error:
-        print_error(error)
-        return 1
+def _run(argv: Sequence[str] | None) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+    check_positive(args, "workers")
+    if args.fix:
+        return _fix(args)
+    if args.dataset:
+        raise UsageError("--dataset is for --fix")
+    cfg, added = configure(args.config_file, args.opts)
+    say(*added)
+    found = diagnose(cfg, args.workers)
     for name, findings in found.items():
         _print(name, findings)
     errors, notes = (
@@ -125,3 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = "this would stop or corrupt training" if errors else "training can start"
     print(f"{plural(errors, 'error')}, {plural(notes, 'note')}: {verdict}")
     return 1 if errors else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
+    silence_known_warnings()
+    return run_command(lambda: _run(argv))

@@ -17,9 +17,9 @@ from contnet.data.findings import ERROR, Findings
 from contnet.data.validation.coco import check_instances
 from contnet.data.validation.examine import dataset_use
 from contnet.data.validation.fixing import mend
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError, UserError
 from contnet.utils.files import atomic_write
-from contnet.utils.text import plural
+from contnet.utils.text import plural, say
 
 __all__ = ["fix_annotations"]
 
@@ -46,11 +46,11 @@ def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
     sources = {each: find_source(each) for each in names}
     sources = {key: source for key, source in sources.items() if isinstance(source, CocoSource)}
     if not sources:
-        raise UserError("--fix needs a data set of COCO's form in DATASETS.TRAIN or TEST")
+        raise UsageError("--fix needs a data set of COCO's form in DATASETS.TRAIN or TEST")
     if name is None:
         return sources
     if name not in sources:
-        raise UserError(
+        raise UsageError(
             f"--dataset {name} is no data set of COCO's form in DATASETS.TRAIN or TEST (these are: "
             f"{', '.join(sources)})"
         )
@@ -66,7 +66,7 @@ def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
         content, done = _read(source)
         done += mend(content, source.image_root, cfg.MODEL.MASK_ON)
         if needy and done:
-            raise UserError(
+            raise UsageError(
                 f"--fix: {needy.name} and {name} both need mending: say which by --dataset NAME"
             )
         if done or len(sources) == 1:
@@ -121,18 +121,21 @@ def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
         UserError: if nothing can be written.
     """
     _check_target(file)
-    name, source, content, done = _mend_one(cfg, _find_sources(cfg, name))
-    errors = _remaining(cfg, name, content)
-    with atomic_write(file, "w") as stream:
-        json.dump(content, stream)  # ASCII, whatever the names
-    print(f"data set {name}: {source.json_file} -> {file}")
+    try:
+        name, source, content, done = _mend_one(cfg, _find_sources(cfg, name))
+        errors = _remaining(cfg, name, content)
+        with atomic_write(file, "w") as stream:
+            json.dump(content, stream)  # ASCII, whatever the names
+    except RecursionError as error:
+        raise UserError("--fix: the file has lists in lists without end, remove them") from error
+    say(f"data set {name}: {source.json_file} -> {file}")
     for what, number in done.items():
-        print(f"  mended {number:7}  {what}")
+        say(f"  mended {number:7}  {what}")
     if not done:
-        print("  nothing to mend")
+        say("  nothing to mend")
     for line in errors:
-        print(f"  ERROR  {line}")
-    print(
+        say(f"  ERROR  {line}")
+    say(
         f"{plural(len(errors), 'error')} left, about which you must decide"
         if errors
         else f"look at it with [{name}, {file}, {source.image_root}] in DATASETS.REGISTER"

@@ -8,10 +8,16 @@ from pathlib import Path
 
 from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.shard_writer import SAMPLES_PER_SHARD, make_shards
-from contnet.utils.errors import UserError, print_error
-from contnet.utils.text import plural
+from contnet.utils.command import run_command
+from contnet.utils.text import plural, say
 
 __all__ = ["main"]
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_positive(args, "samples_per_shard", "workers")
+    written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
+    say(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +37,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_workers_option(parser)
     args = parser.parse_args(argv)
-    try:
-        check_positive(args, "samples_per_shard", "workers")
-        written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
-    return 0
+    return run_command(lambda: _run(args))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
+import msgspec
 import yaml
 
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
+from contnet.utils.command import run_command
 from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write
+from contnet.utils.records import read_bytes
+from contnet.utils.text import printable
 
 __all__ = ["RESULTS", "ZOO", "main", "make_zoo"]
 
@@ -48,6 +54,11 @@ _NAMES = {
     "deit_b": "DeiT-B",
 }
 _ORDER = tuple(_NAMES)
+
+
+class _Table(TypedDict):
+    paper: dict[str, dict[str, Any]]
+    here: dict[str, dict[str, Any]]
 
 
 def _backbone(name: str) -> str:
@@ -139,15 +150,28 @@ def make_zoo(repository: Path) -> str:
         repository: holds ``configs`` and ``docs/results.yaml``.
 
     Raises:
-        UserError: for results of a config that does not exist.
+        UserError: for results that cannot be read, or are of a config that does not exist.
     """
     configs = repository / "configs"
-    tables = yaml.safe_load((repository / RESULTS).read_text())
+    try:
+        tables = yaml.safe_load(read_bytes(repository / RESULTS) or b"")
+        msgspec.convert(tables, list[_Table])
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"{repository / RESULTS} cannot be read ({reason})") from error
     for table in tables:
         for name in (*table["paper"], *table["here"]):
             if not (configs / f"{name}.yaml").is_file():
                 raise UserError(f"{RESULTS}: there is no configs/{name}.yaml")
     return "\n".join([_HEAD, *(_section(table, configs) for table in tables)])
+
+
+def _run() -> None:
+    repository = Path(__file__).resolve().parents[4]
+    text = make_zoo(repository)
+    with atomic_write(repository / ZOO, "w") as file:
+        file.write(text)
+    print(f"wrote {repository / ZOO}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,7 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"Writes {ZOO} anew from the configs and {RESULTS}; it has no other options."
     )
     parser.parse_args(argv)
-    repository = Path(__file__).resolve().parents[4]
-    (repository / ZOO).write_text(make_zoo(repository))
-    print(f"wrote {repository / ZOO}")
-    return 0
+    return run_command(_run)

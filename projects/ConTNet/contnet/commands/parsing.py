@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from contnet.utils.cpus import available_cpus
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
 
 __all__ = ["add_workers_option", "check_positive"]
+
+# By option; more processes than any machine has cores are a slip of the finger.
+_MOST = {"workers": 1024}
 
 
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,9 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless these options are at least 1."""
+    """Raises UsageError unless these options are at least 1, and in reason."""
     for name in names:
-        if (value := getattr(args, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+        value, most = getattr(args, name), _MOST.get(name, math.inf)
+        if not 1 <= value <= most:
+            legal = "at least 1" if value < 1 else f"at most {most}"
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, it must be {legal}")

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.cityscapes_labels import default_root, prepare_cityscapes
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.command import run_command
 
 __all__ = ["main"]
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_positive(args, "workers")
+    written, kept = prepare_cityscapes(args.root, args.workers)
+    print(f"{written} label files written, {kept} were there already")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +33,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_workers_option(parser)
     args = parser.parse_args(argv)
-    try:
-        check_positive(args, "workers")
-        written, kept = prepare_cityscapes(args.root, args.workers)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(f"{written} label files written, {kept} were there already")
-    return 0
+    return run_command(lambda: _run(args))

@@ -20,12 +20,15 @@ from contnet.modeling.macs import build_meta_model, count_macs, count_parameters
 from contnet.slurm.describe import describe_run, iterations_done, last_metrics
 from contnet.slurm.jobs import live_states
 from contnet.slurm.records import SUBMISSION_FILE, read_submissions
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.command import run_command
+from contnet.utils.errors import UserError
+from contnet.utils.records import read_bytes, warn_once
+from contnet.utils.text import printable, say
+from contnet.utils.yaml_text import parse_yaml
 
 __all__ = ["build_parser", "collect_results", "group_by_seed", "main", "results_table"]
 
 _CONFIG_FILE = "config.yaml"
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, ten times faster
 _COUNTED = ("parameters_m", "macs_g", "macs_with_attention_g")
 
 
@@ -80,22 +83,26 @@ def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
             for name, value in (values if isinstance(values, dict) else {"": values}).items():
                 key = "/".join(filter(None, (record["dataset"] if several else "", task, name)))
                 wanted = key in metrics if metrics else "-" not in name
-                if wanted:
+                if wanted and not isinstance(value, str):
                     scores[key] = value
     return {"iteration": last + 1, "metrics": scores, "warnings": list(warnings)}
 
 
 def _read_settings(run: Path) -> dict:
-    """What the run's config.yaml sets; {} before the run has written it."""
+    """What the run's config.yaml sets; {} before the run has written it, or if it is damaged."""
     path = run / _CONFIG_FILE
     try:
-        settings = yaml.load(path.read_text(), _LOADER) if path.exists() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}): mend it or move it away") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} does not hold a config: move it away")
-    return settings
+        settings = parse_yaml((read_bytes(path) or b"{}").decode())
+        if not isinstance(settings, dict):
+            raise ValueError("it does not hold a config")
+    except UserError as error:
+        warn_once(f"{error}: it is left out")
+    except (ValueError, yaml.YAMLError) as error:
+        reason = printable(" ".join(str(error).split()))
+        warn_once(f"{path} cannot be read ({reason}): it is left out")
+    else:
+        return settings
+    return {}
 
 
 def _row(run: Path, name: str, state: str, metrics: Sequence[str]) -> dict:
@@ -128,6 +135,17 @@ def _count(cfg: CfgNode) -> dict[str, float]:
     return counts
 
 
+def _read_config(run: Path) -> CfgNode | None:
+    """The run's whole config; None if there is none that can be used."""
+    if not _read_settings(run):
+        return None
+    try:
+        return load_checked_config(str(run / _CONFIG_FILE))
+    except UserError as error:
+        warn_once(f"{error}: it is left out")
+        return None
+
+
 def _measured(run: Path) -> dict[str, list[float]]:
     """The values of metrics.json by name."""
     values: dict[str, list[float]] = {}
@@ -142,17 +160,13 @@ def _add_cost(row: dict, counted: dict[str, dict[str, float]]) -> None:
     run = Path(row["folder"])
     measured = _measured(run)
     memory = measured.get("gpu_memory_mb") or measured.get("host_memory_mb")
-    cfg = None
-    if _read_settings(run):
-        cfg = load_checked_config(str(run / _CONFIG_FILE))
+    if cfg := _read_config(run):
         key = f"{cfg.MODEL} {cfg.INPUT.CLASSIFIER.CROP_TEST}"
         if key not in counted:
             counted[key] = _count(cfg)
         row |= counted[key]
-    times = measured.get("time") if cfg else None
-    row["images_per_second"] = (
-        cfg.SOLVER.IMS_PER_BATCH / statistics.median(times) if times else None
-    )
+    time = statistics.median(measured.get("time", [0]))
+    row["images_per_second"] = cfg.SOLVER.IMS_PER_BATCH / time if cfg and time > 0 else None
     row["memory_mb"] = max(memory) if memory else None
 
 
@@ -177,8 +191,10 @@ def collect_results(
         (where they can be counted), ``images_per_second`` in training and ``memory_mb`` (None: not
         measured).
 
+    Files that cannot be read are left out, with a warning.
+
     Raises:
-        UserError: for a folder without runs, and files that cannot be read.
+        UserError: for a folder without runs.
     """
     rows: dict[str, dict] = {}
     for folder in folders:
@@ -324,15 +340,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(args: argparse.Namespace) -> None:
+    rows = collect_results(args.folders, args.metric, args.cost)
+    if args.group_by_seed:
+        rows = group_by_seed(rows)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        say(*results_table(rows).split("\n"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/results.py; returns the exit status."""
     args = build_parser().parse_args(argv)
-    try:
-        rows = collect_results(args.folders, args.metric, args.cost)
-        if args.group_by_seed:
-            rows = group_by_seed(rows)
-    except UserError as error:
-        print_error(error)
-        return 1
-    print(json.dumps(rows, indent=1) if args.json else results_table(rows))
-    return 0
+    return run_command(lambda: _run(args))

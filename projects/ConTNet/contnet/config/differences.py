@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import flatten
+from contnet.utils.yaml_text import parse_yaml
 
 __all__ = ["differences", "read_values", "show"]
 
@@ -37,7 +38,7 @@ def read_values(text: str, cfg: CfgNode) -> dict[str, object]:
         ValueError: if it is no yaml of keys.
     """
     try:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     if not isinstance(content, Mapping):

@@ -44,8 +44,14 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Stochastic depth of the last block, in [0, 1), rising linearly from 0 at the first.
     cfg.MODEL.CONTNET.DROP_PATH_RATE = 0.0
     # Activation checkpointing, what to compute again in the backward pass to save memory: "" for
-    # nothing, "mlp" for the encoders' MLPs, "block" for whole blocks.
+    # nothing, "gelu" for the GELU of MLPs without dropout, "mlp" for whole MLPs, "block" for whole
+    # blocks.
     cfg.MODEL.CONTNET.GRAD_CHECKPOINTING = ""
+    # Kernels of attention on a GPU. "flash": flash attention, memory-efficient where there is a
+    # mask; "efficient", "cudnn", "math" (the plain computation): that one; "math" also where the
+    # chosen ones do not fit. "auto": PyTorch's own choice, which in half precision may be cuDNN,
+    # whose first call for each size of image is slow.
+    cfg.MODEL.CONTNET.SDPA = "flash"
 
     # Stride of res5 of build_dilated_resnet_backbone: 32, 16 or 8.
     cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
@@ -135,7 +141,16 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9999
     # float16 (with loss scaling) or bfloat16, where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # Most recent checkpoints that stay on disk, besides model_final.
+    # How a GPU computes products and convolutions of float32 tensors, in training and evaluation:
+    # tf32 (faster, factors are rounded to 10 bits), ieee (not rounded), or "": PyTorch's own
+    # setting, which so far is tf32 for convolutions and ieee for products.
+    cfg.SOLVER.FLOAT32_PRECISION = ""
+    # Compile a ConTNet's encoders for training (torch.compile), which takes minutes at the start;
+    # not tried on a GPU yet. And the share of what a forward pass would keep for the backward pass
+    # that compiled encoders keep, in (0, 1]; the rest is computed again.
+    cfg.SOLVER.COMPILE = False
+    cfg.SOLVER.COMPILE_MEMORY_BUDGET = 1.0
+    # Checkpoints of the latest iterations that stay on disk, besides model_final and model_best.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
     # True: the training waits only until a checkpoint is copied in memory, and goes on while it is
     # written; the main process needs host memory of the file's size (with a GPU up to twice that).
@@ -158,6 +173,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # together in the order of training images, at least 1. Least is padded if it divides the images
     # per process and pass; another number is another order (docs/training.md).
     cfg.DATALOADER.GROUP_SIZE = 2
+
+    # Seconds after which a batch that no worker of a data loader has made ends the run, in training
+    # and evaluation: a worker is stopped, or the images' storage does not answer. 0: never.
+    cfg.DATALOADER.TIMEOUT = 600
 
     # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
     # pixels after resizing.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from detectron2.config import CfgNode
 
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
 
 __all__ = ["config_error", "flatten", "get_value"]
 
@@ -28,6 +28,6 @@ def get_value(cfg: CfgNode, key: str) -> object:
     return cfg
 
 
-def config_error(message: str) -> UserError:
+def config_error(message: str) -> UsageError:
     """An error whose message has no line breaks, whatever it quotes."""
-    return UserError(" ".join(message.split()))
+    return UsageError(" ".join(message.split()))

@@ -25,8 +25,10 @@ def expand_path(path: str, key: str) -> str:
         key: what it is the value of, for messages.
 
     Raises:
-        UserError: for a variable that is not set or empty, or an unknown user.
+        UserError: for a variable that is not set or empty, an unknown user, or a NUL.
     """
+    if "\0" in path:
+        raise config_error(f"{key} is {path!r}, which is no path")
 
     def value(match: re.Match) -> str:
         if match["sign"]:

@@ -15,8 +15,10 @@ from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.paths import expand_path
 from contnet.config.values import check_values
-from contnet.utils.errors import UserError
+from contnet.utils.addresses import CREDENTIALS_ADVICE, has_credentials
+from contnet.utils.errors import UsageError
 from contnet.utils.text import nearest
+from contnet.utils.yaml_text import check_whole_numbers, read_yaml
 
 __all__ = ["is_set", "load_config", "load_finished_config", "set_level"]
 
@@ -28,25 +30,65 @@ _PATHS = (
     "MODEL.WEIGHTS",
     "OUTPUT_DIR",
 )
+# Above which a config includes itself; ours have three.
+_MOST_FILES = 100
+
+
+def _read_file(config_file: str) -> object:
+    """The content of one config file.
+
+    Raises:
+        UserError: if it is no file, or no yaml of plain values.
+    """
+    try:
+        return read_yaml(config_file)
+    except UnicodeDecodeError as error:
+        raise config_error(f"{config_file} is no UTF-8 text") from error
+    except OSError as error:
+        raise config_error(f"{config_file} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{config_file}, line {mark.line + 1}" if mark else config_file
+        problem = getattr(error, "problem", None) or str(error)
+        hint = "write plain values" if "tag:" in problem else "mend the yaml there"
+        raise config_error(f"{place}: {problem}; {hint}") from error
+
+
+def _find(config_file: str, what: str) -> str:
+    """The path of a config file; raises UserError if there is none."""
+    if "://" in config_file:
+        raise config_error(f"{what} {config_file} is an address: fetch it, and give the file")
+    if not os.path.isfile(config_file):
+        raise config_error(f"{what} {config_file} does not exist, or is no file")
+    return config_file
+
+
+def _bases(content: object, config_file: str) -> list[str]:
+    """The files that a config builds on, which lie beside it unless they say another folder."""
+    bases = content.get(BASE_KEY, []) if isinstance(content, dict) else []
+    where, folder = f"{config_file}: {BASE_KEY}", os.path.dirname(config_file)
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise config_error(f"{where} must be a file, or a list of them")
+    return [_find(os.path.join(folder, expand_path(base, where)), where) for base in bases]
 
 
 class _Yaml(CfgNode):
-    """Config files whose ``_BASE_`` may have environment variables."""
+    """Config files whose ``_BASE_`` may have environment variables, and must be files."""
+
+    opened = 0
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        file = super()._open_cfg(filename)
-        content = yaml.safe_load(file)
-        file.seek(0)
-        bases = content.get(BASE_KEY) if isinstance(content, dict) else None
-        if "$" not in str(bases):
-            return file
-        file.close()
-        where = f"{filename}: {BASE_KEY}"
-        if isinstance(bases, list):
-            content[BASE_KEY] = [expand_path(str(each), where) for each in bases]
-        else:
-            content[BASE_KEY] = expand_path(str(bases), where)
+        cls.opened += 1
+        if cls.opened > _MOST_FILES:
+            raise config_error(
+                f"{filename} is one of more than {_MOST_FILES} files that are read for one config: "
+                f"its {BASE_KEY} includes itself"
+            )
+        content = _read_file(filename)
+        if isinstance(content, dict) and BASE_KEY in content:
+            content[BASE_KEY] = [os.path.abspath(base) for base in _bases(content, filename)]
         return io.StringIO(yaml.safe_dump(content))
 
 
@@ -54,26 +96,10 @@ def _read_yaml(config_file: str) -> dict:
     """The content of a config file merged over its ``_BASE_``."""
     config_file = expand_path(config_file, "--config-file")
     if not config_file:
-        raise UserError("no config file is given, give one of configs/ with --config-file")
-    if not os.path.isfile(config_file):
-        raise config_error(f"the config file {config_file} does not exist")
+        raise UsageError("no config file is given, give one of configs/ with --config-file")
+    _Yaml.opened = 0
     try:
-        content = _Yaml.load_yaml_with_base(config_file, allow_unsafe=False)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{mark.name}, line {mark.line + 1}" if mark else config_file
-        problem = getattr(error, "problem", None) or str(error)
-        hint = "write plain values" if "tag:" in problem else "mend the yaml there"
-        raise config_error(f"{place}: {problem}; {hint}") from error
-    except RecursionError as error:
-        raise config_error(f"{config_file}: its _BASE_ includes itself") from error
-    except UnicodeDecodeError as error:
-        raise config_error(f"{config_file} or its _BASE_ is no UTF-8 text") from error
-    except OSError as error:
-        name = error.filename or error
-        raise config_error(
-            f"{config_file}: cannot read its _BASE_ {name}: {error.strerror or 'no such file'}"
-        ) from error
+        content = _Yaml.load_yaml_with_base(_find(config_file, "the config file"))
     except (AssertionError, AttributeError, TypeError) as error:
         reason = str(error) if isinstance(error, AssertionError) else "must hold KEY: value lines"
         raise config_error(f"{config_file}, with its _BASE_: {reason}") from error
@@ -86,6 +112,8 @@ def _read_yaml(config_file: str) -> dict:
 
 def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
     """Sets one key, its value decoded as Detectron2 does it, or raises UserError."""
+    if has_credentials(str(value)):
+        raise config_error(f"{where}: {key} {CREDENTIALS_ADVICE}")
     known = dict(flatten(cfg, cfg))
     if key not in known:
         parents = {name.rpartition(".")[0] for name in known}
@@ -105,6 +133,10 @@ def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
             cfg.merge_from_list([key, attempt])
         except (ValueError, TypeError, SyntaxError, AssertionError, MemoryError, RecursionError):
             continue
+        try:
+            check_whole_numbers(get_value(cfg, key))
+        except ValueError as error:
+            raise config_error(f"{where}: {key}: {error}") from error
         # yacs takes None for anything; among keys with a default it means something for floats
         # alone (SOLVER.WEIGHT_DECAY_NORM), and the others have their ranges.
         if get_value(cfg, key) is not None or default is None or isinstance(default, float):
@@ -152,13 +184,6 @@ def _expand_paths(cfg: CfgNode) -> None:
     ]
 
 
-def _read_own(config_file: str) -> dict:
-    """The content of a config file without its ``_BASE_``."""
-    with open(expand_path(config_file, "--config-file"), encoding="utf-8") as file:
-        content = yaml.safe_load(file)
-    return content if isinstance(content, dict) else {}
-
-
 def _sets(content: object, key: str) -> bool:
     for part in key.split("."):
         if not isinstance(content, dict) or part not in content:
@@ -181,14 +206,13 @@ def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
     """
     if key in opts[::2]:
         return 0
-    content = _read_own(config_file)
+    config_file = expand_path(config_file, "--config-file")
+    content = _read_file(config_file)
     if _sets(content, key):
         return 0
-    bases = content.get(BASE_KEY, [])
-    folder = os.path.dirname(config_file)
     levels = []
-    for base in [bases] if isinstance(bases, str) else bases:
-        level = set_level(key, os.path.join(folder, expand_path(base, BASE_KEY)), ())
+    for base in _bases(content, config_file):
+        level = set_level(key, base, ())
         levels += [] if level is None else [level + 1]
     return min(levels, default=None)
 
@@ -201,7 +225,7 @@ def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
         config_file: one that :func:`load_config` has read.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
     """
-    return key in opts[::2] or _sets(_read_own(config_file), key)
+    return key in opts[::2] or _sets(_read_file(expand_path(config_file, "--config-file")), key)
 
 
 def _substitute_sync_bn(cfg: CfgNode) -> None:

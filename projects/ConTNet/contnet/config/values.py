@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
 
-from contnet.config.nodes import config_error, get_value
+from contnet.config.nodes import config_error, flatten, get_value
 
 __all__ = ["REGISTER_FORM", "check_choice", "check_values", "is_number"]
 
@@ -27,6 +27,7 @@ CHOICES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.AMP.DTYPE": ("float16", "bfloat16"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+    "SOLVER.FLOAT32_PRECISION": ("", "tf32", "ieee"),
     # Detectron2's third schedule, WarmupStepWithFixedGammaLR, fails in its last iteration.
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
@@ -39,13 +40,27 @@ COUNTS = {
     "INPUT.CLASSIFIER.RESIZE_TEST": 1,
     "INPUT.CLASSIFIER.SIZE": 1,
     "INPUT.MAX_PIXELS": 0,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TEST": 0,
     "MODEL.CLASSIFIER.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CLASSES": 1,
     "MODEL.FCOS.NUM_CONVS": 1,
     "MODEL.FCOS.TOPK_CANDIDATES_TEST": 1,
     "MODEL.PSP_HEAD.AUX_CONVS_DIM": 1,
+    "MODEL.RETINANET.NUM_CLASSES": 1,
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 1,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 1,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 1,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 1,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 1,
     "DATALOADER.GROUP_SIZE": 1,
     "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.TIMEOUT": 0,
     "SOLVER.GRAD_ACCUM_STEPS": 1,
     "SOLVER.CHECKPOINTS_KEPT": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
@@ -79,18 +94,29 @@ RANGES = {
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "(0, 1]",
     "MODEL.PSP_HEAD.AUX_LOSS_WEIGHT": "[0, inf)",
     "MODEL.PSP_HEAD.DROPOUT": "[0, 1)",
+    "MODEL.RETINANET.NMS_THRESH_TEST": "[0, 1]",
+    "MODEL.RETINANET.SCORE_THRESH_TEST": "[0, 1]",
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": "[0, 1]",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": "[0, 1]",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "[0, 1]",
+    "MODEL.RPN.NMS_THRESH": "[0, 1]",
+    "MODEL.RPN.POSITIVE_FRACTION": "[0, 1]",
     "SOLVER.BACKBONE_MULTIPLIER": "(0, inf)",
     "SOLVER.BASE_LR": "(0, inf)",
     "SOLVER.BASE_LR_END": "[0, inf)",
+    "SOLVER.BIAS_LR_FACTOR": "[0, inf)",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "(0, inf)",
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "(0, inf]",
     "SOLVER.CHECKPOINT_PERIOD_EPOCHS": "[0, inf)",
+    "SOLVER.COMPILE_MEMORY_BUDGET": "(0, 1]",
     "SOLVER.EMA.DECAY": "(0, 1)",
+    "SOLVER.GAMMA": "(0, inf)",
     "SOLVER.LAYER_DECAY": "(0, 1]",
     "SOLVER.MAX_EPOCHS": "[0, inf)",
     "SOLVER.MOMENTUM": "[0, 1)",
     "SOLVER.POLY_POWER": "(0, inf)",
     "SOLVER.WARMUP_EPOCHS": "[0, inf)",
+    "SOLVER.WARMUP_FACTOR": "[0, inf)",
     "SOLVER.WEIGHT_DECAY": "[0, inf)",
     "TEST.EVAL_PERIOD_EPOCHS": "[0, inf)",
 }
@@ -107,6 +133,22 @@ def check_choice(cfg: CfgNode, key: str, legal: Iterable) -> None:
     if (value := get_value(cfg, key)) not in legal:
         names = ", ".join(str(each) or "''" for each in legal)
         raise config_error(f"{key} is {value!r}, it must be one of {names}")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """The floats of a value, those in lists included."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _numbers(each)
+
+
+def _check_finite(cfg: CfgNode) -> None:
+    """Refuses what is no number in every key, those of extensions included."""
+    for key, value in flatten(cfg, cfg):
+        if key not in RANGES and not all(map(math.isfinite, _numbers(value))):
+            raise config_error(f"{key} is {value!r}, it must be finite")
 
 
 def _check_numbers(cfg: CfgNode) -> None:
@@ -142,6 +184,8 @@ def _check_sizes(cfg: CfgNode) -> None:
             "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be of one length, they have "
             f"{len(cfg.MODEL.PIXEL_MEAN)} and {len(cfg.MODEL.PIXEL_STD)} values"
         )
+    if not all(is_number(each) and each > 0 for each in cfg.MODEL.PIXEL_STD):
+        raise config_error(f"MODEL.PIXEL_STD is {cfg.MODEL.PIXEL_STD!r}, it must be above 0")
 
 
 def _check_windows(cfg: CfgNode) -> None:
@@ -238,6 +282,13 @@ def _check_register(cfg: CfgNode) -> None:
         raise config_error(f"DATASETS.REGISTER has the name {double[0]!r} twice")
 
 
+def _check_dataset_names(cfg: CfgNode) -> None:
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        value = get_value(cfg, key)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(n, str) for n in value):
+            raise config_error(f"{key} is {value!r}, it must be a list of names of data sets")
+
+
 def check_values(cfg: CfgNode) -> None:
     """Checks values that types alone do not settle; may be called again after changes.
 
@@ -249,9 +300,11 @@ def check_values(cfg: CfgNode) -> None:
     for key, legal in CHOICES.items():
         check_choice(cfg, key, legal)
     _check_numbers(cfg)
+    _check_finite(cfg)
     _check_sizes(cfg)
     _check_windows(cfg)
     _check_solver(cfg)
     _check_epochs(cfg)
     _check_end(cfg)
+    _check_dataset_names(cfg)
     _check_register(cfg)

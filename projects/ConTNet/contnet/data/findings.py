@@ -1,9 +1,14 @@
-"""What a look at a data set brings to light: facts, errors and notes, each kind on one line."""
+"""What a look at a data set brings to light: facts, errors and notes, each kind on one line.
+
+Names and numbers come from files of anyone: what is told of them is made printable here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from contnet.utils.text import printable
 
 __all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "SUSPECT", "WARNING", "Finding", "Findings"]
 
@@ -18,6 +23,7 @@ _LOST = "LOST"  # an object that Detectron2 would leave out
 _DOUBT = "DOUBT"  # an object whose numbers contradict each other
 
 SHOWN = 5  # examples of a kind
+_LONGEST = 2000  # characters of what is said of a kind
 _HARMLESS = 1000  # one such object in so many is a note
 
 
@@ -59,11 +65,15 @@ class Findings:
         self.left_out = ""
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
+    def fact(self, line: str) -> None:
+        """Adds a line about what is there."""
+        self.facts.append(printable(line))
+
     def add(self, severity: str, kind: str, example: str = "") -> None:
         found = self._kinds.setdefault((severity, kind), _Kind())
         found.count += 1
         if example and len(found.examples) < SHOWN:
-            found.examples.append(example)
+            found.examples.append(printable(example))
 
     def error(self, kind: str, example: str = "") -> None:
         self.add(ERROR, kind, example)
@@ -135,11 +145,11 @@ class Findings:
         for (of_kind, kind), found in self._kinds.items():
             if of_kind != severity:
                 continue
-            if not found.examples:
-                lines.append(kind)
-                continue
-            examples = "; ".join(found.examples)
-            more = found.count - len(found.examples)
-            rest = f"; ... and {more} more" if more else ""
-            lines.append(f"{kind}: {found.count} [{examples}{rest}]")
+            line = printable(kind, _LONGEST)
+            if found.examples:
+                examples = "; ".join(found.examples)
+                more = found.count - len(found.examples)
+                rest = f"; ... and {more} more" if more else ""
+                line += f": {found.count} [{examples}{rest}]"
+            lines.append(line)
         return lines

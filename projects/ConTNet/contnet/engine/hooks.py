@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -26,12 +27,14 @@ from contnet.utils.files import NO_GUARD, WriteGuard
 __all__ = [
     "BestCheckpoint",
     "CheckpointBeforeEvaluation",
+    "CollectGarbage",
     "Evaluation",
     "FirstProgress",
     "LauncherHook",
     "PeriodicCheckpoint",
     "UpdateEMA",
     "WriteMetrics",
+    "collecting_garbage",
     "is_due",
 ]
 
@@ -41,6 +44,49 @@ logger = logging.getLogger(__name__)
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
     """Whether something is due after ``iteration``: each period (0: never), and at the end."""
     return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
+
+
+@contextlib.contextmanager
+def collecting_garbage() -> Iterator[None]:
+    """While Python collects garbage whenever it likes, also in a training."""
+    enabled = gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if not enabled:
+            gc.disable()
+
+
+class CollectGarbage(HookBase):
+    """Has Python collect garbage after the same iterations on all ranks, and at no other time.
+
+    Left alone, each rank would collect at times of its own, for which all others wait. The first of
+    the hooks, so that none that fails at the end keeps it from leaving Python as it was.
+
+    Args:
+        period: in iterations.
+    """
+
+    def __init__(self, period: int = 100):
+        # Steps of all shipped systems were counted to leave nothing that only a collection frees,
+        # so it may be rare; not rarer, for other models may leave tensors, which a GPU would miss.
+        self.period = period
+
+    def before_train(self) -> None:
+        self.enabled = gc.isenabled()
+        gc.collect()
+        gc.freeze()  # what lives as long as the training is not looked through each time
+        gc.disable()
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            gc.collect()
+
+    def after_train(self) -> None:
+        gc.unfreeze()
+        if self.enabled:
+            gc.enable()
 
 
 class UpdateEMA(HookBase):
@@ -125,7 +171,9 @@ class CheckpointBeforeEvaluation(HookBase):
         trainer, iteration = self.trainer, self.trainer.iter
         if not is_due(iteration, self.evaluation_period, trainer.max_iter):
             return
-        latest, hints = trainer.storage.latest(), trainer.storage.smoothing_hints()
+        # As metrics.json has them: of what each pass of an iteration puts, their median.
+        latest = trainer.storage.latest_with_smoothing_hint(window_size=1)
+        hints = trainer.storage.smoothing_hints()
         scalars = {key: float(value) for key, (value, i) in latest.items() if i == iteration}
         final = iteration + 1 == trainer.max_iter
         self.checkpointer.save(

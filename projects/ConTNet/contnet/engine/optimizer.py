@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from contnet.modeling.backbone import backbone_prefix
 from contnet.modeling.classifier import ImageClassifier
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
 
 __all__ = [
     "OPTIMIZERS",
@@ -58,14 +58,14 @@ def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     try:
         prefix = backbone_prefix(model)
     except ValueError as error:
-        raise UserError(
+        raise UsageError(
             f"SOLVER.LAYER_DECAY and SOLVER.BACKBONE_MULTIPLIER must be 1, for {error}"
         ) from error
     network = model.get_submodule(prefix.removesuffix("."))
     depth = dict.fromkeys((name for name, _ in network.named_parameters()), 0)
     if decay != 1:
         if not hasattr(network, "group_matcher"):
-            raise UserError(
+            raise UsageError(
                 f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} declares no layer "
                 "groups (group_matcher): leave it 1"
             )
@@ -105,7 +105,7 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
                 }
             )
     if not single:
-        raise UserError("every parameter of the model is frozen, there is nothing to train")
+        raise UsageError("every parameter of the model is frozen, there is nothing to train")
     return reduce_param_groups(single)
 
 
@@ -143,7 +143,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         kind = AdamW
         options = {"betas": tuple(solver.ADAMW_BETAS)}
     else:
-        raise UserError(
+        raise UsageError(
             f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}, it must be one of {', '.join(OPTIMIZERS)}"
         )
     clip = solver.CLIP_GRADIENTS

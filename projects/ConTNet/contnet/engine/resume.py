@@ -38,7 +38,7 @@ _STAYS = ("DATASETS.TRAIN", "INPUT.FORMAT", "SOLVER.OPTIMIZER")
 # Of MODEL, what neither the network's function nor the losses depend on: where it starts and runs,
 # what it keeps in memory, which layers are trained, and what matters only in a test.
 _FREE = re.compile(
-    r"MODEL\.(?:WEIGHTS|DEVICE|ALLOW_MISSING_WEIGHTS|CONTNET\.GRAD_CHECKPOINTING"
+    r"MODEL\.(?:WEIGHTS|DEVICE|ALLOW_MISSING_WEIGHTS|CONTNET\.(?:GRAD_CHECKPOINTING|SDPA)"
     r"|CLASSIFIER\.CHANNELS_LAST|.*\.FREEZE_AT|.*_TEST|PANOPTIC_FPN\.COMBINE\..*)"
 )
 # Norms over all processes, which compute the same.

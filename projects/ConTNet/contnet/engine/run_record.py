@@ -13,8 +13,10 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from contnet.utils.addresses import redact
 from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
 from contnet.utils.packages import installed_versions
+from contnet.utils.records import recover_record
 
 __all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
 
@@ -50,11 +52,11 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int, guard: WriteGuard = NO_
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(cfg.OUTPUT_DIR, RUN_FILE)
-    attempts = json.loads(path.read_text()) if path.exists() else []
+    attempts = recover_record(path, list[dict]) or []
     attempts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [sys.executable, *sys.argv],
+            "command": [sys.executable, *map(redact, sys.argv)],
             "folder": str(Path.cwd()),
             "host": platform.node(),
             "git_commit": git_commit(),

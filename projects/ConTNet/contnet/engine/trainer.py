@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from resource import RUSAGE_SELF, getrusage
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer, TrainerBase, create_ddp_model, hooks
@@ -25,18 +25,21 @@ from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.metadata import describe_model
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
-from contnet.data.pipeline.loader import build_train_loader
+from contnet.data.pipeline.loader import build_train_loader, to_device, waiting_for_batch
 from contnet.engine.hooks import (
     BestCheckpoint,
     CheckpointBeforeEvaluation,
+    CollectGarbage,
     Evaluation,
     FirstProgress,
     LauncherHook,
     PeriodicCheckpoint,
     UpdateEMA,
     WriteMetrics,
+    collecting_garbage,
     is_due,
 )
+from contnet.engine.losses import read_from_all, rows_not_finite
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer, set_iteration
 from contnet.engine.restore import (
     loss_normalizers,
@@ -57,7 +60,9 @@ from contnet.modeling.amp import autocast, grad_scaler
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.compat import fix_gradient_order, use_plain_focal_loss
+from contnet.modeling.compiled import compile_encoders
 from contnet.utils.errors import UserError
+from contnet.utils.failures import telling_of_memory
 from contnet.utils.seed import seed_everything
 
 __all__ = ["Trainer", "wrap_ddp"]
@@ -107,6 +112,8 @@ class Trainer(SimpleTrainer):
         dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
         metadata = describe_model(cfg, dataset_class_names(cfg, cfg.DATASETS.TRAIN))
         self.unwrapped_model = build_model(cfg)
+        if cfg.SOLVER.COMPILE:
+            compile_encoders(self.unwrapped_model, cfg.SOLVER.COMPILE_MEMORY_BUDGET)
         optimizer = build_optimizer(cfg, self.unwrapped_model)
         loader = build_train_loader(cfg, dicts, seed)
         super().__init__(wrap_ddp(self.unwrapped_model, cfg.MODEL.DEVICE), loader, optimizer)
@@ -147,6 +154,7 @@ class Trainer(SimpleTrainer):
         )
         self.register_hooks(
             [
+                CollectGarbage(),
                 hooks.IterationTimer(),
                 hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
@@ -165,16 +173,16 @@ class Trainer(SimpleTrainer):
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         storage = getattr(self, "storage", None)  # which a training has
         loss, _ = storage.latest().get("total_loss", (None, 0)) if storage else (None, 0)
-        with self.launcher.evaluating():
+        with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.evaluate(
                 model, tta=tta, iteration=self.iter, loss=loss, images_seen=self._images_seen()
             )
 
-    def resume_or_load(self, resume: bool) -> None:
-        """Resumes from the run's folder, or starts from MODEL.WEIGHTS or random weights."""
+    def resume_or_load(self, checkpoint: str = "") -> None:
+        """Resumes from a checkpoint; without one, starts from MODEL.WEIGHTS or random weights."""
         weights = self.cfg.MODEL.WEIGHTS
-        if resume and self.checkpointer.has_checkpoint():
-            self._resume(self.checkpointer.get_checkpoint_file())
+        if checkpoint:
+            self._resume(checkpoint)
         elif weights:
             self.checkpointer.load_backbone(weights)
             self._warn_in_results(self.checkpointer.warnings)
@@ -333,16 +341,24 @@ class Trainer(SimpleTrainer):
     def run_step(self) -> None:
         """One optimiser step, over SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
         start = time.perf_counter()
-        batches = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
+        with waiting_for_batch(self.cfg):
+            batches = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
         data_time = time.perf_counter() - start
         seed_everything(self.batch_sampler.seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
+        passes = []
         for i, batch in enumerate(batches):
-            for name, loss in self._backward(batch, last=i + 1 == self.grad_accum_steps).items():
+            losses, total = self._backward(batch, last=i + 1 == self.grad_accum_steps)
+            passes.append([*losses.values(), total])
+            for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss / self.grad_accum_steps
         self.after_backward()
-        self._write_metrics(sums, data_time)
+        seconds = torch.full_like(total, data_time, dtype=torch.float64)
+        # The only wait for the device in a step; all ranks hear of a loss that is not finite.
+        tables = read_from_all([*passes, [*sums.values(), seconds]])
+        self._check_finite(tables[:, :-1], list(sums), batches)
+        self._put_losses(tables[:, -1], list(sums))
         self.storage.put_scalar("images_seen", self._images_seen(), smoothing_hint=False)
         self._write_memory()
         self.scaler.step(self.optimizer)
@@ -356,30 +372,72 @@ class Trainer(SimpleTrainer):
             name, memory = "host_memory_mb", getrusage(RUSAGE_SELF).ru_maxrss / 2**10
         self.storage.put_scalar(name, memory, smoothing_hint=False)
 
-    def _backward(self, batch: list[dict], last: bool) -> dict[str, Tensor]:
-        """Adds a batch's gradients, which processes exchange after the last one; its losses."""
+    def _put_losses(self, tables: np.ndarray, names: Sequence[str]) -> None:
+        """Puts a step's losses and times into the metrics, as Detectron2's trainer does.
+
+        Args:
+            tables: (processes, losses and the seconds of waiting for data).
+            names: of the losses.
+        """
+        self.storage.put_scalar("rank_data_time", tables[comm.get_rank(), -1])
+        if not comm.is_main_process():
+            return
+        self.storage.put_scalar("data_time", tables[:, -1].max())  # for the slowest all wait
+        means = {name: np.mean(tables[:, i]) for i, name in enumerate(names)}
+        self.storage.put_scalar("total_loss", sum(means.values()))
+        if len(means) > 1:
+            self.storage.put_scalars(**means)
+
+    def _backward(self, batch: Sequence[dict], last: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Adds a batch's gradients, which processes exchange after the last one.
+
+        Returns:
+            The batch's losses, and their sum as it was differentiated; neither was read.
+        """
         waiting = not last and self.model is not self.unwrapped_model
-        with self.model.no_sync() if waiting else contextlib.nullcontext():
+        unsynced = self.model.no_sync() if waiting else contextlib.nullcontext()
+        with telling_of_memory(self.iter, batch), unsynced:
+            batch = to_device(batch, self.cfg.MODEL.DEVICE)
             with autocast(self.cfg):
                 losses = self._losses(batch)
                 total = sum(losses.values()) / self.grad_accum_steps
-            self._check_finite(total, losses, batch)
             self.scaler.scale(total).backward()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}, total.detach()
 
-    def _losses(self, batch: list[dict]) -> dict[str, Tensor]:
+    def _losses(self, batch: Sequence[dict]) -> dict[str, Tensor]:
         try:
             return self.model(batch)
         except FloatingPointError as error:  # Detectron2's proposals are made before the loss
             raise self._not_finite(str(error), batch) from error
 
-    def _check_finite(self, total: Tensor, losses: dict[str, Tensor], batch: list[dict]) -> None:
-        if math.isfinite(total.item()):
-            return
-        values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
-        raise self._not_finite(values, batch)
+    def _check_finite(
+        self, tables: np.ndarray, names: Sequence[str], batches: Sequence[Sequence[dict]]
+    ) -> None:
+        """Raises UserError, on all ranks, if a loss of any rank is not finite.
 
-    def _not_finite(self, what: str, batch: list[dict]) -> UserError:
+        Args:
+            tables: (processes, passes, losses and their sum).
+            names: of the losses.
+            batches: of this rank's passes.
+        """
+        broken = dict(rows_not_finite(tables[:, :, -1]))
+        if not broken:
+            return
+        rank, own = comm.get_rank(), None
+        if rank in broken:
+            number = broken[rank]
+            values = zip(names, tables[rank, number], strict=False)
+            what = ", ".join(f"{name} {value:g}" for name, value in values)
+            own = self._not_finite(what, batches[number])
+        # Whichever rank is first to say it ends the run.
+        told = comm.all_gather(str(own or ""))
+        if own is None:
+            first = min(broken)
+            own = UserError(f"rank {first}: {told[first]}")
+            own.rank = first
+        raise own
+
+    def _not_finite(self, what: str, batch: Sequence[dict]) -> UserError:
         images = ", ".join(str(image.get("image_id", image["file_name"])) for image in batch)
         return UserError(
             f"the loss is not finite at iteration {self.iter} ({what}), images {images}: look at "

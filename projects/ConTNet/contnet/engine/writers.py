@@ -5,31 +5,59 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
 from contnet.evaluation.progress import Progress
-from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
+from contnet.utils.errors import UserError
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write, set_aside, writing
+from contnet.utils.records import DamagedFile, begin_anew, parse_record, read_bytes, warn_once
+from contnet.utils.text import plural
 
 __all__ = ["METRICS_FILE", "build_writers", "read_metrics", "truncate_metrics"]
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 _WINDOW = 20  # iterations, whose median loss the screen shows
 
 
+def _parse_line(text: bytes) -> dict | None:
+    try:
+        line = parse_record(text, dict[str, float])
+    except ValueError:
+        return None
+    return line if isinstance(line.get("iteration"), int) else None
+
+
+def _parse(data: bytes) -> tuple[list[dict], int]:
+    """The lines of metrics.json, and how many are damaged; the last one may be cut short."""
+    *texts, last = data.split(b"\n")
+    if last and (last[:1] != b"{" or last[-1:] == b"}"):
+        texts.append(last)
+    lines = [_parse_line(text) for text in texts]
+    return [line for line in lines if line is not None], lines.count(None)
+
+
 def read_metrics(output_dir: str | Path) -> list[dict]:
-    """The lines of metrics.json, without one that was cut short; none if there is no such file."""
+    """The lines of metrics.json, but for damaged ones; none if there is no such file."""
     path = Path(output_dir, METRICS_FILE)
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    try:
+        lines, damaged = _parse(read_bytes(path) or b"")
+    except UserError as error:
+        warn_once(f"{error}: it is left out")
+        return []
+    if damaged:
+        warn_once(f"{path}: {plural(damaged, 'damaged line')} left out")
     return lines
 
 
 def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
     """Drops the lines of metrics.json that a resumed run is going to write again.
+
+    A file with damaged lines is set aside before that.
 
     Args:
         output_dir: the run's folder.
@@ -37,10 +65,64 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(output_dir, METRICS_FILE)
-    if path.exists():
-        kept = [done.recounted(line) for line in read_metrics(output_dir) if done.keeps(line)]
-        with atomic_write(path, "w", guard) as file:
-            file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
+    try:
+        data = read_bytes(path)
+    except DamagedFile as error:
+        begin_anew(path, error)
+        return
+    if data is None:
+        return
+    lines, damaged = _parse(data)
+    kept = [done.recounted(line) for line in lines if done.keeps(line)]
+    with atomic_write(path, "w", guard) as file:
+        file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
+        if damaged:
+            file.flush()  # the disk has room for the new one
+            logger.warning(
+                f"{path} has {plural(damaged, 'damaged line')}: it is set aside as "
+                f"{set_aside(path)}, the others stay"
+            )
+
+
+class _MetricsWriter(JSONWriter):
+    """Detectron2's, which leaves whole lines alone in the file if the disk is full."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), window_size=1)
+        self._path = path
+
+    def write(self) -> None:
+        with writing(self._path):
+            size = self._path.stat().st_size  # it may have gone with its folder
+            try:
+                super().write()
+            except OSError:
+                self.close()
+                os.truncate(self._path, size)
+                raise
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # write() has told of it
+            super().close()
+
+
+class _EventsWriter(TensorboardXWriter):
+    """Detectron2's, which gives up if the disk is full: what it writes is in metrics.json, too."""
+
+    failed = False
+
+    def write(self) -> None:
+        if self.failed:
+            return
+        try:
+            super().write()
+        except OSError as error:
+            self.failed = True
+            logger.warning(f"TensorBoard's files end here, they cannot be written ({error})")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _TellsOfSmoothing(logging.LoggerAdapter):
@@ -56,6 +138,6 @@ def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[Event
     progress.logger = _TellsOfSmoothing(progress.logger)
     return [
         progress,
-        JSONWriter(str(Path(output_dir, METRICS_FILE)), window_size=1),
-        TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
+        _MetricsWriter(Path(output_dir, METRICS_FILE)),
+        _EventsWriter(output_dir, window_size=1, purge_step=start_iter),
     ]

@@ -30,6 +30,7 @@ from detectron2.utils import comm
 from PIL import Image
 from tabulate import tabulate
 
+from contnet.data.pipeline.images import decode_error, read_stored
 from contnet.modeling.compat import restore_in1d
 from contnet.utils.errors import UserError
 
@@ -120,12 +121,11 @@ class _Evaluator(DatasetEvaluator, ABC):
 def _read_pixels(file: Path) -> np.ndarray:
     """The pixels of a ground truth file."""
     try:
-        with Image.open(file) as image:
-            return np.array(image)
-    except OSError as error:
+        return read_stored(str(file))
+    except UserError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror or error}): remove it if it is there, and run "
-            "python tools/prepare_cityscapes.py"
+            f"{file} cannot be read ({decode_error(error.__cause__)}): remove it if it is there, "
+            "and run python tools/prepare_cityscapes.py"
         ) from error
 
 
@@ -263,7 +263,7 @@ def read_class_ids(output: dict) -> np.ndarray:
             f"the model predicts {len(scores)} classes, Cityscapes has {len(_IDS)}: set "
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(_IDS)}"
         )
-    return _IDS[scores.argmax(dim=0).cpu().numpy()]
+    return _IDS[scores.argmax(dim=0).byte().cpu().numpy()]  # an eighth to copy from a GPU
 
 
 class _Terms(list):

@@ -46,14 +46,18 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         logits = torch.stack([output["logits"] for output in outputs])
-        labels = torch.tensor([each["label"] for each in inputs], device=logits.device)
+        labels = torch.tensor([each["label"] for each in inputs])
+        labels = labels.to(logits.device, non_blocking=True)
         finite = logits.isfinite().all(dim=1)
         hits = logits.topk(max(self.top_ks)).indices == labels[:, None]
         hits &= finite[:, None]
-        for k in self.top_ks:
-            self.correct[k] += int(hits[:, :k].sum())
+        # Read at once: this process waits for a GPU each time.
+        counts = torch.stack([(~finite).sum(), *(hits[:, :k].sum() for k in self.top_ks)])
+        broken, *correct = counts.tolist()
+        for k, count in zip(self.top_ks, correct, strict=True):
+            self.correct[k] += count
         self.images += len(inputs)
-        self.broken += int((~finite).sum())
+        self.broken += broken
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Accuracies in percent, on the main process; elsewhere an empty dict."""

@@ -16,13 +16,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 
 from contnet.data.datasets.classes import distinct_class_names
 from contnet.evaluation.coco_ap import ArrayEvaluation, Detections, Matches, encode_masks
 from contnet.utils.errors import UserError
+from contnet.utils.files import writing
 
 __all__ = [
     "ArrayCOCOEvaluator",
@@ -130,6 +130,12 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
     A model without any detection has AP 0, not none. The file of detections is Detectron2's.
     """
 
+    def reset(self) -> None:
+        """Begins an evaluation; makes the folder of its file, which then must not go."""
+        super().reset()
+        if self._output_dir and comm.is_main_process():
+            Path(self._output_dir).mkdir(parents=True, exist_ok=True)
+
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Keeps the ``instances`` of some images; see Detectron2's."""
         for image, output in zip(inputs, outputs, strict=True):
@@ -198,9 +204,8 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
 
     def _write(self, parts: Sequence[Detections]) -> None:
         """Writes the detections in COCO's form."""
-        PathManager.mkdirs(self._output_dir)
         results = (result for found in parts for result in _as_results(found))
-        with PathManager.open(str(self.results_file), "w") as file:
+        with writing(self.results_file), open(self.results_file, "w") as file:
             file.write("[")
             separator = ""
             # Not all at once, for the memory's sake.

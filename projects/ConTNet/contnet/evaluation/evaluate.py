@@ -18,15 +18,17 @@ from torch.utils.data import DataLoader
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.findings import SHOWN
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.data.pipeline.loader import build_collator, init_worker, pins_memory
 from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
 from contnet.evaluation.subset import share_classes
-from contnet.evaluation.unreadable import MarkUnreadable, ReadableBatches
+from contnet.evaluation.unreadable import CollateReadable, MarkUnreadable, ReadableBatches
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
 from contnet.utils.files import NO_GUARD, WriteGuard
+from contnet.utils.text import printable
 
 __all__ = ["Evaluator"]
 
@@ -48,19 +50,32 @@ def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
     return MarkUnreadable(mapper) if cfg.TEST.SKIP_UNREADABLE else mapper
 
 
+def _printable_names(metrics: dict) -> dict:
+    """The same with names of classes that terminals, TensorBoard and JSON take."""
+    return {
+        task: {printable(name): value for name, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for task, values in metrics.items()
+    }
+
+
 def _build_test_loader(
-    cfg: CfgNode, name: str, dataset: Records | DatasetFromList, mapper: Callable | None
+    cfg: CfgNode, dataset: Records | DatasetFromList, mapper: Callable | None
 ) -> DataLoader:
     mapper = _build_mapper(cfg, mapper)
-    if cfg.MODEL.LOAD_PROPOSALS:
-        return build_detection_test_loader(cfg, name, mapper=mapper)
     classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
-    return build_detection_test_loader(
+    loader = build_detection_test_loader(
         dataset,
         mapper=mapper,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=cfg.TEST.IMS_PER_PROCESS if classifier else 1,
+        collate_fn=CollateReadable(build_collator(cfg)),
     )
+    # For these Detectron2's function has no arguments.
+    loader.worker_init_fn = init_worker
+    loader.pin_memory = pins_memory(cfg)
+    return loader
 
 
 @dataclass
@@ -178,11 +193,11 @@ class Evaluator:
         self, cfg: CfgNode, model: nn.Module, name: str, mapper: Callable | None = None
     ) -> _Outcome:
         evaluator = self._evaluator(cfg, name)
-        loader = _build_test_loader(cfg, name, self._datasets[name], mapper)
-        loader = ReadableBatches(loader, evaluator)
+        loader = _build_test_loader(cfg, self._datasets[name], mapper)
+        loader = ReadableBatches(cfg, loader, evaluator)
         with autocast(cfg):
             shared = share_classes(evaluator, name, self.classes, dataset_class_names(cfg, [name]))
-            metrics = inference_on_dataset(model, loader, shared) or {}
+            metrics = _printable_names(inference_on_dataset(model, loader, shared) or {})
         skipped = [file for part in comm.gather(loader.skipped) for file in part]
         warnings = list(getattr(evaluator, "warnings", ()))
         if skipped:
@@ -214,6 +229,7 @@ class Evaluator:
                 self.cfg.OUTPUT_DIR,
                 {name: each.metrics for name, each in given.items()},
                 ema=self.cfg.SOLVER.EMA.ENABLED,
+                float32_precision=self.cfg.SOLVER.FLOAT32_PRECISION,
                 skipped={name: len(each.skipped) for name, each in given.items()},
                 warnings={n: [*self.warnings, *each.warnings] for n, each in given.items()},
                 guard=self.guard,

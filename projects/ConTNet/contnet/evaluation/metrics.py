@@ -10,7 +10,8 @@ from detectron2.data import MetadataCatalog
 
 from contnet.evaluation.classification import top_ks
 from contnet.evaluation.coco import coco_class_names, coco_metrics, coco_tasks
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
+from contnet.utils.text import printable
 
 __all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
 
@@ -64,7 +65,7 @@ def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
     kind = MetadataCatalog.get(name).get("evaluator_type")
     known = _METRIC_NAMES[kind](cfg, name) if kind in _METRIC_NAMES else set()
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
-    return sorted(prefix + metric for metric in known)
+    return sorted(prefix + printable(metric) for metric in known)
 
 
 def _check_metric(wanted: str, metrics: Iterable[str]) -> None:
@@ -74,7 +75,7 @@ def _check_metric(wanted: str, metrics: Iterable[str]) -> None:
     near = difflib.get_close_matches(wanted, metrics, n=1)
     hint = f", the nearest is {near[0]}" if near else ""
     main = ", ".join(name for name in metrics if "-" not in name.rpartition("/")[2])
-    raise UserError(f"TEST.BEST_METRIC is {wanted!r}{hint}; there are {main or 'no metrics'}")
+    raise UsageError(f"TEST.BEST_METRIC is {wanted!r}{hint}; there are {main or 'no metrics'}")
 
 
 def check_best_metric(cfg: CfgNode) -> None:

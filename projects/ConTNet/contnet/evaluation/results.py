@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Required, TypedDict
 
 from contnet.evaluation.progress import Progress
-from contnet.utils.errors import UserError
-from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write, open_regular, writing
+from contnet.utils.records import peek_record, recover_record, warn_once
+from contnet.utils.text import printable
 
 __all__ = [
     "RESULTS_FILE",
@@ -22,6 +26,8 @@ __all__ = [
 ]
 
 RESULTS_FILE = "results.json"
+# On which whoever changes results.json holds a lock: evaluations may run beside a training.
+_LOCK = f"{RESULTS_FILE}.lock"
 # "AP-person", and "min(IoU, B-Iou)-road".
 _OF_A_CLASS = re.compile(r"([^-(]*(?:\([^)]*\))?)-(.+)")
 # What tells records apart: of two that agree in all of these, the later one stays.
@@ -30,7 +36,7 @@ _KEYS = ("iteration", "dataset", "weights", "ema")
 
 def _cell(value: object) -> str:
     if isinstance(value, str):
-        return value.replace("|", "\\|")
+        return printable(value).replace("|", "\\|")
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
 
 
@@ -71,27 +77,42 @@ def _plain(value: object) -> object:
     return float(value) if math.isfinite(value) else None
 
 
-def _is_record(value: object) -> bool:
-    # Runs of before had another name for "ema".
-    return isinstance(value, dict) and value.keys() >= set(_KEYS) - {"ema"}
+class _Record(TypedDict, total=False):
+    """What is read of a record; what else there is stays."""
+
+    iteration: Required[int | None]
+    dataset: Required[str]
+    weights: Required[str | None]
+    metrics: Required[dict[str, dict[str, float | str | None] | float | str | None]]
+    ema: bool  # runs of before had another name for it
+    images_seen: float | None
+    warnings: list[str]
 
 
 def read_results(output_dir: str) -> list[dict]:
-    """The records of results.json, none if there is no such file.
+    """The records of results.json, none if there is no such file or it is damaged."""
+    return peek_record(Path(output_dir, RESULTS_FILE), list[_Record]) or []
 
-    Raises:
-        UserError: if it does not hold records.
-    """
-    path = Path(output_dir, RESULTS_FILE)
-    if not path.exists():
-        return []
-    try:
-        records = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): mend it or move it away") from error
-    if not isinstance(records, list) or not all(map(_is_record, records)):
-        raise UserError(f"{path} does not hold results of evaluations: move it away")
-    return records
+
+@contextmanager
+def _locked(output_dir: str) -> Iterator[None]:
+    """While this process alone changes results.json, where the file system has locks."""
+    path = Path(output_dir, _LOCK)
+    with writing(path):
+        lock = open_regular(path, "ab")
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            warn_once(
+                f"{path} cannot be locked ({error.strerror}): evaluations that end at the same "
+                "time may lose results"
+            )
+        yield
+
+
+def _recover(output_dir: str) -> list[dict]:
+    return recover_record(Path(output_dir, RESULTS_FILE), list[_Record]) or []
 
 
 def _write(output_dir: str, records: Sequence[dict], guard: WriteGuard) -> None:
@@ -110,6 +131,7 @@ def record_results(
     loss: float | None = None,
     skipped: Mapping[str, int] | None = None,
     warnings: Mapping[str, Sequence[str]] | None = None,
+    float32_precision: str = "",
     guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
@@ -124,6 +146,7 @@ def record_results(
         loss: of that iteration alone; None for an evaluation alone.
         skipped: number of images that could not be read, by data set; 0 where it is not given.
         warnings: what changes the metrics, a line each, by data set.
+        float32_precision: SOLVER.FLOAT32_PRECISION.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     seen = {} if images_seen is None else {"images_seen": images_seen}
@@ -134,6 +157,7 @@ def record_results(
             "dataset": dataset,
             "weights": weights,
             "ema": ema,
+            "float32_precision": float32_precision,
             "loss": None if loss is None else {"total_loss": _plain(loss), "smoothed": False},
             "metrics": _plain(metrics),
             "skipped_images": (skipped or {}).get(dataset, 0),
@@ -142,9 +166,10 @@ def record_results(
         for dataset, metrics in results.items()
     ]
     keys = [[each[key] for key in _KEYS] for each in added]
-    records = read_results(output_dir)
-    kept = [each for each in records if [each.get(key) for key in _KEYS] not in keys]
-    _write(output_dir, kept + added, guard)
+    with _locked(output_dir):
+        earlier = _recover(output_dir)
+        kept = [each for each in earlier if [each.get(key) for key in _KEYS] not in keys]
+        _write(output_dir, kept + added, guard)
 
 
 def truncate_results(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
@@ -155,11 +180,13 @@ def truncate_results(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
         done: what the checkpoint has done.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
-    records = read_results(output_dir)
-    kept = [
-        each if each["weights"] else done.recounted(each)
-        for each in records
-        if each["weights"] or done.keeps(each)
-    ]
-    if kept != records:
-        _write(output_dir, kept, guard)
+    with _locked(output_dir):
+        records = _recover(output_dir)
+        alone = [each["weights"] or each["iteration"] is None for each in records]
+        kept = [
+            each if apart else done.recounted(each)
+            for each, apart in zip(records, alone, strict=True)
+            if apart or done.keeps(each)
+        ]
+        if kept != records:
+            _write(output_dir, kept, guard)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from torch.utils.data import DataLoader
 
 from contnet.data.datasets.shards import sample_name
+from contnet.data.pipeline.loader import waiting_for_batch
 from contnet.utils.errors import UserError
 
-__all__ = ["MarkUnreadable", "ReadableBatches"]
+__all__ = ["CollateReadable", "MarkUnreadable", "ReadableBatches"]
 
 _REASON = "unreadable"
 
@@ -36,6 +38,23 @@ class MarkUnreadable:
             return {**record, _REASON: str(error)}
 
 
+class CollateReadable:
+    """Makes a batch of the images that are not marked, beside those that are.
+
+    Args:
+        collate: makes a batch of inputs.
+    """
+
+    def __init__(self, collate: Callable[[list[dict]], Sequence[dict]]):
+        self.collate = collate
+
+    def __call__(self, inputs: list[dict]) -> tuple[Sequence[dict], list[dict]]:
+        """The batch, empty if all are marked, and the marked records."""
+        readable = [each for each in inputs if _REASON not in each]
+        marked = [each for each in inputs if _REASON in each]
+        return self.collate(readable) if readable else [], marked
+
+
 class ReadableBatches:
     """The batches of a loader without the images that are marked.
 
@@ -43,14 +62,16 @@ class ReadableBatches:
     there is none, nothing is known of them, which is the same for COCO's AP.
 
     Args:
-        loader: whose mapper is :class:`MarkUnreadable`.
+        cfg: DATALOADER and MODEL.DEVICE are read.
+        loader: whose mapper may be :class:`MarkUnreadable`, with :class:`CollateReadable`.
         evaluator: of the batches.
 
     Attributes:
         skipped: files of this process's images that were left out.
     """
 
-    def __init__(self, loader: DataLoader, evaluator: DatasetEvaluator):
+    def __init__(self, cfg: CfgNode, loader: DataLoader, evaluator: DatasetEvaluator):
+        self.cfg = cfg
         self.loader = loader
         self.evaluator = evaluator
         self.skipped: list[str] = []
@@ -58,11 +79,18 @@ class ReadableBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        for batch in self.loader:
-            if marked := [image for image in batch if _REASON in image]:
+    def __iter__(self) -> Iterator[Sequence[dict]]:
+        with waiting_for_batch(self.cfg):
+            batches = iter(self.loader)
+        while True:
+            with waiting_for_batch(self.cfg):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            readable, marked = batch
+            if marked:
                 self._skip(marked)
-            if readable := [image for image in batch if _REASON not in image]:
+            if readable:
                 yield readable
 
     def _skip(self, images: list[dict]) -> None:

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from contnet.checkpoint.names import find_checkpoint
 from contnet.checkpoint.reading import read_class_names
 from contnet.config import is_set
 from contnet.config.nodes import flatten, get_value
 from contnet.data.datasets.register import class_key, register_datasets
 from contnet.data.validation.classes import count_classes
+from contnet.engine.resume_file import ResumeFile, choose_checkpoint
 from contnet.launch.environment import Processes
 from contnet.launch.epochs import ITERATION_KEYS, set_iterations, used_epoch_keys
 from contnet.launch.preflight_config import load_checked_config
-from contnet.utils.errors import UserError
+from contnet.utils.command import EXIT_STATUSES
+from contnet.utils.errors import UsageError
 from contnet.utils.text import plural
 
 __all__ = [
@@ -27,11 +28,10 @@ __all__ = [
     "add_run_options",
     "build_parser",
     "build_run_settings",
-    "check_counts",
+    "check_run_options",
     "config_parser",
     "configure",
     "parse_arguments",
-    "weights_to_evaluate",
 ]
 
 _EPILOG = """\
@@ -40,6 +40,7 @@ examples:
   other settings    train_net.py --config-file ... SOLVER.BASE_LR 0.01 OUTPUT_DIR ./output/slow
   two CPU processes train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu
   go on             train_net.py --config-file ... --resume
+  go back           train_net.py --config-file ... --resume-from output/run/model_0002499.pth
   evaluate          train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
   on SLURM          tools/submit.py in the place of train_net.py, see docs/slurm.md
   several machines  the same command on each, with --num-machines 2 --machine-rank 0 (or 1)
@@ -49,7 +50,7 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UsageError(f"{message} (see --help)")
 
 
 def config_parser(description: str, epilog: str, required: bool = True) -> argparse.ArgumentParser:
@@ -62,7 +63,7 @@ def config_parser(description: str, epilog: str, required: bool = True) -> argpa
     """
     parser = _Parser(
         description=description,
-        epilog=epilog,
+        epilog=f"{epilog}\n{EXIT_STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -79,6 +80,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds Detectron2's usual options, which whatever trains understands."""
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument(
+        "--resume-from",
+        default="",
+        metavar="FILE",
+        help="go on from this checkpoint of the run, or of another one with the same settings; "
+        "later ones in OUTPUT_DIR are set aside",
     )
     parser.add_argument(
         "--eval-only",
@@ -113,10 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Raises UserError unless there is at least one GPU and one machine."""
+def check_run_options(args: argparse.Namespace) -> None:
+    """Makes ``--resume-from`` a kind of ``--resume``.
+
+    Raises:
+        UsageError: unless there is at least one GPU and one machine, and if a file to resume from
+            is to be evaluated.
+    """
     if args.num_gpus < 1 or args.num_machines < 1:
-        raise UserError("--num-gpus and --num-machines must be at least 1")
+        raise UsageError("--num-gpus and --num-machines must be at least 1")
+    if args.resume_from and args.eval_only:
+        raise UsageError("--resume-from goes on training: --eval-only takes MODEL.WEIGHTS FILE")
+    args.resume = args.resume or bool(args.resume_from)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -126,14 +142,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: for arguments that do not fit together.
     """
     args = build_parser().parse_intermixed_args(argv)
-    check_counts(args)
+    check_run_options(args)
     if not 0 <= args.machine_rank < args.num_machines:
-        raise UserError(
+        raise UsageError(
             f"--machine-rank {args.machine_rank} is not one of the {args.num_machines} machines "
             f"(0 to {args.num_machines - 1})"
         )
     if args.num_machines > 1 and args.dist_url == "auto":
-        raise UserError(
+        raise UsageError(
             "--num-machines needs --dist-url tcp://HOST:PORT, an address of the first machine"
         )
     return args
@@ -152,6 +168,7 @@ class RunSettings:
         notes: what was added to the config, a line each, for the log.
         warnings: what changes the run's numbers, a line each, for the log and results.json.
         scaled: values as they were given, and for which batch, of keys that a resume has scaled.
+        checkpoint: what the run goes on from.
     """
 
     cfg: CfgNode = field(repr=False)
@@ -162,12 +179,7 @@ class RunSettings:
     notes: tuple[str, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = field(default=(), repr=False)
     scaled: dict[str, list] = field(default_factory=dict, repr=False)
-
-
-def weights_to_evaluate(cfg: CfgNode, resume: bool) -> str:
-    """What an evaluation alone loads: the last checkpoint of a run, or MODEL.WEIGHTS."""
-    path = find_checkpoint(cfg.OUTPUT_DIR) if resume else None
-    return cfg.MODEL.WEIGHTS if path is None else str(path)
+    checkpoint: ResumeFile = field(default_factory=ResumeFile, repr=False)
 
 
 def _set_num_classes(
@@ -181,7 +193,8 @@ def _set_num_classes(
     key = class_key(cfg, names[0]) if names else None
     if key is None or is_set(key, config_file, opts):
         return []
-    file = weights_to_evaluate(cfg, resume) if eval_only else ""
+    last = choose_checkpoint(cfg.OUTPUT_DIR).path if eval_only and resume else ""
+    file = (last or cfg.MODEL.WEIGHTS) if eval_only else ""
     if file and (trained := read_class_names(file)):
         cfg.merge_from_list([key, len(trained)])
         return [f"{key} {len(trained)}: the number of classes of {file}"]
@@ -257,4 +270,15 @@ def build_run_settings(args: argparse.Namespace) -> RunSettings:
     )
     cfg.freeze()
     arguments = shlex.join([args.config_file, *args.opts])
-    return RunSettings(cfg, args.resume, args.eval_only, processes, arguments, tuple(notes))
+    checkpoint = (
+        choose_checkpoint(cfg.OUTPUT_DIR, args.resume_from) if args.resume else ResumeFile()
+    )
+    return RunSettings(
+        cfg,
+        args.resume,
+        args.eval_only,
+        processes,
+        arguments,
+        tuple(notes),
+        checkpoint=checkpoint,
+    )

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.resource_tracker import ensure_running
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from contnet.launch.environment import DistributedEnvironment, Processes
+from contnet.launch.gpus import choose_gpu, gpu_uuid, refuse_shared_gpus
 from contnet.launch.rendezvous import rendezvous
 from contnet.utils.cpus import available_cpus
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.errors import UsageError, UserError, print_error
+from contnet.utils.failures import describe_death
+from contnet.utils.signals import Interrupted, Listener, end_children, end_now, heeded_signals
 
 __all__ = ["launch_run"]
 
@@ -45,20 +55,66 @@ def _worker(function: Callable, argument: object, num_gpus: int, on_cpu: bool) -
         dist.destroy_process_group()
     except UserError as error:
         print_error(error)
-        sys.exit(1)
+        sys.exit(error.status)
+    except Interrupted as error:
+        end_now(error.status)  # the interpreter's own end takes seconds
+    finally:
+        end_children()
 
 
-def _choose_gpu(env: DistributedEnvironment) -> None:
-    present = torch.cuda.device_count()
-    if present == 1:  # also where each task is given its own
-        torch.cuda.set_device(0)
-    elif env.local_size > present:
-        raise UserError(
-            f"{env.launcher} started {env.local_size} processes here, but this machine has "
-            f"{present} GPUs"
-        )
-    else:
-        torch.cuda.set_device(env.local_rank)
+class _Relay(Listener):
+    """Passes the first signal on to the ranks that are spawned here; the second ends all at once.
+
+    A context. Ranks start with the signals held back, and take them once they can.
+
+    Args:
+        number: of ranks.
+    """
+
+    def __init__(self, number: int):
+        super().__init__("contnet-relay", heeded_signals())
+        self._missing = number
+        self._told: set[int] = set()
+        self._first: tuple[int, float] | None = None  # signal, time
+
+    def __enter__(self) -> _Relay:
+        ensure_running()  # which would let the signals in again
+        self.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
+
+    def run(self) -> None:
+        while not self.left:
+            for number in self.listen(0.2):
+                self._hear(number)
+            if self._first is not None and len(self._told) < self._missing:
+                self._tell(self._first[0])
+
+    def _hear(self, number: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = number, now
+            with contextlib.suppress(OSError, ValueError):  # the terminal may have been closed
+                print(
+                    f"{signal.Signals(number).name}: the ranks save, if there is anything to save, "
+                    "and end; a second signal ends them at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        elif now - self._first[1] > 1:
+            end_now(128 + number)
+
+    def _tell(self, number: int) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid not in self._told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+                self._told.add(child.pid)
 
 
 def _join_run(
@@ -66,24 +122,32 @@ def _join_run(
 ) -> object:
     env = processes.environment
     if processes.num_gpus not in (1, env.local_size):
-        raise UserError(
+        raise UsageError(
             f"--num-gpus is {processes.num_gpus}, but {env.launcher} started {env.local_size} "
             "processes per machine: it must start one for each GPU"
         )
     if not on_cpu:
-        _choose_gpu(env)
+        torch.cuda.set_device(choose_gpu(env, torch.cuda.device_count()))
     options = {"timeout": timedelta(seconds=timeout)}
     if env.launcher != "torchrun":
         store = dist.PrefixStore("run", rendezvous(env, timeout=timeout))
         options |= {"store": store, "rank": env.rank, "world_size": env.world_size}
     dist.init_process_group("gloo" if on_cpu else "nccl", **options)
+    waits = False
     try:
         comm.create_local_process_group(env.local_size)
         if on_cpu:
             _share_cpus(_machine_cpus(env), env.local_size)
+        else:
+            refuse_shared_gpus(gpu_uuid())
         return function(argument)
+    except Exception:
+        # NCCL would wait for collectives of ranks that are gone, and the error be told too late.
+        waits = not on_cpu
+        raise
     finally:
-        dist.destroy_process_group()
+        if not waits:
+            dist.destroy_process_group()
 
 
 def launch_run(
@@ -107,8 +171,9 @@ def launch_run(
         What ``function`` returns, if it was called in this process; otherwise None.
 
     Raises:
-        UserError: from ``function``, where this is the only process of the machine.
-        SystemExit: with status 1, if a process failed and has said why.
+        UserError: from ``function``, where this is the only process of the machine; or if a process
+            that was started here was killed.
+        SystemExit: with the status of a process that was started here, failed and has said why.
     """
     on_cpu = device == "cpu"
     if on_cpu:
@@ -119,14 +184,36 @@ def launch_run(
     if processes.world_size == 1:
         return function(argument)
     try:
-        launch(
-            _worker,
-            processes.num_gpus,
-            num_machines=processes.num_machines,
-            machine_rank=processes.machine_rank,
-            dist_url=processes.dist_url,
-            args=(function, argument, processes.num_gpus, on_cpu),
-        )
+        # Signals come to the main thread alone.
+        main = threading.current_thread() is threading.main_thread()
+        with _Relay(processes.num_gpus) if main else contextlib.nullcontext():
+            launch(
+                _worker,
+                processes.num_gpus,
+                num_machines=processes.num_machines,
+                machine_rank=processes.machine_rank,
+                dist_url=processes.dist_url,
+                args=(function, argument, processes.num_gpus, on_cpu),
+            )
+    except ProcessRaisedException as error:
+        # Before the ranks can talk to each other, no line of ours is around what fails.
+        reason = str(error).strip().splitlines()[-1]
+        if "Duplicate GPU" in reason:  # NCCL's, as where two machines' ranks are on one
+            raise UserError(
+                f"{socket.gethostname()}: {reason}: give each --machine-rank a machine of its own, "
+                "or GPUs of its own (CUDA_VISIBLE_DEVICES)"
+            ) from error
+        if "DistNetworkError" not in reason and "DistStoreError" not in reason:
+            raise
+        raise UserError(
+            f"the processes cannot meet at --dist-url {processes.dist_url}: {reason}"
+        ) from error
     except ProcessExitedException as error:
-        sys.exit(error.exit_code if error.exit_code > 0 else 1)
+        if error.exit_code > 0:
+            sys.exit(error.exit_code)
+        rank = processes.machine_rank * processes.num_gpus + error.error_index
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} (process {error.error_pid}) was "
+            f"{describe_death(-error.exit_code)}"
+        ) from error
     return None

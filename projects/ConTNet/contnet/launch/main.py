@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from detectron2.utils import comm
 
-from contnet.launch.arguments import build_run_settings, parse_arguments
+from contnet.engine.interruption import Interruption, SaveOnSignal
+from contnet.launch.arguments import RunSettings, build_run_settings, parse_arguments
 from contnet.launch.distributed import launch_run
 from contnet.launch.preflight import check_run
 from contnet.launch.run import run
 from contnet.modeling.compat import silence_known_warnings
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.command import run_command
+from contnet.utils.errors import UserError
+from contnet.utils.failures import lost_contact
 
-__all__ = ["main"]
+__all__ = ["main", "train"]
+
+# Seconds in which a process that has spawned ranks notices that one has ended, and ends the others.
+_LINGER = 10.0
+
+
+def _contact_lost(error: BaseException) -> UserError:
+    """What a rank says that can't go on, for another one has ended."""
+    said = re.search(r"Connection closed by peer \S+\d|Connection reset by peer", str(error))
+    return UserError(
+        f"rank {comm.get_rank()} on {socket.gethostname()} lost contact with another rank"
+        f"{f' ({said[0]})' if said else ''}, which has ended: its own lines, or those of what has "
+        "started it, say why"
+    )
+
+
+def _run_interruptible(settings: RunSettings) -> None:
+    """One process of a run, which saves before a signal ends it."""
+    with Interruption() as listener:
+        try:
+            run(settings, SaveOnSignal(listener))
+        except Exception as error:  # PyTorch's are RuntimeErrors of many kinds
+            if not lost_contact(error):
+                raise
+            listener.saving = False
+            if listener.is_spawned:
+                if listener.number:
+                    listener.interrupt()
+                time.sleep(_LINGER)  # till a signal, as a rule
+            raise _contact_lost(error) from error
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Trains or evaluates as a command line of train_net.py says; within ``run_command``.
+
+    Args:
+        argv: the command line, this process's own by default.
+
+    Raises:
+        UserError: for mistakes of the user's, and what else has one line.
+        Interrupted: if a signal has ended it.
+        SystemExit: if a process that was started has failed, and has said why.
+    """
+    settings = check_run(build_run_settings(parse_arguments(argv)))
+    device = torch.device(settings.cfg.MODEL.DEVICE).type
+    launch_run(_run_interruptible, settings, settings.processes, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,14 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status. Mistakes of the user's are one line on the error stream and status 1.
+        The exit status, as of :func:`contnet.utils.command.run_command`.
     """
     silence_known_warnings()
-    try:
-        settings = build_run_settings(parse_arguments(argv))
-        settings = check_run(settings)
-        launch_run(run, settings, settings.processes, torch.device(settings.cfg.MODEL.DEVICE).type)
-    except UserError as error:
-        print_error(error)
-        return 1
-    return 0
+    return run_command(partial(train, argv))

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer
 
 from contnet.checkpoint.fetching import fetch_weights
 from contnet.checkpoint.metadata import METADATA
-from contnet.checkpoint.names import find_checkpoint, has_last_checkpoint
+from contnet.checkpoint.names import checkpoint_files, has_last_checkpoint
 from contnet.checkpoint.reading import read_checkpoint, read_class_names
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dicts
@@ -24,15 +24,17 @@ from contnet.data.validation.dataset import Remarks, check_datasets, has_truth
 from contnet.engine.resume import Before, refusal, resume_config, trainer_state
 from contnet.evaluation.build import check_evaluator
 from contnet.evaluation.metrics import check_best_metric
-from contnet.evaluation.results import read_results
-from contnet.launch.arguments import RunSettings, weights_to_evaluate
+from contnet.launch.arguments import RunSettings
+from contnet.launch.environment import Processes
+from contnet.launch.gpus import check_device_value, check_gpu_count
+from contnet.launch.run_lease import RunLease
 from contnet.modeling.pspnet import SEGMENTORS
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.files import explain_os_error
 from contnet.utils.text import describe_difference
 
 __all__ = [
     "check_device",
-    "check_device_name",
     "check_inputs",
     "check_output",
     "check_run",
@@ -43,23 +45,12 @@ __all__ = [
 _RECIPE_GPUS = 8
 
 
-def check_device_name(cfg: CfgNode) -> None:
-    """Raises UserError unless MODEL.DEVICE is cuda (or one of several) or cpu."""
-    device = cfg.MODEL.DEVICE
-    if device != "cpu" and not device.startswith("cuda"):
-        raise UserError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
-
-
-def check_device(cfg: CfgNode, num_gpus: int) -> None:
+def check_device(cfg: CfgNode, processes: Processes) -> None:
     """Raises UserError unless this machine has the device, and as many as asked for."""
-    check_device_name(cfg)
-    if cfg.MODEL.DEVICE == "cpu":
-        return
-    present = torch.cuda.device_count()
-    if present == 0:
-        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
-    if num_gpus > present:
-        raise UserError(f"--num-gpus is {num_gpus}, but this machine has {present}")
+    device = cfg.MODEL.DEVICE
+    check_device_value(device, processes.world_size)
+    launcher = processes.environment.launcher
+    check_gpu_count(device, processes.num_gpus, torch.cuda.device_count(), launcher)
 
 
 def _writable(folder: Path, make: bool) -> None:
@@ -91,27 +82,38 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
         _writable(folder.absolute(), make)
     except OSError as error:
         raise UserError(
-            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}): choose another"
+            f"OUTPUT_DIR {folder} cannot be written ({explain_os_error(error, folder)}): choose "
+            "another"
         ) from error
     if settings.resume or settings.eval_only:
         return
-    if has_last_checkpoint(folder) or any(folder.glob("model_*.pth")):
+    if has_last_checkpoint(folder) or checkpoint_files(folder):
         raise UserError(
             f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
             "or choose another OUTPUT_DIR"
         )
 
 
+def _check_not_in_use(settings: RunSettings) -> None:
+    """Raises UserError if another training writes into OUTPUT_DIR; an evaluation may go beside it.
+
+    Only where rank 0 will be: the others cannot tell its lease from another run's.
+    """
+    processes = settings.processes
+    if processes.environment.rank == processes.machine_rank == 0 and not settings.eval_only:
+        RunLease.of(settings.cfg.OUTPUT_DIR, processes.environment).check_free()
+
+
 def _check_weights(settings: RunSettings) -> None:
     cfg = settings.cfg
     weights = cfg.MODEL.WEIGHTS
-    resumable = settings.resume and has_last_checkpoint(cfg.OUTPUT_DIR)
-    if settings.eval_only and not weights and not resumable:
-        raise UserError(
+    resumes = bool(settings.checkpoint.path)
+    if settings.eval_only and not weights and not resumes:
+        raise UsageError(
             "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
-    if not weights or resumable:
+    if not weights or resumes:
         return
     if "://" in weights:
         # Of the processes on a machine, one fetches what is not there yet.
@@ -140,14 +142,14 @@ def _scaled(cfg: CfgNode, processes: int) -> str:
 def _check_batch(cfg: CfgNode, processes: int) -> None:
     try:
         images = micro_batch_size(cfg, processes)
-    except UserError as error:
-        raise UserError(f"{error}{_scaled(cfg, processes)}") from error
+    except UsageError as error:
+        raise UsageError(f"{error}{_scaled(cfg, processes)}") from error
     node = cfg.MODEL.CLASSIFIER
     mixes = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier" and (
         node.MIXUP_ALPHA or node.CUTMIX_ALPHA
     )
     if mixes and images % 2:
-        raise UserError(
+        raise UsageError(
             f"mixup and CutMix need an even number of images per process and pass, not {images}: "
             "change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
         )
@@ -157,7 +159,7 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     # A map pooled to one pixel: statistics need a second image.
     normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
     if normed.get(head.NORM, 2) < 2:
-        raise UserError(
+        raise UsageError(
             f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs 2 images at a time: raise "
             "SOLVER.IMS_PER_BATCH, or set the norm to GN"
         )
@@ -206,10 +208,10 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
     """
     cfg, datasets = settings.cfg, _datasets(settings)
     if not datasets:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
+        raise UsageError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not settings.eval_only:
         if not cfg.DATASETS.TRAIN:
-            raise UserError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
+            raise UsageError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     _check_weights(settings)
     # Of the processes that others start on a machine, one reads the annotation files.
@@ -217,7 +219,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
     if data and settings.processes.environment.local_rank == 0:
         trained = None
         if settings.eval_only:
-            trained = read_class_names(weights_to_evaluate(cfg, settings.resume)) or []
+            trained = read_class_names(settings.checkpoint.path or cfg.MODEL.WEIGHTS) or []
         found = check_datasets(cfg, datasets, trained)
         remarks = Remarks([*remarks.warnings, *found.warnings], found.notes)
         _check_truth(settings)
@@ -226,7 +228,6 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
             check_evaluator(name)
     if not settings.eval_only:
         check_best_metric(cfg)
-    read_results(cfg.OUTPUT_DIR)  # only to find what is wrong with them
     return remarks
 
 
@@ -245,7 +246,7 @@ def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
 
 
 def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
-    """The settings that a run goes on with, where its folder has a checkpoint.
+    """The settings that a run goes on with, where there is a checkpoint.
 
     Args:
         settings: as they were given.
@@ -255,12 +256,10 @@ def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
         UserError: for settings that no resume can change, and a checkpoint that none can go on
             from.
     """
-    cfg = settings.cfg
-    if settings.eval_only or not settings.resume:
+    cfg, file = settings.cfg, settings.checkpoint.path
+    if settings.eval_only or not file:
         return settings
-    if (path := find_checkpoint(cfg.OUTPUT_DIR)) is None:
-        return settings
-    file, content = str(path), read_checkpoint(str(path))
+    content = read_checkpoint(file)
     if "iteration" not in trainer_state(content):
         raise UserError(
             f"{file} holds weights without the state of a training, which a resume needs: start "
@@ -282,7 +281,8 @@ def check_run(settings: RunSettings) -> RunSettings:
     Raises:
         UserError: for the first thing that is wrong.
     """
-    check_device(settings.cfg, settings.processes.num_gpus)
+    check_device(settings.cfg, settings.processes)
+    _check_not_in_use(settings)
     settings = resume_settings(settings)
     remarks = check_inputs(settings)
     check_output(settings)

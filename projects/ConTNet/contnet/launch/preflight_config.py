@@ -27,6 +27,7 @@ from contnet.data.pipeline.loader import TRAIN_SAMPLERS
 from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.engine.optimizer import OPTIMIZERS
 from contnet.modeling.backbone import NORMS
+from contnet.modeling.build import ATTENTION_KERNELS
 from contnet.modeling.classifier import OPTION_KEYS, classifier_name
 from contnet.modeling.contnet import (
     FEATURES,
@@ -46,6 +47,7 @@ __all__ = ["check_model_config", "load_checked_config"]
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
     "MODEL.CONTNET.GRAD_CHECKPOINTING": GRAD_CHECKPOINTING_MODES,
+    "MODEL.CONTNET.SDPA": ("auto", *ATTENTION_KERNELS),
     "MODEL.CONTNET.TAPS": TAPS,
     "MODEL.CONTNET.NORM": NORMS,
     "MODEL.CONTNET.OUTPUT_STRIDE": OUTPUT_STRIDES,
@@ -172,6 +174,10 @@ def _check_segmentation(cfg: CfgNode) -> None:
         )
 
 
+# Of timm.create_model, which would load or fetch weights by itself.
+_OPTIONS_OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained")
+
+
 @lru_cache(maxsize=1)
 def _defaults() -> CfgNode:
     cfg = get_cfg()
@@ -216,6 +222,11 @@ def _check_classifier(cfg: CfgNode) -> None:
                 f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
                 "[['dynamic_img_size', True]]"
             )
+        if entry[0].startswith(_OPTIONS_OF_WEIGHTS):
+            raise config_error(
+                f"MODEL.CLASSIFIER.OPTIONS has {entry[0]}: weights are given by MODEL.WEIGHTS, "
+                "as MODEL.WEIGHTS timm://resnet50.tv_in1k"
+            )
     if cfg.INPUT.FORMAT != "RGB":
         raise config_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
     if images.CROP_TEST > images.RESIZE_TEST:
@@ -257,6 +268,15 @@ def _check_tta(cfg: CfgNode) -> None:
         raise config_error(f"TEST.AUG.MIN_SIZES is {sizes!r}, it must be whole numbers from 1")
 
 
+def _check_proposals(cfg: CfgNode) -> None:
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        if cfg.DATASETS[key]:
+            raise config_error(
+                f"DATASETS.{key}: Detectron2 would run whatever code is in such files, so they are "
+                "not read: register a data set whose records have proposal_boxes"
+            )
+
+
 def check_model_config(cfg: CfgNode) -> None:
     """Checks values that depend on what models there are and what they can be.
 
@@ -272,6 +292,7 @@ def check_model_config(cfg: CfgNode) -> None:
     _check_fcos(cfg)
     _check_segmentation(cfg)
     _check_classifier(cfg)
+    _check_proposals(cfg)
     _check_tta(cfg)
 
 

@@ -10,17 +10,20 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from contnet.modeling.encoder import Encoder, run_checkpointed
-from contnet.modeling.patches import merge_and_crop, pad_and_partition
+from contnet.modeling.patches import margin_masks, merge_and_crop, pad_and_partition
 
-__all__ = ["CPU_CHUNK_ELEMENTS", "ConTBlock", "PooledShortcut", "Stage"]
+__all__ = ["CPU_CHUNK_ELEMENTS", "GPU_CHUNK_PATCHES", "ConTBlock", "PooledShortcut", "Stage"]
 
 # For torch.fx, which cannot follow what depends on the size of the map.
+torch.fx.wrap("margin_masks")
 torch.fx.wrap("merge_and_crop")
 torch.fx.wrap("mean_with_next")
 torch.fx.wrap("pad_and_partition")
 
 # Elements of the tokens that a CPU encodes at a time, so that they stay in its cache.
 CPU_CHUNK_ELEMENTS = 400_000
+# The smaller patches that a GPU attends in at a time: PyTorch 2.11's flash attention fails on more.
+GPU_CHUNK_PATCHES = 65_535
 
 
 def mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
@@ -102,6 +105,7 @@ class ConTBlock(nn.Module):
         super().__init__()
         self.stride = stride
         self.patch_dilation = patch_dilation
+        self.patch_sizes = list(patch_sizes)
         self.patch_size, self.cell_size = max(patch_sizes), min(patch_sizes)
         self.norm = norm_layer(dim)
         self.act = nn.ReLU()
@@ -121,34 +125,40 @@ class ConTBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
         self.out_drop = nn.Dropout(out_drop)
 
-    def _run_encoders(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        for encoder in self.encoders:
-            tokens = encoder(tokens, valid)
+    def _run_encoders(self, tokens: Tensor, masks: list[Tensor | None]) -> Tensor:
+        for i, encoder in enumerate(self.encoders):
+            tokens = encoder(tokens, masks[i])
         return tokens
 
-    def _encode_chunks(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """Both encoders on patches (B, T, C); on a CPU as many at a time as its cache holds."""
+    def _most_at_once(self, tokens: Tensor) -> int:
+        if tokens.device.type == "cpu":
+            return max(1, CPU_CHUNK_ELEMENTS // (tokens.shape[1] * tokens.shape[2]))
+        return GPU_CHUNK_PATCHES // (self.patch_size // self.cell_size) ** 2
+
+    def _encode_chunks(self, tokens: Tensor, masks: list[Tensor | None]) -> Tensor:
+        """Both encoders on patches (B, T, C), on as many at a time as the device takes."""
         if (
             isinstance(tokens, torch.fx.Proxy)
-            or tokens.device.type != "cpu"
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
+            or tokens.shape[0] <= (count := self._most_at_once(tokens))
         ):
-            return self._run_encoders(tokens, valid)
-        count = max(1, CPU_CHUNK_ELEMENTS // (tokens.shape[1] * tokens.shape[2]))
+            return self._run_encoders(tokens, masks)
         parts = tokens.split(count)
-        masks = [None] * len(parts) if valid is None else valid.split(count)
-        return torch.cat([self._run_encoders(*each) for each in zip(parts, masks, strict=True)])
+        none = [None] * len(parts)
+        cut = zip(*(none if each is None else each.split(count) for each in masks), strict=True)
+        return torch.cat([self._run_encoders(*each) for each in zip(parts, cut, strict=True)])
 
     def encode(self, x: Tensor) -> Tensor:
         """Both encoders on an activated map (N, dim, H, W)."""
         x = x.permute(0, 2, 3, 1)
         cut = (self.patch_size, self.cell_size, self.patch_dilation)
-        tokens, valid = pad_and_partition(x, *cut)
+        tokens = pad_and_partition(x, *cut)
+        masks = margin_masks(x, self.patch_sizes, self.patch_dilation)
         if torch.jit.is_scripting():  # it cannot compile the chunks
-            tokens = self._run_encoders(tokens, valid)
+            tokens = self._run_encoders(tokens, masks)
         else:
-            tokens = self._encode_chunks(tokens, valid)
+            tokens = self._encode_chunks(tokens, masks)
         return merge_and_crop(tokens, *cut, x).permute(0, 3, 1, 2)
 
     def _add(self, residual: Tensor, skip: Tensor) -> Tensor:

@@ -1,11 +1,62 @@
 """Detectron2's ``build_model``, once all of our parts are in its registries."""
 
-from detectron2.modeling import build_model
+import detectron2.modeling
+import torch
+from detectron2.config import CfgNode
+from torch import nn
 
 import contnet.modeling.backbone
 import contnet.modeling.classifier
 import contnet.modeling.fcos
 import contnet.modeling.fpn
 import contnet.modeling.pspnet  # noqa: F401
+from contnet.modeling.amp import keep_regions_exact
+from contnet.modeling.contnet import ConTNet
 
-__all__ = ["build_model"]
+__all__ = ["ATTENTION_KERNELS", "build_model", "set_attention_kernels", "use_channels_last"]
+
+# What MODEL.CONTNET.SDPA allows beside the plain computation ("math"), by PyTorch's names.
+ATTENTION_KERNELS = {
+    "flash": ("flash", "mem_efficient"),
+    "efficient": ("mem_efficient",),
+    "cudnn": ("cudnn",),
+    "math": (),
+}
+
+
+def set_attention_kernels(choice: str) -> None:
+    """Sets which kernels PyTorch may take for attention on a GPU, in this process.
+
+    Args:
+        choice: of MODEL.CONTNET.SDPA; "auto" leaves PyTorch's own setting.
+    """
+    if choice != "auto":
+        for kernel in ("flash", "mem_efficient", "cudnn"):
+            switch = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
+            switch(kernel in ATTENTION_KERNELS[choice])
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Lays the weights of all convolutions out as channels_last, in place; values stay.
+
+    So are their gradients then, whatever the layout of the images. Those of 1x1 convolutions may
+    differ from their weights otherwise, at which DistributedDataParallel warns, and copies them.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.to(memory_format=torch.channels_last)
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """Builds ``cfg.MODEL.META_ARCHITECTURE``, on ``cfg.MODEL.DEVICE``.
+
+    On a GPU, which computes so faster, convolutions are channels_last, and a ConTNet's attention is
+    that of MODEL.CONTNET.SDPA.
+    """
+    model = detectron2.modeling.build_model(cfg)
+    keep_regions_exact(model)
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        use_channels_last(model)
+        if any(isinstance(module, ConTNet) for module in model.modules()):
+            set_attention_kernels(cfg.MODEL.CONTNET.SDPA)
+    return model

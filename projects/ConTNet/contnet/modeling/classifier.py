@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from contnet.modeling.contnet import VARIANTS
-from contnet.utils.errors import UserError
+from contnet.modeling.image_batch import ImageBatch
+from contnet.utils.errors import UsageError
 
 __all__ = [
     "OPTION_KEYS",
@@ -33,7 +36,7 @@ _ARGUMENT_KEYS = (
     "DROP_PATH_RATE",
 )
 # What a classifier's ConTNet depends on. The others of MODEL.CONTNET are of backbones alone.
-OPTION_KEYS = (*_ARGUMENT_KEYS, "GRAD_CHECKPOINTING")
+OPTION_KEYS = (*_ARGUMENT_KEYS, "GRAD_CHECKPOINTING", "SDPA")
 
 
 @META_ARCH_REGISTRY.register()
@@ -111,22 +114,26 @@ class ImageClassifier(nn.Module):
         own = {id(tensor) for head in heads for tensor in head.parameters()}
         return [name for name, tensor in self.named_parameters() if id(tensor) in own]
 
-    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(self, batch: Sequence[dict]) -> dict[str, Tensor] | list[dict]:
         """Losses in training, logits otherwise.
 
         Args:
             batch: each with ``image`` (3, H, W) of values from 0 to 255, all of one size, and in
-                training ``label``, a number.
+                training ``label``, a number. An :class:`ImageBatch` has been stacked already.
 
         Returns:
             ``{"loss_cls": ...}``, or for each image ``{"logits": (classes,)}``.
         """
-        images = torch.stack([each["image"] for each in batch]).to(self.device)
+        stacked = isinstance(batch, ImageBatch)
+        images = batch.images if stacked else torch.stack([each["image"] for each in batch])
+        # Without blocking: the GPU may still be at work on the step before.
+        images = images.to(self.device, non_blocking=True)
         images = (images - self.pixel_mean) / self.pixel_std
         if not self.training:
             logits = self.network(images.contiguous(memory_format=self.memory_format))
             return [{"logits": each} for each in logits.float()]
-        labels = torch.tensor([each["label"] for each in batch], device=self.device)
+        labels = torch.tensor([each["label"] for each in batch])
+        labels = labels.to(self.device, non_blocking=True)
         if self.erase is not None:
             images = self.erase(images)
         smoothing = self.label_smoothing
@@ -158,7 +165,7 @@ def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
             with torch.no_grad():
                 embed(torch.zeros(1, len(cfg.MODEL.PIXEL_MEAN), size, size))
         except AssertionError as error:
-            raise UserError(
+            raise UsageError(
                 f"INPUT.CLASSIFIER.{key} is {size}, which {cfg.MODEL.CLASSIFIER.NAME} does not "
                 f"take ({error}): change it, or where timm's model has the option add "
                 "[dynamic_img_size, True] to MODEL.CLASSIFIER.OPTIONS"
@@ -180,7 +187,7 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
         try:
             network = timm.create_model(node.NAME, num_classes=node.NUM_CLASSES, **options)
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
+            raise UsageError(
                 f"MODEL.CLASSIFIER.NAME {node.NAME}: timm does not take its options "
                 f"{', '.join(options)} ({error}): see MODEL.CLASSIFIER.OPTIONS and DROP_PATH_RATE"
             ) from error

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from contnet.utils.errors import UserError
+from contnet.utils.failures import explain_failure, lost_contact
 
 __all__ = [
     "KNOWN_WARNINGS",
@@ -53,11 +54,13 @@ KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
 )
 
 
-class _NoUserErrorTracebacks(logging.Filter):
-    """Detectron2's training loop logs a traceback for whatever ends it, mistakes of users too."""
+class _NoKnownTracebacks(logging.Filter):
+    """Detectron2's training loop logs a traceback for whatever ends it, also what has one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+        error = record.exc_info[1] if record.exc_info else None
+        known = isinstance(error, UserError) or (error and explain_failure(error))
+        return not (known or (error and lost_contact(error)))
 
 
 class _NoTracingAdvice(logging.Filter):
@@ -67,15 +70,23 @@ class _NoTracingAdvice(logging.Filter):
         return not record.getMessage().startswith("is_fx_tracing will return true for both")
 
 
+class _NoTermination(logging.Filter):
+    """That the other processes of a run are ended after one has, of which a line of ours tells."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Terminating process")
+
+
 # Filters by the names of the loggers whose lines they take away.
 _LOG_FILTERS: dict[str, type[logging.Filter]] = {
-    "detectron2.engine.train_loop": _NoUserErrorTracebacks,
+    "detectron2.engine.train_loop": _NoKnownTracebacks,
     "torch.fx._symbolic_trace": _NoTracingAdvice,
+    "torch.multiprocessing.spawn": _NoTermination,
 }
 
 
 def silence_known_warnings() -> None:
-    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and two kinds of lines in logs."""
+    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and three kinds of lines in logs."""
     for category, message, _ in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
     for name, kind in _LOG_FILTERS.items():

@@ -29,8 +29,8 @@ FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
 GLOBAL_POOLS = ("avg", "")
 OUTPUT_STRIDES = (32, 16, 8)
-# What activation checkpointing computes again: nothing, MLPs, whole blocks.
-GRAD_CHECKPOINTING_MODES = ("", "mlp", "block")
+# What activation checkpointing computes again: nothing, the GELUs of MLPs, MLPs, whole blocks.
+GRAD_CHECKPOINTING_MODES = ("", "gelu", "mlp", "block")
 
 VARIANTS: dict[str, dict] = {
     "contnet_ti": {"depths": (1, 1, 1, 1), "dim": 48, "mlp_dims": (196, 392, 768, 768)},
@@ -225,20 +225,22 @@ class ConTNet(nn.Module):
         """Computes parts again in the backward pass instead of keeping their activations.
 
         Args:
-            enable: "block" or True for whole blocks, "mlp" for the encoders' MLPs alone, which
-                costs less time and saves less memory; "" or False for nothing.
+            enable: "block" or True for whole blocks, "mlp" for the encoders' MLPs alone, "gelu" for
+                the GELU in each MLP without dropout, each of which costs less time and saves less
+                memory than the one before; "" or False for nothing.
 
         Raises:
             ValueError: for anything else.
         """
         part = "block" if enable is True else enable or ""
         if part not in GRAD_CHECKPOINTING_MODES:
-            raise ValueError(f"enable is {enable!r}, it must be a bool, 'mlp' or 'block'")
+            raise ValueError(f"enable is {enable!r}, it must be a bool, 'gelu', 'mlp' or 'block'")
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = part == "block"
             elif isinstance(module, Encoder):
                 module.grad_checkpointing = part == "mlp"
+                module.mlp.grad_checkpointing = part == "gelu"
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

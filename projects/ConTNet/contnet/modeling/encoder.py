@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
 from contnet.modeling.patches import partition_patches, relative_index
 
 __all__ = ["Attention", "Encoder", "Mlp", "run_checkpointed"]
 
+_DROPS = (nn.Dropout, StochasticDepth)
+
 # For torch.fx, which cannot follow what depends on whether there is a mask.
 torch.fx.wrap("attention_mask")
+torch.fx.wrap("layer_norm")
 torch.fx.wrap("mask_of_patches")
 
 
 def mask_of_patches(valid: Tensor | None, tokens: int) -> Tensor | None:
     """Cuts a mask of larger patches into one of patches of ``tokens`` tokens each."""
-    if valid is None:
-        return None
-    valid = valid.reshape(-1, tokens)
-    # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
-    return valid | ~valid.any(dim=1, keepdim=True)
+    return None if valid is None else valid.reshape(-1, tokens)
 
 
 def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -38,8 +38,45 @@ def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
 def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a part of a module, which may ask that its activations are computed again."""
     if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
-        return checkpoint(part, *args, use_reentrant=False)
+        # What the random state is for, which takes a while to set.
+        drops = any(isinstance(each, _DROPS) and each.p for each in owner.modules())
+        return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=drops)
     return part(*args)
+
+
+def run_after_gelu(part: nn.Module, x: Tensor) -> Tensor:
+    """``part(gelu(x))``, whose backward pass computes the GELU again instead of keeping it."""
+    activated = F.gelu(x)
+    size, place = activated.numel(), activated.data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        activated = kept.numel() == size and kept.data_ptr() == place and kept.is_contiguous()
+        return kept.shape if activated else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else F.gelu(x).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return part(activated)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm that leaves half precision as it is; statistics are float32's in any case."""
+    shape = [x.shape[-1]]
+    if torch.jit.is_scripting() or x.dtype == weight.dtype:
+        x = F.layer_norm(x, shape, weight, bias, eps)
+    else:
+        # Autocast would make float32 of x, and so of all residual sums that follow.
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return x
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalises tokens (B, T, C) in the precision that they have, also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -74,8 +111,11 @@ class Attention(nn.Module):
             valid: bool (B, T), False for tokens that no query may look at; None for all True.
         """
         b, t, c = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, c // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # In parts of the last dimension, whose gradients are joined without another copy.
+        q, k, v = self.qkv(x).chunk(3, dim=2)
+        shape = (b, t, self.num_heads, c // self.num_heads)
+        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias = None
         if self.bias_table is not None:
             bias = self.bias_table[self.index].permute(2, 0, 1)[None].to(q.dtype)
@@ -93,9 +133,28 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
+        self.grad_checkpointing = False
+
+    def _checkpoints(self, hidden: Tensor) -> bool:
+        return (
+            self.grad_checkpointing
+            and self.training
+            and self.drop.p == 0  # dropout keeps as much again
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()  # which chooses what is computed again
+            and not isinstance(hidden, torch.fx.Proxy)
+        )
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(hidden))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        x = self.fc1(x)
+        if torch.jit.is_scripting():
+            x = self._project(x)
+        else:
+            x = run_after_gelu(self.fc2, x) if self._checkpoints(x) else self._project(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -124,8 +183,8 @@ class Encoder(nn.Module):
             self.col_table = nn.Parameter(torch.zeros(1, 1, patch_size, dim // 2))
         self.attn = Attention(dim, num_heads, patch_size, cell_size, relative, qkv_bias, drop)
         self.mlp = Mlp(dim, mlp_dim, drop)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
 
     def _position(self) -> Tensor:
         shape = (1, self.patch_size, self.patch_size, -1)
@@ -140,12 +199,12 @@ class Encoder(nn.Module):
 
         Args:
             x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
-            valid: bool (B, T), False on padding; None where there is none.
+            valid: bool (B, T), as of :func:`contnet.modeling.patches.margin_masks`, or None.
         """
         tokens = x.reshape(-1, self.patch_size * self.patch_size, x.shape[2])
         valid = mask_of_patches(valid, self.patch_size * self.patch_size)
         if self.row_table is not None:
-            tokens = tokens + self._position()
+            tokens = tokens + self._position().to(tokens.dtype)
         if self.pre_norm:
             tokens = tokens + self.attn(self.norm1(tokens), valid)
             tokens = tokens + self._run_mlp(self.norm2(tokens))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
@@ -30,10 +31,19 @@ CENTERNESS_BRANCHES = ("regression", "classification")
 _LEAST_IOU = 1e-6
 
 
-def _mean_over_processes(value: float) -> float:
-    """The mean of a number over all processes; gradients are averaged over them, too."""
-    values = comm.all_gather(value)
-    return sum(values) / len(values)
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a number over all processes; gradients are averaged over them, too.
+
+    Args:
+        value: without dimensions, on the model's device.
+
+    Returns:
+        In float64, on the same device.
+    """
+    total = value.to(torch.float64, copy=True)
+    if comm.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total / comm.get_world_size()
 
 
 class FCOSHead(fcos.FCOSHead):
@@ -131,7 +141,10 @@ class FCOS(fcos.FCOS):
         self, name: str, value: float, initial_value: float, momentum: float = 0.9
     ) -> float:
         """Detectron2's running normaliser, of the mean over all processes."""
-        return super()._ema_update(name, _mean_over_processes(value), initial_value, momentum)
+        if comm.get_world_size() > 1:
+            number = torch.full((), value, dtype=torch.float64, device=self.device)
+            value = _mean_over_processes(number).item()
+        return super()._ema_update(name, value, initial_value, momentum)
 
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
@@ -168,5 +181,5 @@ class FCOS(fcos.FCOS):
         boxes = self.box2box_transform.apply_deltas(deltas, Boxes.cat(anchors).tensor[location])
         truth = Boxes(torch.stack(gt_boxes)[image, location])
         iou = matched_pairwise_iou(Boxes(boxes), truth).clamp(min=_LEAST_IOU)
-        total = max(_mean_over_processes(weights.sum().item()), _LEAST_IOU)
-        return -(weights * iou.log()).sum() / total
+        total = _mean_over_processes(weights.sum()).clamp(min=_LEAST_IOU)
+        return -(weights * iou.log()).sum() / total.to(weights.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 __all__ = [
     "batch_to_space",
     "is_multiple",
+    "margin_masks",
     "merge_and_crop",
     "merge_patches",
     "pad_and_partition",
@@ -36,8 +39,10 @@ def is_multiple(size: int, of: int) -> bool:
     if torch.jit.is_scripting():
         return size % of == 0
     fits = size % of == 0
-    # jit.trace has sizes as tensors; torch.compile of PyTorch 2.6 cannot go into the function.
-    return statically_known_true(fits) if isinstance(fits, torch.SymBool) else bool(fits)
+    # torch.compile of PyTorch 2.6 cannot go into the function, nor through bool().
+    if isinstance(fits, torch.SymBool):
+        return statically_known_true(fits)
+    return True if fits else False  # noqa: SIM210, jit.trace has sizes as tensors
 
 
 def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
@@ -80,9 +85,7 @@ def _round_up(size: int, to: int) -> int:
     return size if is_multiple(size, to) else (size + to - 1) // to * to
 
 
-def pad_and_partition(
-    x: Tensor, patch_size: int, cell_size: int, dilation: int
-) -> tuple[Tensor, Tensor | None]:
+def pad_and_partition(x: Tensor, patch_size: int, cell_size: int, dilation: int) -> Tensor:
     """Pads a map at the right and at the bottom to whole patches, and cuts it into them.
 
     Args:
@@ -91,25 +94,84 @@ def pad_and_partition(
         dilation: a patch takes every so many-th pixel.
 
     Returns:
-        Tokens (B, T, C), and bool (B, T) that is False on padding; None where nothing is padded.
+        Tokens (B, T, C).
     """
     h, w = x.shape[1], x.shape[2]
     unit = patch_size * dilation
-    full_h, full_w = _round_up(h, unit), _round_up(w, unit)
-    valid: Tensor | None = None
     if not (is_multiple(h, unit) and is_multiple(w, unit)):
-        x = F.pad(x, (0, 0, 0, full_w - w, 0, full_h - h))
-        rows = torch.arange(full_h, device=x.device) < h
-        cols = torch.arange(full_w, device=x.device) < w
-        valid = (rows[:, None] & cols)[None, :, :, None]
+        x = F.pad(x, (0, 0, 0, _round_up(w, unit) - w, 0, _round_up(h, unit) - h))
     if dilation > 1:
         x = space_to_batch(x, dilation)
-        valid = None if valid is None else space_to_batch(valid, dilation)
-    tokens = partition_patches(x, patch_size, cell_size)
-    if valid is not None:
-        valid = partition_patches(valid, patch_size, cell_size).squeeze(2)
-        valid = valid.repeat(tokens.shape[0] // valid.shape[0], 1)
-    return tokens, valid
+    return partition_patches(x, patch_size, cell_size)
+
+
+def _make_masks(
+    n: int, h: int, w: int, patch_sizes: list[int], dilation: int, device: torch.device
+) -> list[Tensor | None]:
+    """The masks of :func:`margin_masks` where there are margins."""
+    larger, smaller = max(patch_sizes), min(patch_sizes)
+    unit = larger * dilation
+    rows = torch.arange(_round_up(h, unit), device=device) < h
+    cols = torch.arange(_round_up(w, unit), device=device) < w
+    inside = (rows[:, None] & cols)[None, :, :, None]
+    if dilation > 1:
+        inside = space_to_batch(inside, dilation)
+    inside = partition_patches(inside, larger, smaller).squeeze(2)
+    masks: list[Tensor | None] = []
+    for size in patch_sizes:
+        own = inside.reshape(-1, size * size)
+        # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
+        own = own | ~own.any(dim=1, keepdim=True)
+        masks.append(own.reshape(inside.shape).repeat(n, 1))
+    return masks
+
+
+# Of 32 sizes of images, as a network has four stages.
+@lru_cache(maxsize=128)
+def _kept_masks(
+    stream: int, n: int, h: int, w: int, patch_sizes: tuple[int, ...], *rest
+) -> list[Tensor | None]:
+    """Masks that are made once for each stream of a GPU, as none waits for another."""
+    return _make_masks(n, h, w, list(patch_sizes), *rest)
+
+
+def _find_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
+    """Masks of this size, which are made anew where the operations are being recorded."""
+    size = x.shape[:3]
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) is not Tensor  # as in torch.export
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return _make_masks(*size, patch_sizes, dilation, x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return _kept_masks(stream, *size, tuple(patch_sizes), dilation, x.device)
+
+
+def margin_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
+    """Masks of attention in the patches that :func:`pad_and_partition` has cut.
+
+    They depend on nothing but sizes, and are kept.
+
+    Args:
+        x: the map (N, H, W, C).
+        patch_sizes: of the encoders, in pixels.
+        dilation: a patch takes every so many-th pixel.
+
+    Returns:
+        For each encoder bool (B, T), False for tokens that no query may look at; None where nothing
+        is padded.
+    """
+    n, h, w = x.shape[0], x.shape[1], x.shape[2]
+    unit = max(patch_sizes) * dilation
+    masks: list[Tensor | None] = [None for _ in patch_sizes]
+    if not (is_multiple(h, unit) and is_multiple(w, unit)):
+        if torch.jit.is_scripting():
+            masks = _make_masks(n, h, w, patch_sizes, dilation, x.device)
+        else:
+            masks = _find_masks(x, patch_sizes, dilation)
+    return masks
 
 
 def merge_and_crop(

@@ -6,9 +6,12 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from contnet.utils.text import printable
 
 if TYPE_CHECKING:  # importing matplotlib writes into the user's home
     from matplotlib.axes import Axes
@@ -27,6 +30,7 @@ __all__ = [
 # Mid-tones that stand out from white and from black.
 _LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
 _SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
+_LONGEST_LABEL = 60  # letters
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ def running_median(values: list[float]) -> list[float]:
     ]
 
 
+def _label(key: str) -> str:
+    """A key as matplotlib writes it, which would read what stands between dollar signs as TeX."""
+    return printable(key, _LONGEST_LABEL).replace("$", r"\$")
+
+
 def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
@@ -97,7 +106,10 @@ def _curve(figure: Figure, label: str, caption: str) -> Curve:
         figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=_SENTINEL)
     stream = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
+    settings = {"svg.hashsalt": label, "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # The reader's browser has fonts of its own.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     opening, body = re.search("<svg([^>]*)>(.*)</svg>", stream.getvalue(), re.DOTALL).groups()
     view_box = re.search('viewBox="([^"]*)"', opening).group(1)
@@ -116,7 +128,9 @@ def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> Curve:
             axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
         width = 2.2 if key == "total_loss" else 1.2
         marker = "o" if len(x) == 1 else None
-        axes.plot(x, running_median(y), color=colour, linewidth=width, marker=marker, label=key)
+        axes.plot(
+            x, running_median(y), color=colour, linewidth=width, marker=marker, label=_label(key)
+        )
     axes.set_ylim(bottom=0)
     return _curve(figure, "Loss against iteration", "Losses; lines are running medians.")
 
@@ -141,6 +155,6 @@ def score_curve(
     for index, key in enumerate(keys):
         x, y = series(rows, key)
         colour = _LINE_COLOURS[(index + 1) % len(_LINE_COLOURS)]
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=key)
+        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=_label(key))
     axes.set_ylim(0, 100)
     return _curve(figure, label, caption)

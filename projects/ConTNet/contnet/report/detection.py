@@ -16,6 +16,7 @@ from contnet.report.curves import (
 )
 from contnet.report.page import Curves, Facts, Gallery, Section, Tiles, write_page
 from contnet.report.pictures import ReportImage
+from contnet.utils.text import printable
 
 __all__ = ["write_detection_report"]
 
@@ -40,7 +41,7 @@ def _last_numbers(rows: _Rows) -> dict[str, str]:
 
 def _last_class_scores(rows: _Rows, class_names: Sequence[str]) -> dict[str, float]:
     """AP of each class at the last evaluation that knew it."""
-    found = {name: series(rows, f"bbox/AP-{name}")[1] for name in class_names}
+    found = {name: series(rows, f"bbox/{printable(f'AP-{name}')}")[1] for name in class_names}
     return {name: values[-1] for name, values in found.items() if values}
 
 

@@ -15,12 +15,16 @@ from typing import ClassVar
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from contnet.report.curves import Curve
 from contnet.report.pictures import ReportImage, class_colour, data_url, label_boxes
-from contnet.utils.files import atomic_write
+from contnet.utils.files import atomic_write, writing
+from contnet.utils.text import printable
 
 __all__ = ["Curves", "Facts", "Gallery", "Section", "Tiles", "write_page"]
+
+_LONGEST_TEXT = 10_000
 
 
 class Section:
@@ -106,11 +110,19 @@ def _short(value: object) -> str:
     return str(value)
 
 
+def _shown(value: object) -> object:
+    """What the page shows of a value: a text in one line, cut if it is very long."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value, _LONGEST_TEXT)
+    return value
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("contnet.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
     )
     environment.filters["short"] = _short
@@ -133,7 +145,8 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     """
     page = _environment().get_template("page.html").render(title=title, sections=sections)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(page.encode())
     return path

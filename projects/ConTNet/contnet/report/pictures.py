@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from contnet.utils.text import printable
+
 __all__ = [
     "Box",
     "LabelledBox",
@@ -28,6 +30,7 @@ _CLASS_COLOURS = (
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
 _LETTER_WIDTH = 0.62  # Of a monospaced letter, against its size.
+_LONGEST_LABEL = 100  # letters
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def label_boxes(
     labelled: list[LabelledBox] = []
     for box in boxes:
         x0, y0, x1, y1 = xyxy = tuple(float(v) for v in box.xyxy)
-        text = class_names[box.class_index]
+        text = printable(class_names[box.class_index], _LONGEST_LABEL)
         if box.score is not None:
             text += f" {box.score:.2f}"
         text_width = len(text) * _LETTER_WIDTH * letter

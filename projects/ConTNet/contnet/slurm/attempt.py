@@ -13,27 +13,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from threading import Lock
+from typing import NoReturn
 
 import torch
 
 from contnet.config import load_finished_config
 from contnet.data.datasets.register import register_datasets
+from contnet.engine.resume_file import ResumeFile, choose_checkpoint
 from contnet.launch.arguments import RunSettings
 from contnet.launch.distributed import launch_run
 from contnet.launch.environment import DistributedEnvironment, Processes
 from contnet.launch.preflight import check_run
 from contnet.launch.run import run
+from contnet.launch.run_lease import LeaseLost
 from contnet.slurm.attempt_folder import (
     AttemptFolder,
+    last_requeued,
     last_saved_iteration,
     read_requeues,
     record_requeue,
 )
 from contnet.slurm.cluster import LOCAL_REQUEUE_STATUS, Job
-from contnet.slurm.lease import Lease, LeaseLost
+from contnet.slurm.lease import Lease
+from contnet.slurm.nccl import leave_failures_to_watcher
 from contnet.slurm.preemption import Preempted, Preemption
-from contnet.slurm.watcher import Watcher, lost_contact
+from contnet.slurm.watcher import Watcher
 from contnet.utils.errors import UserError
+from contnet.utils.failures import lost_contact
+from contnet.utils.files import explaining_disk
 
 __all__ = ["Attempt"]
 
@@ -48,7 +55,8 @@ def _find_job(env: DistributedEnvironment, run_folder: str) -> Job:
     if job.cluster != "local":
         return job
     earlier = [record["job_id"] for record in read_requeues(run_folder)].count(job.job_id)
-    return replace(job, restart=earlier)
+    # requeues.json may have been damaged, and begun anew.
+    return replace(job, restart=max(earlier, last_requeued(run_folder, job.job_id) + 1))
 
 
 class Attempt:
@@ -86,6 +94,7 @@ class Attempt:
         self.lease = Lease(run_folder, self.job)
         self.metrics = {}
         self._lock = Lock()
+        self._decision: tuple[int, str] | None = None  # of how it ends, should the note fail
         self.watcher = Watcher(
             self.job,
             self.folder,
@@ -98,7 +107,8 @@ class Attempt:
 
     def run(self) -> dict:
         """Trains or evaluates, as ``TrainingJob`` says; returns the last evaluation's metrics."""
-        self.watcher.start()
+        with explaining_disk(self.run_folder):
+            self.watcher.start()
         try:
             self._attempt()
         except LeaseLost:
@@ -107,10 +117,8 @@ class Attempt:
 
     def _attempt(self) -> None:
         try:
-            self._begin()
-            self._train()
-        except Preempted:
-            self._exit()
+            with explaining_disk(self.run_folder):
+                status = self._train_or_save()
         except LeaseLost:
             raise
         except BaseException as error:
@@ -118,9 +126,22 @@ class Attempt:
                 sys.exit(self._end("a node does not answer any more"))
             self.watcher.fail(error)
             raise
+        if status is not None:
+            self._leave(status)
         self.watcher.finish("finished")
         if self.job.rank == 0:
             self.lease.release()
+
+    def _train_or_save(self) -> int | None:
+        """The exit status of an attempt that was signalled; None for one that has finished."""
+        try:
+            self._begin()
+            self._train()
+        except Preempted:  # rank 0 decides, the others wait for its word
+            if self.job.rank:
+                return self._await_end()
+            return self._end(f"saved after iteration {self.watcher.iteration}")
+        return None
 
     def _node_is_gone(self) -> bool:
         """On rank 0, whether others are gone in a way that SLURM has not noticed.
@@ -144,8 +165,11 @@ class Attempt:
                 f"requeued {self.max_requeues} times: submit it again to go on"
             )
         self.lease.check()
+        patience = 12 * self.watcher.heartbeat_interval
         if self.job.rank == 0:
-            self.lease.take(timeout=12 * self.watcher.heartbeat_interval)
+            self.lease.take(patience)
+        else:
+            self.lease.wait(patience + 2 * self.lease.silence)
         if self.interface:
             for library in ("NCCL", "GLOO"):
                 os.environ[f"{library}_SOCKET_IFNAME"] = self.interface
@@ -160,9 +184,15 @@ class Attempt:
                 "submit it again"
             )
         register_datasets(cfg)
-        resume = self.resume or self.job.restart > 0
+        resume = self.resume or (self.job.restart > 0 and not self.eval_only)
         return RunSettings(
-            cfg, resume, self.eval_only, self.processes, self.config_file, self.notes
+            cfg,
+            resume,
+            self.eval_only,
+            self.processes,
+            self.config_file,
+            self.notes,
+            checkpoint=choose_checkpoint(cfg.OUTPUT_DIR) if resume else ResumeFile(),
         )
 
     def _train(self) -> None:
@@ -173,17 +203,14 @@ class Attempt:
         device = torch.device(settings.cfg.MODEL.DEVICE).type
         # Longer than the watcher waits, who can say more about a hang.
         timeout = self.hang_timeout + 60
+        if device == "cuda":
+            leave_failures_to_watcher(self.folder.path, timeout)
         self.metrics = launch_run(self._call_run, settings, self.processes, device, timeout)
 
     def _call_run(self, settings: RunSettings) -> dict:
         return run(settings, Preemption(self.watcher, self.lease))
 
-    def _exit(self) -> None:
-        """After the checkpoint: rank 0 decides, the others wait for its word."""
-        if self.job.rank == 0:
-            status = self._end(f"saved after iteration {self.watcher.iteration}")
-        else:
-            status = self._await_end()
+    def _leave(self, status: int) -> NoReturn:
         self.watcher.finish("preempted")
         note = self.folder.read("exit") or {"reason": ""}
         if status == 1:
@@ -204,14 +231,17 @@ class Attempt:
         with self._lock:
             if note := self.folder.read("exit"):
                 return note["status"]
-            status, outcome = self._requeue(reason)
+            if self._decision is None:
+                status, outcome = self._requeue(reason)
+                self._decision = status, f"{reason}; {outcome}"
+            status, reason = self._decision
             self.folder.note(
                 "exit",
                 {
                     "rank": 0,
                     "iteration": self.watcher.iteration,
                     "requeued": status in (0, LOCAL_REQUEUE_STATUS),
-                    "reason": f"{reason}; {outcome}",
+                    "reason": reason,
                     "status": status,
                 },
             )

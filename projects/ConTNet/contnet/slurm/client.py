@@ -40,7 +40,9 @@ def ask_slurm(*command: str, timeout: float = 120) -> str:
     if shutil.which(command[0]) is None:
         raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="backslashreplace", timeout=timeout
+        )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{command[0]} did not answer within {timeout:g} s, try later") from error
     if done.returncode:

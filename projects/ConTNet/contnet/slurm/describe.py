@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import time
 from pathlib import Path
 
 from contnet.checkpoint.names import FINAL
 from contnet.engine.writers import METRICS_FILE, read_metrics
 from contnet.slurm.jobs import live_states
-from contnet.slurm.records import last_submission, read_submissions
+from contnet.slurm.records import last_submission, open_log, read_submissions
 from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
+from contnet.utils.files import explain_os_error
+from contnet.utils.records import warn_once
+from contnet.utils.text import printable_lines, say
 
 __all__ = ["describe_run", "follow", "iterations_done", "last_metrics", "print_status"]
 
+# Bytes at the end of a log that its last lines are looked for in.
+_TAIL = 100_000
 # What stands before messages that say all; others come with a traceback.
 _OUR_ERROR = f"{UserError.__name__}: "
 
@@ -35,12 +42,30 @@ def _status_of_last(folder: str | Path, record: dict) -> dict:
     return status if status.get("job_id") == record.get("job_id", status.get("job_id")) else {}
 
 
-def _last_words(record: dict, lines: int = 10) -> str:
+def _read_log(path: str | Path, place: int) -> tuple[bytes, int]:
+    """A log from a place on, and where it ends; nothing if it cannot be read.
+
+    Args:
+        path: as of :func:`contnet.slurm.records.open_log`.
+        place: in bytes; if negative, from the end.
+    """
+    try:
+        if file := open_log(path):
+            with file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(place if place >= 0 else max(0, end + place))
+                return file.read(), file.tell()
+    except OSError as error:
+        warn_once(f"{path} cannot be read ({explain_os_error(error, path)})")
+    return b"", place
+
+
+def _last_words(record: dict, lines: int = 10) -> list[str]:
     """What a job said that ended before Python did: its set-up, or SLURM."""
-    for path in (Path(record["log"]), Path(record["job_folder"], "setup.log")):
-        if path.exists() and (text := path.read_text(errors="replace").strip()):
-            return "\n".join(text.splitlines()[-lines:])
-    return ""
+    for path in (record["log"], Path(record["job_folder"], "setup.log")):
+        if text := _read_log(path, -_TAIL)[0].decode(errors="replace").strip():
+            return text.splitlines()[-lines:]
+    return []
 
 
 def describe_run(folder: str | Path, state: str = "") -> str:
@@ -86,30 +111,30 @@ def _ago(seconds: float) -> str:
 
 def _print_run(folder: Path, record: dict, state: str) -> None:
     status = _status_of_last(folder, record)
-    print(f"run      {folder}")
-    print(
+    say(f"run      {folder}")
+    say(
         f"job      {record['job_id']} on {record['cluster']}, submitted {record['time']} from "
         f"{record['host']}, {record['nodes']} x {record['tasks']} processes"
     )
     described = describe_run(folder, state)
-    print(f"state    {described}")
+    say(f"state    {described}")
     if status.get("max_iter"):
-        print(
+        say(
             f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, attempt "
             f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
         )
     metrics = last_metrics(folder)
     if metrics:
-        print(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
+        say(f"loss     {metrics['total_loss']:.4g} at iteration {metrics['iteration']}")
     for each in status.get("requeues", ()):
-        print(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
+        say(f"requeued at iteration {each['iteration'] + 1}: {each['reason']}")
     failure = status.get("failure")
     told = "cancelled" in record or (failure and failure["reason"].startswith(_OUR_ERROR))
     if failure and failure.get("details") and not told:
-        print(failure["details"])
+        say(*failure["details"].splitlines())
     if not status and not state and described != "finished" and (words := _last_words(record)):
-        print(words)
-    print(f"log      {record['log']}")
+        say(*words)
+    say(f"log      {record['log']}")
 
 
 def print_status(folder: str | Path) -> None:
@@ -123,14 +148,14 @@ def print_status(folder: str | Path) -> None:
     if not record["runs"]:
         _print_run(Path(folder), record, states.get(record["job_id"], ""))
         return
-    print(f"sweep    {folder}, job {record['job_id']} on {record['cluster']}, {record['time']}")
+    say(f"sweep    {folder}, job {record['job_id']} on {record['cluster']}, {record['time']}")
     width = max(map(len, record["runs"]))
     for name, job_id in record["runs"].items():
         run = Path(folder, name)
         state = _state_of_run(run, job_id, states)
         job = f"  job {job_id}" if job_id else ""
         done = iterations_done(run)
-        print(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
+        say(f"{name:{width}}{job}  iteration {done}  {describe_run(run, state)}")
 
 
 def _state_of_run(run: Path, job_id: str, states: dict[str, str]) -> str:
@@ -155,30 +180,28 @@ def follow(folder: str | Path, poll: float = 5.0) -> bool:
     try:
         return _follow(folder, poll)
     except KeyboardInterrupt:
-        print(f"\nno longer following; the job goes on, end it by --cancel {folder}")
-        return True
+        say("", f"no longer following; the job goes on, end it by --cancel {folder}")
+        raise
 
 
 class _Tail:
     """Prints what is added to a file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str):
         self.path = path
         self.place = 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self) -> None:
-        if self.path.exists():
-            with open(self.path, errors="replace") as file:
-                file.seek(self.place)
-                print(file.read(), end="", flush=True)
-                self.place = file.tell()
+        data, self.place = _read_log(self.path, self.place)
+        print(printable_lines(self.decoder.decode(data)), end="", flush=True)
 
 
 def _follow(folder: str | Path, poll: float) -> bool:
     record = last_submission(folder)
     runs = {name: Path(folder, name) for name in record["runs"]} or {"": Path(folder)}
     seen: dict[str, str] = {}
-    tail = None if record["runs"] else _Tail(Path(record["log"]))
+    tail = None if record["runs"] else _Tail(record["log"])
     while True:
         states = live_states(record)
         described = {
@@ -194,9 +217,7 @@ def _follow(folder: str | Path, poll: float) -> bool:
             time.sleep(min(0.5, poll))
         for name, text in described.items():
             if seen.get(name) != text:
-                print(
-                    f"[{time.strftime('%H:%M:%S')}] {name or record['job_id']}: {text}", flush=True
-                )
+                say(f"[{time.strftime('%H:%M:%S')}] {name or record['job_id']}: {text}")
         seen = described
         if not states:
             return all(text == "finished" for text in described.values())

@@ -14,26 +14,27 @@ from contnet.slurm.client import ask_slurm, read_states
 from contnet.slurm.records import last_submission, read_submissions, write_submissions
 from contnet.slurm.status import read_status
 from contnet.utils.errors import UserError
+from contnet.utils.processes import process_environment, process_start
+from contnet.utils.text import say
 
-__all__ = ["cancel", "check_free", "end_local", "live_states", "process_start"]
+__all__ = ["RUN_VARIABLE", "cancel", "check_free", "end_local", "live_states"]
 
+# Of the environment of all processes of a local run: its folder.
+RUN_VARIABLE = "CONTNET_RUN_FOLDER"
 # Seconds that processes of this machine have to save and end.
 _PATIENCE = 30
 
 
-def process_start(number: int) -> str:
-    """When a process of this machine started, in ticks since the machine did; "" if it is gone."""
-    try:
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
 def _is_alive(record: dict) -> bool:
-    """Whether the process of a local submission is there, and not another of its number."""
-    start = process_start(int(record["job_id"]))
-    return bool(start) and start == record["process_start"]
+    """Whether the process of a local submission is there, and not another of its number.
+
+    That of an array has no mark: it ends its runs itself.
+    """
+    start = process_start(record["job_id"])
+    if not start or start != record.get("process_start"):
+        return False
+    mark = process_environment(record["job_id"]).get(RUN_VARIABLE)
+    return bool(record["runs"]) or mark == os.path.realpath(record["run_folder"])
 
 
 def live_states(record: dict) -> dict[str, str]:
@@ -96,11 +97,32 @@ def end_local(records: Sequence[dict]) -> None:
 
 
 def _end_sweep(record: dict) -> None:
-    """Ends the process that starts the runs of a sweep here, which then ends those."""
-    os.kill(int(record["job_id"]), signal.SIGTERM)
+    """Waits for the process that starts the runs of a sweep here: told by the mark, it ends them.
+
+    Raises:
+        UserError: if it does not.
+    """
     _wait_while(lambda: _is_alive(record), _PATIENCE + 10)
     folders = [Path(record["run_folder"], name) for name in record["runs"]]
     end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
+    if _is_alive(record):
+        raise UserError(
+            f"process {record['job_id']} is not one of this run, or hangs: its runs have ended, "
+            "end it by kill if it is yours"
+        )
+
+
+def _check_submitted(record: dict) -> None:
+    """Raises UserError unless SLURM's job was submitted from the run's folder."""
+    scripts = ask_slurm(
+        "squeue", "--noheader", f"--jobs={record['job_id']}", "--states=all", "--format=%o"
+    )
+    folder = os.path.realpath(record["job_folder"])
+    if any(os.path.dirname(os.path.realpath(line)) != folder for line in scripts.splitlines()):
+        raise UserError(
+            f"job {record['job_id']} was not submitted from {record['run_folder']}: if it is to "
+            f"end, use scancel {record['job_id']}"
+        )
 
 
 def _mark_cancelled(folder: str | Path) -> None:
@@ -118,18 +140,25 @@ def cancel(folder: str | Path) -> None:
     """
     record = last_submission(folder)
     states = live_states(record)
+    if not states and record["cluster"] == "local" and process_start(record["job_id"]):
+        raise UserError(f"nothing to cancel: process {record['job_id']} is not one of this run")
     if not states:
         raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
     runs = {Path(folder, name): job_id for name, job_id in record["runs"].items()}
     if record["cluster"] == "slurm":
+        _check_submitted(record)
         ask_slurm("scancel", record["job_id"])
         marked = [run for run, job_id in runs.items() if job_id in states]
     elif record["host"] != socket.gethostname():
         raise UserError(f"job {record['job_id']} runs on {record['host']}: cancel it there")
     else:
         marked = [run for run in runs if any(map(_is_alive, read_submissions(run)[-1:]))]
-        _end_sweep(record) if runs else end_local([record])
+        if runs:
+            _mark_cancelled(folder)
+            _end_sweep(record)
+        else:
+            end_local([record])
     for each in (folder, *marked):
         _mark_cancelled(each)
     for name, state in states.items():
-        print(f"cancelled job {name} (it was {state})")
+        say(f"cancelled job {name} (it was {state})")

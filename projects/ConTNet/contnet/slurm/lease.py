@@ -1,30 +1,22 @@
-"""The lease of a run's folder: which attempt of which job may write into it."""
+"""The lease of a run's folder as the attempts of a job take it."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 
-from contnet.slurm.attempt_folder import (
-    AttemptFolder,
-    lease_file,
-    read_json,
-    write_json,
-)
+from contnet.launch.run_lease import Owner, RunLease
+from contnet.slurm.attempt_folder import AttemptFolder
 from contnet.slurm.client import job_state
 from contnet.slurm.cluster import Job
-from contnet.utils.errors import UserError
-from contnet.utils.files import TEMPORARY_SUFFIX, WriteGuard
+from contnet.utils.files import TEMPORARY_SUFFIX
 
-__all__ = ["Lease", "LeaseLost"]
+__all__ = ["Lease"]
 
-
-class LeaseLost(BaseException):
-    """A later attempt owns the run, so this one must end; no error of the training."""
+_ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 
-class Lease(WriteGuard):
+class Lease(RunLease):
     """Says which attempt of which job may write into a run's folder.
 
     SLURM starts a job again when it loses touch with a node, whose tasks may live on; the later
@@ -36,30 +28,8 @@ class Lease(WriteGuard):
     """
 
     def __init__(self, run_folder: str | Path, job: Job):
-        self.run_folder = Path(run_folder)
-        self.path = lease_file(run_folder)
-        self.job = job
+        super().__init__(run_folder, job.cluster, job.job_id, job.restart)
         self.writer = AttemptFolder(run_folder, job.job_id, job.restart).path.name
-        self._held = False
-
-    def _ours(self, lease: dict) -> bool:
-        return (lease["job_id"], lease["restart"]) == (self.job.job_id, self.job.restart)
-
-    def lost(self) -> bool:
-        """Whether another attempt owns the run now; True also if a later one did before us."""
-        lease = read_json(self.path)
-        if lease is None:
-            return False
-        if self._ours(lease):
-            self._held = True
-            return False
-        later = lease["job_id"] == self.job.job_id and lease["restart"] > self.job.restart
-        return self._held or later
-
-    def check(self) -> None:
-        """Raises LeaseLost if another attempt owns the run."""
-        if self.lost():
-            raise LeaseLost(f"a later attempt of the job owns {self.run_folder}")
 
     def remove_unfinished(self) -> None:
         """Deletes what this attempt has half written; the later one did so before it trained."""
@@ -67,49 +37,10 @@ class Lease(WriteGuard):
             with contextlib.suppress(OSError):  # it has no other name, and nobody reads it
                 path.unlink()
 
-    def take(self, timeout: float) -> None:
-        """Takes the lease, from another job only once that has ended.
-
-        Args:
-            timeout: seconds without a heartbeat after which another job counts as ended.
-
-        Raises:
-            UserError: if the other job is alive.
-        """
-        begun = time.time()
-        while not self._free(timeout):
-            if time.time() - begun > timeout:
-                owner = read_json(self.path) or {}
-                raise UserError(
-                    f"{self.run_folder} belongs to job {owner.get('job_id')}, which is alive: "
-                    "cancel that job, or choose another OUTPUT_DIR"
-                )
-            time.sleep(1)
-        self._write(released=False)
-
-    def _free(self, timeout: float) -> bool:
-        lease = read_json(self.path)
-        if lease is None or lease["released"] or lease["job_id"] == self.job.job_id:
-            return True
-        if self.job.cluster == lease["cluster"] == "slurm":
-            return job_state(lease["job_id"]) not in ("RUNNING", "COMPLETING", "SUSPENDED")
-        ranks = AttemptFolder(self.run_folder, lease["job_id"], lease["restart"]).ranks()
-        signs = [lease["time"], *(rank["time"] for rank in ranks.values())]
-        return time.time() - max(signs) > timeout
-
-    def release(self) -> None:
-        """At the end of the job, so that the next one need not wait."""
-        if not self.lost():
-            self._write(released=True)
-
-    def _write(self, released: bool) -> None:
-        write_json(
-            self.path,
-            {
-                "cluster": self.job.cluster,
-                "job_id": self.job.job_id,
-                "restart": self.job.restart,
-                "released": released,
-                "time": time.time(),
-            },
-        )
+    def _is_alive(self, number: int, owner: Owner | None) -> bool | None:
+        alive = super()._is_alive(number, owner)
+        if alive is False or owner is None or (self.owner.cluster, owner.cluster) != ("slurm",) * 2:
+            return alive
+        # Tasks of a node that SLURM has given up may live on, but not write.
+        state = "" if owner.job_id == self.owner.job_id else job_state(owner.job_id)
+        return state in _ALIVE if state else alive

@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import time
 
 from contnet.slurm.describe import describe_run
 from contnet.slurm.executors import submit_jobs
 from contnet.slurm.jobs import end_local, live_states
-from contnet.slurm.records import add_submission
+from contnet.slurm.records import add_submission, last_submission
 from contnet.slurm.runs import Run
 from contnet.slurm.submission import Submission
-from contnet.utils.errors import UserError
+from contnet.utils.text import say
 
 __all__ = ["run_queue"]
 
 
-def _start(plan: Submission, run: Run, slot: int) -> dict:
-    """Starts a run, whose record it returns."""
-    (job_id,) = submit_jobs(plan.local_executor(slot), [plan.job(run)])
+def _start(plan: Submission, run: Run, slot: int, running: dict[int, tuple[Run, dict]]) -> None:
+    """Starts a run, and adds it to those that are running, by slot."""
+    (job_id,) = submit_jobs(plan.local_executor(run, slot), [plan.job(run)])
     record = plan.record(job_id, run.folder)
+    running[slot] = (run, record)  # at once, for an interrupt ends what is in there
     add_submission(run.folder, record)
-    print(f"{run.arguments.name}: started, process {job_id}", flush=True)
-    return record
+    say(f"{run.arguments.name}: started, process {job_id}")
 
 
 def run_queue(plan: Submission) -> bool:
     """Runs an array on this machine, some runs at a time; stays until all have ended.
 
+    A signal of the user, or of ``--cancel``, ends the runs, too.
+
     Returns:
         Whether all have finished.
-
-    Raises:
-        UserError: if the user, or ``--cancel``, has ended it.
     """
     waiting = plan.pending
     running: dict[int, tuple[Run, dict]] = {}  # by slot, which stands for GPUs
     names = {run.arguments.name: "" for run in plan.runs}
     add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # by --cancel
     try:
         while waiting or running:
             for slot in sorted(set(range(plan.parallel)) - set(running))[: len(waiting)]:
-                run = waiting.pop(0)
-                running[slot] = (run, _start(plan, run, slot))
+                _start(plan, waiting.pop(0), slot, running)
             time.sleep(1)
+            if "cancelled" in last_submission(plan.base):
+                raise KeyboardInterrupt
             for slot, (run, record) in list(running.items()):
                 if not live_states(record):
                     del running[slot]
-                    print(f"{run.arguments.name}: {describe_run(run.folder)}", flush=True)
+                    say(f"{run.arguments.name}: {describe_run(run.folder)}")
     except KeyboardInterrupt:
         end_local([record for _, record in running.values()])
-        raise UserError("interrupted: the runs that were going on are cancelled") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(OSError):  # what reads the output has ended, too
+            print("the runs that were going on are cancelled", flush=True)
+        raise
     return all(describe_run(run.folder) == "finished" for run in plan.runs)

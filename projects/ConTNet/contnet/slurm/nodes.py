@@ -198,7 +198,7 @@ def is_one_machine(nodes: Sequence[Node]) -> bool:
 def _file_system(path: Path) -> tuple[str, str]:
     """Where a path is mounted, and the type of file system."""
     best = ("/", "")
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(errors="surrogateescape").splitlines():
         _, point, kind, *_ = line.split()
         point = point.replace("\\040", " ")
         if path.is_relative_to(point) and len(point) >= len(best[0]):

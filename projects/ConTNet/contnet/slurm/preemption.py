@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-from detectron2.utils import comm
 from torch import nn
 
-from contnet.checkpoint.names import numbered_name
-from contnet.engine.hooks import LauncherHook, is_due
+from contnet.engine.hooks import is_due
+from contnet.engine.interruption import SavingHook
 from contnet.slurm.lease import Lease
 from contnet.slurm.watcher import Watcher
 
@@ -22,35 +20,7 @@ class Preempted(BaseException):
     """Ends the training loop, of all ranks, after the checkpoint of a signalled job."""
 
 
-class _Vote:
-    """Whether any rank was signalled: asked after one iteration, answered after the next.
-
-    So nobody waits for the answer, and all ranks have the same.
-    """
-
-    def __init__(self):
-        self.group = None
-        if comm.get_world_size() > 1:
-            # On the CPU, so that no rank waits for its GPU.
-            self.group = dist.new_group(backend="gloo")
-        self.ballot = torch.zeros(1, dtype=torch.int32)
-        self.work = None
-
-    def answer(self) -> bool:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return bool(self.ballot.item())
-
-    def ask(self, signalled: bool) -> None:
-        self.ballot.fill_(int(signalled))
-        if self.group is not None:
-            self.work = dist.all_reduce(
-                self.ballot, dist.ReduceOp.MAX, group=self.group, async_op=True
-            )
-
-
-class Preemption(LauncherHook):
+class Preemption(SavingHook):
     """Tells the watcher how the training goes; saves and leaves when a rank was signalled.
 
     At least one iteration is done in each attempt, so that signals alone cannot keep a job from
@@ -62,9 +32,9 @@ class Preemption(LauncherHook):
     """
 
     def __init__(self, watcher: Watcher, lease: Lease):
+        super().__init__()
         self.watcher = watcher
         self.guard = lease
-        self.vote = _Vote()
 
     def before_train(self) -> None:
         self.watch(self.trainer.unwrapped_model)
@@ -82,18 +52,16 @@ class Preemption(LauncherHook):
     def after_step(self) -> None:
         trainer = self.trainer
         self.watcher.progress(trainer.iter)
-        preempted = self.vote.answer()
-        if trainer.iter + 1 == trainer.max_iter:
-            return
-        evaluated = is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter)
-        saved = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
-        if (preempted or evaluated) and not saved:
-            trainer.checkpointer.save(numbered_name(trainer.iter), iteration=trainer.iter)
-        if preempted:
-            trainer.checkpointer.wait()
-            self.watcher.enter("preempting")
-            raise Preempted
-        self.vote.ask(bool(self.watcher.signals))
+        if is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter):
+            self.save()  # a later attempt need not evaluate again
+        super().after_step()
+
+    def signalled(self) -> int:
+        return int(bool(self.watcher.signals))
+
+    def leave(self, number: int) -> NoReturn:
+        self.watcher.enter("preempting")
+        raise Preempted
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -9,8 +9,11 @@ from contnet.engine.run_record import git_commit
 from contnet.slurm.executors import sbatch_text
 from contnet.slurm.snapshot import list_code
 from contnet.slurm.submission import Submission
+from contnet.utils.text import printable, say
 
 __all__ = ["describe", "show_dry_run"]
+
+_SHOWN = 20  # files that are left out, or taken although git does not track them
 
 
 def describe(plan: Submission) -> None:
@@ -19,24 +22,24 @@ def describe(plan: Submission) -> None:
     where = "SLURM" if plan.cluster == "slurm" else "this machine"
     device = "GPU" if plan.gpus else "process"
     nodes, tasks = args.num_machines, args.num_gpus
-    print(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
+    say(f"{where}: {nodes} node(s) x {tasks} {device}(s)")
     if not runs[0].arguments.eval_only:
         images = micro_batch_size(cfg, nodes * tasks)
         solver, first = cfg.SOLVER, "first run: " if plan.is_array else ""
-        print(
+        say(
             f"{first}batch {solver.IMS_PER_BATCH} = {nodes} nodes x {tasks} processes x {images} "
             f"images x {solver.GRAD_ACCUM_STEPS} passes; learning rate {solver.BASE_LR:g}, "
             f"{solver.MAX_ITER} iterations"
         )
     if plan.is_array:
-        print(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
+        say(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
         for run in runs:
-            print(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
+            say(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
     else:
-        print(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
+        say(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
     workers = cfg.DATALOADER.NUM_WORKERS
     if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
-        print(
+        say(
             "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
             f"{workers}) share what the cluster gives, often one core"
         )
@@ -45,31 +48,38 @@ def describe(plan: Submission) -> None:
 
 def _describe_code(plan: Submission) -> None:
     if plan.args.no_snapshot:
-        print(f"code {plan.code}, as it will be when the job starts (--no-snapshot)")
+        say(f"code {plan.code}, as it will be when the job starts (--no-snapshot)")
         return
-    root, files, large, _ = list_code()
-    print(f"code: a copy of {len(files)} files of {root}, commit {git_commit() or 'unknown'}")
-    if large:
-        print(f"  left out, for they are larger than 20 MiB: {', '.join(large[:5])}")
+    code = list_code()
+    say(f"code: a copy of {len(code.files)} files of {code.root}, commit {git_commit() or 'none'}")
+    parts = {
+        "of them not tracked by git": code.untracked,
+        "left out, for they may hold a password or key": code.secret,
+        "left out, for they are larger than 20 MiB": code.large,
+        "left out, for they are neither tracked by git nor code or configs": code.other,
+    }
+    for title, names in parts.items():
+        if names:
+            rest = f", ... ({len(names)})" if len(names) > _SHOWN else ""
+            say(f"  {title}: {', '.join(map(printable, names[:_SHOWN]))}{rest}")
 
 
 def show_dry_run(plan: Submission) -> None:
     """Prints what would be written and sent."""
-    print("dry run: nothing is submitted or written")
-    print(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
+    say("dry run: nothing is submitted or written")
+    say(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
     if plan.cluster == "slurm":
-        print(
-            f"would give this to sbatch:\n\n{sbatch_text(plan.slurm_executor(), len(plan.pending))}"
-        )
+        text = sbatch_text(plan.slurm_executor(), len(plan.pending))
+        say("would give this to sbatch:", "", *text.split("\n"))
     else:
         lines = [f"export {name}={shlex.quote(v)}" for name, v in plan.environment().items()]
-        print("\n".join(["would run here, with", *lines, *plan.settings.setup]))
-        print(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
+        say("would run here, with", *lines, *plan.settings.setup)
+        say(f"{plan.args.num_gpus} x {plan.python()} -u -m submitit.core._submit {plan.folder}")
     for run in plan.pending:
-        print(f"{run.arguments.name or 'training'}: {plan.job(run)}")
+        say(f"{run.arguments.name or 'training'}: {plan.job(run)}")
     settings = plan.settings
     network = f", on network {settings.interface}" if settings.interface else ""
-    print(
+    say(
         f"requeued at most {settings.max_requeues} times, given up after "
         f"{settings.hang_timeout:g} s without progress{network}"
     )

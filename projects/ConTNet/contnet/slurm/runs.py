@@ -12,16 +12,23 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from contnet.checkpoint.names import FINAL, find_checkpoint, has_last_checkpoint, last_checkpoint
+from contnet.checkpoint.names import FINAL
 from contnet.checkpoint.reading import read_checkpoint
 from contnet.engine.resume import Before, differing_keys, resumed_iteration, trainer_state
+from contnet.engine.resume_file import ResumeFile, choose_checkpoint
 from contnet.launch.arguments import RunSettings, configure
 from contnet.launch.environment import DistributedEnvironment, Processes
-from contnet.launch.preflight import check_inputs, check_output, resume_settings
+from contnet.launch.preflight import (
+    check_inputs,
+    check_output,
+    resume_settings,
+)
+from contnet.launch.run_lease import RunLease
 from contnet.slurm.describe import describe_run
 from contnet.slurm.jobs import check_free
 from contnet.slurm.sweep import RunArguments, expand_runs
 from contnet.utils.errors import UserError
+from contnet.utils.text import say
 
 __all__ = ["Run", "prepare_runs"]
 
@@ -88,31 +95,31 @@ def _check_content(settings: RunSettings, seen: set) -> None:
     seen.add(key)
 
 
-def _check_same_settings(cfg: CfgNode) -> None:
+def _check_same_settings(run: Run) -> None:
     """Refuses to go on with a run of a sweep that had other settings; a longer one is fine."""
-    if (path := find_checkpoint(cfg.OUTPUT_DIR)) is None:
+    cfg, file = run.cfg, run.settings.checkpoint.path
+    if not file:
         return
-    before = Before.of(str(path), read_checkpoint(str(path)), cfg)
+    before = Before.of(file, read_checkpoint(file), cfg)
     changed = [key for key in differing_keys(before, cfg) if key not in _MAY_DIFFER]
     if changed:
         raise UserError(
-            f"{path.parent} has a training with other settings ({', '.join(changed[:3])}): choose "
+            f"{run.folder} has a training with other settings ({', '.join(changed[:3])}): choose "
             "another OUTPUT_DIR, or remove it"
         )
 
 
 def _has_finished(run: Run, cfg: CfgNode) -> bool:
     """Whether a resume under ``cfg`` would find nothing left to do."""
-    folder, settings = run.folder, run.settings
-    if not settings.resume or settings.eval_only or not has_last_checkpoint(folder):
+    file = run.settings.checkpoint.path
+    if run.settings.eval_only or Path(file).stem != FINAL:
         return False
-    file = last_checkpoint(folder)
-    if file.stem != FINAL or not file.exists() or describe_run(folder) != "finished":
+    if describe_run(run.folder) != "finished":
         return False
     # MAX_ITER may have been raised since, and iterations may have other batches.
-    content = read_checkpoint(str(file))
+    content = read_checkpoint(file)
     state = trainer_state(content)
-    before, iterations = Before.of(str(file), content, cfg), state.get("iteration", -1) + 1
+    before, iterations = Before.of(file, content, cfg), state.get("iteration", -1) + 1
     if before.batch not in (0, cfg.SOLVER.IMS_PER_BATCH):
         images = (state.get("stream") or {}).get("images_seen", iterations * before.batch)
         iterations = resumed_iteration(images, iterations, before, cfg)
@@ -120,18 +127,31 @@ def _has_finished(run: Run, cfg: CfgNode) -> bool:
 
 
 def _make_run(
-    arguments: RunArguments, cfg: CfgNode, notes: list[str], folder: Path, processes: Processes
+    arguments: RunArguments,
+    cfg: CfgNode,
+    notes: list[str],
+    folder: Path,
+    processes: Processes,
+    resume_from: str,
 ) -> Run:
     """A run whose paths keep their meaning in the job."""
     for note in notes:
-        print(note)
+        say(note)
     cfg.OUTPUT_DIR = str(folder)
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights:
         cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
     cfg.freeze()
+    checkpoint = ResumeFile()
+    if arguments.resume:  # the job looks at its tensors
+        checkpoint = choose_checkpoint(folder, resume_from, tensors=bool(resume_from))
     settings = RunSettings(
-        cfg, arguments.resume, arguments.eval_only, processes, notes=tuple(notes)
+        cfg,
+        arguments.resume,
+        arguments.eval_only,
+        processes,
+        notes=tuple(notes),
+        checkpoint=checkpoint,
     )
     return Run(arguments, settings, folder)
 
@@ -139,10 +159,12 @@ def _make_run(
 def _check(run: Run, seen: set) -> CfgNode:
     """Finds what is wrong with a run, here and now; the config that it starts or goes on with."""
     settings = run.settings
-    if run.arguments.name and settings.resume and not settings.eval_only:
-        _check_same_settings(run.cfg)
-    _check_content(settings, seen)
     check_free(run.folder)
+    # Of an evaluation, too, for its job takes the lease, by which --status finds it.
+    RunLease.of(run.folder, settings.processes.environment).check_free()
+    if run.arguments.name and settings.resume and not settings.eval_only:
+        _check_same_settings(run)
+    _check_content(settings, seen)
     check_output(settings, make=False)
     return resume_settings(settings, data=False).cfg
 
@@ -171,13 +193,15 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
                     arguments.resume,
                 )
                 base = base or _base_folder(args, expanded, cfg)
-                run = _make_run(arguments, cfg, notes, base / arguments.name, processes)
+                run = _make_run(
+                    arguments, cfg, notes, base / arguments.name, processes, args.resume_from
+                )
                 cfg = _check(run, seen)
                 run.finished = _has_finished(run, cfg)
         except UserError as error:
             if not arguments.name:
                 raise
             which = f"run {number} of {len(expanded)} ({arguments.name})"
-            raise UserError(f"{which}: {error}") from error
+            raise type(error)(f"{which}: {error}") from error
         runs.append(run)
     return base, runs

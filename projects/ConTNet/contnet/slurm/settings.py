@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from pathlib import Path
 import yaml
 
 from contnet.config.paths import expand_path
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
+from contnet.utils.text import printable
+from contnet.utils.yaml_text import read_yaml
 
-__all__ = ["ClusterSettings", "add_cluster_options", "read_settings"]
+__all__ = ["ClusterSettings", "add_cluster_options", "check_text", "read_settings"]
 
 # What the submission itself decides, with what to use instead.
 _OURS = {
@@ -32,7 +35,11 @@ _OURS = {
     "requeue": "--max-requeues",
     "signal": "--signal-delay",
     "time": "--timeout-hours",
+    "wrap": "the job is the training",
 }
+# What stands in #SBATCH lines.
+_DIRECTIVES = ("partition", "account", "qos", "constraint", "exclude", "gpu_type")
+_MOST = 10**9  # of numbers
 
 
 def _about(unit: str, meaning: str, **more) -> dict:
@@ -55,8 +62,12 @@ class ClusterSettings:
     gpu_type: str = _setting("", "TYPE", "of GPU, where nodes have several")
     mem_gb: float = _setting(0.0, "GB", "memory per node")
     cpus_per_gpu: int = _setting(0, "N", "CPU cores per GPU, so per process")
-    timeout_hours: float = _setting(0.0, "H", "longest run between two requeues, as 24 or 0.5")
-    signal_delay: int = _setting(180, "S", "seconds for saving before that time is over", least=1)
+    timeout_hours: float = _setting(
+        0.0, "H", "longest run between two requeues, as 24 or 0.5", most=10**6
+    )
+    signal_delay: int = _setting(
+        180, "S", "seconds for saving before that time is over", least=1, most=65535
+    )
     max_requeues: int = _setting(20, "N", "how often a job may come back")
     hang_timeout: float = _setting(1800.0, "S", "seconds without progress that end a job", least=1)
     interface: str = _setting("", "NAME", "network interface between nodes, as ib0")
@@ -117,22 +128,22 @@ def _find_cluster_file(name: str) -> Path:
     there = sorted({p.stem for path in candidates for p in path.parent.glob("*.yaml")})
     hint = f"; there are {', '.join(there)}" if there else ""
     looked = " and ".join(str(path.absolute()) for path in candidates)
-    raise UserError(f"--cluster-file {name}: there is no {looked}{hint}")
+    raise UsageError(f"--cluster-file {name}: there is no {looked}{hint}")
 
 
 def _read_cluster_file(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cluster file {path} cannot be read: {reason}") from error
+        raise UsageError(f"cluster file {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"cluster file {path} must hold KEY: value lines")
+        raise UsageError(f"cluster file {path} must hold KEY: value lines")
     known = [each.name for each in fields(ClusterSettings)]
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
-            raise UserError(f"cluster file {path}: there is no key {key}, the nearest is {near}")
+            raise UsageError(f"cluster file {path}: there is no key {key}, the nearest is {near}")
     return content
 
 
@@ -145,17 +156,25 @@ def _typed(each: Field, value: object, where: str) -> object:
     if kind is list and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return value
     if kind is dict and isinstance(value, dict):
-        return {str(k).removeprefix("--").replace("_", "-"): v for k, v in value.items()}
+        return {_option_key(str(k), where): v for k, v in value.items()}
     if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if (kind is float and number) or (kind is type(value) and kind not in (list, dict)):
-        least = each.metadata.get("least", 0)
-        if kind is not bool and value < least:
-            raise UserError(f"{where} is {value}, it must be at least {least}")
+        least, most = each.metadata.get("least", 0), each.metadata.get("most", _MOST)
+        if kind is not bool and not least <= value <= most:  # not-a-number is neither
+            raise UsageError(f"{where} is {value}, it must be at least {least} and at most {most}")
         return kind(value)
     name = {list: "a list of texts", dict: "KEY: value lines", str: "a text", bool: "true or false"}
-    raise UserError(f"{where} is {value!r}, it must be {name.get(kind, 'a number')}")
+    raise UsageError(f"{where} is {value!r}, it must be {name.get(kind, 'a number')}")
+
+
+def _option_key(word: str, where: str) -> str:
+    """The name of an option of sbatch or srun as they write it, without the dashes before it."""
+    key = word.removeprefix("--").replace("_", "-")
+    if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9-]*", key):
+        raise UsageError(f"{where} {word!r}: write KEY=VALUE, as mail-type=END")
+    return key
 
 
 def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
@@ -163,11 +182,51 @@ def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
     pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
-        key = key.removeprefix("--").replace("_", "-")
-        if not re.fullmatch(r"[a-zA-Z][\w-]*", key):
-            raise UserError(f"{option} {word!r}: write KEY=VALUE, as mail-type=END")
-        pairs[key] = value if equals else True
+        pairs[_option_key(key, option)] = value if equals else True
     return pairs
+
+
+def check_text(text: str, where: str, directive: bool = False) -> None:
+    """Checks what becomes a part of a line that sbatch or a shell reads.
+
+    Args:
+        text: of a setting, a path or a name.
+        where: what it is, for messages.
+        directive: whether it stands in an ``#SBATCH`` line, in which sbatch reads quotes and
+            backslashes otherwise than a shell does.
+
+    Raises:
+        UsageError: if it could become more than its line, or more than a value in it.
+    """
+    if printable(text, len(text), keep="" if directive else "\t") != text:
+        raise UsageError(
+            f"{where} is '{printable(text)}': line breaks, control characters and bytes that are "
+            "no text cannot go to sbatch or a shell; leave them out, and give commands one by one"
+        )
+    if directive and (sign := next((each for each in text if each in "'\"\\"), "")):
+        raise UsageError(f"{where} is {text!r}, and sbatch takes no {sign} there: leave it out")
+
+
+def _is_finite(value: object) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _check_texts(settings: ClusterSettings) -> None:
+    """Checks all texts of settings, those of cluster files and options alike."""
+    for each in fields(ClusterSettings):
+        value = getattr(settings, each.name)
+        if isinstance(value, str):
+            check_text(value, each.name, each.name in _DIRECTIVES)
+        for text in value if isinstance(value, list) else ():
+            check_text(text, each.name)
+        for key, text in value.items() if isinstance(value, dict) else ():
+            if isinstance(text, str):
+                check_text(text, f"{each.name} {key}", each.name == "sbatch")
+            elif text is not True and not _is_finite(text):
+                raise UsageError(
+                    f"{each.name} {key} is {text!r}, it must be a text, a number or true"
+                )
 
 
 def read_settings(args: argparse.Namespace) -> ClusterSettings:
@@ -179,7 +238,8 @@ def read_settings(args: argparse.Namespace) -> ClusterSettings:
         args: of a parser that :func:`add_cluster_options` was called with.
 
     Raises:
-        UserError: for a file that is missing, an unknown key, or a value of a wrong type.
+        UsageError: for a file that is missing, an unknown key, a value of a wrong type, and texts
+            with line breaks or control characters.
     """
     path = _find_cluster_file(args.cluster_file) if args.cluster_file else None
     given = _read_cluster_file(path) if path else {}
@@ -202,7 +262,8 @@ def read_settings(args: argparse.Namespace) -> ClusterSettings:
         given = getattr(settings, name)
         texts = {k: expand_path(v, f"{name} {k}") for k, v in given.items() if isinstance(v, str)}
         given.update(texts)
+    _check_texts(settings)
     for key in settings.sbatch:
         if key in _OURS:
-            raise UserError(f"--sbatch {key} is set by the submission itself: {_OURS[key]}")
+            raise UsageError(f"--sbatch {key} is set by the submission itself: {_OURS[key]}")
     return settings

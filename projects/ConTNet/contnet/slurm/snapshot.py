@@ -2,87 +2,203 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import shutil
 import subprocess
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 
-__all__ = ["LARGEST_FILE", "list_code", "take_snapshot"]
+from contnet.utils.errors import UserError
+from contnet.utils.files import explain_os_error
+from contnet.utils.text import printable
+
+__all__ = ["LARGEST_FILE", "Code", "list_code", "looks_secret", "take_snapshot"]
 
 # Bytes; what is larger is data that git was not told to ignore, not code.
 LARGEST_FILE = 20 * 2**20
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_SOURCES = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".py", ".pyi"}
+# Of what git does not track: a program that the job runs, or what it reads from.
+_CODE = _SOURCES | {".cfg", ".sh", ".toml", ".yaml", ".yml"}
+# Names of files and folders that programs keep passwords and keys in.
+_SECRET_NAMES = (
+    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".git-credentials", ".npmrc"),
+    *(".pypirc", ".pgpass", ".my.cnf", ".htpasswd", ".dockercfg", ".s3cfg", ".boto"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx"),
+    *("*.pkcs12", "*.jks", "*.keystore", "*.kdb", "*.kdbx", "*.ppk", "*.gpg", "*.asc"),
+    *("kubeconfig*", "*.kubeconfig", "*service*account*"),
+    *(".aws", ".azure", ".docker", ".gcloud", ".gnupg", ".huggingface", ".kube", ".ssh"),
+)
+_SECRET = r"(credentials?|secrets?|passwords?|passwd|(api|access|private|wandb)[-_]?keys?)"
+_SECRET_FOLDER = re.compile(rf"(?<![a-z0-9]){_SECRET}(?![a-z0-9])")
+_SECRET_FILE = re.compile(rf"(?<![a-z0-9])({_SECRET}|tokens?)(?![a-z0-9])")
+# There are tokenizers, and mixers of tokens.
+_SECRET_SOURCE = re.compile(rf"(?<![a-z0-9])({_SECRET}(?![a-z0-9])|token$)")
 
 
-def _git_files(folder: Path) -> tuple[Path, list[str]] | None:
-    """The root of the repository around a folder, and what git does not ignore in it."""
-    git = ["git", "-C", str(folder)]
-    listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard", "--full-name"]
+@dataclass(frozen=True)
+class Code:
+    """What a snapshot would hold; names start in the root.
+
+    Attributes:
+        root: folder of the repository, or the one that holds the package.
+        path: of the package's parent, from the root.
+        files: to copy.
+        untracked: those of them that git does not track.
+        secret: left out, for they may hold a password or key, whether git tracks them or not.
+        large: left out, for they exceed :data:`LARGEST_FILE`.
+        other: left out, for git does not track them, and they are neither code nor configs.
+    """
+
+    root: Path
+    path: str
+    files: list[str]
+    untracked: list[str]
+    secret: list[str]
+    large: list[str]
+    other: list[str]
+
+    def listing(self) -> str:
+        """All of it as a text, a name a line."""
+        taken = set(self.untracked)
+        parts = {
+            f"copied from {self.root}": [name for name in self.files if name not in taken],
+            "copied, not tracked by git": self.untracked,
+            "left out, may hold a password or key": self.secret,
+            "left out, larger than 20 MiB": self.large,
+            "left out, not tracked by git and neither code nor config": self.other,
+        }
+        lines = []
+        for title, names in parts.items():
+            lines += [f"# {title}: {len(names)}", *names]
+        return "".join(f"{printable(line, len(line))}\n" for line in lines)
+
+
+def looks_secret(path: str, tracked: bool) -> bool:
+    """Whether a file may hold a password or key, by its name and those of its folders.
+
+    Args:
+        path: of the file.
+        tracked: by git, in which a source file is left out only if it is called ``secrets`` or the
+            like: other modules may need it.
+    """
+    parts = PurePath(path.lower()).parts
+    if any(fnmatch.fnmatchcase(part, each) for part in parts for each in _SECRET_NAMES):
+        return True
+    name = PurePath(parts[-1])
+    source = name.suffix in _SOURCES
+    if source and tracked:
+        return bool(re.fullmatch(_SECRET, name.stem))
+    if any(_SECRET_FOLDER.search(part) for part in parts[:-1]):
+        return True
+    return bool(_SECRET_SOURCE.search(name.stem) if source else _SECRET_FILE.search(parts[-1]))
+
+
+def _run_git(folder: Path, *arguments: str) -> str:
+    """What git says; names need not be text.
+
+    Raises:
+        OSError, subprocess.SubprocessError: if there is no git, or no repository.
+    """
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="surrogateescape", timeout=60, check=True
+    )
+    return done.stdout
+
+
+def _git_files(folder: Path) -> tuple[Path, set[str], set[str]] | None:
+    """The root of the repository around a folder, what git tracks, and what it could track."""
+    listing = ("ls-files", "-z", "--full-name")
     try:
-        root = subprocess.run(
-            [*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=60
-        )
-        if root.returncode:
-            return None
-        top = root.stdout.strip()
-        files = subprocess.run(
-            ["git", "-C", top, *listing], capture_output=True, text=True, timeout=60, check=True
-        )
+        top = Path(_run_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
+        tracked = _run_git(top, *listing, "--cached").split("\0")
+        others = _run_git(top, *listing, "--others", "--exclude-standard").split("\0")
     except (OSError, subprocess.SubprocessError):
         return None
-    return Path(top), sorted(set(files.stdout.split("\0")) - {""})
+    return top, set(tracked) - {""}, set(others) - {""}
 
 
-def list_code() -> tuple[Path, list[str], list[str], str]:
+def _may_copy(path: Path, name: str, tracked: bool) -> bool:
+    """Whether a file or link holds nothing, and leads to nothing, that is secret."""
+    names = [name, os.readlink(path)] if path.is_symlink() else [name]
+    return not any(looks_secret(each, tracked) for each in names)
+
+
+def list_code() -> Code:
     """What a snapshot would hold.
 
-    Returns:
-        The folder that all paths start in; the files to copy, tracked by git or not, but not those
-        that it ignores (only the package where it is not in git); files that are left out since
-        they exceed :data:`LARGEST_FILE`; and the folder of the copy that holds the package.
+    That is what git tracks, and of what it neither tracks nor ignores code and configs; where the
+    package is not in git, the package alone. Links are copied as links.
     """
     package = _PACKAGE
     found = _git_files(package)
     inside = found is not None and package.is_relative_to(found[0])
-    if inside and str((package / "__init__.py").relative_to(found[0])) in found[1]:
-        root, names = found
+    if inside and str((package / "__init__.py").relative_to(found[0])) in found[1] | found[2]:
+        root, tracked, others = found
     else:  # installed, perhaps into an environment that lies in some repository
-        root = package.parent
-        names = [
+        root, others = package.parent, set()
+        tracked = {
             str(path.relative_to(root))
-            for path in sorted(package.rglob("*"))
+            for path in package.rglob("*")
             if "__pycache__" not in path.parts and not path.is_dir()
-        ]
-    files = [name for name in names if (root / name).is_symlink() or (root / name).is_file()]
-    large = [
-        name
-        for name in files
-        if not (root / name).is_symlink() and (root / name).stat().st_size > LARGEST_FILE
-    ]
-    kept = [name for name in files if name not in set(large)]
-    return root, kept, large, str(package.parent.relative_to(root))
+        }
+    code = Code(root, str(package.parent.relative_to(root)), [], [], [], [], [])
+    for name in sorted(tracked | others):
+        path, known = root / name, name in tracked
+        link = path.is_symlink()
+        if not link and not path.is_file():
+            continue
+        if not _may_copy(path, name, known):
+            code.secret.append(name)
+        elif not link and path.stat().st_size > LARGEST_FILE:
+            code.large.append(name)
+        elif not known and not link and path.suffix.lower() not in _CODE:
+            code.other.append(name)
+        else:
+            code.files.append(name)
+            code.untracked.extend([] if known else [name])
+    return code
 
 
-def _copy_link(source: Path, target: Path, root: Path) -> None:
-    """A link that leads where the original leads, or into the copy if that led into the root."""
+def _leads_into(code: Code, path: Path) -> bool:
+    """Whether the copy has a file, or a folder with files, of the root."""
+    if not path.is_relative_to(code.root):
+        return False
+    name = str(path.relative_to(code.root))
+    return any(each == name or each.startswith(f"{name}/") for each in code.files)
+
+
+def _copy_link(source: Path, target: Path, code: Code) -> None:
+    """A link that leads where the original leads, or into the copy if that is in it."""
     to = os.readlink(source)
     end = Path(os.path.normpath(source.parent / to))
-    target.symlink_to(to if end.is_relative_to(root) and not os.path.isabs(to) else end)
+    target.symlink_to(to if _leads_into(code, end) and not os.path.isabs(to) else end)
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copies the code into a folder, which is made.
+    """Copies the code into a folder, which is made, and lists it beside it in ``FOLDER.txt``.
 
     Returns:
         What belongs on PYTHONPATH.
+
+    Raises:
+        UserError: if a file cannot be copied.
     """
-    root, files, _, path = list_code()
-    for name in files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (root / name).is_symlink():
-            _copy_link(root / name, target, root)
-        else:
-            shutil.copy2(root / name, target)
-    return folder / path
+    code = list_code()
+    for name in code.files:
+        source, target = code.root / name, folder / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_symlink():
+                _copy_link(source, target, code)
+            else:
+                shutil.copy2(source, target)
+        except OSError as error:
+            reason = explain_os_error(error, target)
+            raise UserError(f"{source} cannot be copied to {target}: {reason}") from error
+    folder.with_suffix(".txt").write_text(code.listing(), encoding="utf-8")
+    return folder / code.path

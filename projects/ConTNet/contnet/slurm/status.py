@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from contnet.slurm.attempt_folder import AttemptFolder, lease_file, read_json, read_requeues
+from contnet.launch.run_lease import newest_lease
+from contnet.slurm.attempt_folder import AttemptFolder, read_requeues
 
 __all__ = ["read_status"]
 
@@ -43,7 +44,7 @@ def read_status(run_folder: str | Path) -> dict:
     """The state of a run's last attempt.
 
     Returns:
-        ``{}`` if no job has run here; otherwise
+        ``{}`` if no job has run here, or something else since; otherwise
 
         - cluster ("slurm", "local"), job_id, restart (from 0): the last attempt;
         - state: "starting", "running", "requeued", "stopped" (a signal ended it and it was not
@@ -60,23 +61,27 @@ def read_status(run_folder: str | Path) -> dict:
           "reason", "time"};
         - folder: of heartbeats and stacks.
     """
-    lease = read_json(lease_file(run_folder))
-    if lease is None:
+    newest = newest_lease(run_folder)
+    if newest is None:
         return {}
-    attempt = AttemptFolder(run_folder, lease["job_id"], lease["restart"])
+    owner, beat = newest
+    attempt = AttemptFolder(run_folder, owner.job_id, owner.restart)
+    if not attempt.path.exists():
+        return {}
     ranks = attempt.ranks()
     now = time.time()
     for record in ranks.values():
         record["age"] = now - record["time"]
-    age = min((record["age"] for record in ranks.values()), default=now - lease["time"])
+    age = min((record["age"] for record in ranks.values()), default=now - beat)
     failure, exit_note = attempt.read("failure", any_age=True), attempt.read("exit", any_age=True)
     main = ranks.get(0, {})
     return {
-        "cluster": lease["cluster"],
-        "job_id": lease["job_id"],
-        "restart": lease["restart"],
+        "cluster": owner.cluster,
+        "job_id": owner.job_id,
+        "restart": owner.restart,
         "state": _state(ranks, failure, exit_note, age),
-        "iteration": main.get("iteration", -1),
+        # The note of the end is later than the last heartbeat.
+        "iteration": (exit_note or main).get("iteration", -1),
         "max_iter": main.get("max_iter", 0),
         "age": age,
         "ranks": ranks,

@@ -14,17 +14,21 @@ from pathlib import Path
 
 import torch
 
+from contnet.engine.resume_file import make_last
 from contnet.engine.run_record import COMMIT_VARIABLE, git_commit
 from contnet.slurm.attempt_folder import slurm_folder
 from contnet.slurm.describe import follow
 from contnet.slurm.executors import local_executor, slurm_executor, submit_jobs
 from contnet.slurm.job import TrainingJob, python_command
-from contnet.slurm.jobs import process_start
+from contnet.slurm.jobs import RUN_VARIABLE
 from contnet.slurm.records import add_submission
 from contnet.slurm.runs import Run
 from contnet.slurm.settings import ClusterSettings
 from contnet.slurm.snapshot import list_code, take_snapshot
 from contnet.utils.errors import UserError
+from contnet.utils.files import SET_ASIDE, atomic_write, explain_os_error
+from contnet.utils.processes import process_start
+from contnet.utils.text import say
 
 __all__ = ["Submission", "next_folder", "send", "write_files"]
 
@@ -64,8 +68,13 @@ class Submission:
     @property
     def code(self) -> str:
         """What goes on PYTHONPATH."""
-        root, _, _, path = list_code()
-        return str((root if self.args.no_snapshot else self.folder / "code") / path)
+        code = list_code()
+        return str((code.root if self.args.no_snapshot else self.folder / "code") / code.path)
+
+    @property
+    def job_name(self) -> str:
+        """The name of the job in SLURM."""
+        return self.base.name if self.is_array else Path(self.runs[0].arguments.config_file).stem
 
     def config_file(self, run: Run) -> Path:
         """Where the whole config of a run is kept."""
@@ -108,7 +117,7 @@ class Submission:
         return slurm_executor(
             self.folder,
             self.settings,
-            name=self.base.name if self.is_array else Path(self.runs[0].arguments.config_file).stem,
+            name=self.job_name,
             nodes=self.args.num_machines,
             tasks=self.args.num_gpus,
             gpus=self.gpus,
@@ -117,8 +126,8 @@ class Submission:
             parallel=self.parallel,
         )
 
-    def local_executor(self, slot: int = 0):
-        """The one for this machine; ``slot`` counts the runs that go on at a time."""
+    def local_executor(self, run: Run, slot: int = 0):
+        """The one for a run on this machine; ``slot`` counts those that go on at a time."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             str(index) for index in range(torch.cuda.device_count() if self.gpus else 0)
         )
@@ -128,7 +137,7 @@ class Submission:
             self.settings,
             tasks=self.args.num_gpus,
             gpus=visible.split(",")[first : first + self.gpus] if self.gpus else [],
-            environment=self.environment(),
+            environment={**self.environment(), RUN_VARIABLE: os.path.realpath(run.folder)},
             python=self.python(),
         )
 
@@ -161,8 +170,9 @@ class Submission:
 def next_folder(base: Path) -> Path:
     """The folder of the next submission from a run folder."""
     folder = slurm_folder(base)
-    numbers = [int(p.name.removeprefix("submission")) for p in folder.glob("submission[0-9]*")]
-    return folder / f"submission{max(numbers, default=0) + 1}"
+    numbers = [path.name.removeprefix("submission") for path in folder.glob("submission*")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return folder / f"submission{last + 1}"
 
 
 def write_files(plan: Submission) -> None:
@@ -178,12 +188,20 @@ def write_files(plan: Submission) -> None:
             f"another submission into {plan.base} is going on: wait for it, then try again"
         ) from error
     except OSError as error:
-        raise UserError(f"{plan.folder} cannot be made ({error.strerror})") from error
+        reason = explain_os_error(error, plan.folder)
+        raise UserError(f"{plan.folder} cannot be made ({reason})") from error
     if not plan.args.no_snapshot:
-        take_snapshot(plan.folder / "code")
+        try:
+            take_snapshot(plan.folder / "code")
+        except UserError:
+            shutil.rmtree(plan.folder)
+            raise
     for run in plan.pending:
         run.folder.mkdir(parents=True, exist_ok=True)
-        plan.config_file(run).write_text(run.cfg.dump())
+        if plan.args.resume_from:  # each attempt of the job goes on from the last one
+            make_last(run.folder, plan.args.resume_from)
+        with atomic_write(plan.config_file(run), "w") as file:
+            file.write(run.cfg.dump())
 
 
 def _record(plan: Submission, job_ids: Sequence[str]) -> None:
@@ -200,14 +218,18 @@ def _record(plan: Submission, job_ids: Sequence[str]) -> None:
 def send(plan: Submission) -> bool:
     """Submits what :func:`write_files` has written; returns whether all is well."""
     try:
-        executor = plan.slurm_executor() if plan.cluster == "slurm" else plan.local_executor()
+        slurm = plan.cluster == "slurm"
+        executor = plan.slurm_executor() if slurm else plan.local_executor(plan.runs[0])
         job_ids = submit_jobs(executor, [plan.job(run) for run in plan.pending])
-    except UserError:
+    except UserError as error:
         shutil.rmtree(plan.folder)
-        raise
-    _record(plan, job_ids)
+        if not plan.args.resume_from:
+            raise
+        went_back = f"the folder is back at {plan.args.resume_from}, later files are in {SET_ASIDE}"
+        raise UserError(f"{error}; {went_back}") from error
     kind = "job" if plan.cluster == "slurm" else "process"
     number = job_ids[0].partition("_")[0]
-    print(f"submitted {kind} {number}; logs in {plan.folder}")
-    print(f"how it does: python tools/submit.py --status {shlex.quote(str(plan.base))}")
+    say(f"submitted {kind} {number}; logs in {plan.folder}")
+    _record(plan, job_ids)
+    say(f"how it does: python tools/submit.py --status {shlex.quote(str(plan.base))}")
     return not plan.args.watch or follow(plan.base)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from contnet.config.paths import expand_path
-from contnet.launch.arguments import add_run_options, check_counts, config_parser
-from contnet.launch.preflight import check_device, check_device_name
+from contnet.launch.arguments import add_run_options, check_run_options, config_parser
+from contnet.launch.gpus import check_device_value, check_gpu_count
 from contnet.modeling.compat import silence_known_warnings
 from contnet.slurm.describe import follow, print_status
 from contnet.slurm.jobs import cancel, check_free
@@ -21,9 +21,17 @@ from contnet.slurm.local_queue import run_queue
 from contnet.slurm.nodes import check_request, check_shared, is_one_machine, read_nodes
 from contnet.slurm.preview import describe, show_dry_run
 from contnet.slurm.runs import Run, prepare_runs
-from contnet.slurm.settings import ClusterSettings, add_cluster_options, read_settings
+from contnet.slurm.settings import (
+    ClusterSettings,
+    add_cluster_options,
+    check_text,
+    read_settings,
+)
 from contnet.slurm.submission import Submission, next_folder, send, write_files
-from contnet.utils.errors import UserError, print_error
+from contnet.utils.addresses import redact
+from contnet.utils.command import run_command
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.files import explaining_disk
 
 __all__ = ["build_parser", "main", "parse_submission"]
 
@@ -98,18 +106,20 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: for arguments that do not fit together.
     """
     args = build_parser().parse_intermixed_args(argv)
-    check_counts(args)
+    check_run_options(args)
     reason = "in a job each process finds its rank and the first machine by itself, leave it out"
     if args.machine_rank != 0:
-        raise UserError(f"--machine-rank is for train_net.py on machines without SLURM: {reason}")
+        raise UsageError(f"--machine-rank is for train_net.py on machines without SLURM: {reason}")
     if args.dist_url != "auto":
-        raise UserError(f"--dist-url is for train_net.py on machines without SLURM: {reason}")
+        raise UsageError(f"--dist-url is for train_net.py on machines without SLURM: {reason}")
     if args.max_parallel < 0:
-        raise UserError("--max-parallel must be at least 1")
+        raise UsageError("--max-parallel must be at least 1")
     if args.max_parallel and not (args.array or args.sweep):
-        raise UserError("--max-parallel is for --array and --sweep")
+        raise UsageError("--max-parallel is for --array and --sweep")
+    if args.resume_from and (args.array or args.sweep):
+        raise UsageError("--resume-from is for a run alone, not for --array and --sweep")
     if args.only and not (args.array or args.sweep):
-        raise UserError("--only is for --array and --sweep, a run alone takes KEY VALUE")
+        raise UsageError("--only is for --array and --sweep, a run alone takes KEY VALUE")
     return args
 
 
@@ -138,12 +148,12 @@ def _check_slurm(
     if shutil.which("sinfo") is None and args.dry_run:
         print("SLURM is not on this machine: partitions and nodes are not checked")
         if not settings.timeout_hours:
-            raise UserError("how long may the job run? Add --timeout-hours")
+            raise UsageError("how long may the job run? Add --timeout-hours")
         nodes = []
     else:
         nodes = check_request(read_nodes(), settings, args.num_machines, gpus, args.num_gpus)
     if "%" in str(base):
-        raise UserError(f"the run folder {base} has a % in it, which SLURM replaces: rename it")
+        raise UsageError(f"the run folder {base} has a % in it, which SLURM replaces: rename it")
     if settings.assume_shared or (nodes and is_one_machine(nodes)):
         return
     check_shared(base, "the run folder")
@@ -156,22 +166,33 @@ def _check_slurm(
 
 def _check_local(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if args.num_machines > 1:
-        raise UserError(
+        raise UsageError(
             f"--num-nodes is {args.num_machines}, but without SLURM there is this machine alone: "
             "use --num-nodes 1, or train_net.py on each machine (docs/training.md)"
         )
+    wanted = args.num_gpus * max(1, min(args.max_parallel, len(runs)))
     for run in runs:
-        check_device(run.cfg, args.num_gpus * max(1, min(args.max_parallel, len(runs))))
+        check_gpu_count(run.cfg.MODEL.DEVICE, wanted, torch.cuda.device_count())
 
 
 def _check_devices(runs: Sequence[Run]) -> None:
     for run in runs:
-        check_device_name(run.cfg)
+        check_device_value(run.cfg.MODEL.DEVICE, run.settings.processes.world_size)
     if len({torch.device(run.cfg.MODEL.DEVICE).type for run in runs}) > 1:
-        raise UserError("the runs of an array must all have the same MODEL.DEVICE")
+        raise UsageError("the runs of an array must all have the same MODEL.DEVICE")
 
 
 # --- the submission ------------------------------------------------------------------------------
+
+
+def _check_texts(plan: Submission) -> None:
+    """Checks what goes to sbatch or a shell beside the settings of the cluster."""
+    check_text(str(plan.base), "the run folder (OUTPUT_DIR)")
+    if plan.cluster == "slurm":
+        check_text(plan.job_name, "the config's name")
+    for name, value in plan.environment().items():
+        check_text(value, f"what the job gets as {name}")
+    check_text(plan.python(), "the command that starts Python")
 
 
 def _submit(args: argparse.Namespace, command: list[str]) -> bool:
@@ -180,7 +201,7 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     base, runs = prepare_runs(args)
     _check_devices(runs)
     if settings.signal_delay >= 3600 * settings.timeout_hours > 0:
-        raise UserError(
+        raise UsageError(
             f"--signal-delay {settings.signal_delay} s leaves nothing of --timeout-hours "
             f"{settings.timeout_hours:g}"
         )
@@ -190,14 +211,30 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
         _check_local(args, runs)
     check_free(base)
     plan = Submission(args, settings, cluster, base, runs, next_folder(base), command)
+    _check_texts(plan)
     describe(plan)
     if not plan.pending:
         return True
     if args.dry_run:
         show_dry_run(plan)
         return True
-    write_files(plan)
-    return run_queue(plan) if plan.is_array and cluster == "local" else send(plan)
+    with explaining_disk(plan.base):
+        write_files(plan)
+        return run_queue(plan) if plan.is_array and cluster == "local" else send(plan)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = parse_submission(argv)
+    if args.cancel:
+        cancel(args.cancel)
+    elif args.status and args.watch:
+        return 0 if follow(args.status) else 1
+    elif args.status:
+        print_status(args.status)
+    else:
+        command = [sys.argv[0], *map(redact, sys.argv[1:] if argv is None else argv)]
+        return 0 if _submit(args, command) else 1
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,22 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status: 0 if the run was submitted (and, where it was followed, has finished).
-        Mistakes of the user's are one line on the error stream and status 1.
+        The exit status, as of :func:`contnet.utils.command.run_command`: 0 if the run was submitted
+        (and, where it was followed, has finished).
     """
     silence_known_warnings()
-    try:
-        args = parse_submission(argv)
-        if args.cancel:
-            cancel(args.cancel)
-        elif args.status and args.watch:
-            return 0 if follow(args.status) else 1
-        elif args.status:
-            print_status(args.status)
-        else:
-            command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
-            return 0 if _submit(args, command) else 1
-    except UserError as error:
-        print_error(error)
-        return 1
-    return 0
+    return run_command(lambda: _run(argv))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from contnet.config.paths import expand_path
 from contnet.launch.arguments import config_parser
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.files import open_regular
 
 __all__ = ["RunArguments", "expand_runs"]
 
@@ -76,29 +77,30 @@ def _parse_sweep(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     parts = _split_values(values)
     if not key or not equals or not all(parts):
-        raise UserError(f"--sweep {text!r}: write KEY=VALUE,VALUE, as SOLVER.BASE_LR=0.01,0.02")
+        raise UsageError(f"--sweep {text!r}: write KEY=VALUE,VALUE, as SOLVER.BASE_LR=0.01,0.02")
     if double := [part for part in parts if parts.count(part) > 1]:
-        raise UserError(f"--sweep {text!r} has the value {double[0]} twice")
+        raise UsageError(f"--sweep {text!r} has the value {double[0]} twice")
     return key.removeprefix("--"), parts
 
 
 def _read_array(path: str) -> list[tuple[int, list[str]]]:
     """Line numbers and words of the lines that are not empty."""
     try:
-        lines = Path(expand_path(path, "--array")).read_text().splitlines()
+        with open_regular(expand_path(path, "--array"), "r") as file:
+            lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(f"--array {path} cannot be read: {reason}") from error
+        raise UsageError(f"--array {path} cannot be read: {reason}") from error
     found = []
     for number, line in enumerate(lines, 1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+            raise UsageError(f"{path}, line {number}: {error}") from error
         if words:
             found.append((number, words))
     if not found:
-        raise UserError(f"--array {path} has no line of arguments")
+        raise UsageError(f"--array {path} has no line of arguments")
     return found
 
 
@@ -109,11 +111,11 @@ def _parse_line(words: Sequence[str], where: str) -> argparse.Namespace:
     try:
         line = parser.parse_intermixed_args(words)
     except UserError as error:
-        raise UserError(
+        raise UsageError(
             f"{where}: {error}; a line may hold --config-file, --resume, --eval-only and KEY VALUE"
         ) from error
     if len(line.opts) % 2:
-        raise UserError(f"{where}: {line.opts[-1]!r} has no value, write KEY VALUE pairs")
+        raise UsageError(f"{where}: {line.opts[-1]!r} has no value, write KEY VALUE pairs")
     return line
 
 
@@ -130,7 +132,7 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
     sweeps = [_parse_sweep(text) for text in args.sweep]
     keys = [key for key, _ in sweeps]
     if double := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"--sweep {double[0]} is given twice: list all its values in one")
+        raise UsageError(f"--sweep {double[0]} is given twice: list all its values in one")
     runs = []
     for line, *values in itertools.product(lines, *(values for _, values in sweeps)):
         swept = dict(zip(keys, values, strict=True))
@@ -149,16 +151,16 @@ def _parse_only(condition: str, text: str) -> tuple[str, str, dict[str, str]]:
     """Key and value that a run must have, and the settings of such runs."""
     key, equals, value = condition.partition("=")
     if not key or not equals:
-        raise UserError(
+        raise UsageError(
             f"--only {condition!r}: write KEY=VALUE 'KEY VALUE ...', as "
             "MODEL.CLASSIFIER.NAME=resnet18 'SOLVER.BASE_LR 0.05'"
         )
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"--only {condition} {text!r}: {error}") from error
+        raise UsageError(f"--only {condition} {text!r}: {error}") from error
     if not words or len(words) % 2:
-        raise UserError(f"--only {condition} {text!r}: the settings must be pairs KEY VALUE")
+        raise UsageError(f"--only {condition} {text!r}: the settings must be pairs KEY VALUE")
     return key.removeprefix("--"), value, dict(zip(words[::2], words[1::2], strict=True))
 
 
@@ -169,13 +171,13 @@ def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> 
         having = [run for run in runs if run.own.get(key) == value]
         if not having:
             given = list(dict.fromkeys(run.own[key] for run in runs if key in run.own))
-            raise UserError(
+            raise UsageError(
                 f"--only {condition}: no run has it, "
                 + (f"{key} is {' or '.join(given)}" if given else f"{key} is not swept")
             )
         for run in having:
             if fixed := [name for name in settings if name in run.own]:
-                raise UserError(
+                raise UsageError(
                     f"--only {condition}: {fixed[0]} is set by --sweep or --array, leave it out"
                 )
             run.only |= settings
@@ -228,17 +230,17 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
             ``only`` that belong to no run, and runs that do not differ.
     """
     if len(args.opts) % 2:
-        raise UserError(f"{args.opts[-1]!r} has no value, write KEY VALUE pairs")
+        raise UsageError(f"{args.opts[-1]!r} has no value, write KEY VALUE pairs")
     runs = _every_run(args)
     if missing := [run for run in runs if not run.config_file]:
         which = f" (run {runs.index(missing[0]) + 1} of {len(runs)})" if len(runs) > 1 else ""
-        raise UserError(f"--config-file FILE is needed{which}, a yaml of configs/")
+        raise UsageError(f"--config-file FILE is needed{which}, a yaml of configs/")
     if not args.array and not args.sweep:
         return runs
     _apply_only(args.only, runs)
     for number, run in enumerate(runs, 1):
         if "OUTPUT_DIR" in run.own | run.only:
-            raise UserError(
+            raise UsageError(
                 f"run {number} of {len(runs)} has an OUTPUT_DIR of its own: give one to the whole "
                 "command, each run gets a folder in it"
             )
@@ -246,7 +248,7 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
     names = [run.name for run in runs]
     if double := next((name for name in names if names.count(name) > 1), None):
         first, second = [i for i, name in enumerate(names, 1) if name == double][:2]
-        raise UserError(
+        raise UsageError(
             f"runs {first} and {second} of {len(runs)} do not differ, both would be {double}"
         )
     for run in runs:

@@ -1,18 +1,11 @@
-"""The thread that watches over a rank of a job: signals, heartbeat, hangs, other ranks, lease.
-
-Python runs signal handlers in the main thread between two of its instructions, so a rank that
-waits in a collective would learn of a signal late or never. This thread learns of it at once,
-through the file descriptor into which the interpreter writes the number of each signal.
-"""
+"""The thread that watches over a rank of a job: signals, heartbeat, hangs, other ranks, lease."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import logging
-import multiprocessing
 import os
-import select
 import signal
 import socket
 import sys
@@ -22,11 +15,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from contnet.launch.run_lease import LeaseLost
 from contnet.slurm.attempt_folder import AttemptFolder
 from contnet.slurm.cluster import Job
-from contnet.slurm.lease import Lease, LeaseLost
+from contnet.slurm.lease import Lease
+from contnet.utils.errors import UserError, message_of
+from contnet.utils.failures import lost_contact
+from contnet.utils.processes import process_start
+from contnet.utils.records import warn_once
+from contnet.utils.signals import Listener, end_children
 
-__all__ = ["SIGNALS", "Watcher", "lost_contact"]
+__all__ = ["SIGNALS", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +39,6 @@ _LINGER = 10.0
 _REPLACED = 3
 
 
-def _ignore(number: int, frame: object) -> None:
-    """A handler that only keeps the signal from killing; the watcher hears of it otherwise."""
-
-
-def _block_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
 def _where_main_is() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident)
     if frame is None:
@@ -56,16 +47,7 @@ def _where_main_is() -> str:
     return f"{last.name}, {last.filename}:{last.lineno}"
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone."""
-    text = str(error)
-    return type(error).__name__.startswith("Dist") or any(
-        sign in text
-        for sign in ("gloo/transport", "Connection closed by peer", "NCCL communicator")
-    )
-
-
-class Watcher(threading.Thread):
+class Watcher(Listener):
     """Watches over this process until it ends.
 
     Args:
@@ -96,7 +78,7 @@ class Watcher(threading.Thread):
         heartbeat_interval: float,
         abandon: Callable[[str], int],
     ):
-        super().__init__(name="contnet-watcher", daemon=True)
+        super().__init__("contnet-watcher", SIGNALS)
         self.job = job
         self.folder = folder
         self.lease = lease
@@ -112,23 +94,17 @@ class Watcher(threading.Thread):
         self._deadline = float("inf")
         self._moved = time.monotonic()
         self._failure_seen = None
-        self._inbox, self._outbox = socket.socketpair()
-        self._inbox.setblocking(False)
-        self._outbox.setblocking(False)
 
     def start(self) -> None:
         """From the main thread: takes over the signals, those that wait already too."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
         # Open to the end: it is written when nothing else can be done.
         self._stacks = self.folder.rank_file(self.job.rank, ".stack").open("w")
-        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, _ignore)
-            signal.siginterrupt(number, False)
+        # Also what a compiled library ends, such as NCCL's watchdog by SIGABRT.
+        faulthandler.enable(file=self._stacks)
         super().start()
-        # Loader workers get SLURM's signals, too, and must outlive them.
-        os.register_at_fork(after_in_child=_block_signals)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for number in SIGNALS:
+            signal.siginterrupt(number, False)
 
     # What the main thread says.
 
@@ -141,7 +117,7 @@ class Watcher(threading.Thread):
     def enter(self, phase: str) -> None:
         self.phase = phase
         self.progress()
-        self._wake()
+        self.wake()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -156,24 +132,27 @@ class Watcher(threading.Thread):
         """The last word of this rank: "finished", "preempted" or "failed"."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        # Loader workers, which do not heed the signal that the interpreter would send them.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()
+        end_children()
         self.ended = how
         self.enter("ended")
-        self.folder.write_heartbeat(self._record())
+        with contextlib.suppress(OSError):  # the disk is full perhaps, which has been said
+            self.folder.write_heartbeat(self._record())
         # Should the interpreter not get to its end, for threads or processes that do not.
         faulthandler.dump_traceback_later(6 * _LINGER, exit=True, file=self._stacks)
 
     def fail(self, error: BaseException) -> None:
         """Notes what ended this rank, and the job unless another rank has failed before."""
-        lost = lost_contact(error)
-        text = str(error).strip().splitlines()
+        lost, rank = lost_contact(error), None
+        if isinstance(error, UserError):
+            rank = error.rank
+            kind, text = UserError, [message_of(error).removeprefix(f"rank {rank}: ")]
+        else:
+            kind, text = type(error), str(error).strip().splitlines()
         self._record_failure(
-            f"{type(error).__name__}: {text[0] if text else '(no message)'}",
+            f"{kind.__name__}: {text[0] if text else '(no message)'}",
             details="".join(traceback.format_exception(error))[-8000:],
             lost=lost,
+            rank=rank,
         )
         self.finish("failed")
 
@@ -188,7 +167,12 @@ class Watcher(threading.Thread):
             "details": details,
             "lost": lost,
         }
-        if self.folder.note("failure", record):
+        try:
+            first = self.folder.note("failure", record)
+        except OSError as error:
+            logger.error(f"The job's folder {self.folder.path} cannot be written: {error}")
+            first = True
+        if first:
             logger.error(f"The job ends: {reason}")
 
     # What the thread does.
@@ -200,18 +184,8 @@ class Watcher(threading.Thread):
             except LeaseLost:
                 self.end_replaced()
             except OSError as error:  # a shared folder may fail for a while
-                logger.warning(f"The job's folder {self.folder.path}: {error}")
-            self._listen()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._outbox.send(b"\0")
-
-    def _listen(self) -> None:
-        if not select.select([self._inbox], [], [], self.heartbeat_interval)[0]:
-            return
-        for number in self._inbox.recv(4096):
-            if number in SIGNALS:
+                warn_once(f"The job's folder {self.folder.path}: {error}")
+            for number in self.listen(self.heartbeat_interval):
                 self._take(signal.Signals(number).name)
 
     def _take(self, name: str) -> None:
@@ -262,8 +236,9 @@ class Watcher(threading.Thread):
     def end_replaced(self) -> NoReturn:
         """Ends this process at once, for a later attempt owns the run; from any thread."""
         self.lease.remove_unfinished()
-        print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # the log's disk may be full
+            print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
+            sys.stderr.flush()
         os._exit(_REPLACED)
 
     def dump_stacks(self) -> None:
@@ -287,9 +262,7 @@ class Watcher(threading.Thread):
         for rank, record in self.folder.ranks().items():
             if record["host"] != socket.gethostname() or record["ended"]:
                 continue
-            try:
-                os.kill(record["pid"], 0)
-            except ProcessLookupError:
+            if not process_start(record["pid"]):
                 self._record_failure(
                     f"rank {rank} (process {record['pid']} on {record['host']}) ended without a "
                     "word: killed, perhaps for want of memory?",

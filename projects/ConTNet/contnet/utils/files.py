@@ -1,14 +1,43 @@
 """Files that are either whole or not there, and which are there."""
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["NO_GUARD", "TEMPORARY_SUFFIX", "WriteGuard", "atomic_write", "file_names"]
+from contnet.utils.errors import UserError
+
+__all__ = [
+    "NO_GUARD",
+    "SET_ASIDE",
+    "TEMPORARY_SUFFIX",
+    "WriteError",
+    "WriteGuard",
+    "atomic_write",
+    "describe_kind",
+    "explain_os_error",
+    "explaining_disk",
+    "file_names",
+    "open_regular",
+    "set_aside",
+    "writing",
+]
 
 TEMPORARY_SUFFIX = ".tmp"
+# The folder beside files that a run does not go on with.
+SET_ASIDE = "set_aside"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class WriteGuard:
@@ -29,11 +58,168 @@ NO_GUARD = WriteGuard()
 
 
 def file_names(folder: str | Path) -> set[str]:
-    """Names of the files in a folder, none if it is not there; links count that lead to files."""
-    if not os.path.isdir(folder):
+    """Names of the files in a folder; links count that lead to files.
+
+    There are none where the folder is not there, or cannot be listed.
+    """
+    try:
+        entries = os.scandir(folder)
+    except (OSError, ValueError):  # ValueError: no folder can have this name
         return set()
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file()}
+    with entries:
+        return {entry.name for entry in entries if _is_file(entry)}
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether an entry is a file, or leads to one."""
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle
+        return False
+
+
+def describe_kind(path: str | Path) -> str:
+    """What there is in the place of a regular file, such as "a pipe"; "" for such a file.
+
+    Links are followed.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+        if error.errno == errno.ENOENT:
+            return "a link that leads nowhere" if os.path.islink(path) else "missing"
+        return f"not to be reached ({error.strerror or error})"
+    except ValueError:  # a null byte, or a letter that no name of a file can have
+        return "a name that no file can have"
+    return _kind(status)
+
+
+def _kind(status: os.stat_result) -> str:
+    kind = stat.S_IFMT(status.st_mode)
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no file")
+
+
+def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -> IO:
+    """Opens a file as ``open`` does, and nothing that might make its reader wait for ever.
+
+    Args:
+        path: of the file.
+        mode: as for ``open``.
+        flags: more of those that ``os.open`` takes.
+        **kwargs: as for ``open``, such as the encoding.
+
+    Raises:
+        OSError: if it cannot be opened, or is a pipe, a socket, a device or a folder.
+    """
+
+    def opener(name: str, standard: int) -> int:
+        number = os.open(name, standard | flags | os.O_NONBLOCK, 0o666)
+        if kind := _kind(os.fstat(number)):
+            os.close(number)
+            raise OSError(errno.EINVAL, f"it is {kind}", str(path))
+        return number
+
+    try:
+        os.lstat(path)
+    except OSError:
+        pass  # the opener says so, or makes the file
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from error
+    return open(path, mode, opener=opener, **kwargs)
+
+
+def set_aside(path: str | Path) -> Path:
+    """Moves a file into the folder ``set_aside`` beside it; its new path.
+
+    One of that name that is there already stays: the new one gets a number.
+    """
+    path = Path(path)
+    folder = path.parent / SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    target, number = folder / path.name, 1
+    while os.path.lexists(target):
+        number += 1
+        target = folder / f"{path.stem}.{number}{path.suffix}"
+    os.replace(path, target)
+    return target
+
+
+def explain_os_error(error: OSError, path: str | Path) -> str:
+    """What went wrong with a file, for a message; where the disk is full, how much is free."""
+    if isinstance(error, WriteError):
+        return error.strerror
+    reason = error.strerror or str(error)
+    folder = Path(path).absolute().parent
+    try:
+        if error.errno == errno.ENOENT and not folder.is_dir():
+            return f"the folder {folder} is not there: was it moved or deleted?"
+        if error.errno != errno.ENOSPC:
+            return reason
+        disk = os.statvfs(next(each for each in (folder, *folder.parents) if each.exists()))
+    except OSError:
+        return reason
+    files = ", but no file more" if disk.f_files and not disk.f_favail else ""
+    return f"{reason}: {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB are free there{files}"
+
+
+class WriteError(UserError, OSError):
+    """A file that cannot be written; ``filename`` and ``strerror`` say which, and why."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror})"
+
+
+def _is_of(error: OSError, path: str | Path) -> bool:
+    """Whether an error is of writing a file: by its name or its temporary one, or by its kind."""
+    if error.filename is None:  # of what is written, or of what is read meanwhile
+        return error.errno in _DISK_ERRORS
+    return str(error.filename).startswith(str(path))
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """While a file is written: an error of the system becomes one that tells people which.
+
+    Args:
+        path: of the file. Errors that name another one, which was read, stay.
+
+    Raises:
+        WriteError: for the others.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save raises its own error after the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or not _is_of(cause, path):
+            raise
+        raise WriteError(cause.errno, explain_os_error(cause, path), str(path)) from error
+
+
+@contextmanager
+def explaining_disk(folder: str | Path) -> Iterator[None]:
+    """While a run goes on: an error of the disk that nobody has explained becomes one line.
+
+    Args:
+        folder: where the run writes, named where the system names no file.
+
+    Raises:
+        UserError: if the disk is full, broken or read-only, or the folder has gone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        gone = error.errno == errno.ENOENT and not Path(folder).is_dir()
+        if error.errno not in _DISK_ERRORS and not gone:
+            raise
+        path = Path(folder, "file") if gone or error.filename is None else error.filename
+        raise UserError(f"{error.filename or folder}: {explain_os_error(error, path)}") from error
 
 
 @contextmanager
@@ -48,20 +234,25 @@ def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUAR
         mode: "wb" or "w".
         guard: is asked before the file is begun and before it takes its name; if it raises, there
             is no new file, and nothing unfinished.
+
+    Raises:
+        WriteError: if it cannot be written; the older file is there still.
     """
     path = Path(path)
     name = f"{path.name}.{guard.writer}" if guard.writer else path.name
     temporary = path.with_name(name + TEMPORARY_SUFFIX)
     guard.check()
     try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        guard.check()
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            guard.check()
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what has ended the writing is worse
+            temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -3,11 +3,68 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["describe_difference", "first_names", "nearest", "plural"]
+__all__ = [
+    "describe_difference",
+    "first_names",
+    "nearest",
+    "plural",
+    "printable",
+    "printable_lines",
+    "say",
+]
 
 _SHOWN = 3
+# Control and format characters (ANSI escapes, bidirectional overrides), lone surrogates, and the
+# two separators that end a line.
+_NOT_PRINTED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Words of Persian and of Indian languages, and many emoji, are joined by the first two; flags as
+# that of Scotland are made of the others.
+_JOINERS = "\u200c\u200d" + "".join(map(chr, range(0xE0020, 0xE0080)))
+_LONGEST_LINE = 10_000
+
+
+def _escaped(char: str, kept: str) -> str:
+    if char in kept or unicodedata.category(char) not in _NOT_PRINTED:
+        return char
+    return char.encode("unicode_escape").decode()
+
+
+def printable(text: str, limit: int = 1000, keep: str = "") -> str:
+    """A text from a file as one line for a person: what cannot be seen is escaped, the end cut.
+
+    Args:
+        text: a name, a key, a message that has some of them.
+        limit: characters of the text that are kept.
+        keep: characters that are not escaped.
+    """
+    shown, kept = text[:limit], keep + _JOINERS
+    if not shown.isprintable():
+        shown = "".join(_escaped(char, kept) for char in shown)
+    return shown if len(text) <= limit else f"{shown}... ({len(text)} characters)"
+
+
+def _line(text: str) -> str:
+    return printable(text, _LONGEST_LINE, keep="\t")
+
+
+def printable_lines(text: str) -> str:
+    """A text of several lines for a person, each as :func:`printable`; tabs stay, too."""
+    return "\n".join(map(_line, text.split("\n")))
+
+
+def say(*lines: str) -> None:
+    """Prints what may hold names of files, classes or keys, each argument on one line.
+
+    What cannot be seen is escaped as by :func:`printable`, and what the encoding of the terminal
+    lacks.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in map(_line, lines):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -25,8 +82,10 @@ def plural(number: int, what: str) -> str:
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first of many names, for a message; they may be from a file."""
+    return ", ".join(printable(str(name), 200) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def describe_difference(names: Sequence[str], expected: Sequence[str]) -> str:
@@ -35,12 +94,15 @@ def describe_difference(names: Sequence[str], expected: Sequence[str]) -> str:
     parts = []
     for what, some in (("too many", here - there), ("missing", there - here)):
         if some:
-            shown = ", ".join(sorted(some)[:_SHOWN]) + (", ..." if len(some) > _SHOWN else "")
+            shown = ", ".join(printable(name, 200) for name in sorted(some)[:_SHOWN]) + (
+                ", ..." if len(some) > _SHOWN else ""
+            )
             parts.append(f"{len(some)} {what}: {shown}")
     if not parts and len(names) != len(expected):
         parts.append(f"{len(names)} instead of {len(expected)}, some of them more than once")
     elif not parts and list(names) != list(expected):
         pairs = zip(names, expected, strict=True)
         number, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        one, other = printable(one, 200), printable(other, 200)
         parts.append(f"another order: number {number} is {one} instead of {other}")
     return "; ".join(parts)

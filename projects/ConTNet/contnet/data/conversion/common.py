@@ -13,7 +13,7 @@ from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.data.findings import ERROR, NOTE, Findings
 from contnet.data.pipeline.images import decode_error, read_size
 from contnet.utils.errors import UserError
-from contnet.utils.files import atomic_write
+from contnet.utils.files import atomic_write, open_regular
 
 __all__ = [
     "ClassNames",
@@ -59,7 +59,8 @@ def read_text(file: Path) -> str:
         UserError: if it cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with open_regular(file, "r", encoding="utf-8-sig") as text:
+            return text.read()
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no UTF-8 text: save it as that") from error
     except OSError as error:

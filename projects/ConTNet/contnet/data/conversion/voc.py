@@ -25,6 +25,7 @@ from contnet.data.conversion.common import (
     turn,
 )
 from contnet.utils.errors import UserError
+from contnet.utils.files import open_regular
 from contnet.utils.text import first_names
 
 __all__ = ["convert_voc"]
@@ -43,14 +44,26 @@ def _find_images(folder: Path) -> ImageFolder:
     raise UserError(f"no images are in {folder} or beside it: say where they are by --images")
 
 
+class _PlainTree(ElementTree.TreeBuilder):
+    """Refuses a DTD, whose entities may grow without end; VOC's files have none."""
+
+    def doctype(self, *_: object) -> None:
+        raise ElementTree.ParseError("it has a DOCTYPE")
+
+
+def _parse_xml(data: bytes | str) -> ElementTree.Element:
+    return ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainTree()))
+
+
 def _parse(file: Path) -> ElementTree.Element | None:
     try:
-        data = file.read_bytes()
+        with open_regular(file) as stream:
+            data = stream.read()
         try:
-            root = ElementTree.fromstring(data)
+            root = _parse_xml(data)
         except ValueError:  # expat knows no encoding of several bytes a letter, such as GBK
             stated = _ENCODING.match(data)
-            root = ElementTree.fromstring(data.decode(stated[1].decode())) if stated else None
+            root = _parse_xml(data.decode(stated[1].decode())) if stated else None
     except (OSError, ElementTree.ParseError, ValueError, LookupError):
         return None
     return root if root is not None and root.tag == "annotation" else None
@@ -62,7 +75,8 @@ def _text(node: ElementTree.Element, path: str) -> str:
 
 def _numbers(node: ElementTree.Element, names: Iterable[str]) -> list[float]:
     """Values of some children; ValueError for one that is missing or no finite number."""
-    values = [float(_text(node, name)) for name in names]
+    texts = {child.tag: child.text for child in reversed(node)}  # of several the first
+    values = [float((texts.get(name) or "").strip()) for name in names]
     if not all(map(math.isfinite, values)):
         raise ValueError("not finite")
     return values
@@ -179,8 +193,8 @@ class _Reader:
     ) -> int | None:
         """The orientation from which boxes are turned; None if they are for another size."""
         try:
-            stated = tuple(round(each) for each in _numbers(root, ("size/width", "size/height")))
-        except ValueError:
+            stated = tuple(map(round, _numbers(root.find("size"), ("width", "height"))))
+        except (TypeError, ValueError):  # TypeError: there is no size
             stated = (0, 0)
         if stated == (0, 0):
             self.conversion.findings.note("XML files without the size of the image", place)
@@ -198,7 +212,7 @@ class _Reader:
         conversion = self.conversion
         try:
             points, polygon = _points(item)
-        except (ValueError, AttributeError):
+        except (TypeError, ValueError):  # TypeError: there is no box
             conversion.leave_object("without a box of four numbers", place)
             return
         fields = {flag: 1 for flag in ("difficult", "truncated") if _text(item, flag) == "1"}

@@ -23,9 +23,12 @@ from contnet.data.conversion.common import (
 from contnet.data.datasets.image_files import IMAGE_ENDINGS
 from contnet.utils.errors import UserError
 from contnet.utils.text import first_names
+from contnet.utils.yaml_text import parse_yaml
 
 __all__ = ["convert_yolo", "read_names"]
 
+# Of data.yaml, in characters and values: names of tens of thousands of classes.
+_LARGEST, _MOST_VALUES = 2**22, 500_000
 _YAML = (".yaml", ".yml")
 _NAME_FILES = ("data.yaml", "dataset.yaml", "data.yml", "classes.txt", "obj.names")
 # In the folder itself alone.
@@ -36,7 +39,7 @@ _LEAST, _MOST = -0.01, 1.01
 
 def _read_yaml(file: Path) -> dict:
     try:
-        content = yaml.safe_load(read_text(file))
+        content = parse_yaml(read_text(file), _LARGEST, _MOST_VALUES)
     except yaml.YAMLError as error:
         raise UserError(f"{file} is no yaml: {getattr(error, 'problem', error)}") from error
     return content if isinstance(content, dict) else {}
@@ -47,8 +50,10 @@ def _class_numbers(names: object, file: Path) -> dict[int, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
+        if any(isinstance(name, list | dict) for name in dict(names).values()):
+            raise ValueError("a name is no text")
         return {int(number): str(names[number]).strip() for number in sorted(names, key=int)}
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         form = "write names: [cat, dog] or names: {0: cat, 1: dog}"
         raise UserError(f"{file} has no names of classes by number: {form}") from error
 
@@ -338,7 +343,8 @@ def convert_yolo(
     else:
         images = ImageFolder(given or Path(os.path.abspath(_find_images(folder))))
     shape = _read_yaml(names_file).get("kpt_shape") if names_file.suffix in _YAML else None
-    keypoints = math.prod(shape) if isinstance(shape, list) else 0
+    counted = isinstance(shape, list) and all(isinstance(each, int) for each in shape)
+    keypoints = math.prod(shape) if counted else 0
     reader = _Reader(folder, images, conversion, numbers, keypoints)
     for image in dict.fromkeys(images.files):
         reader.add_image(image)

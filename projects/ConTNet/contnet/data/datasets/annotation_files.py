@@ -8,10 +8,13 @@ import gc
 import gzip
 import io
 import json
+import os
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 from contnet.utils.errors import UserError
+from contnet.utils.files import open_regular
 
 __all__ = ["LISTS", "check_form", "read_json"]
 
@@ -19,6 +22,8 @@ LISTS = ("images", "annotations", "categories")
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Of gzip: bytes that any file may have, and how many times more a larger one than it is stored in.
+_SMALL, _EXPANSION = 1 << 24, 100
 _START = 1 << 20  # characters in which to look for what a file is
 _CONVERT = "export it as COCO JSON, or as VOC or YOLO for tools/convert_dataset.py"
 _FIX = "tools/doctor.py --fix makes a mended copy"
@@ -63,16 +68,22 @@ def _explain(start: str) -> str:
 def _load(file: str, mend: bool) -> tuple[object, list[str]]:
     wrong = []
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(file, "rb"))
+        stream = stack.enter_context(open_regular(file))
         head = stream.read(4)
         if head.startswith(_ZIP):
             raise UserError(f"the annotation file {file} is a zip archive: unpack it")
         stream.seek(0)
         if head.startswith(_GZIP):
             wrong.append("is compressed by gzip")
-            stream = stack.enter_context(gzip.open(stream))
-            head = stream.read(4)
-            stream.seek(0)
+            limit = _SMALL + _EXPANSION * os.fstat(stream.fileno()).st_size
+            unpacked = stack.enter_context(gzip.open(stream)).read(limit + 1) if mend else b""
+            if len(unpacked) > limit:
+                raise UserError(
+                    f"the annotation file {file} is compressed by gzip to less than 1 of "
+                    f"{_EXPANSION}, as no annotations are"
+                )
+            stream = io.BytesIO(unpacked)
+            head = unpacked[:4]
         encoding, reason = _encoding(head)
         if reason:
             wrong.append(reason)
@@ -106,7 +117,7 @@ def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
     gc.disable()  # it would walk through COCO's millions of new objects again and again
     try:
         return _load(file, mend)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the annotation file {file} cannot be read ({reason})") from error
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,9 @@ import detectron2
 import shapely
 from cityscapesscripts.helpers.labels import name2label
 from detectron2.data import DatasetCatalog
-from PIL import Image
+
+from contnet.data.datasets.image_files import open_image
+from contnet.utils.files import open_regular
 
 __all__ = [
     "GT_FILES",
@@ -78,16 +80,17 @@ def sorted_scenes(records: Iterable[dict]) -> list[dict]:
 def _has_labels(file: Path) -> bool:
     """Whether a polygon file has an object that counts, and not only what frames an image."""
     try:
-        objects = json.loads(file.read_text(encoding="utf-8"))["objects"]
+        with open_regular(file, "r", encoding="utf-8") as text:
+            objects = json.load(text)["objects"]
         names = {str(thing["label"]).removesuffix("group") for thing in objects}
-    except (LookupError, OSError, TypeError, ValueError):
+    except (LookupError, OSError, RecursionError, TypeError, ValueError):
         return True  # what is wrong with it is told elsewhere
     return any(name not in name2label or not name2label[name].ignoreInEval for name in names)
 
 
 def _image_record(image: Path) -> dict:
-    with Image.open(image) as file:
-        width, height = file.size
+    with open_image(image) as stored:
+        width, height = stored.size
     return {"file_name": str(image), "image_id": image.name, "height": height, "width": width}
 
 
@@ -129,7 +132,8 @@ class CityscapesSource:
                 digest.update(json.dumps([city.name, names]).encode())
                 for name in names or ():
                     if name.endswith("_polygons.json"):
-                        digest.update(hashlib.sha256((city / name).read_bytes()).digest())
+                        with open_regular(city / name) as file:
+                            digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     def has_truth(self) -> bool:

@@ -16,7 +16,6 @@ import contextlib
 import io
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,14 @@ from tqdm import tqdm
 
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
-from contnet.utils.files import atomic_write
+from contnet.utils.files import atomic_write, open_regular
+from contnet.utils.pools import process_pool
 
 __all__ = ["LABEL_MAPS", "default_root", "prepare_cityscapes"]
 
 _POLYGONS = "_polygons.json"
+# What polygons that are none raise.
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def _draw_instances(annotation: Annotation) -> Image.Image:
@@ -59,10 +61,12 @@ def _read(file: Path) -> Annotation:
     """Polygons of one image, checked.
 
     Raises:
-        ValueError, KeyError, TypeError, LookupError, AttributeError: for what are no polygons.
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError: for
+            what are no polygons.
     """
     annotation = Annotation()
-    annotation.fromJsonText(file.read_text(encoding="utf-8"))
+    with open_regular(file, "r", encoding="utf-8") as text:
+        annotation.fromJsonText(text.read())
     for item in annotation.objects:
         if item.deleted:
             continue
@@ -84,7 +88,7 @@ def _prepare(file: Path) -> tuple[int, str]:
         annotation = _read(file)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it also raises
             images = {path: draw(annotation) for path, draw in missing.items()}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except _DAMAGES as error:
         return 0, f"{file} is damaged ({type(error).__name__}: {error})"
     except OSError as error:
         return 0, f"{file} cannot be read ({error.strerror})"
@@ -130,7 +134,7 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int
     """
     files = _find_polygons(root)
     written, errors = 0, []
-    with ProcessPoolExecutor(workers or available_cpus()) as pool:
+    with process_pool(workers or available_cpus()) as pool:
         results = tqdm(pool.map(_prepare, files), total=len(files), unit="image", desc="labels")
         try:
             for count, error in results:

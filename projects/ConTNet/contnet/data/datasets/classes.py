@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from detectron2.config import CfgNode
@@ -54,9 +55,9 @@ def distinct_class_names(names: Sequence[str], ids: Sequence[int]) -> list[str]:
         ids: of the same classes in the data set's file.
     """
     distinct = list(names)
-    while len(set(distinct)) < len(distinct):
+    while len(counts := Counter(distinct)) < len(distinct):
         distinct = [
-            f"{name} (id {number})" if distinct.count(name) > 1 else name
+            f"{name} (id {number})" if counts[name] > 1 else name
             for name, number in zip(distinct, ids, strict=True)
         ]
     return distinct

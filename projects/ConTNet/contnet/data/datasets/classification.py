@@ -12,6 +12,7 @@ folder, or the key in a shard) and ``label``; those of shards also have ``offset
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -110,11 +111,19 @@ class _Listing:
     others: list[str] = field(default_factory=list)
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or leads to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
 def _list(folder: str) -> _Listing:
     found = _Listing()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 found.folders.append(entry.name)
             elif _is_image(entry.name):
                 found.images.append(entry.name)
@@ -127,8 +136,19 @@ def _list(folder: str) -> _Listing:
     return found
 
 
-def _list_class(folder: str) -> tuple[list[str], list[str]]:
-    """Paths of the images of a class, in ImageFolder's order, and of its other files."""
+def _list_class(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[str], list[str]]:
+    """Paths of the images of a class, in ImageFolder's order, and of its other files.
+
+    Args:
+        folder: of the class, or one in it.
+        above: folders that hold it, resolved.
+
+    Raises:
+        OSError: if one cannot be listed, or links lead from one into itself.
+    """
+    place = os.path.realpath(folder)
+    if place in above:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
     found = _list(folder)
     images = [f"{folder}/{name}" for name in found.images]
     others = [f"{folder}/{name}" for name in (*found.shards, *found.others)]
@@ -136,7 +156,7 @@ def _list_class(folder: str) -> tuple[list[str], list[str]]:
         if _is_hidden(name):
             others.append(f"{folder}/{name}")
             continue
-        below = _list_class(f"{folder}/{name}")
+        below = _list_class(f"{folder}/{name}", above | {place})
         images += below[0]
         others += below[1]
     if found.folders:
@@ -295,14 +315,14 @@ def _check_use(
     shown = ""
     if names:
         shown = f" ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-    findings.facts.append(
-        f"{plural(len(content.records), 'image')}, {plural(number, 'class')}{shown}"
-    )
+    findings.fact(f"{plural(len(content.records), 'image')}, {plural(number, 'class')}{shown}")
     if content.label_file and not source.label_file:
-        findings.facts.append(f"label file {os.path.abspath(content.label_file)}")
+        findings.fact(f"label file {os.path.abspath(content.label_file)}")
+    if findings.lines(ERROR):
+        return
     used = {record["label"] for record in content.records}
     for label in range(number):
-        if label not in used and not findings.lines(ERROR):
+        if label not in used:
             findings.note("classes without images", names[label] if names else str(label))
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from detectron2.structures import BoxMode
 
 from contnet.data.datasets.annotation_files import check_form, read_json
 from contnet.utils.errors import UserError
+from contnet.utils.files import open_regular
 
 __all__ = [
     "CocoSource",
@@ -35,6 +36,8 @@ __all__ = [
 
 # Digits of ids beyond any number's size are a text.
 _WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
+_LARGEST = 2**63
+_SHOWN = 80  # characters of a value in a message
 _KEPT = ("iscrowd", "bbox", "keypoints", "category_id")
 
 logger = logging.getLogger(__name__)
@@ -66,25 +69,28 @@ def class_names(content: dict) -> list[str]:
                 "tools/doctor.py --fix makes them such"
             )
         if not is_whole(category.get("id")) or not isinstance(category.get("name"), str):
-            raise UserError(f"each category must have a whole number as id and a name: {category}")
+            raise UserError(
+                "each category must have a whole number as id and a name: "
+                f"{describe_value(category)}"
+            )
     if not categories:
         raise UserError("its annotation file has no categories")
-    ids = [category["id"] for category in categories]
-    if double := [one for one in ids if ids.count(one) > 1]:
+    counts = Counter(category["id"] for category in categories)
+    if double := [one for one, count in counts.items() if count > 1]:
         raise UserError(f"the category id {double[0]} occurs twice")
     return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value of JSON is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value of JSON is a whole number, of 64 bits at most, as arrays hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
 
 
 def as_whole(value: object) -> int | None:
     """The whole number that a value is, or that its text spells; otherwise None."""
     if is_whole(value):
         return value
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST:
         return int(value)
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         return int(value)
@@ -92,12 +98,15 @@ def as_whole(value: object) -> int | None:
 
 
 def describe_value(value: object) -> str:
-    """A value with its type, for a message."""
+    """The beginning of a value, with its type, for a message."""
     if isinstance(value, str):
-        return f"the text {json.dumps(value)}"
+        return f"the text {json.dumps(value[:_SHOWN])}"
     if isinstance(value, float):
         return f"{value!r} with a decimal point"
-    return json.dumps(value)
+    try:
+        return json.dumps(value)[:_SHOWN]
+    except RecursionError:
+        return "lists in lists"
 
 
 def _mask(mask: list | dict) -> list | dict:
@@ -198,7 +207,7 @@ class CocoSource:
         Raises:
             OSError: if the file cannot be read.
         """
-        with open(self.json_file, "rb") as file:
+        with open_regular(self.json_file) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         key = json.dumps([self.json_file, self.image_root, content])
         return hashlib.sha256(key.encode()).hexdigest()

@@ -1,27 +1,55 @@
-"""Finds the images of an annotation file in a folder, also under names that differ a little."""
+"""Opens image files; finds those of an annotation file, also under names that differ a little."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote
 
 from PIL import Image
 
-from contnet.utils.files import file_names
+from contnet.utils.files import file_names, open_regular
 
-__all__ = ["IMAGE_ENDINGS", "Match", "find_beside", "find_missing", "match_names"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "IMAGE_FORMATS",
+    "Match",
+    "find_beside",
+    "find_missing",
+    "match_names",
+    "open_image",
+]
 
-# Of the files that Pillow may read.
+# Pillow's names of what is opened; MPO is opened as JPEG. It knows many more: EPS would run
+# Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 IMAGE_ENDINGS = tuple(
-    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    ending for ending, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS
 )
 _LOOKED_AT = 1_000_000  # files of a folder
 _BASES = 20  # missing images that are looked for in the folders beside
+
+
+@contextmanager
+def open_image(source: str | Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Opens an image as it is stored, its pixels not yet decoded.
+
+    Args:
+        source: a file's path, or its bytes.
+
+    Raises:
+        OSError: if it is of none of :data:`IMAGE_FORMATS`, or no regular file.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (str, Path)):
+            source = stack.enter_context(open_regular(source))
+        yield stack.enter_context(Image.open(source, formats=IMAGE_FORMATS))
 
 
 class Match(NamedTuple):
@@ -97,42 +125,54 @@ def _list_files(root: str) -> list[list[str]]:
     return found
 
 
-def _common(one: list[str], other: list[str], compare: Callable[[str], str]) -> int:
-    """How many parts are equal, counted from the end."""
-    count = 0
-    for left, right in zip(reversed(one), reversed(other), strict=False):
-        if compare(left) != compare(right):
-            break
-        count += 1
-    return count
-
-
-def _nearest(
-    parts: list[str], files: list[list[str]], compare: Callable[[str], str], deeper: bool
-) -> list[str] | None:
-    """Of files whose own names are equal, the one with most equal folders; None for a draw.
+class _Paths:
+    """Files to be found by how names end.
 
     One of the two paths must end with the other: ``train/1.jpg`` is another image than
     ``val/1.jpg``.
 
     Args:
-        parts: of the name.
         files: parts of the files' paths.
+        names: parts of the names that will be looked for.
         compare: makes equal what may differ.
-        deeper: the file may be in folders that the name has not.
+        deeper: a file may be in folders that the name has not.
     """
-    files = [
-        file
-        for file in files
-        if _common(parts, file, compare) == min(len(parts), len(file))
-        and (deeper or len(file) <= len(parts))
-    ]
-    best = sorted(files, key=lambda file: _common(parts, file, compare), reverse=True)
-    if not best:
+
+    def __init__(
+        self,
+        files: Iterable[list[str]],
+        names: Iterable[list[str]],
+        compare: Callable[[str], str],
+        deeper: bool,
+    ):
+        self._compare = compare
+        self._whole, self._ends = defaultdict(list), defaultdict(list)
+        self._deepest = 0
+        bases, lengths = {compare(name[-1]) for name in names}, {len(name) for name in names}
+        for file in files:
+            if compare(file[-1]) not in bases:
+                continue
+            key = tuple(map(compare, file))
+            self._whole[key].append(file)
+            self._deepest = max(self._deepest, len(file))
+            for length in lengths if deeper else ():
+                if length < len(file):
+                    self._ends[key[-length:]].append(file)
+
+    def nearest(self, name: list[str]) -> list[str] | None:
+        """The file with most folders of a name; None for none and for a draw."""
+        if not self._deepest:
+            return None
+        key = tuple(map(self._compare, name[-self._deepest :]))
+        whole = len(key) == len(name)
+        for start in range(len(key)):
+            end = key[start:]
+            found = self._whole.get(end, [])
+            if start == 0 and whole:
+                found = found + self._ends.get(end, [])
+            if found:
+                return found[0] if len(found) == 1 else None
         return None
-    if len(best) > 1 and len({_common(parts, file, compare) for file in best[:2]}) == 1:
-        return None
-    return best[0]
 
 
 def _describe(name: str, found: list[str], what: str) -> str:
@@ -180,14 +220,10 @@ def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict
         if compare is _stem:
             free = [file for file in free if _ending(file[-1]) in endings]
         deeper = not taken and compare is not _stem
-        by_base = defaultdict(list)
-        for file in free:
-            by_base[compare(file[-1])].append(file)
-        for name in missing:
-            parts = _parts(name)
-            if name in found or not parts:
-                continue
-            if file := _nearest(parts, by_base.get(compare(parts[-1]), []), compare, deeper):
+        sought = {name: parts for name in missing if name not in found and (parts := _parts(name))}
+        paths = _Paths(free, sought.values(), compare, deeper)
+        for name, parts in sought.items():
+            if file := paths.nearest(parts):
                 found[name] = Match("/".join(file), _describe(name, file, what))
     claims = Counter(match.path for match in found.values())
     return {name: match for name, match in found.items() if claims[match.path] == 1}

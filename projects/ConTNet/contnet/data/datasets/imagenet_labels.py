@@ -24,6 +24,7 @@ import numpy as np
 import scipy.io
 
 from contnet.utils.errors import UserError
+from contnet.utils.files import open_regular
 
 __all__ = ["LABEL_ENDINGS", "LABEL_FILES", "find_label_file", "is_label_file", "read_labels"]
 
@@ -53,7 +54,8 @@ def find_label_file(home: str) -> str | None:
 
 def _read_lines(file: str) -> list[str]:
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        with open_regular(file, "r", encoding="utf-8-sig") as text:
+            lines = text.read().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"the label file {file} cannot be read ({error})") from error
     lines = [line for line in lines if line.strip()]

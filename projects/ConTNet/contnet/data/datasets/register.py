@@ -18,7 +18,7 @@ from contnet.data.datasets.classification import ClassificationSource
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.imagenet import register_classification, register_imagenet
 from contnet.data.datasets.imagenet_labels import LABEL_ENDINGS, is_label_file
-from contnet.utils.errors import UserError
+from contnet.utils.errors import UsageError
 
 __all__ = [
     "class_key",
@@ -88,11 +88,11 @@ def register_datasets(cfg: CfgNode) -> None:
     register_imagenet()
     for name, *paths in cfg.DATASETS.REGISTER:
         if len(paths) == 1 and paths[0].lower().endswith((".json", *LABEL_ENDINGS)):
-            raise UserError(f"DATASETS.REGISTER has {[name, *paths]!r}, {REGISTER_FORM}")
+            raise UsageError(f"DATASETS.REGISTER has {[name, *paths]!r}, {REGISTER_FORM}")
         if name not in DatasetCatalog.list():
             _register(name, paths)
         elif (taken := _paths(name)) != paths:
-            raise UserError(
+            raise UsageError(
                 f"DATASETS.REGISTER: the name {name} is taken already, by "
                 f"{taken[0] if taken else 'another data set'}: choose another"
             )

@@ -33,6 +33,7 @@ from contnet.data.datasets.shapes_drawing import (
     mask_polygons,
 )
 from contnet.utils.errors import UserError
+from contnet.utils.files import explain_os_error
 
 __all__ = ["ShapesConfig", "crop_shapes", "make_shapes", "shapes_datasets"]
 
@@ -177,7 +178,8 @@ def make_shapes(root: str | Path, config: ShapesConfig | None = None, **override
     except OSError as error:
         # Another process may have been faster: its set is the same as ours.
         if not _is_made(root, config):
-            raise UserError(f"{root}: the shapes can't be written: {error}") from error
+            reason = explain_os_error(error, root)
+            raise UserError(f"{root}: the shapes can't be written: {reason}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return root

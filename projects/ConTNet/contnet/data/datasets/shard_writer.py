@@ -16,7 +16,6 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,8 @@ from contnet.data.datasets.shards import (
 from contnet.data.findings import ERROR, Findings
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
-from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write, open_regular
+from contnet.utils.pools import process_pool
 
 __all__ = ["SAMPLES_PER_SHARD", "make_shards"]
 
@@ -167,7 +167,8 @@ def _make(plan: _Plan) -> tuple[Shard, bool]:
         ):
             for sample in plan.samples:
                 ending = os.path.splitext(sample.path)[1].lower()
-                _add(tar, sample.key + ending, Path(sample.path).read_bytes())
+                with open_regular(sample.path) as image:
+                    _add(tar, sample.key + ending, image.read())
                 _add(tar, f"{sample.key}.cls", str(sample.label).encode())
     except OSError as error:
         what = error.filename or plan.path
@@ -233,7 +234,7 @@ def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, 
     total = sum(len(plan.samples) for plan in plans)
     made = []
     with (
-        ProcessPoolExecutor(workers or available_cpus()) as pool,
+        process_pool(workers or available_cpus()) as pool,
         tqdm(total=total, unit="image", desc="shards") as bar,
     ):
         try:
@@ -245,7 +246,4 @@ def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, 
                 "a process was killed, perhaps for want of memory: run this again with fewer "
                 "--workers, it goes on where it stopped"
             ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # no use to make the others first
-            raise
     return made

@@ -18,10 +18,8 @@ import socket
 import tarfile
 import zipfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,8 @@ from tqdm import tqdm
 
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
-from contnet.utils.files import atomic_write
+from contnet.utils.files import atomic_write, open_regular
+from contnet.utils.pools import process_pool
 
 __all__ = [
     "CLASSES_FILE",
@@ -56,6 +55,7 @@ MANIFEST_FILE = "shards.json"  # of shards that tools/make_shards.py makes
 SHARD_ENDING = ".tar"
 
 _FORMAT = 1  # of the index
+_MOST_CLASSES = 10_000_000  # more than there are images; each gets memory
 _OPEN_FILES = 64  # of each process
 # WebDataset's rule: a key ends at the first dot after the last slash.
 _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
@@ -95,8 +95,11 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
         label = int(text)
     except ValueError:
         label = -1
-    if label < 0:
-        raise UserError(f"{path}: {member.name} holds {text!r}, it must be a label from 0")
+    if not 0 <= label < _MOST_CLASSES:
+        raise UserError(
+            f"{path}: {member.name} holds {text!r}, it must be a label from 0, below "
+            f"{_MOST_CLASSES}"
+        )
     return label
 
 
@@ -127,10 +130,10 @@ def index_shard(path: str) -> Shard:
     labels: dict[str, int] = {}
     try:
         status = os.stat(path)
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 match = _MEMBER.fullmatch(member.name)
-                if not match or not member.isreg():
+                if not match or not member.isreg() or member.issparse():
                     continue
                 key, kind = match[1], match[2].lower()
                 if f".{kind}" in IMG_EXTENSIONS:
@@ -142,7 +145,9 @@ def index_shard(path: str) -> Shard:
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"it breaks off after {tar.offset} bytes")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises anything on damaged headers, and recurses
         raise UserError(
             f"the shard {path} cannot be read ({error}): copy or make it again"
         ) from error
@@ -188,27 +193,56 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
 def _stored(folder: Path) -> dict[str, Shard]:
     """What ``index.npz`` says, by file; nothing if it is missing or damaged."""
     try:
-        with np.load(folder / INDEX_FILE, allow_pickle=False) as file:
+        with (
+            open_regular(folder / INDEX_FILE) as stream,
+            np.load(stream, allow_pickle=False) as file,
+        ):
+            if any(info.compress_type != zipfile.ZIP_STORED for info in file.zip.infolist()):
+                raise ValueError("it is compressed")
             if file["format"] != _FORMAT:
                 return {}
             names, keys = _to_texts(file["names"]), _to_texts(file["keys"])
             files = file["files"].tolist()
             columns = [file[name] for name in ("offsets", "lengths", "labels")]
+            whole = [each.dtype == np.int64 and each.ndim == 1 for each in columns]
+            if not all(whole) or file["files"].dtype != np.int64 or file["files"].shape[1:] != (3,):
+                raise ValueError("its tables have another form")
     except FileNotFoundError:
         return {}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy and zipfile raise anything on damaged bytes
         logger.info(f"{folder / INDEX_FILE} is damaged ({error}) and not used")
         return {}
     counts = [count for _, _, count in files]
-    if len(names) != len(files) or any(len(part) != sum(counts) for part in (keys, *columns)):
+    fits = min(counts, default=0) >= 0
+    if (
+        not fits
+        or len(names) != len(files)
+        or any(len(part) != sum(counts) for part in (keys, *columns))
+    ):
         logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not fit) and not used")
         return {}
     shards, start = {}, 0
     for name, (size, mtime, count) in zip(names, files, strict=True):
         part = slice(start, start + count)
-        shards[name] = Shard(name, size, mtime, keys[part], *(column[part] for column in columns))
+        shard = Shard(name, size, mtime, keys[part], *(column[part] for column in columns))
         start += count
+        if _is_possible(shard):
+            shards[name] = shard
+        else:
+            logger.info(f"{folder / INDEX_FILE} has impossible numbers for {name}, not used")
     return shards
+
+
+def _is_possible(shard: Shard) -> bool:
+    """Whether all images lie in the file, and the labels are such."""
+    low, high = shard.labels.min(initial=0), shard.labels.max(initial=0)
+    return bool(
+        (shard.offsets >= 0).all()
+        and (shard.lengths >= 0).all()
+        and (shard.offsets <= shard.size - shard.lengths).all()
+        and low >= 0
+        and high < _MOST_CLASSES
+    )
 
 
 _unwritten: dict[str, Shard] = {}  # by path: shards of folders that cannot be written to
@@ -225,7 +259,7 @@ def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
     bar = partial(tqdm, total=len(paths), unit="shard", desc="index", disable=None)
     if workers == 1:
         return list(bar(map(index_shard, paths)))
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with process_pool(workers) as pool:
         return list(bar(pool.map(index_shard, paths)))
 
 
@@ -305,7 +339,8 @@ def read_classes(folder: str) -> list[str] | None:
     """
     path = Path(folder, CLASSES_FILE)
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        with open_regular(path, "r", encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -324,12 +359,13 @@ def read_manifest(folder: str) -> dict | None:
     """
     path = Path(folder, MANIFEST_FILE)
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, "r", encoding="utf-8") as file:
+            stamp = json.load(file)
         if not isinstance(stamp["images"], int):
             raise TypeError("its images are no number")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}): copy it again, or make the shards again"
         ) from error
@@ -348,7 +384,7 @@ class _Handle:
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _open(path: str) -> _Handle:
-    return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
 
 
 def read_sample(record: dict) -> bytes:

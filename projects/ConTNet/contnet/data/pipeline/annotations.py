@@ -11,27 +11,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 
 from contnet.data.datasets.cityscapes import CityscapesSource, sorted_scenes
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source
 from contnet.data.findings import ERROR, Findings
 from contnet.data.pipeline.records import RecordFile, Records, write_records
+from contnet.utils.cache import open_private, private_folder
 from contnet.utils.errors import UserError
-from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write
+from contnet.utils.files import TEMPORARY_SUFFIX, atomic_write, explain_os_error
 
 __all__ = [
     "AnnotationCache",
@@ -48,6 +53,7 @@ _FILE = re.compile(r".+-[0-9a-f]{24}(?:\.v(?P<format>\d+))?\.(?:records|checks)"
 # Seconds after its last use in which a file stays: what a run has checked must be there when its
 # processes begin.
 _SPARED = 3600
+_LABEL = 100  # characters of a data set's name in that of a file
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +76,7 @@ def _touch(path: Path) -> None:
 def _remove_unused(path: Path) -> bool:
     """Removes a file, unless a process has it open; whether it is gone."""
     try:
-        with open(path, "rb+") as file:
+        with open_private(path, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     except BlockingIOError:
@@ -79,6 +85,17 @@ def _remove_unused(path: Path) -> bool:
         logger.warning(f"{path} cannot be removed ({error.strerror or error})")
         return False
     return True
+
+
+def _tell_of(folder: Path, error: OSError) -> None:
+    """Says, once in a process, why nothing is kept in a folder."""
+    what = "is not used" if error.errno in (errno.EPERM, errno.ETIMEDOUT) else "cannot be written"
+    message = (
+        "Annotations are not kept, so each process reads them, at each start: "
+        f"{error.filename or folder} {what} ({explain_os_error(error, folder)}); mend that, or "
+        "choose another DATASETS.CACHE_DIR"
+    )
+    log_first_n(logging.WARNING, message, key="message", name=__name__)
 
 
 def _prune(folder: Path, limit: float) -> None:
@@ -92,7 +109,8 @@ def _prune(folder: Path, limit: float) -> None:
     for path in folder.iterdir():
         name = _FILE.fullmatch(path.name)
         if name and name["format"] == str(_FORMAT):
-            files.append((path.stat().st_mtime, path.stat().st_size, path))
+            status = path.lstat()
+            files.append((status.st_mtime, status.st_size, path))
         elif name:
             _remove_unused(path)
     excess = sum(size for _, size, _ in files) - limit
@@ -111,9 +129,14 @@ class AnnotationCache:
         source: of this one.
         limit: of the folder, in bytes.
 
+    Attributes:
+        patience: seconds to wait for another process that reads into the folder.
+
     Raises:
         UserError: if the annotations cannot be read.
     """
+
+    patience = 600.0  # COCO's take some minutes on a busy machine
 
     def __init__(self, folder: Path, source: CocoSource | CityscapesSource, limit: float):
         self.folder = folder
@@ -132,7 +155,7 @@ class AnnotationCache:
 
     def _path(self, ending: str, *more: object) -> Path:
         key = hashlib.sha256(json.dumps([self.digest, *more]).encode()).hexdigest()
-        return self.folder / f"{self.source.label}-{key[:24]}.v{_FORMAT}.{ending}"
+        return self.folder / f"{self.source.label[:_LABEL]}-{key[:24]}.v{_FORMAT}.{ending}"
 
     def is_current(self) -> bool:
         """Whether the annotations are still those that the digest is of."""
@@ -142,37 +165,51 @@ class AnnotationCache:
     def lock(self) -> Iterator[bool]:
         """Lets one process at a time read and write; a process that dies lets go of it.
 
-        Yields False, after a word in the log, where the folder cannot be written.
+        Yields False, after a word in the log, where the folder cannot be written, or where another
+        process does not let go of it.
         """
         with contextlib.ExitStack() as stack:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(self.folder / "lock", "a"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    logger.info(f"Waiting for the process that reads into {self.folder}")
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                lock = stack.enter_context(open_private(self.folder / "lock", "a"))
+                self._take(lock)
                 for unfinished in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
                     unfinished.unlink(missing_ok=True)
             except OSError as error:
-                self._tell_of(error)
+                _tell_of(self.folder, error)
                 yield False
             else:
                 yield True
 
-    def _tell_of(self, error: OSError) -> None:
-        logger.warning(
-            f"The annotations {self.source.label} are not kept, so each process reads them, at "
-            f"each start: {self.folder} cannot be written ({error.strerror or error}); choose "
-            "another DATASETS.CACHE_DIR"
-        )
+    def _take(self, lock: IO) -> None:
+        """Locks a file; TimeoutError where that is not possible for too long."""
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                waited = time.monotonic() - start
+            if waited > self.patience:
+                reason = f"another process has held it for {waited:.0f} s"
+                raise TimeoutError(errno.ETIMEDOUT, reason, lock.name)
+            if waited > 1 and not told:
+                told = True
+                print(
+                    f"waiting for another process that reads annotations (it holds {lock.name}); "
+                    f"after {self.patience / 60:.0f} minutes this one reads them, too",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(0.1)
 
     def recall_records(self) -> RecordFile | None:
         """The file of records, if it is there and whole."""
         try:
             file = RecordFile.open_whole(self.path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, BlockingIOError):  # not there, or about to be removed
+            return None
+        except OSError as error:
+            _tell_of(self.folder, error)
             return None
         if file is None:
             logger.warning(f"{self.path} is damaged: the annotations are read again")
@@ -197,7 +234,7 @@ class AnnotationCache:
         try:
             write_records(self.path, *self.source.convert(content))
         except OSError as error:
-            self._tell_of(error)
+            _tell_of(self.folder, error)
             return None
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
@@ -206,7 +243,8 @@ class AnnotationCache:
             ) from error
         logger.info(f"The annotations {self.source.label} are kept in {self.path}")
         file = RecordFile(self.path)
-        _prune(self.folder, self.limit)
+        with contextlib.suppress(OSError):  # others may remove files, too
+            _prune(self.folder, self.limit)
         return file
 
     def load_records(self) -> RecordFile | None:
@@ -224,7 +262,8 @@ class AnnotationCache:
         """What :meth:`keep_findings` has written for this key; None for anything else."""
         path = self._path("checks", *key)
         try:
-            digest, _, state = path.read_text(encoding="ascii").partition("\n")
+            with open_private(path, "r", encoding="ascii") as file:
+                digest, _, state = file.read().partition("\n")
         except (OSError, ValueError):
             return None
         if hashlib.sha256(state.encode()).hexdigest() != digest:
@@ -241,7 +280,7 @@ class AnnotationCache:
             with atomic_write(self._path("checks", *key), "w") as file:
                 file.write(f"{hashlib.sha256(state.encode()).hexdigest()}\n{state}")
         except OSError as error:
-            self._tell_of(error)
+            _tell_of(self.folder, error)
 
 
 def open_cache(cfg: CfgNode, name: str) -> AnnotationCache | None:
@@ -260,8 +299,13 @@ def open_cache(cfg: CfgNode, name: str) -> AnnotationCache | None:
     if folder == "auto":
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
         folder = os.path.join(home, "contnet")
-    limit = cfg.DATASETS.CACHE_SIZE_GB * 1e9 or float("inf")
-    return AnnotationCache(Path(folder).expanduser().absolute(), source, limit)
+    folder = Path(folder).expanduser().absolute()
+    try:
+        folder = private_folder(folder)
+    except OSError as error:
+        _tell_of(folder, error)
+        return None
+    return AnnotationCache(folder, source, cfg.DATASETS.CACHE_SIZE_GB * 1e9 or float("inf"))
 
 
 # --- the records ---------------------------------------------------------------------------------

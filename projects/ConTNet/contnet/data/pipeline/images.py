@@ -1,7 +1,9 @@
 """Decodes images: from files and shards, upright, with 8 bits.
 
 All readers of the project end here, so that an image is the same in training, in evaluation and to
-the doctor. What is upright is said by ``PIL.ImageOps.exif_transpose``.
+the doctor. What is upright is said by ``PIL.ImageOps.exif_transpose``. A file may come from
+anywhere: it must be a regular one of a few formats, and what it would take to decode is bounded by
+INPUT.MAX_PIXELS before it is decoded.
 """
 
 from __future__ import annotations
@@ -13,26 +15,29 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from contnet.config.keys import MAX_PIXELS
+from contnet.data.datasets.image_files import IMAGE_FORMATS, open_image
 from contnet.data.datasets.shards import read_sample, sample_name
 from contnet.utils.errors import UserError
+from contnet.utils.text import printable
 
 __all__ = [
     "Decoded",
-    "count_frames",
     "decode",
     "decode_error",
+    "has_more_frames",
     "read_image",
     "read_labels",
     "read_pixels",
     "read_size",
+    "read_stored",
     "without_pillow_limit",
 ]
 
 _EXIF_ORIENTATION = 0x0112  # the tag's number
+_TIFF_TILE = (322, 323)  # the tags of a tile's width and height
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,12 +79,9 @@ def without_pillow_limit() -> Iterator[None]:
 @contextmanager
 def _open(record: dict) -> Iterator[Image.Image]:
     """The image as it is stored, its pixels not yet decoded."""
-    if "offset" in record:
-        with Image.open(io.BytesIO(read_sample(record))) as image:
-            yield image
-    else:
-        with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
-            yield image
+    source = io.BytesIO(read_sample(record)) if "offset" in record else record["file_name"]
+    with open_image(source) as image:
+        yield image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -91,18 +93,22 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if max_pixels and width * height > max_pixels:
-        raise ValueError(
-            f"it has {width}x{height} pixels, more than INPUT.MAX_PIXELS {max_pixels}: raise that "
-            "key, 0 is no limit"
-        )
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Raises ValueError if decoding would take too much memory."""
+    sizes = {"": image.size}
+    if image.format == "TIFF" and all(tag in image.tag_v2 for tag in _TIFF_TILE):
+        sizes["a tile of "] = tuple(image.tag_v2[tag] for tag in _TIFF_TILE)
+    for what, (width, height) in sizes.items():
+        if max_pixels and width * height > max_pixels:
+            raise ValueError(
+                f"it has {what}{width}x{height} pixels, more than INPUT.MAX_PIXELS {max_pixels}: "
+                "raise that key, 0 is no limit"
+            )
 
 
 def _load(image: Image.Image, max_pixels: int) -> tuple[Image.Image, int]:
     """The image upright, and its EXIF orientation."""
-    _check_pixels(image.size, max_pixels)
+    _check_pixels(image, max_pixels)
     orientation = _orientation(image)
     image.load()
     # Loading has turned a TIFF, by every Pillow; some keep its orientation afterwards.
@@ -131,7 +137,11 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, int | None]:
 def decode_error(error: Exception) -> str:
     """Why an image cannot be decoded; Pillow's own words may name an address in memory."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is of no kind that Pillow knows"
+        return f"it is of no kind that is read: {', '.join(IMAGE_FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -142,7 +152,8 @@ def _named(what: str, record: dict) -> Iterator[None]:
         yield
     except Exception as error:  # decoders raise anything on a damaged file
         raise UserError(
-            f"the {what} {sample_name(record)} cannot be read ({decode_error(error)}): "
+            f"the {what} {printable(sample_name(record))} cannot be read "
+            f"({printable(decode_error(error))}): "
             "python tools/doctor.py with this config lists all such"
         ) from error
 
@@ -170,23 +181,28 @@ def decode(record: dict, max_pixels: int = MAX_PIXELS) -> Decoded:
         return decoded
 
 
-def count_frames(record: dict) -> int:
-    """How many frames or pages are stored, of which the first is the image; views count once."""
+def has_more_frames(record: dict) -> bool:
+    """Whether several frames or pages are stored, of which the first is the image.
+
+    The views of a stereo camera count once.
+    """
     with _named("image", record), without_pillow_limit(), _open(record) as stored:
-        return 1 if stored.format == "MPO" else getattr(stored, "n_frames", 1)
+        return stored.format != "MPO" and getattr(stored, "is_animated", False)
 
 
 def read_size(record: dict, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
     """Width and height of an image when it is upright, and the orientation of its EXIF, 1 to 8.
 
-    Of an image that nothing turns only the head is read, so that the rest may be damaged. The
-    arguments and errors are those of :func:`decode`.
+    Only the head is read, but for a TIFF that is turned, so that the rest may be damaged. The
+    arguments and errors are those of :func:`decode`; 0 is no limit for what is not decoded.
     """
     with _named("image", record), without_pillow_limit(), _open(record) as stored:
-        if (orientation := _orientation(stored)) == 1:
-            _check_pixels(stored.size, max_pixels)
-            return *stored.size, orientation
-        return *_load(stored, max_pixels)[0].size, orientation
+        orientation = _orientation(stored)
+        if stored.format == "TIFF" and orientation != 1:
+            # Not every Pillow has turned its size before it is loaded.
+            return *_load(stored, max_pixels or MAX_PIXELS)[0].size, orientation
+        _check_pixels(stored, max_pixels)
+        return *(stored.size[::-1] if orientation >= 5 else stored.size), orientation
 
 
 def read_image(record: dict, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -225,3 +241,18 @@ def read_labels(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     record = {"file_name": path}
     with _named("label map", record), without_pillow_limit(), _open(record) as stored:
         return np.asarray(_load(stored, max_pixels)[0].convert("L"))
+
+
+def read_stored(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes an image as it is stored, such as a label map of 16 bits: (H, W) or (H, W, C).
+
+    Raises:
+        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
+    """
+    with (
+        _named("label map", {"file_name": path}),
+        without_pillow_limit(),
+        open_image(path) as image,
+    ):
+        _check_pixels(image, max_pixels)
+        return np.array(image)

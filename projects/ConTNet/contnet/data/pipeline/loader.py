@@ -8,9 +8,16 @@ nor on their timing, and a run is resumed by the number of images seen.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import logging
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,21 +26,29 @@ from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from contnet.data.pipeline.mappers import NamedErrors, build_train_mapper
 from contnet.data.pipeline.order import ImageOrder
 from contnet.data.pipeline.records import Records
-from contnet.utils.errors import UserError
+from contnet.modeling.image_batch import ImageBatch, collate_images
+from contnet.utils.errors import UsageError, UserError
 from contnet.utils.seed import seed_everything
+from contnet.utils.signals import end_children, outliving_signals
 from contnet.utils.text import plural
 
 __all__ = [
     "TRAIN_SAMPLERS",
     "TrainingBatchSampler",
+    "build_collator",
     "build_order",
     "build_train_loader",
+    "init_worker",
     "micro_batch_size",
+    "pins_memory",
+    "to_device",
+    "waiting_for_batch",
 ]
 
 TRAIN_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
@@ -144,7 +159,7 @@ def micro_batch_size(cfg: CfgNode, processes: int) -> int:
     parts = processes * cfg.SOLVER.GRAD_ACCUM_STEPS
     size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, parts)
     if rest or size == 0:
-        raise UserError(
+        raise UsageError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide over {processes} "
             f"processes x SOLVER.GRAD_ACCUM_STEPS {cfg.SOLVER.GRAD_ACCUM_STEPS}: choose a multiple "
             f"of {parts}"
@@ -171,7 +186,7 @@ def _repeat_factors(cfg: CfgNode, dicts: Sequence[dict]) -> np.ndarray | None:
             dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return factors.double().numpy()
-    raise UserError(
+    raise UsageError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}, it must be one of {', '.join(TRAIN_SAMPLERS)}"
     )
 
@@ -192,7 +207,7 @@ def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
         landscape = _is_landscape(dicts) if grouped else None
         repeats = _repeat_factors(cfg, dicts)
     except KeyError as error:
-        raise UserError(
+        raise UsageError(
             f"the records of DATASETS.TRAIN have no {error.args[0]} (those of labelled images have "
             "none): set DATALOADER.ASPECT_RATIO_GROUPING False and SAMPLER_TRAIN TrainingSampler"
         ) from error
@@ -213,11 +228,113 @@ def _tell_of_groups(size: int, group_size: int) -> None:
     )
 
 
+def _worker_failed(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
+def init_worker(number: int) -> None:
+    """Has a worker not print that the training has ended while it fetched a batch.
+
+    It also collects garbage, which the process that it was forked from may not.
+
+    Args:
+        number: of the worker, as a DataLoader tells its ``worker_init_fn``.
+    """
+    sys.excepthook = _worker_failed
+    gc.enable()
+
+
+@contextlib.contextmanager
+def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
+    """Around the wait for a batch, in the main thread: a bound, and a word of the workers.
+
+    Around the start of the workers too, which go on when a signal reaches all processes.
+
+    PyTorch's own time limit does not bound the handing over of a tensor by a stopped worker.
+
+    Args:
+        cfg: DATALOADER and MODEL.DEVICE are read.
+
+    Raises:
+        UserError: after DATALOADER.TIMEOUT, if there are workers.
+        RuntimeError: if a worker has ended; PyTorch's, or one that reads like it.
+    """
+    seconds = cfg.DATALOADER.TIMEOUT if cfg.DATALOADER.NUM_WORKERS else 0
+
+    def give_up(*_) -> NoReturn:
+        raise UserError(
+            f"the data loader's workers gave no batch for {seconds} s (DATALOADER.TIMEOUT): they "
+            "are stopped, or the storage of the images does not answer"
+        )
+
+    start, left, interval = time.monotonic(), 0.0, 0.0
+    if seconds:
+        before = signal.signal(signal.SIGALRM, give_up)
+        left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with outliving_signals():
+            yield
+    except UserError:
+        if pins_memory(cfg):
+            # PyTorch will wait for the thread that pins, which may wait for a stopped worker.
+            end_children()
+        raise
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        pinning = "Pin memory thread" in str(error)  # which receives the tensors for a GPU
+        if isinstance(error, RuntimeError) and not pinning:
+            raise
+        # It was killed as it handed a tensor over. PyTorch's handler raises an error that says how,
+        # once it hears of it.
+        time.sleep(1)
+        if pinning:
+            raise
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
+    finally:
+        if seconds:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        if left:  # of whoever has set it before
+            left -= time.monotonic() - start
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)
+
+
+def build_collator(cfg: CfgNode) -> Callable[[list[dict]], Sequence[dict]]:
+    """What makes a batch of inputs, in the worker: one tensor of images for a classifier."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return collate_images
+    return trivial_batch_collator
+
+
+def pins_memory(cfg: CfgNode) -> bool:
+    """Whether batches are pinned: a GPU copies from such memory while the main thread goes on."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
+
+
+def to_device(batch: Sequence[dict], device: str) -> Sequence[dict]:
+    """The batch with its images and label maps on a device; waits for no copy.
+
+    Instances stay for Detectron2's models to move: their boxes know no copy without waiting.
+
+    Args:
+        batch: of the loader. An :class:`ImageBatch` is left to the model, which copies it whole.
+        device: MODEL.DEVICE.
+    """
+    if isinstance(batch, ImageBatch):
+        return batch
+
+    def move(value: object) -> object:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return [{name: move(value) for name, value in each.items()} for each in batch]
+
+
 def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLoader:
     """The loader of this rank's training batches; its ``batch_sampler`` can be resumed.
 
     Args:
-        cfg: SOLVER.IMS_PER_BATCH, SOLVER.GRAD_ACCUM_STEPS, DATALOADER and INPUT are read.
+        cfg: MODEL.META_ARCHITECTURE, MODEL.DEVICE, SOLVER.IMS_PER_BATCH, SOLVER.GRAD_ACCUM_STEPS,
+            DATALOADER and INPUT are read.
         dicts: Detectron2's data set dicts.
         seed: of order and augmentation, the same on all ranks.
 
@@ -236,7 +353,9 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
         SeededDataset(dicts, build_train_mapper(cfg)),
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
+        collate_fn=build_collator(cfg),
+        pin_memory=pins_memory(cfg),
+        worker_init_fn=init_worker,
         # Its own generator: starting workers must not draw from the training's random state.
         generator=torch.Generator(),
     )

@@ -39,6 +39,7 @@ from contnet.data.pipeline.transforms import (
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.modeling.thin_images import keep_a_pixel
 from contnet.utils.errors import UserError
+from contnet.utils.failures import out_of_memory
 
 __all__ = ["ClassificationMapper", "FastMapper", "Mapper", "NamedErrors", "build_train_mapper"]
 
@@ -253,6 +254,8 @@ class NamedErrors:
         except UserError:  # has been named
             raise
         except Exception as error:  # in a worker process its traceback would not tell the image
+            if out_of_memory(error):  # which is not the image's fault
+                raise
             raise UserError(
                 f"{sample_name(record)} cannot be loaded ({' '.join(_describe(error).split())}): "
                 "python tools/doctor.py with this config tells all that is wrong"

@@ -23,6 +23,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from msgspec import msgpack
 
+from contnet.utils.cache import open_private
 from contnet.utils.files import atomic_write
 
 __all__ = ["RecordFile", "Records", "write_records"]
@@ -181,8 +182,8 @@ class RecordFile(Sequence):
 
     def __init__(self, path: str | Path):
         self.path = os.fspath(path)
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # the map goes on to hold it
+        with open_private(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the map goes on to hold it
             self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         end = len(self._view) - _END.size
         place, _ = _END.unpack_from(self._view, end)
@@ -208,10 +209,10 @@ class RecordFile(Sequence):
         """The file, if every byte of it is as it was written.
 
         Raises:
-            FileNotFoundError: if there is none.
+            OSError: if there is none, it is not this user's, or another process removes it.
         """
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with open_private(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             left = os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
             digest = hashlib.sha256()
             while left > 0 and (piece := file.read(min(_PIECE, left))):

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from cityscapesscripts.helpers.labels import id2label, name2label
-from PIL import Image
 
 from contnet.data.datasets.cityscapes import GT_FILES, IMAGE_SUFFIX, Scene, find_scenes
 from contnet.data.findings import ERROR, NOTE, Finding, Findings
-from contnet.data.pipeline.images import without_pillow_limit
+from contnet.data.pipeline.images import decode_error, read_labels, read_stored
 from contnet.data.validation.coco import is_size
 from contnet.data.validation.geometry import is_far
 from contnet.data.validation.images import ImageRules, inspect_pixels
 from contnet.data.validation.left_out import CROWD, LeftOut
-from contnet.utils.files import file_names
+from contnet.data.validation.masks import are_numbers
+from contnet.utils.errors import UserError
+from contnet.utils.files import describe_kind, file_names, open_regular
 from contnet.utils.text import plural
 
 __all__ = ["check_layout", "inspect_images"]
@@ -66,13 +68,13 @@ def check_layout(
         filtered: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
     scenes = find_scenes(image_dir, gt_dir, kind)
-    findings.facts.append(plural(len(scenes), "image"))
+    findings.fact(plural(len(scenes), "image"))
     if not scenes:
         findings.error(f"there are no images CITY/NAME{IMAGE_SUFFIX} in {image_dir}")
         return
     official = _COUNTS.get(Path(image_dir).name)
     if official == len(scenes):
-        findings.facts.append("as many as Cityscapes itself has")
+        findings.fact("as many as Cityscapes itself has")
     elif official:
         findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
     _check_strays(image_dir, findings)
@@ -107,13 +109,17 @@ def _check_strays(image_dir: str, findings: Findings) -> None:
                     f"files that are no images *{IMAGE_SUFFIX}: move them away", str(path)
                 )
             elif path.name not in files:
-                findings.error("images that are missing, or links to nowhere", str(path))
+                findings.error(
+                    "images that are missing, or links to nowhere",
+                    f"{path} ({describe_kind(path)})",
+                )
 
 
 def _read_polygons(file: Path) -> dict | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(file, "r", encoding="utf-8") as text:
+            content = json.load(text)
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
         return None
@@ -144,7 +150,7 @@ def _check_objects(
 ) -> None:
     """Counts the objects of the classes that have such, by the labels of each image."""
     counts = Counter(label for of_image in labels for label in of_image if label in _THINGS)
-    findings.facts.append(plural(counts.total(), "object"))
+    findings.fact(plural(counts.total(), "object"))
     if trained:
         _count_left_out(labels, filtered, findings)
     if trained and not counts:
@@ -181,13 +187,14 @@ def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Find
 def _is_polygon(polygon: object) -> bool:
     try:
         points = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return (
-        points.ndim == 2
+        isinstance(polygon, list)
+        and points.ndim == 2
         and len(points) >= 3
         and points.shape[1] == 2
-        and bool(np.isfinite(points).all())
+        and are_numbers(chain.from_iterable(polygon))
     )
 
 
@@ -207,12 +214,12 @@ def _wrong_values(end: str, values: np.ndarray) -> list[int]:
 
 def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding]:
     try:
-        with without_pillow_limit(), Image.open(path) as image:
-            labels = np.asarray(image)
-            # As training reads them.
-            grey = np.asarray(image.convert("L")) if end == "labelTrainIds.png" else labels
-    except Exception as error:  # decoders raise anything on a damaged file
-        return [Finding(ERROR, f"{end} files that cannot be read: {_REMAKE}", f"{path} ({error})")]
+        labels = read_stored(str(path))
+        # As training reads them.
+        grey = read_labels(str(path)) if end == "labelTrainIds.png" else labels
+    except UserError as error:
+        place = f"{path} ({decode_error(error.__cause__)})"
+        return [Finding(ERROR, f"{end} files that cannot be read: {_REMAKE}", place)]
     if labels.ndim != 2:
         return [Finding(ERROR, f"{end} files in colour: {_REMAKE}", str(path))]
     found = []

@@ -79,7 +79,8 @@ def _is_subset(names: Sequence[str], expected: Sequence[str]) -> bool:
 def _say_shared(
     classes: Sequence[str], expected: Sequence[str], whose: str, findings: Findings
 ) -> None:
-    if left := [name for name in expected if name not in classes]:
+    have = set(classes)
+    if left := [name for name in expected if name not in have]:
         findings.warn(
             f"it has {len(classes)} of the {len(expected)} classes of {whose}: predictions of the "
             f"others do not count ({first_names(left)})"

@@ -27,7 +27,6 @@ __all__ = ["NAME_KEYS", "DatasetUse", "check_instances", "is_size", "is_stray"]
 
 _NO_POLYGON = "object without a usable polygon"
 _LARGEST = 2**31  # pixels of a side
-_ID_TYPES = (int, str)
 _IDS = ("id", "image_id", "category_id")
 # Under which converters write the name of an image.
 NAME_KEYS = ("path", "filename", "fileName", "coco_url", "image", "name", "url")
@@ -66,7 +65,7 @@ def _check_image_name(image: dict, findings: Findings) -> None:
     if not isinstance(name, str) or not name:
         other = next((key for key in NAME_KEYS if isinstance(image.get(key), str)), None)
         hint = f", they have {other!r} instead: {MEND}" if other else ""
-        findings.error(f"images without a file_name{hint}", str(image)[:80])
+        findings.error(f"images without a file_name{hint}", describe_value(image))
     elif is_stray(name):
         findings.error(
             "files of macOS or Windows that are listed as images (._*, Thumbs.db, ...): "
@@ -95,7 +94,7 @@ def _check_images(images: list[dict], findings: Findings) -> dict:
     sizes, names = {}, set()
     for image in images:
         name = image.get("file_name")
-        where = name if isinstance(name, str) and name else str(image)[:80]
+        where = name if isinstance(name, str) and name else describe_value(image)
         _check_image_name(image, findings)
         if isinstance(name, str) and name in names:
             findings.note("files that are listed twice, as different images", name)
@@ -158,14 +157,18 @@ def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) ->
         findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
 
+def _is_id(value: object) -> bool:
+    return is_whole(value) or isinstance(value, str)
+
+
 def _check_ids(item: dict, findings: Findings) -> bool:
     """Whether an annotation has its ids."""
-    wrong = [key for key in _IDS if type(item.get(key)) not in _ID_TYPES]
+    wrong = [key for key in _IDS if not _is_id(item.get(key))]
     if not wrong:
         return True
     missing = [key for key in wrong if as_whole(item.get(key)) is None]
     if missing:
-        findings.error(f"annotations without {', '.join(missing)}", str(item)[:80])
+        findings.error(f"annotations without {', '.join(missing)}", describe_value(item))
         return False
     for key in wrong:
         findings.error(
@@ -324,7 +327,7 @@ def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
     names = class_names(content)
     findings.classes["objects"] = names
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    findings.facts.append(
+    findings.fact(
         f"{plural(len(content['images']), 'image')}, "
         f"{plural(len(content.get('annotations', ())), 'object')}, "
         f"{plural(len(names), 'class')} ({shown})"
@@ -344,4 +347,4 @@ def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
     elif content.get("annotations") or use.trained:
         _check_annotations(content, sizes, use, findings)
     else:
-        findings.facts.append("no truth: there are no annotations to evaluate by")
+        findings.fact("no truth: there are no annotations to evaluate by")

@@ -38,6 +38,7 @@ from contnet.data.validation.images import (
 from contnet.data.validation.masks import MEND
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
+from contnet.utils.files import describe_kind
 from contnet.utils.text import plural
 
 __all__ = [
@@ -79,9 +80,8 @@ def _origin(cfg: CfgNode, name: str) -> str:
     value = os.environ.get("DETECTRON2_DATASETS")
     if value is not None:
         return f"DETECTRON2_DATASETS is {value!r}, {_page(name)} shows what belongs there"
-    return (
-        f"DETECTRON2_DATASETS is not set: data sets are looked for in {Path('datasets').resolve()}"
-    )
+    folder = os.path.realpath("datasets")
+    return f"DETECTRON2_DATASETS is not set: data sets are looked for in {folder}"
 
 
 def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
@@ -99,18 +99,24 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
             continue
         if fact == "gt_dir" and Path(path).name == "test" and not os.path.exists(path):
             continue  # that of Cityscapes' server alone
-        findings.facts.append(f"{what} {Path(path).resolve()}")
+        place = os.path.realpath(path)
+        findings.fact(f"{what} {place}")
         if not os.path.exists(path):
             whole = False
-            findings.error(
-                f"the {what} {Path(path).resolve()} does not exist ({_origin(cfg, name)})"
-            )
+            kind = "" if describe_kind(path) == "missing" else f": it is {describe_kind(path)}"
+            findings.error(f"the {what} {place} does not exist{kind} ({_origin(cfg, name)})")
     return whole
 
 
 def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findings) -> None:
     root = find_source(name).image_root
-    missing = find_missing(root, images)
+    missing = []
+    for image in find_missing(root, images):
+        kind = describe_kind(path := os.path.join(root, image))
+        if kind in ("", "missing", "a link that leads nowhere"):
+            missing.append(image)
+        else:
+            findings.error("images that are missing, their place is taken", f"{path} ({kind})")
     if not missing:
         return
     matches = match_names(root, missing, images)
@@ -141,7 +147,7 @@ def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findi
         return
     who, official = OFFICIAL_COUNTS[name]
     if count == official:
-        findings.facts.append(f"as many as {who} itself has")
+        findings.fact(f"as many as {who} itself has")
         return
     findings.warn(
         f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} itself has "
@@ -171,14 +177,18 @@ def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> Look | None:
     return Look(inspect, examined.first, partial(find_listed, name))
 
 
-def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> Look:
+def _check_cityscapes(cfg: CfgNode, name: str, findings: Findings) -> Look | None:
     metadata = MetadataCatalog.get(name)
     kind = metadata.evaluator_type
     if kind == "cityscapes_sem_seg":
         findings.classes["label maps"] = list(metadata.stuff_classes)
     else:
         findings.classes["objects"] = list(metadata.thing_classes)
-    findings.merge(examine_cityscapes(cfg, name))
+    try:
+        findings.merge(examine_cityscapes(cfg, name))
+    except UserError as error:
+        findings.error(str(error))
+        return None
     scenes = find_scenes(metadata.image_dir, metadata.gt_dir, kind)
     inspect = partial(inspect_images, rules=ImageRules.from_config(cfg))
     return Look(inspect, scenes[:FIRST], lambda: scenes)

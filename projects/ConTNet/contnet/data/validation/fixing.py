@@ -6,6 +6,7 @@ is one object) is left as it is, for the doctor to tell.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import Counter, defaultdict
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pycocotools.mask as mask_util
 
-from contnet.data.datasets.coco import as_whole, is_whole
+from contnet.data.datasets.coco import as_whole, describe_value, is_whole
 from contnet.data.datasets.image_files import find_missing, match_names
 from contnet.data.findings import Findings
 from contnet.data.pipeline.images import read_size
@@ -66,12 +67,18 @@ class _Fix:
 def _drop_copies(fix: _Fix) -> None:
     """Drops entries that repeat an earlier one to the letter, id included."""
     for key in ("images", "annotations", "categories"):
-        seen: dict[object, list[dict]] = defaultdict(list)
+        seen: dict[str, set[str]] = defaultdict(set)
+        # Few ids occur twice, and only the text of such entries is made.
+        often = Counter(describe_value(entry.get("id")) for entry in fix.content.get(key, ()))
 
-        def is_new(entry: dict, seen: dict = seen) -> bool:
-            same = seen[str(entry.get("id"))]
-            same.append(entry)
-            return "id" not in entry or entry not in same[:-1]
+        def is_new(entry: dict, seen: dict = seen, often: Counter = often) -> bool:
+            number = describe_value(entry.get("id"))
+            if "id" not in entry or often[number] == 1:
+                return True
+            text = json.dumps(entry, sort_keys=True)
+            new = text not in seen[number]
+            seen[number].add(text)
+            return new
 
         fix.keep(key, is_new, f"{key} that repeat another to the letter: left out")
 
@@ -301,8 +308,8 @@ def _encode(item: dict, sizes: dict) -> dict | None:
 
 def _is_box(box: object) -> bool:
     try:
-        return len(box) == 4 and math.isfinite(sum(box)) and min(box[2:]) > 0
-    except (TypeError, OverflowError):
+        return len(box) == 4 and are_numbers(box) and min(box[2:]) > 0
+    except TypeError:  # it is no list
         return False
 
 

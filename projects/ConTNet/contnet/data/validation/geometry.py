@@ -145,6 +145,7 @@ class Geometry:
             self._compare(queue)
         self._compare_bare()
 
+    @np.errstate(all="ignore")  # of numbers near the largest, which lie outside all images
     def _compare(self, queue: _Queue) -> None:
         if not queue.items:
             return
@@ -189,6 +190,7 @@ class Geometry:
         larger = (excess > 0.5 * (high - low) + 2 * _ROUNDING).any(axis=1)
         self._tell(self._findings.doubt, _LARGER, items, larger & ~missed & ~far)
 
+    @np.errstate(all="ignore")
     def _compare_bare(self) -> None:
         """Areas of objects without masks: width x height, or of masks that are not in the file."""
         if not self._bare_items:

@@ -9,9 +9,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
@@ -21,9 +19,10 @@ from tqdm import tqdm
 from contnet.data.datasets.coco import as_whole, read_instances
 from contnet.data.datasets.shards import sample_name
 from contnet.data.findings import ERROR, FACT, NOTE, WARNING, Finding, Findings
-from contnet.data.pipeline.images import Decoded, count_frames, decode, decode_error
+from contnet.data.pipeline.images import Decoded, decode, decode_error, has_more_frames
 from contnet.data.pipeline.transforms import LONGEST
 from contnet.utils.errors import UserError
+from contnet.utils.pools import process_pool
 from contnet.utils.text import plural
 
 __all__ = [
@@ -110,9 +109,9 @@ def _describe(record: dict, decoded: Decoded, rules: ImageRules) -> list[Finding
     if max(sides) > rules.longest * min(sides):
         what = f"images more than {rules.longest} times as long as wide, or as high: {rules.thin}"
         found.append(Finding(NOTE, what, f"{name} ({sides[0]}x{sides[1]})"))
-    if (frames := count_frames(record)) > 1:
+    if has_more_frames(record):
         what = "images of several frames or pages, of which the first is taken"
-        found.append(Finding(NOTE, what, f"{name} ({frames})"))
+        found.append(Finding(NOTE, what, name))
     return found
 
 
@@ -197,7 +196,7 @@ def _in_parallel(
     function: Callable[[object], list[Finding]], items: Sequence, name: str, workers: int
 ) -> Iterator[list[Finding]]:
     """Results in the order of the items, with a progress bar where there is a terminal."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with process_pool(workers) as pool:
         chunk = max(1, min(128, len(items) // (4 * workers)))
         results = pool.map(function, items, chunksize=chunk)
         yield from tqdm(results, desc=name, total=len(items), unit="image", disable=None)
@@ -227,8 +226,8 @@ def look_at_images(
                 facts[finding.kind] += 1
             else:
                 findings.add(*finding)
-    findings.facts.append(f"{plural(len(items), 'image')} opened")
+    findings.fact(f"{plural(len(items), 'image')} opened")
     if facts:
-        findings.facts.append(
+        findings.fact(
             "of these " + ", ".join(f"{count} {what}" for what, count in sorted(facts.items()))
         )

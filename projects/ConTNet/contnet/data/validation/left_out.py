@@ -50,7 +50,7 @@ class LeftOut:
                 "of some labelling tools are, set iscrowd 0"
             )
         elif crowds and evaluated:
-            findings.facts.append(f"evaluation ignores {plural(crowds, 'crowd')}")
+            findings.fact(f"evaluation ignores {plural(crowds, 'crowd')}")
 
     def tell(self, images: int, filtered: bool, findings: Findings) -> None:
         """Adds what training leaves out.
@@ -61,7 +61,7 @@ class LeftOut:
             findings: gets it.
         """
         findings.left_out = self._describe(images, filtered)
-        findings.facts.append(findings.left_out)
+        findings.fact(findings.left_out)
 
     def _describe(self, images: int, filtered: bool) -> str:
         alone = len(self._crowded - self._trained)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from contnet.data.datasets.coco import is_whole
 from contnet.data.findings import Findings
 
@@ -20,6 +22,8 @@ __all__ = [
     "usable_polygons",
 ]
 
+_NUMBERS = {int, float}
+_DIGITS = 7  # that a number of 32 bits takes at most, in the coding of compressed masks
 MEND = "tools/doctor.py --fix mends it in a copy"
 
 
@@ -43,10 +47,11 @@ class DatasetUse:
 
 
 def are_numbers(values: Iterable) -> bool:
-    """Whether all are finite numbers."""
+    """Whether all are finite numbers; true and false are none."""
+    values = list(values)
     try:
-        return math.isfinite(sum(values))
-    except (TypeError, OverflowError):
+        return _NUMBERS.issuperset(map(type, values)) and math.isfinite(sum(map(abs, values)))
+    except OverflowError:
         return False
 
 
@@ -54,7 +59,7 @@ def is_text_of_numbers(values: Iterable) -> bool:
     """Whether there are texts among the values, and all of them spell numbers."""
     try:
         return any(isinstance(value, str) for value in values) and are_numbers(map(float, values))
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return False
 
 
@@ -106,39 +111,56 @@ def _is_short(polygon: object) -> bool:
     return isinstance(polygon, list) and len(polygon) < 6
 
 
-def _run_lengths(counts: str) -> list[int]:
+def _run_lengths(counts: str) -> np.ndarray:
     """The runs of a compressed mask: in digits of 5 bits, from the fourth on as the difference to
     the last but one.
+
+    Raises:
+        ValueError: for a text that pycocotools' C code must not be given, which trusts it.
     """
-    runs, value, shift = [], 0, 0
-    for letter in counts:
-        digit = ord(letter) - 48
-        if not 0 <= digit < 64:
-            raise ValueError("a letter that no compressed mask has")
-        value |= (digit & 31) << shift
-        shift += 5
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("cut off")
+    digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    last = digits & 32 == 0  # of a run
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:
+        raise ValueError("no compressed mask, or cut off")
+    ends = np.flatnonzero(last) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    lengths = ends - starts
+    if lengths.max() > _DIGITS:
+        raise ValueError("a run that no image has")
+    places = np.arange(len(digits)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((digits & 31) << 5 * places, starts)
+    runs -= (digits[ends - 1] & 16 != 0).astype(np.int64) << 5 * lengths
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
     return runs
 
 
+def _read_runs(counts: object) -> np.ndarray:
+    """The runs of a mask, compressed or not; ValueError if they are none."""
+    if isinstance(counts, str):
+        return _run_lengths(counts)
+    if isinstance(counts, list):
+        counts = [int(n) if type(n) is float and n.is_integer() else n for n in counts]
+    if not isinstance(counts, list) or set(map(type, counts)) != {int}:
+        raise ValueError("no list of whole numbers")
+    return np.array(counts, np.int64)
+
+
 def is_mask_of(mask: dict, size: tuple) -> bool:
-    """Whether a run-length mask fits an image of (width, height)."""
+    """Whether a run-length mask fits an image of (width, height).
+
+    pycocotools allocates what a mask says, and counts pixels in 32 bits.
+    """
     width, height = size
-    counts = mask.get("counts")
+    pixels = width * height
     if mask.get("size") != [height, width] or not all(map(is_whole, mask["size"])):
         return False
     try:
-        runs = _run_lengths(counts) if isinstance(counts, str) else counts
-        return min(runs) >= 0 and sum(runs) == width * height
-    except (TypeError, ValueError):
+        runs = _read_runs(mask.get("counts"))
+    except (OverflowError, ValueError):
         return False
+    within = pixels < 2**32 and runs.min() >= 0 and runs.max() <= pixels
+    return bool(within and runs.sum() == pixels)
 
 
 def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: Findings) -> bool:

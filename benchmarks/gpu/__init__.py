@@ -1,0 +1,1 @@
+"""What tools/gpu_check.sh checks and measures, and the report of it."""

@@ -1,0 +1,203 @@
+"""Reads what a file of weights holds, whoever made it, and never runs code from it.
+
+Forms are recognised here and nowhere else: PyTorch's, .safetensors and .pkl. A file is open when it
+comes here, and is read from that: what is checked is what is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from contnet.checkpoint.metadata import METADATA
+from contnet.checkpoint.pickles import (
+    NUMPY,
+    RunsCode,
+    find_kinds,
+    load_pickle,
+    make_stand_in,
+    without_attributes,
+)
+from contnet.utils.errors import UserError
+from contnet.utils.text import first_names, printable
+
+__all__ = ["read_content"]
+
+# What torch.save wrote before PyTorch 1.6 begins with: a pickle of a number. Two more come before
+# the pickle of the content.
+_TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PICKLES = 4
+_STATE_DICT = "where the file was made, save model.state_dict() by torch.save, and give that file"
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of what a library says, but for PyTorch's advice to load a file unsafely."""
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    line = printable(lines[0], 300) if lines else type(error).__name__
+    return "it cannot be unpickled" if "weights_only" in line or "safe_globals" in line else line
+
+
+def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserError:
+    """The one line about a file that cannot be read.
+
+    Args:
+        path: of the file.
+        error: what reading it has raised.
+        left_out: names of classes in it that are none of plain values.
+    """
+    what = f"{path} is not a checkpoint of tensors and plain values"
+    if isinstance(error, RunsCode):
+        name = printable(str(error), 100)
+        return UserError(f"{what}: it wants to run code ({name}), do not use this file")
+    reason = _first_line(error)
+    if names := sorted(left_out):
+        return UserError(
+            f"{what}: it holds Python objects ({first_names(names)}), which are not built, since "
+            f"that could run code, and cannot be read without them ({reason}): {_STATE_DICT}"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(f"{what}: {reason}")
+    return UserError(f"{path} cannot be read, it may be cut short: {reason}")
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
+    """Refuses archives that torch.save has not made: of code, and those that unpack to more."""
+    entries = archive.infolist()
+    if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
+        raise UserError(f"{path} is a TorchScript archive, which holds code: {_STATE_DICT}")
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > size:
+        raise UserError(
+            f"{path} unpacks to more than its {size} bytes, which no file of torch.save does: get "
+            "the file again, or from another source"
+        )
+
+
+def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
+    """What a file of torch.save asks for, by name, and the kind of each one's objects."""
+    if file.read(2) != b"PK":
+        file.seek(0)
+        return find_kinds(file, _LEGACY_PICKLES)
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        _check_archive(archive, size, path)
+        pickles = [each for each in archive.infolist() if Path(each.filename).name == "data.pkl"]
+        for each in pickles:
+            if not each.CRC:  # torch.serialization.set_crc32_options(False)
+                del each.CRC  # or zipfile would compare it
+        found = [find_kinds(io.BytesIO(archive.read(each))) for each in pickles]
+    return {name: kind for each in found for name, kind in each.items()}
+
+
+def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> object:
+    kinds = _kinds_in(file, path)
+    if "builtins.bytearray" in kinds:  # which PyTorch makes as long as the file says
+        raise pickle.UnpicklingError("it holds a bytearray")
+    file.seek(0)
+    # Of these, PyTorch takes those that it does not know itself.
+    allowed = [
+        (NUMPY.get(name) or make_stand_in(name, kind, left_out), name)
+        for name, kind in kinds.items()
+    ]
+    source = f"/dev/fd/{file.fileno()}" if mmap else file  # what is open, not what has its name now
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _read_safetensors(file: BinaryIO, path: str) -> dict:
+    """Tensors under "model", and under ``METADATA`` what the file says of itself."""
+    data = file.read()
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        reason = printable(" ".join(str(error).split()), 300)
+        raise UserError(
+            f"{path} cannot be read, it may be cut short or no .safetensors file: {reason}"
+        ) from error
+    # The file begins with the length of its header, which is JSON.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} has metadata that are no JSON: {error}") from error
+    return {"model": tensors, METADATA: said}
+
+
+def _format(start: bytes, suffix: str) -> str:
+    """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
+    if start.startswith((b"PK", _TORCH_MAGIC)):
+        return "torch"
+    if start[4:9] == b"\0\0\0\0{" or suffix == ".safetensors":
+        return "safetensors"
+    return "pickle" if start.startswith(b"\x80") or suffix == ".pkl" else ""
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def _holds_tensors(content: Mapping) -> bool:
+    """Whether there are tensors in it, or in a dict in it."""
+    values = [*content.values()]
+    values += [value for part in values if isinstance(part, Mapping) for value in part.values()]
+    return any(isinstance(value, Tensor | np.ndarray) for value in values)
+
+
+def _read_pickled(file: BinaryIO, path: str, form: str, mmap: bool) -> object:
+    left_out: set[str] = set()
+    try:
+        if form == "torch":
+            content = _read_torch(file, path, mmap, left_out)
+        else:
+            content = load_pickle(file, left_out)
+        content = without_attributes(content)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise _refusal(path, error, left_out) from error
+    if left_out and isinstance(content, Mapping) and not _holds_tensors(content):
+        raise _refusal(path, pickle.UnpicklingError("there are no tensors beside them"), left_out)
+    return content
+
+
+def read_content(file: BinaryIO, path: str, mmap: bool = False) -> dict:
+    """Reads a dict of tensors and plain values; the file's form goes by its content.
+
+    Objects of classes that are none of these are empty dicts in it.
+
+    Args:
+        file: open, at its beginning; on the disk for ``mmap``.
+        path: its name.
+        mmap: read tensors when they are looked at, where the form has them as they are.
+
+    Raises:
+        UserError: if it is not whole, is there to run code, has none but objects of other classes,
+            or is no dict.
+    """
+    start = file.read(len(_TORCH_MAGIC))
+    file.seek(0)
+    form = _format(start, Path(path).suffix)
+    if form == "safetensors":
+        return _read_safetensors(file, path)
+    if not form:
+        raise UserError(
+            f"{path} cannot be read, it may be cut short: it is no file of torch.save (since "
+            "PyTorch 0.2), no .safetensors and no .pkl"
+        )
+    content = _read_pickled(file, path, form, mmap and start.startswith(b"PK"))
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return dict(content)

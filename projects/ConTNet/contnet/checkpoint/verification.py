@@ -1,0 +1,87 @@
+"""Tells damaged files of weights from whole ones, before anything is taken from them.
+
+``torch.save`` writes the CRC-32 of each part of its zip file, which ``torch.load`` ignores. Files
+of other forms have none. Where a name ends with the first digits of the file's SHA-256, as those of
+torchvision and of converted files do, the two are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from contnet.utils.errors import UserError
+from contnet.utils.text import printable
+
+__all__ = ["digest_in_name", "verify_file"]
+
+# Digits alone may be a date.
+_HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})$")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+_TENSOR = re.compile(r"[^/]*/data/\d+")
+_CHUNK = 2**20  # bytes
+
+
+def digest_in_name(path: str) -> str:
+    """The first digits of a SHA-256 that a file's name ends with; "" where it has none."""
+    stem = Path(path).stem
+    found = _HASH.search(stem)
+    return found[1] if found and not _UUID.search(stem) else ""
+
+
+def _read_parts(file: BinaryIO, tensors: bool) -> None:
+    """Reads the parts of a zip file of torch.save; zipfile compares their CRC-32."""
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        # They are stored as they are: what is said to be larger is not to be read.
+        if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
+            raise zipfile.BadZipFile("its parts are larger than the file")
+        if not any(part.CRC for part in parts):
+            return  # torch.serialization.set_crc32_options(False)
+        for part in parts:
+            if tensors or not _TENSOR.fullmatch(part.filename):
+                with archive.open(part) as content:
+                    while content.read(_CHUNK):
+                        pass
+
+
+def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "") -> str:
+    """Verifies that a file of weights is what was written.
+
+    Args:
+        file: open, at its beginning, as it is afterwards.
+        path: its name.
+        tensors: verify the whole file, not only what it holds beside the tensors.
+        digest: its SHA-256 or the start of it, which counts in the place of one in its name.
+
+    Returns:
+        Its SHA-256, where that was compared; "" otherwise.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    if file.read(2) == b"PK":
+        try:
+            _read_parts(file, tensors)
+        except Exception as error:  # a damaged file may raise anything
+            reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
+            raise UserError(
+                f"{path} cannot be read, it is damaged or cut short: {reason}"
+            ) from error
+    file.seek(0)
+    expected = digest or digest_in_name(path)
+    if not tensors or not expected:
+        return ""
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    if not found.startswith(expected):
+        raise UserError(
+            f"{path} is damaged: its SHA-256 begins with {found[: len(expected)]}, not as its "
+            f"{'address' if digest else 'name'} says; get it again, or rename it if it was changed "
+            "on purpose"
+        )
+    return found

@@ -1,0 +1,66 @@
+"""What a run says in one line where Python and Detectron2 print tracebacks."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import sys
+import threading
+
+from contnet.utils.errors import UserError
+from contnet.utils.files import explain_os_error
+
+__all__ = ["report_lost_lines", "shorten_tracebacks"]
+
+_reported: set[str] = set()
+
+
+def report_lost_lines(handler: logging.StreamHandler) -> None:
+    """Has a handler say once that its stream cannot be written, and the run go on.
+
+    Args:
+        handler: of a logger; several may have the same stream.
+    """
+    usual = handler.handleError
+
+    def handle(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            usual(record)
+            return
+        # What is left is written when the interpreter ends, which would print a traceback.
+        atexit.unregister(handler.stream.close)
+        name = str(getattr(handler.stream, "name", handler.stream))
+        if name in _reported:
+            return
+        _reported.add(name)
+        reason = explain_os_error(error, name)
+        with contextlib.suppress(OSError):
+            print(
+                f"warning: {name} cannot be written ({reason}): lines of the log are lost",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    handler.handleError = handle
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record says more than the one line in which the run ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+def shorten_tracebacks() -> None:
+    """Errors that say all are told without a traceback.
+
+    The training loop logs one for each error, and threads (those of TensorBoard) print one when
+    they cannot write, of which the next write tells.
+    """
+    threading.excepthook = _thread_failed
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)

@@ -1,0 +1,118 @@
+"""Which GPU each process of a run takes; that it is there, and that no two take the same."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Sequence
+
+import torch
+from detectron2.utils import comm
+
+from contnet.launch.environment import DistributedEnvironment
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.text import plural
+
+__all__ = [
+    "check_device_value",
+    "check_gpu_count",
+    "choose_gpu",
+    "gpu_uuid",
+    "refuse_shared_gpus",
+]
+
+_GIVE = "give each process its own, as by SLURM's --gpus-per-task 1, or start one for each GPU"
+
+
+def check_device_value(device: str, processes: int = 1) -> None:
+    """Checks MODEL.DEVICE alone.
+
+    Args:
+        device: its value.
+        processes: of the run, on all machines.
+
+    Raises:
+        UsageError: if it is no device, or one GPU for several processes.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
+    if ":" in device and processes > 1:
+        raise UsageError(
+            f"MODEL.DEVICE is {device!r}, which is one GPU for {processes} processes: write cuda, "
+            "so that each takes its own"
+        )
+
+
+def check_gpu_count(device: str, wanted: int, present: int, launcher: str = "") -> None:
+    """Checks that there are as many GPUs as a run needs here.
+
+    Args:
+        device: a legal MODEL.DEVICE.
+        wanted: processes on this machine, as --num-gpus says.
+        present: GPUs that PyTorch sees in this process.
+        launcher: what has started the processes, "" for none. It may show each its own GPU alone.
+
+    Raises:
+        UserError: if there are not.
+    """
+    if device == "cpu":
+        return
+    if present == 0:
+        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
+    if wanted > present and not (launcher and present == 1):
+        raise UserError(f"--num-gpus is {wanted}, but this machine has {present}")
+    index = int(device.partition(":")[2] or 0)
+    if index >= present:
+        raise UserError(
+            f"MODEL.DEVICE is {device!r}, but this machine has {plural(present, 'GPU')}, from "
+            "cuda:0: write cuda for the first"
+        )
+
+
+def choose_gpu(env: DistributedEnvironment, present: int) -> int:
+    """The index of the GPU that a process takes which a launcher has started.
+
+    Args:
+        env: of the process.
+        present: GPUs that PyTorch sees in it.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    if present == 1:  # also where each task is given its own
+        return 0
+    if env.local_size > present:
+        raise UserError(
+            f"{env.launcher} started {env.local_size} processes here, but this machine has "
+            f"{plural(present, 'GPU')}: {_GIVE}"
+        )
+    return env.local_rank
+
+
+def gpu_uuid() -> str:
+    """What names the current GPU among those of all machines; "" if PyTorch cannot tell."""
+    return str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", ""))
+
+
+def _check_shared(gpus: Sequence[tuple[str, str]]) -> None:
+    """Takes host and UUID of each rank's GPU."""
+    for host, uuid in gpus:
+        ranks = [rank for rank, (_, other) in enumerate(gpus) if uuid and other == uuid]
+        if len(ranks) > 1:
+            *others, last = map(str, ranks)
+            raise UserError(
+                f"ranks {', '.join(others)} and {last} on {host} have one and the same GPU "
+                f"({uuid}): {_GIVE}"
+            )
+
+
+def refuse_shared_gpus(uuid: str) -> None:
+    """Compares the GPUs of all ranks, which all call this before they use NCCL.
+
+    Args:
+        uuid: of this rank's GPU.
+
+    Raises:
+        UserError: on all ranks, if two of them have the same.
+    """
+    _check_shared(comm.all_gather((socket.gethostname(), uuid)))

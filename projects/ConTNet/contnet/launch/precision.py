@@ -1,0 +1,27 @@
+"""How GPUs compute in float32: a setting of the process, which a run makes."""
+
+import warnings
+
+import torch
+
+__all__ = ["set_float32_precision"]
+
+
+def set_float32_precision(value: str) -> None:
+    """Sets how a GPU computes products and convolutions of float32 tensors, in this process.
+
+    Args:
+        value: of SOLVER.FLOAT32_PRECISION. "tf32" rounds the factors to 10 bits of mantissa,
+            "ieee" does not; "" leaves PyTorch's own setting.
+    """
+    if not value:
+        return
+    backends = torch.backends
+    with warnings.catch_warnings():
+        # PyTorch 2.9 and later advise the newer switches, which older ones do not have. But what
+        # torch.compile generates asks the older ones, and PyTorch raises where the two differ.
+        warnings.filterwarnings("ignore", "Please use the new API settings", UserWarning)
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = value == "tf32"
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        backends.cuda.matmul.fp32_precision = value
+        backends.cudnn.conv.fp32_precision = value

@@ -1,0 +1,71 @@
+"""What every command does at its end: one line for what went wrong, and the exit status."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import IO
+
+from contnet.utils.errors import UserError, print_error
+from contnet.utils.logs import protect_streams
+from contnet.utils.signals import end_children, interruptible
+
+__all__ = ["EXIT_STATUSES", "run_command"]
+
+EXIT_STATUSES = """\
+exit status: 0 done, 1 failed (or found something wrong), 2 a mistake in the command line or the
+config, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM)
+"""
+
+
+def _has_reader(stream: IO) -> bool:
+    """Whether what is printed goes anywhere; if not, it is dropped from now on."""
+    try:
+        number = stream.fileno()
+    except OSError:  # no file, but what stands in for one in this process
+        return True
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return False
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    _has_reader(sys.stdout)  # the terminal may be what has ended
+    if _has_reader(sys.stderr) and str(error):
+        print_error(UserError(str(error)))
+    return getattr(error, "status", 128 + signal.SIGINT)
+
+
+def run_command(function: Callable[[], int | None]) -> int:
+    """Runs a command, in the main thread.
+
+    Args:
+        function: the command; returns its exit status, None for 0.
+
+    Returns:
+        The exit status, as ``EXIT_STATUSES`` says. Mistakes of users and signals are one line on
+        the error stream; a reader that has left the output (``| head``) is none.
+    """
+    protect_streams()
+    try:
+        with interruptible():
+            status = function() or 0
+            sys.stdout.flush()
+            return status
+    except UserError as error:
+        print_error(error)
+        return error.status
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
+    except BrokenPipeError:
+        if _has_reader(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
+    finally:
+        end_children()

@@ -1,0 +1,144 @@
+"""What ends a run that is neither a mistake of the user's nor ours: memory, killed processes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from contnet.utils.errors import UserError
+from contnet.utils.text import plural
+
+__all__ = [
+    "describe_death",
+    "explain_failure",
+    "lost_contact",
+    "out_of_memory",
+    "telling_of_memory",
+]
+
+_SHOWN = 4  # images of a batch
+
+_KILLED = {
+    signal.SIGKILL: (
+        "the host may have run out of memory (dmesg, or the job's memory limit, tells): lower "
+        "DATALOADER.NUM_WORKERS, or ask for more memory"
+    ),
+    signal.SIGBUS: (
+        "shared memory may be full (df /dev/shm): lower DATALOADER.NUM_WORKERS, or give a "
+        "container more (--shm-size)"
+    ),
+    signal.SIGSEGV: (
+        "a compiled library failed, in PyTorch, a driver, or what decodes images: "
+        "PYTHONFAULTHANDLER=1 tells where"
+    ),
+    signal.SIGABRT: (
+        "a compiled library gave up, as NCCL does where another rank is gone or hangs: the lines "
+        "above tell"
+    ),
+}
+_LESS_GPU = (
+    "lower SOLVER.IMS_PER_BATCH or raise SOLVER.GRAD_ACCUM_STEPS, use smaller images (INPUT), or "
+    "SOLVER.AMP.ENABLED True"
+)
+_LESS_HOST = (
+    "lower SOLVER.IMS_PER_BATCH, the size of the images (INPUT) or DATALOADER.NUM_WORKERS, or "
+    "raise the limit of memory"
+)
+
+# What gloo and NCCL say, and PyTorch for it, of a rank that is gone.
+_GONE = re.compile(
+    "gloo/transport|Connection closed by peer|NCCL communicator|ncclRemoteError|"
+    "remote process exited|Watchdog caught collective operation timeout"
+)
+_UNREACHABLE = re.compile("Connection (closed|refused|reset|timed out)")
+
+
+def describe_death(number: int) -> str:
+    """What killed a process, and the likely cause, for a message.
+
+    Args:
+        number: of the signal.
+    """
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        name = f"signal {number}"
+    cause = _KILLED.get(number)
+    return f"killed by {name}: {cause}" if cause else f"ended by {name}"
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone, or does not come."""
+    text = str(error)
+    if _GONE.search(text):
+        return True
+    if not type(error).__name__.startswith("Dist"):
+        return False
+    # Of NCCL's other errors, most are of this machine's: memory, two ranks on one GPU.
+    return "NCCL error" not in text or bool(_UNREACHABLE.search(text))
+
+
+def out_of_memory(error: BaseException) -> tuple[str, str] | None:
+    """Whether memory has run out.
+
+    Returns:
+        Which memory, and what to do; None if it is another error.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        wanted = re.search(r"Tried to allocate [\d.]+ \w+", text)
+        return f"the GPU is out of memory{f' ({wanted[0]})' if wanted else ''}", _LESS_GPU
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in text or "not enough memory" in text)
+    ):
+        return "the host is out of memory", _LESS_HOST
+    return None
+
+
+@contextlib.contextmanager
+def telling_of_memory(iteration: int, batch: Sequence[dict]) -> Iterator[None]:
+    """Has an error of memory name the iteration and the images.
+
+    Args:
+        iteration: of the training.
+        batch: the model's inputs.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        what, advice = reason
+        sizes = ", ".join("x".join(map(str, image["image"].shape)) for image in batch[:_SHOWN])
+        raise UserError(
+            f"{what} at iteration {iteration}, with {plural(len(batch), 'image')} of {sizes}"
+            f"{', ...' if batch[_SHOWN:] else ''}: {advice}"
+        ) from error
+
+
+def _loader_failure(text: str) -> str | None:
+    if "Pin memory thread" in text:
+        return (
+            "the thread that receives the loader's batches has ended: the lines above say why; if "
+            "it is the limit of open files, raise the hard one (ulimit -Hn shows it)"
+        )
+    if "DataLoader worker" not in text:
+        return None
+    killed = re.search(r"killed by signal: ([^.]*)", text)
+    names = {signal.strsignal(number): number for number in signal.valid_signals()}
+    number = names.get(killed[1].strip()) if killed else None
+    if number is None:
+        return f"a data loader worker ended without an error: {_KILLED[signal.SIGKILL]}"
+    return f"a data loader worker was {describe_death(number)}"
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """One line for an error of memory or of a data loader's worker; None for others."""
+    if memory := out_of_memory(error):
+        return ": ".join(memory)
+    return _loader_failure(str(error)) if isinstance(error, RuntimeError) else None

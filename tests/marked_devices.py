@@ -1,0 +1,288 @@
+"""Pretends a GPU where there is none, to find what would fail on one.
+
+Within :func:`pretended_gpu` all is computed on the CPU, but tensors that code puts on "cuda" are
+marked: they say that they are there, and must not meet others. PyTorch's rules are kept: an
+operation wants its tensors on one device, but takes a number (of no dimensions) of the CPU, and
+indices of the CPU into what is on the GPU; copies alone cross over. Operations of the backward pass
+and of torchvision are watched, too. Autocast has the types that it has on a GPU.
+
+There are no streams, graphs or memory. A thread's tensors carry their marks, but mixtures are
+refused in the main thread alone. What C++ or TorchScript makes without a tensor to go by, such as
+zeros in a backward pass, is where it is first used. The gradient of a tensor that has changed
+devices is where the gradient behind it is.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["FLOAT32_ON_GPU", "pretended_gpu"]
+
+_CPU, _GPU = torch.device("cpu"), torch.device("cuda", 0)
+_aten = torch.ops.aten
+
+# --- marks, and what must not be mixed -----------------------------------------------------------
+
+# Take tensors of both devices.
+_CROSSING = {
+    _aten.copy_.default,
+    _aten.fill_.Tensor,
+    _aten._foreach_copy_.default,
+    _aten.set_.source_Storage,
+    _aten.set_.source_Storage_storage_offset,
+}
+# Take indices of the CPU.
+_INDEXING = {_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_}
+_INDEXING |= {_aten._index_put_impl_, _aten._unsafe_index_put}
+# Take no number of the CPU.
+_STRICT = {_aten.cat, _aten.stack}
+
+
+def _tensors(values):
+    """Those of what an operation takes or returns."""
+    if isinstance(values, Tensor):
+        return [] if values.is_sparse else [values]
+    nested = isinstance(values, (list, tuple))
+    return [tensor for value in values for tensor in _tensors(value)] if nested else []
+
+
+def _mark(tensor):
+    """Whether it is on the GPU; None where that is still open."""
+    # A storage's Python object lives, with its attributes, as long as the storage.
+    return not tensor.is_sparse and getattr(tensor.untyped_storage(), "marked", False)
+
+
+def _device(tensor):
+    return _GPU if _mark(tensor) else _CPU
+
+
+def _place(tensor, device, sources=()):
+    """The tensor on a device; a copy of it, if its storage is one of those that it was made of."""
+    marked = device.type == "cuda"
+    if _mark(tensor) is not marked:
+        storages = {source.untyped_storage()._cdata for source in _tensors(sources)}
+        if tensor.untyped_storage()._cdata in storages:
+            tensor = tensor.clone()
+        tensor.untyped_storage().marked = marked
+    return tensor
+
+
+class _Watch(TorchDispatchMode):
+    """Sees each operation, refuses mixtures, and marks what comes of marked tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = _tensors([*args, *kwargs.values()])
+        marks = {_mark(tensor) for tensor in given}
+        if True in marks and len(marks) > 1 and func not in _CROSSING:
+            self._settle(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if marks != {False}:
+            mark = True if True in marks else None
+            known = {tensor.untyped_storage()._cdata for tensor in given}
+            for tensor in _tensors(out):
+                if tensor.untyped_storage()._cdata not in known:
+                    tensor.untyped_storage().marked = mark
+        return out
+
+    @staticmethod
+    def _settle(func, args, kwargs):
+        """Puts what is still open on the GPU, and refuses what is not there.
+
+        Raises:
+            RuntimeError: if an operation mixes devices.
+        """
+        packet, arguments = func.overloadpacket, func._schema.arguments
+        given = {**dict(zip((each.name for each in arguments), args, strict=False)), **kwargs}
+        if packet in _INDEXING and _mark(args[0]):
+            given["indices"] = None
+        for argument in arguments:
+            numbers_fit = packet not in _STRICT and not argument.is_write
+            for tensor in _tensors(given.get(argument.name)):
+                if _mark(tensor) is None:
+                    tensor.untyped_storage().marked = True
+                elif not (_mark(tensor) or (numbers_fit and tensor.dim() == 0)):
+                    raise RuntimeError(
+                        f"{func} has tensors on {_GPU}, and one on the CPU of shape "
+                        f"{tuple(tensor.shape)}"
+                    )
+
+
+# --- what code asks of "cuda" --------------------------------------------------------------------
+
+_MAKERS = """
+arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like
+rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor tril_indices
+triu_indices zeros zeros_like
+"""
+_MAKING_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
+
+
+def _made(make):
+    """A function that makes a tensor, on the device that it is asked for."""
+
+    @functools.wraps(make)
+    def run(*args, device=None, pin_memory=False, **kwargs):
+        if device is None:
+            device = _device(args[0]) if args and isinstance(args[0], Tensor) else _CPU
+        return _place(make(*args, device=_CPU, **kwargs), torch.device(device), args)
+
+    return run
+
+
+_honest_to = Tensor.to
+
+
+def _to(tensor, *args, copy=False, **kwargs):
+    if "other" in kwargs or (args and isinstance(args[0], Tensor)):
+        other = kwargs.get("other", args[0] if args else None)
+        device, dtype, layout = _device(other), other.dtype, None
+    else:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+    options = {} if layout is None else {"memory_format": layout}
+    out = _honest_to(tensor, dtype or tensor.dtype, copy=copy, **options)
+    return out if device is None else _place(out, device, tensor)
+
+
+def _only_of_the_cpu(read):
+    @functools.wraps(read)
+    def run(tensor, *args, **kwargs):
+        if _device(tensor) is _GPU:
+            raise TypeError(f"can't convert {_GPU} device type tensor to numpy")
+        return read(tensor, *args, **kwargs)
+
+    return run
+
+
+_METHODS = {
+    "device": property(_device),
+    "is_cuda": property(lambda tensor: _device(tensor) is _GPU),
+    "is_cpu": property(lambda tensor: _device(tensor) is _CPU),
+    "get_device": lambda tensor: 0 if _device(tensor) is _GPU else -1,
+    "to": _to,
+    "cuda": lambda tensor, device=None, non_blocking=False, **layout: _to(tensor, _GPU, **layout),
+    "cpu": lambda tensor, **layout: _to(tensor, _CPU, **layout),
+    "type_as": _to,
+    "pin_memory": lambda tensor, device=None: tensor.clone(),
+    "numpy": _only_of_the_cpu(Tensor.numpy),
+    "__array__": _only_of_the_cpu(Tensor.__array__),
+    **{name: _made(getattr(Tensor, name)) for name in _MAKING_METHODS.split()},
+}
+
+
+def _clone_storage(storage):
+    copy = torch.UntypedStorage(storage.nbytes()).copy_(storage)
+    copy.marked = getattr(storage, "marked", False)
+    return copy
+
+
+_honest_place = torch.UntypedStorage.device.__get__
+_STORAGE = {
+    "device": property(
+        lambda each: _GPU if getattr(each, "marked", False) else _honest_place(each)
+    ),
+    "clone": _clone_storage,
+}
+
+
+class _Stream:
+    """A stream, or an event of one, on which nothing is ever under way."""
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def is_capturing(self):
+        return False
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
+_MODULE = {
+    "is_available": lambda: True,
+    "is_bf16_supported": lambda: True,
+    # So that nothing made within it is kept for later.
+    "is_current_stream_capturing": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "max_memory_allocated": lambda: 0,
+    "synchronize": lambda: None,
+    "Event": _Stream,
+}
+_ACCELERATOR = {
+    "current_accelerator": lambda check_available=False: torch.device("cuda"),
+    "current_stream": _Stream,
+}
+
+# --- autocast ------------------------------------------------------------------------------------
+
+# Computed in float32 under a GPU's autocast, but not under a CPU's.
+FLOAT32_ON_GPU = (
+    *("cumsum", "exp", "expm1", "group_norm", "layer_norm", "log", "log1p", "log_softmax.int"),
+    *("logsumexp", "norm.Scalar", "norm.ScalarOpt_dim", "pow.Scalar", "pow.Tensor_Scalar"),
+    *("pow.Tensor_Tensor", "reciprocal", "rsqrt", "softmax.int", "softplus", "sum"),
+    *("sum.dim_IntList", "upsample_bilinear2d", "upsample_nearest2d"),
+)
+
+
+def _in_float32(operation):
+    """What a GPU's autocast makes of an operation."""
+
+    def cast(tensor):
+        return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+    def run(*args, **kwargs):
+        args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operation(*args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def _autocast_of_a_gpu():
+    """Has torch.autocast("cuda") cast on the CPU."""
+    library = torch.library.Library("aten", "IMPL")
+    for name in FLOAT32_ON_GPU:
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(_aten, packet), overload or "default")
+        library.impl(name, _in_float32(operation), "AutocastCPU")
+    honest = torch.autocast.__init__
+
+    def start(self, device_type, *args, **kwargs):
+        honest(self, device_type.replace("cuda", "cpu"), *args, **kwargs)
+
+    try:
+        with mock.patch.object(torch.autocast, "__init__", start):
+            yield
+    finally:
+        library._destroy()
+
+
+@contextlib.contextmanager
+def pretended_gpu():
+    """Within it "cuda" is a device, of which there is one."""
+    makers = {name: _made(getattr(torch, name)) for name in _MAKERS.split()}
+    with contextlib.ExitStack() as stack:
+        for owner, names in (
+            (torch, {"Generator": _Generator, **makers}),
+            (Tensor, _METHODS),
+            (torch.UntypedStorage, _STORAGE),
+            (torch.cuda, _MODULE),
+            (torch.accelerator, _ACCELERATOR),
+        ):
+            stack.enter_context(mock.patch.multiple(owner, **names))
+        stack.enter_context(_autocast_of_a_gpu())
+        stack.enter_context(_Watch())
+        yield
