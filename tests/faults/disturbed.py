@@ -221,7 +221,15 @@ class Run:
         """The exit status, once no process of the run is left."""
         until = time.monotonic() + patience
         while self.process.poll() is None or any(map(members, self._sessions())):
-            assert time.monotonic() < until, f"{self.folder}: did not end in {patience} s"
+            if time.monotonic() > until:
+                left = [str(pid) for session in self._sessions() for pid in members(session)]
+                of = ",".join([*left, str(self.process.pid)])
+                listed = subprocess.run(
+                    ["ps", "-o", "pid,ppid,stat,wchan:20,etimes,args", "-p", of],
+                    capture_output=True,
+                    text=True,
+                ).stdout
+                raise AssertionError(f"{self.folder}: did not end in {patience} s:\n{listed}")
             time.sleep(0.02)
         return self.process.poll()
 

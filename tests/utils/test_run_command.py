@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -40,9 +41,9 @@ sys.exit(run_command(command))
 """
 
 
-def start(code: str, *prefix: str) -> subprocess.Popen:
+def start(code: str, *prefix: str, arguments: Sequence[str] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [*prefix, sys.executable, "-c", code],
+        [*prefix, sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -160,3 +161,39 @@ sys.exit(run_command(command))
 def test_a_pool_of_others_ends_its_processes():
     """Detectron2 reads Cityscapes by one, users their own data sets."""
     assert subprocess.run([sys.executable, "-c", TERMINATED], timeout=30).returncode == 0
+
+
+# Killed while one child is at work and others have just been forked, which is before PyTorch's
+# loader workers look for the first time who their parent is.
+KILLED = """
+import sys, time
+from torch.utils.data import DataLoader
+from contnet.utils.command import run_command
+from contnet.utils.pools import process_pool
+
+def begin(worker=None):
+    print("begun", flush=True)
+    time.sleep(1)
+
+def of_a_loader():
+    list(DataLoader(range(2), num_workers=1, worker_init_fn=begin))
+
+def of_a_pool():
+    with process_pool(1) as pool:
+        pool.submit(begin).result()
+        pool.submit(time.sleep, 300).result()
+
+sys.exit(run_command(globals()[sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("children", ["of_a_loader", "of_a_pool"])
+def test_no_child_is_left_behind(children):
+    process = start(KILLED, arguments=[children])
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    process.wait(10)
+    until = time.monotonic() + 10
+    while in_group(process.pid):
+        assert time.monotonic() < until, "a child waits for ever"
+        time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import select
@@ -31,6 +32,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _held: set[int] = set()  # what forked children do not hear
 _outliving = False  # whether children that are forked now do not end by SIGTERM either
 _forking = False
+_parent = 0  # the process that forks, if its main thread does
+
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,8 +73,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _begin_fork() -> None:
-    global _forking
+    global _forking, _parent
     _forking = True
+    # The kernel takes the end of the thread that forks for the parent's.
+    _parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
 
 
 def _end_fork() -> None:
@@ -78,6 +85,12 @@ def _end_fork() -> None:
 
 
 def _begin_child() -> None:
+    # However the parent ends: PyTorch's loader workers would not notice it while they begin, those
+    # of a pool never.
+    if _parent:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _parent:
+            os._exit(1)
     held = set(_held)
     if signal.SIGTERM in held and not _outliving:  # by which pools end their processes
         held.remove(signal.SIGTERM)
@@ -86,8 +99,8 @@ def _begin_child() -> None:
     _end_fork()
 
 
-def _hold_in_children(numbers: Sequence[int]) -> None:
-    """Has children that are forked from now on not hear signals that reach the whole group."""
+def _set_up_children(numbers: Sequence[int]) -> None:
+    """Has children that are forked from now on end with this one, and not hear signals to all."""
     # Each time, for the last callbacks are the first before a fork, and the last after it.
     os.register_at_fork(before=_begin_fork, after_in_parent=_end_fork, after_in_child=_begin_child)
     _held.update(numbers)
@@ -113,7 +126,7 @@ def interruptible() -> Iterator[None]:
     """Raises :class:`Interrupted` at a signal, in the main thread alone; children go on."""
     numbers, held = heeded_signals(), set(_held)
     before = {number: signal.signal(number, _interrupt) for number in numbers}
-    _hold_in_children(numbers)
+    _set_up_children(numbers)
     try:
         yield
     finally:
@@ -179,7 +192,7 @@ class Listener(threading.Thread):
         signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self.handle) for number in self.numbers}
         super().start()
-        _hold_in_children(self.numbers)
+        _set_up_children(self.numbers)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
 
     def stop(self) -> None:
