@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from contnet.utils.errors import UserError, print_error
 
-__all__ = ["JUNK", "changed", "damaged", "damaged_json", "outcome", "run_command"]
+__all__ = ["JUNK", "changed", "damaged", "damaged_json", "each_nested", "outcome", "run_command"]
 
 # Files are written and models are looked up, so that an example takes as long as it takes.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
@@ -102,6 +102,15 @@ def changed(draw, value: object) -> object:
         else:
             container[f"{key}2"] = copy.deepcopy(container[key])
     return value
+
+
+def each_nested(value: object) -> Iterator[object]:
+    """The same value once for each place in it, with what is there in a list."""
+    for number in range(len(list(_places(value)))):
+        other = copy.deepcopy(value)
+        container, key = list(_places(other))[number]
+        container[key] = [container[key]]
+        yield other
 
 
 def damaged_json(data: bytes) -> st.SearchStrategy[bytes]:

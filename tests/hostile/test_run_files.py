@@ -1,5 +1,6 @@
 """Files that a run writes and reads again: damaged, they stop nothing in a traceback."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUICK, REPOSITORY, metrics_of
-from damage import damaged, damaged_json, run_command
+from damage import damaged, damaged_json, each_nested, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +93,17 @@ def test_status_and_table(finished, tmp_path_factory, data):
     run_command(submit.main, "--status", str(folder))
     run_command(results.main, str(folder))
     run_command(results.main, str(folder), "--json", "--cost", "--group-by-seed")
+
+
+@pytest.mark.parametrize("name", ["results.json", *JOB_FILES])
+def test_each_value_of_another_kind(finished, tmp_path_factory, name):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished, folder, copy_function=_copy)
+    for value in each_nested(json.loads((finished / name).read_text())):
+        (folder / name).write_text(json.dumps(value))
+        run_command(submit.main, "--status", str(folder))
+        run_command(results.main, str(folder))
 
 
 @settings(max_examples=max(settings().max_examples // 4, 1))

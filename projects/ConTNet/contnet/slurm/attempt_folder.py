@@ -65,6 +65,7 @@ class _Exit(TypedDict):
     reason: str
     status: Annotated[int, Meta(ge=0, le=255)]
     time: _Time
+    iteration: NotRequired[_Count]
 
 
 class _Signalled(TypedDict):
