@@ -26,6 +26,26 @@ TINY = [
     *("SOLVER.WARMUP_FACTOR", "0.001"),
 ]
 
+# A CPU's bfloat16 has garbage for the gradient of a convolution at stride 2 of one pixel.
+_LARGER = "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MAX_SIZE_TRAIN 128"
+_WINDOWS = """
+INPUT.CROP.SIZE [64,64] INPUT.MIN_SIZE_TRAIN (64,96) TEST.SLIDING_WINDOW.ENABLED True
+TEST.SLIDING_WINDOW.SIZE [64,64] TEST.SLIDING_WINDOW.STRIDE [64,64]
+"""
+_PICTURES = """
+INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.CROP_TEST 56 TEST.AUG.ENABLED False
+"""
+# A config of each system, what makes it small, and the tasks that it is evaluated on.
+SYSTEMS = {
+    "faster_rcnn_contti": ("", "bbox"),
+    "mask_rcnn_contti": ("", "bbox segm"),
+    "retinanet_contti": (_LARGER, "bbox"),
+    "fcos_contti": (_LARGER, "bbox"),
+    "cityscapes/mask_rcnn_contti": ("", "bbox cityscapes segm"),
+    "cityscapes/pspnet_contti": (_WINDOWS, "sem_seg"),
+    "imagenet/contti_strong": (_PICTURES, "classification"),
+}
+
 
 def random_batch(cfg):
     """A batch that the config's model trains on."""

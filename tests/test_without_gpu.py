@@ -6,32 +6,13 @@ import math
 import pytest
 import torch
 from conftest import SMALL
-from leaves import CONFIGS, TINY
+from leaves import CONFIGS, SYSTEMS, TINY
 from marked_devices import pretended_gpu
 
 from contnet.config import load_config
 from contnet.data.datasets.register import register_datasets
 from contnet.engine.trainer import Trainer
 
-# A CPU's bfloat16 has garbage for the gradient of a convolution at stride 2 of one pixel.
-LARGER = "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MAX_SIZE_TRAIN 128"
-WINDOWS = """
-INPUT.CROP.SIZE [64,64] INPUT.MIN_SIZE_TRAIN (64,96) TEST.SLIDING_WINDOW.ENABLED True
-TEST.SLIDING_WINDOW.SIZE [64,64] TEST.SLIDING_WINDOW.STRIDE [64,64]
-"""
-PICTURES = """
-INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.CROP_TEST 56 TEST.AUG.ENABLED False
-"""
-# A config of each system, what makes it small, and the tasks that it is evaluated on.
-SYSTEMS = {
-    "faster_rcnn_contti": ("", "bbox"),
-    "mask_rcnn_contti": ("", "bbox segm"),
-    "retinanet_contti": (LARGER, "bbox"),
-    "fcos_contti": (LARGER, "bbox"),
-    "cityscapes/mask_rcnn_contti": ("", "bbox cityscapes segm"),
-    "cityscapes/pspnet_contti": (WINDOWS, "sem_seg"),
-    "imagenet/contti_strong": (PICTURES, "classification"),
-}
 OPTIONS = """
 MODEL.DEVICE cuda SOLVER.AMP.ENABLED True SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5
 SOLVER.CHECKPOINT_BACKGROUND True SOLVER.CHECKPOINT_PERIOD 2 SOLVER.MAX_ITER 3 LOG_PERIOD 1

@@ -17,6 +17,7 @@ __all__ = [
     "convert_state_dict",
     "create_model",
     "load_config",
+    "load_run",
     "optimize_for_inference",
     "revert_state_dict",
 ]
@@ -37,4 +38,8 @@ def __getattr__(name: str):
         from contnet.launch.preflight_config import load_checked_config
 
         return load_checked_config
+    if name == "load_run":
+        from contnet.prediction.predictor import load_run
+
+        return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

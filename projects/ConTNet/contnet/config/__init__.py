@@ -1,7 +1,13 @@
 """The configuration: our keys on top of Detectron2's, read strictly."""
 
 from contnet.config.keys import add_contnet_config
-from contnet.config.reading import is_set, load_config, load_finished_config, set_level
+from contnet.config.reading import (
+    is_set,
+    load_config,
+    load_finished_config,
+    parse_config,
+    set_level,
+)
 from contnet.config.values import check_values
 
 __all__ = [
@@ -10,5 +16,6 @@ __all__ = [
     "is_set",
     "load_config",
     "load_finished_config",
+    "parse_config",
     "set_level",
 ]

@@ -18,9 +18,9 @@ from contnet.config.values import check_values
 from contnet.utils.addresses import CREDENTIALS_ADVICE, has_credentials
 from contnet.utils.errors import UsageError
 from contnet.utils.text import nearest
-from contnet.utils.yaml_text import check_whole_numbers, read_yaml
+from contnet.utils.yaml_text import check_whole_numbers, parse_yaml, read_yaml
 
-__all__ = ["is_set", "load_config", "load_finished_config", "set_level"]
+__all__ = ["is_set", "load_config", "load_finished_config", "parse_config", "set_level"]
 
 # Keys of paths, beside DATASETS.REGISTER: one, or a list of them.
 _PATHS = (
@@ -237,6 +237,20 @@ def _substitute_sync_bn(cfg: CfgNode) -> None:
             cfg.merge_from_list([key, "naiveSyncBN"])
 
 
+def _merge(content: dict, where: str, opts: Sequence[str]) -> CfgNode:
+    """The defaults, changed by a config's content and then by overrides; checked."""
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    for key, value in flatten(content, cfg):
+        _assign(cfg, key, value, where)
+    for key, value in _pairs(list(opts)):
+        _assign(cfg, key, value, "overrides")
+    check_values(cfg)
+    _expand_paths(cfg)
+    _substitute_sync_bn(cfg)
+    return cfg
+
+
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file and overrides into a full config, not frozen.
 
@@ -256,16 +270,28 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
             illegal one, and overrides that are no pairs.
     """
-    cfg = get_cfg()
-    add_contnet_config(cfg)
-    for key, value in flatten(_read_yaml(config_file), cfg):
-        _assign(cfg, key, value, config_file)
-    for key, value in _pairs(list(opts)):
-        _assign(cfg, key, value, "overrides")
-    check_values(cfg)
-    _expand_paths(cfg)
-    _substitute_sync_bn(cfg)
-    return cfg
+    return _merge(_read_yaml(config_file), config_file, opts)
+
+
+def parse_config(text: str, where: str) -> CfgNode:
+    """The config that a run has saved beside its weights, not frozen.
+
+    Keys that it lacks, as one by an earlier version may, have their defaults.
+
+    Args:
+        text: yaml, as ``cfg.dump()`` writes it.
+        where: what messages call it.
+
+    Raises:
+        UserError: as :func:`load_config`.
+    """
+    try:
+        content = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise config_error(f"{where} cannot be read") from error
+    if not isinstance(content, dict) or BASE_KEY in content:
+        raise config_error(f"{where} is no whole config")
+    return _merge(content, where, ())
 
 
 def load_finished_config(config_file: str) -> CfgNode:

@@ -19,7 +19,7 @@ from detectron2.modeling import (
 )
 
 import contnet.modeling.build  # noqa: F401, fills the registries
-from contnet.config import load_config
+from contnet.config import load_config, parse_config
 from contnet.config.keys import add_contnet_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.values import check_choice, is_number
@@ -42,7 +42,7 @@ from contnet.modeling.pspnet import SEGMENTORS
 from contnet.modeling.tta import tta_class
 from contnet.utils.text import nearest
 
-__all__ = ["check_model_config", "load_checked_config"]
+__all__ = ["check_model_config", "load_checked_config", "parse_checked_config"]
 
 CHOICES = {
     "MODEL.CONTNET.VARIANT": tuple(VARIANTS),
@@ -305,5 +305,15 @@ def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         The config, not frozen.
     """
     cfg = load_config(config_file, opts)
+    check_model_config(cfg)
+    return cfg
+
+
+def parse_checked_config(text: str, where: str) -> CfgNode:
+    """As :func:`load_checked_config`, of a config that lies in a file of weights.
+
+    The arguments and errors are those of :func:`contnet.config.parse_config`.
+    """
+    cfg = parse_config(text, where)
     check_model_config(cfg)
     return cfg

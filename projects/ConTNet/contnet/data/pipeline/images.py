@@ -9,6 +9,7 @@ INPUT.MAX_PIXELS before it is decoded.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -35,6 +36,10 @@ __all__ = [
     "read_stored",
     "without_pillow_limit",
 ]
+
+_limit_lock = threading.Lock()
+_unlimited = 0  # threads within without_pillow_limit
+_pillow_limit = None  # what they restore
 
 _EXIF_ORIENTATION = 0x0112  # the tag's number
 _TIFF_TILE = (322, 323)  # the tags of a tile's width and height
@@ -67,18 +72,30 @@ class Decoded(NamedTuple):
 
 @contextmanager
 def without_pillow_limit() -> Iterator[None]:
-    """Lets Pillow handle images of any size, within INPUT.MAX_PIXELS, without a warning."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    """Lets Pillow handle images of any size, within INPUT.MAX_PIXELS, without a warning.
+
+    The limit is one of the process: the last thread that leaves restores it.
+    """
+    global _unlimited, _pillow_limit
+    with _limit_lock:
+        if not _unlimited:
+            _pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _unlimited += 1
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        with _limit_lock:
+            _unlimited -= 1
+            if not _unlimited:
+                Image.MAX_IMAGE_PIXELS = _pillow_limit
 
 
 @contextmanager
 def _open(record: dict) -> Iterator[Image.Image]:
     """The image as it is stored, its pixels not yet decoded."""
+    if "pixels" in record:
+        yield record["pixels"]
+        return
     source = io.BytesIO(read_sample(record)) if "offset" in record else record["file_name"]
     with open_image(source) as image:
         yield image
@@ -171,7 +188,8 @@ def decode(record: dict, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decodes an image.
 
     Args:
-        record: with ``file_name``; with ``offset`` and ``size`` too it is in a shard.
+        record: with ``file_name``; with ``offset`` and ``size`` too it is in a shard, with
+            ``pixels`` it is this image of Pillow's.
         max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
 
     Raises:

@@ -1,0 +1,241 @@
+"""Trained models as functions: images in, plain NumPy arrays out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from PIL import Image
+from torch import Tensor
+
+from contnet.checkpoint.loading import load_weights
+from contnet.checkpoint.metadata import describe_model
+from contnet.checkpoint.names import BEST, FINAL, find_checkpoint
+from contnet.checkpoint.reading import Weights, read_weights
+from contnet.config.nodes import get_value
+from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS, dataset_class_names
+from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
+from contnet.launch.preflight_config import load_checked_config, parse_checked_config
+from contnet.modeling.amp import autocast
+from contnet.modeling.build import build_model
+from contnet.modeling.compat import silence_known_warnings
+from contnet.utils.errors import UsageError, UserError
+
+__all__ = ["Predictor", "load_run"]
+
+_CONFIG_FILE = "config.yaml"
+_TOP = 5  # classes of a classification
+# By what the classes of a model are of.
+_TASKS = {
+    "objects": "detection",
+    "label maps": "segmentation",
+    IMAGE_LABELS: "classification",
+}
+
+# What a model takes for an image: a file's path, Pillow's, or uint8 (H, W) or RGB (H, W, 3).
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def _record_of(number: int, image: ImageLike) -> dict:
+    """What a mapper takes for an image."""
+    if isinstance(image, (str, os.PathLike)):
+        return {"file_name": os.fspath(image)}
+    name = f"image {number}"
+    if isinstance(image, Image.Image):
+        return {"file_name": name, "pixels": image.copy()}
+    if not isinstance(image, np.ndarray):
+        raise UserError(
+            f"{name} is a {type(image).__name__}: give a path, an image of Pillow's or an array"
+        )
+    if image.dtype != np.uint8 or not (image.ndim == 2 or image.shape[2:] == (3,)):
+        raise UserError(
+            f"{name} is an array of {image.dtype} {image.shape}: give uint8 (H, W), or (H, W, 3) "
+            "in the order of RGB"
+        )
+    return {"file_name": name, "pixels": Image.fromarray(image)}
+
+
+# --- the function --------------------------------------------------------------------------------
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+class Predictor:
+    """A trained model that takes images as they are and gives plain arrays.
+
+    It holds no state between calls, so that threads may share it.
+
+    Args:
+        cfg: of the model, whose weights it has.
+        model: of :func:`contnet.modeling.build.build_model`, in evaluation mode.
+        class_names: in the order of the model's outputs.
+
+    Attributes:
+        task: "detection", "segmentation" (a class for each pixel) or "classification".
+        source: the file of weights.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, model: torch.nn.Module, class_names: Sequence[str], source: str = ""
+    ):
+        self.cfg = cfg
+        self.model = model
+        self.class_names = list(class_names)
+        self.source = source
+        kinds = CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE]
+        self.task = _TASKS[next(iter(kinds))]
+        classifies = self.task == "classification"
+        mapper = (ClassificationMapper if classifies else Mapper)(cfg, is_train=False)
+        self.mapper = NamedErrors(mapper)
+
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike], *, score: float = 0.0, batch_size: int = 1
+    ) -> dict | list[dict]:
+        """What the model finds in an image, or in each of several.
+
+        Args:
+            images: one, or a list of them: paths, Pillow's images, or arrays of uint8, (H, W) or
+                (H, W, 3) in the order of RGB. They are turned as their EXIF says, and brought to 8
+                bits and three colours as in training.
+            score: the least score of a detection. The model leaves out those below its config's
+                threshold by itself.
+            batch_size: images that the model takes at a time. Detectors pad those of a batch to
+                one size, which changes results a little; an evaluation has them one by one.
+
+        Returns:
+            For each image a dict. Of a detector, best first:
+
+            - boxes: float32 (N, 4), left, top, right and bottom edge in pixels of the image;
+            - scores: float32 (N,), from 0 to 1;
+            - classes: int64 (N,), and names, a list of as many;
+            - masks: bool (N, H, W), of a model that has them.
+
+            Of a segmenter ``semantic``: int64 (H, W), indices into ``class_names``. Of a
+            classifier, for the best 5 classes: scores (probabilities), classes and names.
+
+        Raises:
+            UserError: for an image that cannot be read.
+        """
+        single = not isinstance(images, (list, tuple))
+        found = []
+        records = [_record_of(*each) for each in enumerate([images] if single else images)]
+        for start in range(0, len(records), batch_size):
+            inputs = [self.mapper(record) for record in records[start : start + batch_size]]
+            found += self.infer(inputs, score)
+        return found[0] if single else found
+
+    def infer(self, inputs: Sequence[dict], score: float = 0.0) -> list[dict]:
+        """The results of what the mapper has made of images, as a call returns them."""
+        with torch.inference_mode(), autocast(self.cfg):
+            outputs = self.model(inputs)
+            return [self._plain(output, score) for output in outputs]
+
+    def _plain(self, output: dict, score: float) -> dict:
+        if self.task == "detection":
+            return self._detections(output["instances"], score)
+        if self.task == "segmentation":
+            return {"semantic": _array(output["sem_seg"].argmax(0))}
+        best = output["logits"].softmax(0).topk(min(_TOP, len(self.class_names)))
+        return {"scores": _array(best.values), **self._classes(best.indices)}
+
+    def _classes(self, classes: Tensor) -> dict:
+        names = [self.class_names[number] for number in classes.tolist()]
+        return {"classes": _array(classes), "names": names}
+
+    def _detections(self, instances: Instances, score: float) -> dict:
+        order = instances.scores.argsort(descending=True, stable=True)
+        instances = instances[order[instances.scores[order] >= score]]
+        result = {
+            "boxes": _array(instances.pred_boxes.tensor.float()),
+            "scores": _array(instances.scores.float()),
+            **self._classes(instances.pred_classes),
+        }
+        if instances.has("pred_masks"):
+            result["masks"] = _array(instances.pred_masks.bool())
+        return result
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def _find_weights(folder: Path) -> Path:
+    """The file of a run's best weights."""
+    for name in (BEST, FINAL):
+        if (path := folder / f"{name}.pth").is_file():
+            return path
+    if path := find_checkpoint(folder):
+        return path
+    raise UserError(f"{folder} has no checkpoint: give the folder of a training, or a file")
+
+
+def _config_of(weights: Weights) -> CfgNode:
+    """The config of the run that has written a file."""
+    if weights.metadata and weights.metadata.config:
+        return parse_checked_config(weights.metadata.config, f"the config in {weights.path}")
+    beside = Path(weights.path).parent / _CONFIG_FILE
+    if beside.is_file():
+        return load_checked_config(str(beside))
+    raise UsageError(f"{weights.path} does not say which config it belongs to: give --config-file")
+
+
+def _choose_device(cfg: CfgNode, device: str) -> str:
+    name = device or cfg.MODEL.DEVICE
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        if device:
+            raise UserError(f"device is {device}, but PyTorch finds no GPU")
+        return "cpu"
+    return name
+
+
+def _build(cfg: CfgNode, weights: Weights, device: str) -> Predictor:
+    (key,) = CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE].values()
+    cfg.MODEL.DEVICE = _choose_device(cfg, device)
+    if weights.classes:  # a config of configs/ has the number of its own data set's
+        cfg.merge_from_list([key, len(weights.classes)])
+    cfg.freeze()
+    names = weights.classes or dataset_class_names(cfg, cfg.DATASETS.TEST)
+    names = list(names or map(str, range(get_value(cfg, key))))
+    model = build_model(cfg).eval()
+    load_weights(model, weights, whole=True, ours=describe_model(cfg, names))
+    return Predictor(cfg, model, names, weights.path)
+
+
+def load_run(
+    source: str | Path,
+    config_file: str | Path = "",
+    opts: Sequence[str] = (),
+    *,
+    device: str = "",
+) -> Predictor:
+    """Loads what a training has left.
+
+    Args:
+        source: the folder of a run, whose best weights are taken (those of the last iteration
+            where no metric chose), or a file of weights.
+        config_file: of the model, where the file does not hold its own.
+        opts: config keys and values, ``[KEY, VALUE, ...]``, for ``config_file``.
+        device: "cpu", "cuda" or "cuda:N"; by default the config's, or the CPU if there is no GPU.
+
+    Raises:
+        UserError: if there are no weights, they are damaged or do not fit the config, or nothing
+            says what the config is.
+    """
+    silence_known_warnings()
+    path = Path(source)
+    path = _find_weights(path) if path.is_dir() else path
+    weights = read_weights(str(path), prefer_ema=True)
+    cfg = load_checked_config(str(config_file), opts) if config_file else _config_of(weights)
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if len(CLASS_KEYS.get(architecture, ())) != 1:
+        raise UserError(f"{path} is of the architecture {architecture}, which is not predicted")
+    return _build(cfg, weights, device)
