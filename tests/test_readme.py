@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, finish
+from PIL import Image
+from untrained import save_untrained
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
-from contnet.commands import convert_dataset, demo, doctor, make_shards, prepare_cityscapes
+from contnet.commands import (
+    convert_dataset,
+    demo,
+    doctor,
+    make_shards,
+    predict,
+    prepare_cityscapes,
+)
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
@@ -192,6 +201,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_doctor(arguments[1:])
         elif arguments[0] == "tools/submit.py":
             check_submit(arguments[1:], monkeypatch)
+        elif arguments[0] == "tools/predict.py":
+            predict.build_parser().parse_intermixed_args(arguments[1:])
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
@@ -230,6 +241,7 @@ def test_commands_are_legal(words, monkeypatch):
         "--only SEED=3 'SOLVER.BASE_LR 0.01'",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=1,2 "
         "--only SEED=2 'SOLVER.BASE_RATE 0.01'",
+        "python tools/predict.py output/run photos/",
         "python tools/results.py",
         "python tools/results.py output/rates --costs",
         "python tools/benchmark.py evaluation --boxes",
@@ -281,6 +293,10 @@ def python_pages() -> list:
 def test_python_runs(page, tmp_path, monkeypatch):
     """A page's blocks run one after the other, each in the names of those before."""
     monkeypatch.chdir(tmp_path)
+    if page.name == "prediction.md":  # which predicts an image by a run
+        save_untrained(Path("output/faster_rcnn_contm"), "faster_rcnn_contti")
+        Path("photos").mkdir()
+        Image.new("RGB", (90, 60)).save("photos/a.jpg")
     names = {"__name__": "page"}
     for block in find_blocks(page.read_text()):
         if block.language == "python":

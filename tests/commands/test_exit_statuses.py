@@ -20,6 +20,7 @@ from contnet.commands import (
     doctor,
     make_shards,
     model_zoo,
+    predict,
     prepare_cityscapes,
     results,
 )
@@ -38,6 +39,7 @@ MAINS = {
     "gpu_check": gpu_check.main,
     "make_shards": make_shards.main,
     "model_zoo": model_zoo.main,
+    "predict": predict.main,
     "prepare_cityscapes": prepare_cityscapes.main,
     "results": results.main,
     "submit": submit.main,

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from contnet.config import add_contnet_config
 from contnet.data.findings import ERROR, WARNING
 from contnet.data.pipeline.images import read_image, read_labels, read_pixels
-from contnet.data.pipeline.mappers import ClassificationMapper, FastMapper, Mapper
+from contnet.data.pipeline.mappers import ClassificationMapper, FastMapper, Mapper, NamedErrors
 from contnet.data.validation.images import ImageRules, inspect_image, inspect_pixels
 from contnet.launch.main import main
 from contnet.utils.errors import UserError
@@ -349,7 +349,7 @@ def test_broken_images_are_named(picture, tmp_path, damage):
     picture.save(file, quality=95)
     file.write_bytes(BROKEN[damage](file.read_bytes()))
     with pytest.raises(UserError) as caught:
-        read_image({"file_name": str(file)})
+        NamedErrors(read_image)({"file_name": str(file)})
     message = str(caught.value)
     assert message.startswith(f"the image {file} cannot be read (") and "\n" not in message
     assert ("no kind" in message) == (damage != "cut")

@@ -11,6 +11,8 @@ from conftest import QUICK, SMALL
 from detectron2.data import MetadataCatalog
 from leaves import CONFIGS, SYSTEMS, TINY
 from PIL import Image
+from untrained import NAMES, save_untrained
+from untrained import OPTIONS as UNTRAINED
 
 import contnet
 from contnet.launch.main import main as train
@@ -116,18 +118,8 @@ def test_instances_of_cityscapes(trained, cityscapes_root):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A detector that has not been trained; its file holds its config and names."""
-    from contnet.checkpoint.checkpointer import Checkpointer
-    from contnet.checkpoint.metadata import describe_model
-
-    folder = tmp_path_factory.mktemp("untrained")
-    words = [*SMALL, *TINY, *OPTIONS.split(), "MODEL.RETINANET.NUM_CLASSES", "3"]
-    cfg = contnet.load_config(str(CONFIGS / "retinanet_contti.yaml"), words)
-    torch.manual_seed(0)
-    network = contnet.build_model(cfg)
-    metadata = describe_model(cfg, ["disc", "box", "star"])
-    Checkpointer(network, str(folder), metadata=metadata).save("model_final")
-    return contnet.load_run(folder / "model_final.pth")
+    """A detector that has not been trained."""
+    return contnet.load_run(save_untrained(tmp_path_factory.mktemp("it"), "retinanet_contti"))
 
 
 def draw(height: int, width: int) -> np.ndarray:
@@ -139,7 +131,7 @@ def test_all_forms_of_an_image_are_one(model, tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
     found = model(str(path))
-    assert len(found["boxes"]) == 5 and set(found["names"]) <= {"disc", "box", "star"}
+    assert len(found["boxes"]) == 5 and set(found["names"]) <= set(NAMES)
     for other in (path, pixels, Image.fromarray(pixels), Image.open(path)):
         assert same(model(other), found)
     first, second = model([path, pixels])
@@ -206,6 +198,6 @@ def test_what_is_no_run(model, tmp_path):
 def test_a_config_for_a_file_that_has_none(model, tmp_path):
     bare, pixels = tmp_path / "bare.pth", draw(70, 90)
     torch.save(model.model.state_dict(), bare)
-    words = [*SMALL, *TINY, *OPTIONS.split(), "MODEL.RETINANET.NUM_CLASSES", "3"]
+    words = [*SMALL, *TINY, *UNTRAINED.split()]
     other = contnet.load_run(bare, CONFIGS / "retinanet_contti.yaml", words)
     assert (other(pixels)["boxes"] == model(pixels)["boxes"]).all()

@@ -19,7 +19,7 @@ from contnet.checkpoint.names import BEST, FINAL, find_checkpoint
 from contnet.checkpoint.reading import Weights, read_weights
 from contnet.config.nodes import get_value
 from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS, dataset_class_names
-from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
+from contnet.data.pipeline.mappers import ClassificationMapper, Mapper
 from contnet.launch.preflight_config import load_checked_config, parse_checked_config
 from contnet.modeling.amp import autocast
 from contnet.modeling.build import build_model
@@ -95,8 +95,7 @@ class Predictor:
         kinds = CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE]
         self.task = _TASKS[next(iter(kinds))]
         classifies = self.task == "classification"
-        mapper = (ClassificationMapper if classifies else Mapper)(cfg, is_train=False)
-        self.mapper = NamedErrors(mapper)
+        self.mapper = (ClassificationMapper if classifies else Mapper)(cfg, is_train=False)
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], *, score: float = 0.0, batch_size: int = 1

@@ -22,7 +22,16 @@ from contnet.report.pictures import ReportImage, class_colour, data_url, label_b
 from contnet.utils.files import atomic_write, writing
 from contnet.utils.text import printable
 
-__all__ = ["Curves", "Facts", "Gallery", "Section", "Tiles", "write_page"]
+__all__ = [
+    "ContactSheet",
+    "Curves",
+    "Facts",
+    "Gallery",
+    "Section",
+    "Thumbnail",
+    "Tiles",
+    "write_page",
+]
 
 _LONGEST_TEXT = 10_000
 
@@ -101,6 +110,33 @@ class Gallery(Section):
             for box in (box for boxes in item.views.values() for box in boxes):
                 if not 0 <= box.class_index < len(self.class_names):
                     raise ValueError(f"{item.name}: class {box.class_index} has no name")
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture that opens a file.
+
+    Attributes:
+        name: of the image.
+        href: of the file, relative to the page.
+        image: uint8 RGB array of shape (H, W, 3).
+        caption: what there is to say of it.
+    """
+
+    name: str
+    href: str
+    image: np.ndarray
+    caption: str
+
+
+@dataclass(frozen=True)
+class ContactSheet(Section):
+    """Small pictures, each of which opens a file beside the page."""
+
+    template = "contact_sheet.html"
+
+    heading: str
+    thumbnails: Sequence[Thumbnail]
 
 
 def _short(value: object) -> str:

@@ -26,6 +26,7 @@ from contnet.utils.text import printable
 
 __all__ = [
     "Decoded",
+    "UnreadableFile",
     "decode",
     "decode_error",
     "has_more_frames",
@@ -52,6 +53,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class UnreadableFile(UserError):
+    """A file that is no image, or a damaged or too large one; the message names it."""
 
 
 class Decoded(NamedTuple):
@@ -168,10 +173,9 @@ def _named(what: str, record: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise anything on a damaged file
-        raise UserError(
+        raise UnreadableFile(
             f"the {what} {printable(sample_name(record))} cannot be read "
-            f"({printable(decode_error(error))}): "
-            "python tools/doctor.py with this config lists all such"
+            f"({printable(decode_error(error))})"
         ) from error
 
 
@@ -193,7 +197,7 @@ def decode(record: dict, max_pixels: int = MAX_PIXELS) -> Decoded:
         max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
 
     Raises:
-        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if it cannot be decoded whole or has too many pixels.
     """
     with _decoded(record, max_pixels) as decoded:
         return decoded
@@ -254,7 +258,7 @@ def read_labels(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes a label map of 8 bits, upright: uint8 (H, W), its values as they are.
 
     Raises:
-        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if it cannot be decoded whole or has too many pixels.
     """
     record = {"file_name": path}
     with _named("label map", record), without_pillow_limit(), _open(record) as stored:
@@ -265,7 +269,7 @@ def read_stored(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image as it is stored, such as a label map of 16 bits: (H, W) or (H, W, C).
 
     Raises:
-        UserError: naming the file, if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if it cannot be decoded whole or has too many pixels.
     """
     with (
         _named("label map", {"file_name": path}),

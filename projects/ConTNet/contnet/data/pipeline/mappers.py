@@ -27,6 +27,7 @@ from torch.nn import functional
 from contnet.config.keys import MAX_PIXELS
 from contnet.data.datasets.shards import sample_name
 from contnet.data.pipeline.images import (
+    UnreadableFile,
     read_image,
     read_labels,
     read_pixels,
@@ -158,7 +159,7 @@ class Mapper(DatasetMapper):
 
         Raises:
             SizeMismatchError: if the image has another size than the record says.
-            UserError: if a file cannot be read.
+            UnreadableFile: if a file cannot be read.
         """
         record = dict(dataset_dict)
         image = read_pixels(record, self.image_format, self.max_pixels)
@@ -251,7 +252,11 @@ class NamedErrors:
         """
         try:
             return self.mapper(record)
-        except UserError:  # has been named
+        except UnreadableFile as error:
+            raise UserError(
+                f"{error}: python tools/doctor.py with this config lists all such"
+            ) from error
+        except UserError:  # of a user's own mapper
             raise
         except Exception as error:  # in a worker process its traceback would not tell the image
             if out_of_memory(error):  # which is not the image's fault

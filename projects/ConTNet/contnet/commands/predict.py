@@ -1,0 +1,101 @@
+"""Predicts: what a trained model finds in images, folders, COCO files and videos."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from contnet.commands.parsing import check_positive
+from contnet.launch.distributed import launch_run
+from contnet.launch.environment import Processes
+from contnet.modeling.compat import silence_known_warnings
+from contnet.prediction.files import PredictionSettings, predict_files
+from contnet.prediction.inputs import find_inputs
+from contnet.utils.command import EXIT_STATUSES, run_command
+from contnet.utils.cpus import available_cpus
+from contnet.utils.errors import UsageError
+
+__all__ = ["build_parser", "main"]
+
+_MOST_WORKERS = 4  # that decode for one model on a GPU
+
+_EPILOG = f"""\
+what is written into FOLDER:
+  predictions.json  boxes and masks in COCO's form of results, the maps of segmenters, or the five
+                    best classes of each image
+  images/           the images with what was found in them
+  index.html        small pictures of them, each of which opens the large one
+  maps/, videos/    maps of class indices; videos
+
+examples:
+  predict.py output/faster_rcnn_contm photos/ --output found
+  predict.py output/faster_rcnn_contm/model_best.pth a.jpg 'b/**/*.png' film.mp4 --output found
+  predict.py output/mask_rcnn_contm aerial.tif --tile 800 200 --classes boat car --output found
+  find . -name '*.jpg' | predict.py output/run - --output found --score 0.3
+
+{EXIT_STATUSES}"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tools/predict.py."""
+    parser = argparse.ArgumentParser(
+        description="Shows and saves what a trained model finds in images.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN", help="the folder of a run (its best weights), or a checkpoint")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, videos, folders, patterns, COCO files with or without annotations; - reads "
+        "paths from the standard input",
+    )
+    add("--output", required=True, type=Path, metavar="FOLDER", help="for all that is written")
+    add("--config-file", default="", metavar="FILE", help="of a checkpoint without its own config")
+    add("--image-root", default="", metavar="FOLDER", help="of the images of COCO files")
+    add("--score", type=float, default=0.5, metavar="S", help="least score of boxes (default 0.5)")
+    add("--classes", nargs="+", default=[], metavar="NAME", help="the classes to keep")
+    add("--tile", nargs=2, type=int, metavar=("SIZE", "OVERLAP"), help="look at tiles, too, pixels")
+    add("--batch", type=int, default=1, metavar="N", help="images at a time (default 1)")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
+    add("--device", default="", help="cpu or cuda (default: cuda if there is a GPU)")
+    add("--workers", type=int, default=None, metavar="N", help="processes that decode images")
+    add("--no-pictures", action="store_true", help="write predictions.json (and maps) alone")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_positive(args, "batch", "num_gpus")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not 0 <= args.score <= 1:
+        raise UsageError(f"--score is {args.score}, it must be from 0 to 1")
+    workers = args.workers
+    if workers is None:
+        workers = min(_MOST_WORKERS, available_cpus() - 1) if device == "cuda" else 0
+    settings = PredictionSettings(
+        source=args.source,
+        inputs=find_inputs(args.inputs, sys.stdin, args.image_root),
+        output=args.output,
+        config_file=args.config_file,
+        device=device,
+        score=args.score,
+        classes=tuple(args.classes),
+        batch_size=args.batch,
+        tile=tuple(args.tile) if args.tile else None,
+        workers=workers,
+        pictures=not args.no_pictures,
+    )
+    launch_run(predict_files, settings, Processes(args.num_gpus), device.partition(":")[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/predict.py; status 1 if a file could not be read."""
+    silence_known_warnings()
+    args = build_parser().parse_intermixed_args(argv)
+    return run_command(lambda: _run(args))

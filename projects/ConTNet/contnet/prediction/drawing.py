@@ -1,0 +1,81 @@
+"""Draws predictions into images, by Detectron2's Visualizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+
+from contnet.utils.text import printable
+
+__all__ = ["draw_prediction"]
+
+# Below which an image is enlarged, so that its labels can be read, in pixels.
+_SMALLEST = 480
+_LONGEST_NAME = 40
+
+
+def _shown(name: str) -> str:
+    # Matplotlib would read formulas between dollar signs.
+    return printable(name, _LONGEST_NAME).replace("$", r"\$")
+
+
+def _colours(number: int) -> list[np.ndarray]:
+    """A colour for each class, RGB from 0 to 1."""
+    every = colormap(rgb=True, maximum=1)
+    return [every[index % len(every)] for index in range(number)]
+
+
+def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
+    """A small image and its prediction, several times as large."""
+    times = -(-_SMALLEST // max(image.shape[:2]))
+    if times <= 1:
+        return image, prediction
+    size = (times * image.shape[1], times * image.shape[0])
+    larger = dict(prediction)
+    if "boxes" in larger:
+        larger["boxes"] = times * larger["boxes"]
+    for key in ("masks", "semantic"):
+        if key in larger:
+            larger[key] = larger[key].repeat(times, -1).repeat(times, -2)
+    return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), larger
+
+
+def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[str]) -> np.ndarray:
+    """An image with what a model has found in it.
+
+    Args:
+        image: uint8 RGB (H, W, 3).
+        prediction: of :class:`contnet.prediction.predictor.Predictor`.
+        class_names: of the model.
+
+    Returns:
+        uint8 RGB, of the same size; a small image is several times as large.
+    """
+    image, found = _enlarge(image, prediction)
+    names, colours = list(map(_shown, class_names)), _colours(len(class_names))
+    # As the catalog makes them, without a name there.
+    metadata = Metadata(name="prediction", stuff_classes=names)
+    metadata.stuff_colors = [(255 * colour).round().astype(int).tolist() for colour in colours]
+    visualizer = Visualizer(image, metadata)
+    if "semantic" in found:
+        return visualizer.draw_sem_seg(found["semantic"], alpha=0.6).get_image()
+    labels = [
+        f"{names[number]} {100 * score:.0f}%"
+        for number, score in zip(found["classes"], found["scores"], strict=True)
+    ]
+    if "boxes" in found:
+        drawn = visualizer.overlay_instances(
+            boxes=found["boxes"],
+            masks=found.get("masks"),
+            labels=labels,
+            assigned_colors=[colours[number] for number in found["classes"]],
+            alpha=0.4,
+        )
+    else:
+        drawn = visualizer.draw_text("\n".join(labels), (4, 4), horizontal_alignment="left")
+    return drawn.get_image()

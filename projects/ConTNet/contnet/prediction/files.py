@@ -1,0 +1,307 @@
+"""Predicts the files of a command, over all processes of it, and writes what was found."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from contnet.data.pipeline.images import UnreadableFile, read_pixels
+from contnet.data.pipeline.loader import init_worker
+from contnet.prediction.drawing import draw_prediction
+from contnet.prediction.inputs import Input, Inputs
+from contnet.prediction.outputs import (
+    category_ids,
+    result_rows,
+    save_map,
+    save_picture,
+    write_contact_sheet,
+    write_results,
+)
+from contnet.prediction.predictor import Predictor, load_run
+from contnet.prediction.tiles import check_tiles, predict_tiled
+from contnet.report.page import Thumbnail
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.files import explaining_disk, writing
+from contnet.utils.text import first_names, nearest, plural, printable, say
+
+__all__ = ["PredictionSettings", "predict_files"]
+
+_UNREADABLE = "unreadable"
+_CODEC = "mp4v"
+_FRAMES_PER_SECOND = 25.0  # of a video that does not say
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """What is predicted, by which model, and what is written.
+
+    Attributes:
+        source, config_file, device: of :func:`contnet.prediction.predictor.load_run`.
+        inputs: what is predicted.
+        output: folder for all that is written.
+        score: the least score of a detection.
+        classes: names of those that are kept; empty for all.
+        batch_size: images that the model takes at a time.
+        tile: size and overlap of tiles in pixels; None for none.
+        workers: processes that decode, for each process that predicts.
+        pictures: whether to draw.
+    """
+
+    source: str
+    inputs: Inputs
+    output: Path
+    config_file: str = ""
+    device: str = ""
+    score: float = 0.5
+    classes: Sequence[str] = ()
+    batch_size: int = 1
+    tile: tuple[int, int] | None = None
+    workers: int = 0
+    pictures: bool = True
+
+
+class _Outcome(NamedTuple):
+    """Of one file."""
+
+    file: Input
+    rows: Sequence[dict] = ()
+    thumbnails: Sequence[Thumbnail] = ()
+    images: int = 0
+    unreadable: str = ""
+
+
+class _Decoded(Dataset):
+    """The inputs of a model, with those that cannot be read marked."""
+
+    def __init__(self, files: Sequence[Input], model: Predictor):
+        self.files = files
+        self.mapper = model.mapper
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        file = self.files[index]
+        try:
+            return {**self.mapper({"file_name": file.path}), "input": file}
+        except UnreadableFile as error:
+            return {"input": file, _UNREADABLE: str(error)}
+
+
+class _Share:
+    """What one process does."""
+
+    def __init__(self, settings: PredictionSettings, model: Predictor):
+        self.settings = settings
+        self.model = model
+        self.ids = _ids(settings, model)
+
+    def predict(self, files: Sequence[Input]) -> Iterator[_Outcome]:
+        """What was found in each file, in any order, once it has been drawn."""
+        images = [file for file in files if not file.is_video]
+        yield from self._tiled(images) if self.settings.tile else self._batches(images)
+        for video in (file for file in files if file.is_video):
+            yield self._video(video)
+
+    def _batches(self, files: Sequence[Input]) -> Iterator[_Outcome]:
+        loader = DataLoader(
+            _Decoded(files, self.model),
+            batch_size=self.settings.batch_size,
+            num_workers=min(self.settings.workers, len(files)),
+            collate_fn=list,
+            worker_init_fn=init_worker,
+        )
+        for batch in loader:
+            readable = [each for each in batch if _UNREADABLE not in each]
+            for each in batch:
+                if _UNREADABLE in each:
+                    yield _Outcome(each["input"], unreadable=each[_UNREADABLE])
+            found = self.model.infer(readable, self.settings.score) if readable else []
+            for each, prediction in zip(readable, found, strict=True):
+                file = each["input"]
+                image = self._pixels(file) if self.settings.pictures else None
+                yield self._outcome(file, self._kept(prediction), image)
+
+    def _pixels(self, file: Input) -> np.ndarray:
+        return read_pixels({"file_name": file.path}, "RGB", self.model.cfg.INPUT.MAX_PIXELS)
+
+    def _tiled(self, files: Sequence[Input]) -> Iterator[_Outcome]:
+        for file in files:
+            try:
+                image = self._pixels(file)
+            except UnreadableFile as error:
+                yield _Outcome(file, unreadable=str(error))
+                continue
+            yield self._outcome(file, self._find(image), image)
+
+    def _find(self, image: np.ndarray) -> dict:
+        if self.settings.tile:
+            found = predict_tiled(self.model, image, *self.settings.tile, self.settings.score)
+        else:
+            found = self.model(image, score=self.settings.score)
+        return self._kept(found)
+
+    def _kept(self, found: dict) -> dict:
+        """What was found, without classes that nobody wants."""
+        if not self.settings.classes or "boxes" not in found:
+            return found
+        wanted = [
+            index for index, name in enumerate(found["names"]) if name in self.settings.classes
+        ]
+        kept = {key: value[wanted] for key, value in found.items() if key != "names"}
+        return {**kept, "names": [found["names"][index] for index in wanted]}
+
+    def _rows(self, image_id: int | str, name: str, found: dict) -> list[dict]:
+        return result_rows(image_id, name, found, self.model.class_names, self.ids)
+
+    def _outcome(self, file: Input, found: dict, image: np.ndarray | None) -> _Outcome:
+        output, thumbnails = self.settings.output, []
+        if "semantic" in found:
+            save_map(output, file.name, found)
+        if image is not None:
+            drawn = draw_prediction(image, found, self.model.class_names)
+            thumbnails.append(save_picture(output, file, drawn, _caption(found)))
+        return _Outcome(file, self._rows(file.image_id, file.name, found), thumbnails, 1)
+
+    def _video(self, file: Input) -> _Outcome:
+        rows: list[dict] = []
+        number = 0
+        source = cv2.VideoCapture(file.path)
+        path = self.settings.output / "videos" / f"{file.name}.mp4"
+        writer = None
+        try:
+            while (frame := _next_frame(source)) is not None:
+                name = f"{file.name}_{number:06d}"
+                found = self._find(frame)
+                if "semantic" in found:
+                    save_map(self.settings.output, name, found)
+                rows += self._rows(f"{file.image_id}#{number}", name, found)
+                if self.settings.pictures:
+                    drawn = draw_prediction(frame, found, self.model.class_names)
+                    writer = writer or _video_writer(path, source, drawn.shape)
+                    writer.write(np.ascontiguousarray(drawn[..., ::-1]))
+                number += 1
+        finally:
+            source.release()
+            if writer is not None:
+                writer.release()
+        if not number:
+            return _Outcome(file, unreadable=f"the video {file.path} cannot be read")
+        return _Outcome(file, rows, (), number)
+
+
+def _next_frame(source: cv2.VideoCapture) -> np.ndarray | None:
+    there, frame = source.read()
+    return np.ascontiguousarray(frame[..., ::-1]) if there else None
+
+
+def _video_writer(path: Path, source: cv2.VideoCapture, shape: tuple) -> cv2.VideoWriter:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rate = source.get(cv2.CAP_PROP_FPS) or _FRAMES_PER_SECOND
+    code = cv2.VideoWriter.fourcc(*_CODEC)
+    writer = cv2.VideoWriter(str(path), code, rate, (shape[1], shape[0]))
+    if not writer.isOpened():
+        raise UserError(f"{path} cannot be written: OpenCV here has no encoder for {_CODEC}")
+    return writer
+
+
+def _caption(found: dict) -> str:
+    """What was found in an image, in a few words."""
+    if "boxes" in found:
+        counts = Counter(found["names"]).most_common(3)
+        return ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
+    if "semantic" in found:
+        return plural(len(np.unique(found["semantic"])), "class")
+    return f"{found['names'][0]} {100 * found['scores'][0]:.0f}%"
+
+
+def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
+    """Ids of the model's classes in the results."""
+    if settings.tile:
+        check_tiles(model, *settings.tile)
+    for name in settings.classes:
+        if name not in model.class_names:
+            raise UsageError(
+                f"--classes has {name!r}, which {model.source} does not know, the nearest is "
+                f"{nearest(name, model.class_names)!r}"
+            )
+    if settings.classes and model.task != "detection":
+        raise UsageError(f"--classes is for detectors, and {model.source} is of a {model.task}")
+    ids = category_ids(model.class_names, settings.inputs.categories)
+    if ids is None:
+        missing = [name for name in model.class_names if name not in settings.inputs.categories]
+        raise UsageError(
+            f"the categories of the COCO file lack classes of {model.source} "
+            f"({first_names(missing)}): give one with the categories of the training, or with none"
+        )
+    return ids
+
+
+def _own_device(device: str) -> str:
+    """The GPU of this process, where several have one each."""
+    if comm.get_world_size() > 1 and device == "cuda":
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
+
+
+def _write(
+    settings: PredictionSettings, model: Predictor, outcomes: Sequence[_Outcome], seconds: float
+) -> None:
+    rows = [row for each in outcomes for row in each.rows]
+    images = sum(each.images for each in outcomes)
+    write_results(settings.output, rows)
+    speed = f"{plural(images, 'image')} in {seconds:.1f} s, {images / seconds:.2f} images/s"
+    say(f"{speed}, {plural(len(rows), 'result')}: {settings.output}")
+    if thumbnails := [each for outcome in outcomes for each in outcome.thumbnails]:
+        facts = {"model": model.source, "least score": settings.score, "speed": speed}
+        page = write_contact_sheet(settings.output, "Predictions", facts, thumbnails)
+        say(f"page {page}")
+    if unreadable := [each.file.path for each in outcomes if each.unreadable]:
+        raise UserError(
+            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read, and are left "
+            f"out: {first_names(unreadable)}"
+        )
+
+
+def predict_files(settings: PredictionSettings) -> None:
+    """Predicts this process's share of the files; the first process writes the results of all.
+
+    Args:
+        settings: the same in all processes.
+
+    Raises:
+        UserError: at the end, if a file could not be read; if the model cannot be loaded, or does
+            not do what is asked for.
+    """
+    with writing(settings.output):  # before the work
+        settings.output.mkdir(parents=True, exist_ok=True)
+    with explaining_disk(settings.output):
+        model = load_run(settings.source, settings.config_file, device=_own_device(settings.device))
+        share, files = _Share(settings, model), settings.inputs.files
+        own = files[comm.get_rank() :: comm.get_world_size()]
+        begun, outcomes = time.monotonic(), []
+        with tqdm(
+            total=len(own), unit="file", disable=None if comm.is_main_process() else True
+        ) as bar:
+            for outcome in share.predict(own):
+                outcomes.append(outcome)
+                if outcome.unreadable:
+                    bar.write(f"left out: {printable(outcome.unreadable)}", sys.stderr)
+                bar.update()
+        parts = comm.gather(outcomes)
+        if comm.is_main_process():
+            by_name = {each.file.name: each for part in parts for each in part}
+            ordered = [by_name[file.name] for file in files]
+            _write(settings, model, ordered, time.monotonic() - begun)

@@ -1,0 +1,140 @@
+"""What a prediction is made of: image files, folders, patterns, COCO files, videos."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from contnet.data.datasets.coco import read_instances
+from contnet.data.datasets.image_files import IMAGE_ENDINGS
+from contnet.utils.errors import UsageError
+
+__all__ = ["VIDEO_ENDINGS", "Input", "Inputs", "find_inputs"]
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image file, or a video.
+
+    Attributes:
+        path: of the file.
+        name: what the outputs are called: a relative path without an ending, each another.
+        image_id: what the results call it: the id of the COCO file, or the file's name.
+    """
+
+    path: str
+    name: str
+    image_id: int | str
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it has many images."""
+        return self.path.lower().endswith(VIDEO_ENDINGS)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is predicted.
+
+    Attributes:
+        files: in the order in which they were given; those of a folder by name.
+        categories: of COCO files: the ids of classes by their names.
+    """
+
+    files: list[Input] = field(default_factory=list)
+    categories: dict[str, int] = field(default_factory=dict)
+
+
+# A file, the name that people know it by, and its id in a COCO file.
+_Found = tuple[Path, str, int | None]
+
+
+def _is_wanted(path: Path) -> bool:
+    return path.name.lower().endswith((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
+
+
+def _in_folder(folder: Path) -> Iterator[_Found]:
+    """The images and videos below a folder, but for hidden ones."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if _is_wanted(path) and not hidden and path.is_file():
+            yield path, str(relative), None
+
+
+def _of_coco(file: Path, root: str, categories: dict[str, int]) -> Iterator[_Found]:
+    content = read_instances(str(file))
+    for category in content.get("categories") or ():
+        name, number = category.get("name"), category.get("id")
+        if categories.setdefault(name, number) != number:
+            raise UsageError(f"{file}: the category {name} has another id in an earlier file")
+    for image in content["images"]:
+        name = image.get("file_name")
+        if not isinstance(name, str) or not isinstance(image.get("id"), int):
+            raise UsageError(f"{file}: each image must have a file_name and a whole number as id")
+        yield Path(root or file.parent, name), name, image["id"]
+
+
+def _expand(argument: str, root: str, categories: dict[str, int]) -> list[_Found]:
+    path = Path(argument)
+    if path.is_dir():
+        if not (found := list(_in_folder(path))):
+            raise UsageError(f"{argument} has no images or videos in it")
+        return found
+    if path.exists():
+        if path.suffix.lower() == ".json":
+            return list(_of_coco(path, root, categories))
+        return [(path, path.name, None)]
+    matches = sorted(map(Path, glob.glob(argument, recursive=True)))
+    if not (found := [(each, each.name, None) for each in matches if _is_wanted(each)]):
+        raise UsageError(f"{argument} does not exist, and matches no image or video")
+    return found
+
+
+def _output_names(names: Iterable[str]) -> list[str]:
+    """Relative paths without endings that lead nowhere else, each another."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        parts = [part for part in PurePath(name).parts if part not in ("..", ".", "/")]
+        stem = str(PurePath(*parts).with_suffix("")) if parts else "image"
+        unique, number = stem, 2
+        while unique.casefold() in taken:
+            unique, number = f"{stem}_{number}", number + 1
+        taken.add(unique.casefold())
+        result.append(unique)
+    return result
+
+
+def find_inputs(
+    arguments: Sequence[str], lines: Iterable[str] = (), image_root: str = ""
+) -> Inputs:
+    """Finds the files that a command's arguments mean.
+
+    Args:
+        arguments: image files, videos, folders (with all below), patterns such as ``a/**/*.jpg``,
+            annotation files of COCO's form, and ``-`` for paths from ``lines``.
+        lines: of the standard input; each is an argument.
+        image_root: the folder of the images of annotation files; that of the file by default.
+
+    Raises:
+        UsageError: for an argument that means no file.
+    """
+    categories: dict[str, int] = {}
+    found: list[_Found] = []
+    for argument in arguments:
+        given = filter(None, map(str.strip, lines)) if argument == "-" else [argument]
+        for each in given:
+            found += _expand(each, image_root, categories)
+    names = _output_names(name for _, name, _ in found)
+    files = [
+        Input(str(path), name, shown if number is None else number)
+        for (path, shown, number), name in zip(found, names, strict=True)
+    ]
+    if not files:
+        raise UsageError("there is nothing to predict: the inputs are empty")
+    return Inputs(files, categories)

@@ -1,0 +1,129 @@
+"""Detection in large images by tiles, whose detections are merged.
+
+Small objects in a large image vanish when it is resized for the model, so each tile is resized by
+itself. A detection that touches an inner border of its tile is cut, and left out: the object is
+whole in a neighbour or, if it is larger than the overlap, in the image as a whole, in which the
+model looks, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.ops import batched_nms
+
+from contnet.prediction.predictor import Predictor
+from contnet.utils.errors import UsageError
+
+__all__ = ["check_tiles", "predict_tiled"]
+
+_CUT = 2.0  # pixels from a border of a tile within which a detection is cut
+_SAME = 0.5  # IoU from which two detections are of one object
+
+
+def check_tiles(model: Predictor, size: int, overlap: int) -> None:
+    """Raises UsageError unless a model can look at tiles of such a size."""
+    if model.task != "detection":
+        raise UsageError(f"tiles are for detectors, and {model.source} is of a {model.task}")
+    if size < 16 or not 0 <= overlap < size:
+        raise UsageError(
+            f"tiles of {size} pixels that overlap by {overlap}: the size must be 16 or more, the "
+            "overlap less than the size"
+        )
+
+
+def _starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where tiles begin; the last one ends with the image."""
+    last = max(length - size, 0)
+    return sorted({min(start, last) for start in range(0, last + size - overlap, size - overlap)})
+
+
+class _Look(NamedTuple):
+    """A part of an image, and what the model finds in it."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    found: dict
+
+    @property
+    def offset(self) -> np.ndarray:
+        return np.array([self.left, self.top, self.left, self.top], np.float32)
+
+
+def _is_whole(look: _Look, shape: tuple[int, int]) -> np.ndarray:
+    """Which objects no border cuts but those of the image, (N,)."""
+    boxes, (rows, columns) = look.found["boxes"], shape
+    whole = np.ones(len(boxes), bool)
+    if look.left:
+        whole &= boxes[:, 0] > _CUT
+    if look.top:
+        whole &= boxes[:, 1] > _CUT
+    if look.left + look.width < columns:
+        whole &= boxes[:, 2] < look.width - _CUT
+    if look.top + look.height < rows:
+        whole &= boxes[:, 3] < look.height - _CUT
+    return whole
+
+
+def _tiles(
+    model: Predictor, image: np.ndarray, size: int, overlap: int, score: float
+) -> Iterator[_Look]:
+    """The whole image and, if it is larger than one, its tiles."""
+    rows, columns = image.shape[:2]
+    yield _Look(0, 0, columns, rows, model(image, score=score))
+    if rows <= size and columns <= size:
+        return
+    for top in _starts(rows, size, overlap):
+        for left in _starts(columns, size, overlap):
+            tile = np.ascontiguousarray(image[top : top + size, left : left + size])
+            height, width = tile.shape[:2]
+            yield _Look(left, top, width, height, model(tile, score=score))
+
+
+def predict_tiled(
+    model: Predictor, image: np.ndarray, size: int, overlap: int, score: float = 0.0
+) -> dict:
+    """What a detector finds in an image and in tiles of it.
+
+    Args:
+        model: a detector.
+        image: uint8 RGB (H, W, 3).
+        size: of a tile, in pixels.
+        overlap: of two neighbours, in pixels; objects up to this size are whole in a tile.
+        score: the least score.
+
+    Returns:
+        As :class:`Predictor` does.
+    """
+    looks = list(_tiles(model, image, size, overlap, score))
+    parts = [
+        (look, index)
+        for look in looks
+        for index in np.flatnonzero(_is_whole(look, image.shape[:2]))
+    ]
+    if not parts:
+        return looks[0].found  # of the whole image, which has none either
+    boxes = np.stack([look.found["boxes"][index] + look.offset for look, index in parts])
+    scores, classes = (
+        np.stack([look.found[key][index] for look, index in parts]) for key in ("scores", "classes")
+    )
+    kept = batched_nms(*map(torch.from_numpy, (boxes, scores, classes)), _SAME).tolist()
+    result = {
+        "boxes": boxes[kept],
+        "scores": scores[kept],
+        "classes": classes[kept],
+        "names": [model.class_names[number] for number in classes[kept]],
+    }
+    if "masks" in looks[0].found:
+        result["masks"] = np.zeros((len(kept), *image.shape[:2]), bool)
+        for whole, number in zip(result["masks"], kept, strict=True):
+            look, index = parts[number]
+            whole[look.top : look.top + look.height, look.left : look.left + look.width] = (
+                look.found["masks"][index]
+            )
+    return result
