@@ -23,6 +23,7 @@ from contnet.commands import (
     make_shards,
     predict,
     prepare_cityscapes,
+    publish,
 )
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
@@ -203,6 +204,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             check_submit(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/predict.py":
             predict.build_parser().parse_intermixed_args(arguments[1:])
+        elif arguments[0] == "tools/publish.py":
+            publish.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":

@@ -22,6 +22,7 @@ from contnet.commands import (
     model_zoo,
     predict,
     prepare_cityscapes,
+    publish,
     results,
 )
 from contnet.launch import main as train_net
@@ -41,6 +42,7 @@ MAINS = {
     "model_zoo": model_zoo.main,
     "predict": predict.main,
     "prepare_cityscapes": prepare_cityscapes.main,
+    "publish": publish.main,
     "results": results.main,
     "submit": submit.main,
     "train_net": train_net.main,

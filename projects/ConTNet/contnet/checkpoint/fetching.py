@@ -42,6 +42,7 @@ from portalocker.exceptions import LockException
 from timm.models import get_pretrained_cfg
 from tqdm import tqdm
 
+from contnet.checkpoint.names import published_file
 from contnet.checkpoint.verification import digest_in_name
 from contnet.utils.addresses import CREDENTIALS_ADVICE, has_credentials
 from contnet.utils.errors import UserError
@@ -317,16 +318,17 @@ def fetch_weights(source: str) -> Fetched:
     """The file on this machine that MODEL.WEIGHTS stands for, fetched if need be.
 
     Args:
-        source: a file; ``timm://NAME`` for weights that timm knows; ``hf://OWNER/REPO[@REVISION]``
-            with a ``/FILE`` for the hub; a URL, with ``#sha256=DIGEST`` to be checked; or an
-            address of a scheme that was registered with Detectron2's ``PathManager``.
+        source: a file; the folder of a published model; ``timm://NAME`` for weights that timm
+            knows; ``hf://OWNER/REPO[@REVISION]`` with a ``/FILE`` for the hub; a URL, with
+            ``#sha256=DIGEST`` to be checked; or an address of a scheme that was registered with
+            Detectron2's ``PathManager``.
 
     Raises:
         UserError: if it cannot be had, or the address has a password or a token.
     """
     scheme, mark, address = source.partition("://")
     if not mark:
-        return Fetched(source)
+        return Fetched(str(published_file(source) or source) if os.path.isdir(source) else source)
     if has_credentials(source):
         raise UserError(f"MODEL.WEIGHTS {source} {CREDENTIALS_ADVICE}")
     if scheme == "timm":

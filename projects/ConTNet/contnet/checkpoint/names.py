@@ -19,6 +19,7 @@ __all__ = [
     "iteration_of",
     "last_checkpoint",
     "numbered_name",
+    "published_file",
 ]
 
 # Detectron2's text file that says what a resume goes on from.
@@ -80,6 +81,12 @@ def last_checkpoint(output_dir: str | Path) -> Path:
             f"{printable(repr(name), 80)}: write one into it, or name a file by --resume-from"
         )
     return Path(output_dir, name)
+
+
+def published_file(folder: str | Path) -> Path | None:
+    """The weights of a folder that tools/publish.py has written; None in other folders."""
+    files = [Path(folder, name) for name in file_names(folder) if name.endswith(".safetensors")]
+    return files[0] if len(files) == 1 else None
 
 
 def find_checkpoint(output_dir: str | Path) -> Path | None:

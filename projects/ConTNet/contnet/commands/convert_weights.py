@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import safetensors.torch
-import torch
 
 from contnet.checkpoint.content import read_content
 from contnet.checkpoint.convert import TARGETS, Result, convert, largest_difference
 from contnet.checkpoint.metadata import METADATA, Metadata
 from contnet.checkpoint.networks import Network, find_network
 from contnet.checkpoint.reading import Weights, read_weights
+from contnet.checkpoint.writing import encode_weights, write_weights
 from contnet.utils.command import run_command
 from contnet.utils.errors import UsageError, UserError
-from contnet.utils.files import atomic_write
 from contnet.utils.packages import installed_versions
 from contnet.utils.text import printable, say
 
@@ -121,33 +116,11 @@ def _head_names(result: Result) -> list[str]:
     return [name for name in result.tensors if name.startswith(("head.", "fc.", "linear."))]
 
 
-def _encode(result: Result, metadata: dict, suffix: str) -> bytes:
-    tensors = {name: value.contiguous().clone() for name, value in result.tensors.items()}
-    if suffix == ".safetensors":
-        # A single entry: several would be written in any order, and change the hash.
-        return safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)})
-    buffer = io.BytesIO()
-    torch.save({"model": tensors, METADATA: metadata}, buffer)
-    return buffer.getvalue()
-
-
 def _check_target(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"DST {path} must end in {' or '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
         raise UserError(f"DST {path}: there is no folder {path.parent}")
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Writes a file whose name has the start of its hash, as torch.hub checks it."""
-    digest = hashlib.sha256(data).hexdigest()
-    path = path.with_name(f"{path.stem}-{digest[:8]}{path.suffix}")
-    try:
-        with atomic_write(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    return path
 
 
 def _print_report(network: Network, result: Result) -> None:
@@ -213,10 +186,10 @@ def _run(args: argparse.Namespace) -> None:
     if network.family == "resnet" and network.stride_in_1x1 is None:
         say("unknown  whether strides are in 1x1 convolutions: they are taken to be in the 3x3")
     metadata = _describe(weights, network, result, args.head)
-    data = _encode(result, metadata.state(), target.suffix)
+    data = encode_weights(result.tensors, metadata.state(), target.suffix)
     if args.check:
         _check(network, result, data, target.suffix)
-    say(str(_write(target, data)))
+    say(str(write_weights(target, data)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -119,7 +119,7 @@ def _check_weights(settings: RunSettings) -> None:
         # Of the processes on a machine, one fetches what is not there yet.
         if settings.processes.environment.local_rank == 0:
             fetch_weights(weights)
-    elif not os.path.isfile(weights):
+    elif not os.path.isfile(fetch_weights(weights).path):
         raise UserError(f"MODEL.WEIGHTS {weights} is not a file (looked for in {Path.cwd()})")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from contnet.checkpoint.loading import load_weights
 from contnet.checkpoint.metadata import describe_model
-from contnet.checkpoint.names import BEST, FINAL, find_checkpoint
+from contnet.checkpoint.names import BEST, FINAL, find_checkpoint, published_file
 from contnet.checkpoint.reading import Weights, read_weights
 from contnet.config.nodes import get_value
 from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS, dataset_class_names
@@ -26,7 +26,7 @@ from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UsageError, UserError
 
-__all__ = ["Predictor", "load_run"]
+__all__ = ["Predictor", "config_of", "find_weights", "load_run"]
 
 _CONFIG_FILE = "config.yaml"
 _TOP = 5  # classes of a classification
@@ -167,17 +167,17 @@ class Predictor:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def _find_weights(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
     """The file of a run's best weights."""
     for name in (BEST, FINAL):
         if (path := folder / f"{name}.pth").is_file():
             return path
-    if path := find_checkpoint(folder):
+    if path := find_checkpoint(folder) or published_file(folder):
         return path
     raise UserError(f"{folder} has no checkpoint: give the folder of a training, or a file")
 
 
-def _config_of(weights: Weights) -> CfgNode:
+def config_of(weights: Weights) -> CfgNode:
     """The config of the run that has written a file."""
     if weights.metadata and weights.metadata.config:
         return parse_checked_config(weights.metadata.config, f"the config in {weights.path}")
@@ -220,7 +220,7 @@ def load_run(
 
     Args:
         source: the folder of a run, whose best weights are taken (those of the last iteration
-            where no metric chose), or a file of weights.
+            where no metric chose), or of a published model, or a file of weights.
         config_file: of the model, where the file does not hold its own.
         opts: config keys and values, ``[KEY, VALUE, ...]``, for ``config_file``.
         device: "cpu", "cuda" or "cuda:N"; by default the config's, or the CPU if there is no GPU.
@@ -231,9 +231,9 @@ def load_run(
     """
     silence_known_warnings()
     path = Path(source)
-    path = _find_weights(path) if path.is_dir() else path
+    path = find_weights(path) if path.is_dir() else path
     weights = read_weights(str(path), prefer_ema=True)
-    cfg = load_checked_config(str(config_file), opts) if config_file else _config_of(weights)
+    cfg = load_checked_config(str(config_file), opts) if config_file else config_of(weights)
     architecture = cfg.MODEL.META_ARCHITECTURE
     if len(CLASS_KEYS.get(architecture, ())) != 1:
         raise UserError(f"{path} is of the architecture {architecture}, which is not predicted")
