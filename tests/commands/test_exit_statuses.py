@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks import compare_checkouts, gpu_check
 from benchmarks import main as benchmark
 from contnet.commands import (
+    configs,
     convert_dataset,
     convert_weights,
     demo,
@@ -30,6 +31,7 @@ CONFIG = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 MAINS = {
     "benchmark": benchmark.main,
     "compare_checkouts": partial(compare_checkouts.main, REPOSITORY),
+    "configs": configs.main,
     "convert_dataset": convert_dataset.main,
     "convert_weights": convert_weights.main,
     "demo": demo.main,
@@ -73,6 +75,9 @@ def test_a_wrong_option(name, capsys, tmp_path, monkeypatch):
         ("train_net", ["--config-file", "gone.yaml"]),
         ("doctor", ["--config-file", CONFIG, "NO.SUCH", "1"]),
         ("doctor", ["--config-file", CONFIG, "--workers", "0"]),
+        ("configs", ["explain", "NO.SUCH"]),
+        ("configs", ["show", CONFIG, "--changed", "NO.SUCH", "1"]),
+        ("configs", ["diff", CONFIG, "gone.yaml"]),
         ("submit", ["--config-file", CONFIG, "--dry-run", "NO.SUCH", "1"]),
         ("submit", ["--config-file", CONFIG, "--cluster-file", "gone.yaml"]),
         ("make_shards", ["here", "there", "--workers", "0"]),
@@ -98,6 +103,7 @@ def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
         ("convert_weights", ["gone.pth", "b.pth"]),
         ("convert_dataset", ["voc", "gone", "b.json"]),
         ("results", ["gone"]),
+        ("configs", ["list", "no such word"]),
         ("gpu_check", ["--report"]),
     ],
 )
