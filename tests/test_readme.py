@@ -14,7 +14,15 @@ from conftest import REPOSITORY, finish
 
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
-from contnet.commands import configs, convert_dataset, demo, doctor, make_shards, prepare_cityscapes
+from contnet.commands import (
+    analyze,
+    configs,
+    convert_dataset,
+    demo,
+    doctor,
+    make_shards,
+    prepare_cityscapes,
+)
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
@@ -144,6 +152,11 @@ def check_doctor(arguments: list[str]) -> None:
     check_overrides(args.config_file, args.opts)
 
 
+def check_analyze(arguments: list[str]) -> None:
+    args = analyze.build_parser().parse_intermixed_args(arguments)
+    check_overrides(args.config_file, args.opts)
+
+
 def check_configs(arguments: list[str]) -> None:
     args = configs.parse_arguments(arguments)
     for file in (args.config, args.other) if args.form == "diff" else ():
@@ -202,6 +215,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             compare_checkouts.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
+        elif arguments[0] == "tools/analyze.py":
+            check_analyze(arguments[1:])
         elif arguments[0] == "tools/configs.py":
             check_configs(arguments[1:])
         elif arguments[0] == "tools/submit.py":
@@ -237,6 +252,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/prepare_cityscapes.py --folder here",
         "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
+        "python tools/analyze.py --config-file configs/fcos_contm.yaml --size 800",
         "python tools/configs.py explain MODEL.CONTNET.TAP",
         "python tools/configs.py list fcos mask",
         "python tools/configs.py show configs/fcos_contm.yaml --change",

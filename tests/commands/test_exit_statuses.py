@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks import compare_checkouts, gpu_check
 from benchmarks import main as benchmark
 from contnet.commands import (
+    analyze,
     configs,
     convert_dataset,
     convert_weights,
@@ -29,6 +30,7 @@ from contnet.slurm import submit
 
 CONFIG = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 MAINS = {
+    "analyze": analyze.main,
     "benchmark": benchmark.main,
     "compare_checkouts": partial(compare_checkouts.main, REPOSITORY),
     "configs": configs.main,
@@ -75,6 +77,8 @@ def test_a_wrong_option(name, capsys, tmp_path, monkeypatch):
         ("train_net", ["--config-file", "gone.yaml"]),
         ("doctor", ["--config-file", CONFIG, "NO.SUCH", "1"]),
         ("doctor", ["--config-file", CONFIG, "--workers", "0"]),
+        ("analyze", ["--config-file", CONFIG, "NO.SUCH", "1"]),
+        ("analyze", ["--config-file", CONFIG, "--size", "800"]),
         ("configs", ["explain", "NO.SUCH"]),
         ("configs", ["show", CONFIG, "--changed", "NO.SUCH", "1"]),
         ("configs", ["diff", CONFIG, "gone.yaml"]),
@@ -103,6 +107,7 @@ def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
         ("convert_weights", ["gone.pth", "b.pth"]),
         ("convert_dataset", ["voc", "gone", "b.json"]),
         ("results", ["gone"]),
+        ("analyze", ["--config-file", CONFIG, "--json", "gone/costs.json"]),
         ("configs", ["list", "no such word"]),
         ("gpu_check", ["--report"]),
     ],
