@@ -105,6 +105,7 @@ def test_attention_is_the_attentions():
 
 def test_what_is_kept_is_what_autograd_keeps():
     """Of a network whose kept tensors are known: inputs of convolutions and results of ReLUs."""
+
     class Toy(nn.Module):
         def __init__(self):
             super().__init__()
