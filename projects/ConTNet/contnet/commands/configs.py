@@ -118,13 +118,6 @@ def list_configs(words: Sequence[str] = (), folder: Path = _CONFIGS) -> list[tup
 # --- one config, and two -------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _defaults() -> CfgNode:
-    cfg = get_cfg()
-    add_contnet_config(cfg)
-    return cfg
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes a list that two keys share out for both: aliases are hard to read."""
 
@@ -146,8 +139,8 @@ def _nested(values: Mapping[str, object]) -> dict:
 
 def changed_values(cfg: CfgNode) -> dict[str, object]:
     """The values of a config that are not the defaults, by key with dots."""
-    before = read_values(_defaults().dump(), cfg)
-    return {key: now for key, (_, now) in differences(before, cfg).items()}
+    defaults = read_values("{}", cfg)
+    return {key: now for key, (_, now) in differences(defaults, cfg).items()}
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -164,6 +157,13 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 # --- keys ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    return cfg
 
 
 def _check_key(key: str) -> None:
