@@ -17,6 +17,8 @@ from untrained import save_untrained
 from benchmarks import compare_checkouts
 from benchmarks import main as benchmarks
 from contnet.commands import (
+    analyze,
+    configs,
     convert_dataset,
     demo,
     doctor,
@@ -154,6 +156,23 @@ def check_doctor(arguments: list[str]) -> None:
     check_overrides(args.config_file, args.opts)
 
 
+def check_analyze(arguments: list[str]) -> None:
+    args = analyze.build_parser().parse_intermixed_args(arguments)
+    check_overrides(args.config_file, args.opts)
+
+
+def check_configs(arguments: list[str]) -> None:
+    args = configs.parse_arguments(arguments)
+    for file in (args.config, args.other) if args.form == "diff" else ():
+        check_overrides(file, [])
+    if args.form == "show":
+        check_overrides(args.config, args.opts)
+    elif args.form == "list":
+        assert configs.list_configs(args.words)
+    for key in args.keys if args.form == "explain" else ():
+        configs.explain_key(key)
+
+
 def check_benchmark(arguments: list[str], monkeypatch) -> None:
     for subject in benchmarks.SUBJECTS.values():
         monkeypatch.setattr(subject, "run", lambda args: None)
@@ -200,6 +219,10 @@ def check_command(words: list[str], monkeypatch) -> None:
             compare_checkouts.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/doctor.py":
             check_doctor(arguments[1:])
+        elif arguments[0] == "tools/analyze.py":
+            check_analyze(arguments[1:])
+        elif arguments[0] == "tools/configs.py":
+            check_configs(arguments[1:])
         elif arguments[0] == "tools/submit.py":
             check_submit(arguments[1:], monkeypatch)
         elif arguments[0] == "tools/predict.py":
@@ -237,6 +260,10 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/prepare_cityscapes.py --folder here",
         "python tools/make_shards.py datasets/imagenet/train",
         "python tools/doctor.py --config-file configs/faster_rcnn_contm.yaml DATASETS.REGISTERED x",
+        "python tools/analyze.py --config-file configs/fcos_contm.yaml --size 800",
+        "python tools/configs.py explain MODEL.CONTNET.TAP",
+        "python tools/configs.py list fcos mask",
+        "python tools/configs.py show configs/fcos_contm.yaml --change",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --partitoin gpu",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=x,y",
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --cluster-file none",

@@ -13,6 +13,8 @@ from PIL import Image
 from benchmarks import compare_checkouts, gpu_check
 from benchmarks import main as benchmark
 from contnet.commands import (
+    analyze,
+    configs,
     convert_dataset,
     convert_weights,
     demo,
@@ -30,8 +32,10 @@ from contnet.slurm import submit
 
 CONFIG = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 MAINS = {
+    "analyze": analyze.main,
     "benchmark": benchmark.main,
     "compare_checkouts": partial(compare_checkouts.main, REPOSITORY),
+    "configs": configs.main,
     "convert_dataset": convert_dataset.main,
     "convert_weights": convert_weights.main,
     "demo": demo.main,
@@ -77,6 +81,11 @@ def test_a_wrong_option(name, capsys, tmp_path, monkeypatch):
         ("train_net", ["--config-file", "gone.yaml"]),
         ("doctor", ["--config-file", CONFIG, "NO.SUCH", "1"]),
         ("doctor", ["--config-file", CONFIG, "--workers", "0"]),
+        ("analyze", ["--config-file", CONFIG, "NO.SUCH", "1"]),
+        ("analyze", ["--config-file", CONFIG, "--size", "800"]),
+        ("configs", ["explain", "NO.SUCH"]),
+        ("configs", ["show", CONFIG, "--changed", "NO.SUCH", "1"]),
+        ("configs", ["diff", CONFIG, "gone.yaml"]),
         ("submit", ["--config-file", CONFIG, "--dry-run", "NO.SUCH", "1"]),
         ("submit", ["--config-file", CONFIG, "--cluster-file", "gone.yaml"]),
         ("make_shards", ["here", "there", "--workers", "0"]),
@@ -102,6 +111,8 @@ def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
         ("convert_weights", ["gone.pth", "b.pth"]),
         ("convert_dataset", ["voc", "gone", "b.json"]),
         ("results", ["gone"]),
+        ("analyze", ["--config-file", CONFIG, "--json", "gone/costs.json"]),
+        ("configs", ["list", "no such word"]),
         ("gpu_check", ["--report"]),
     ],
 )

@@ -1,4 +1,7 @@
-"""Our config keys on top of Detectron2's, each with its legal values and its unit."""
+"""Our config keys on top of Detectron2's, each with its legal values and its unit.
+
+The comment right above a key is its help in ``tools/configs.py explain``.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
 
     # FCOS. The defaults are the improved form (Detectron2's); plain FCOS differs in four keys.
     cfg.MODEL.FCOS = CfgNode()
+    # Classes, without background.
     cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # Levels of the pyramid that the head runs on, the finest first.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # 3x3 convolutions in each tower, MODEL.FPN.OUT_CHANNELS wide, and their norm.
+    # Number of 3x3 convolutions in each tower, which are MODEL.FPN.OUT_CHANNELS wide.
     cfg.MODEL.FCOS.NUM_CONVS = 4
+    # Norm of the convolutions in the towers.
     cfg.MODEL.FCOS.NORM = "GN"
     # A location is positive within this many strides of the object's centre; 0: anywhere in the
     # box.
@@ -73,24 +79,29 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.BOX_LOSS = "giou"
     # The tower that predicts centre-ness: regression or classification.
     cfg.MODEL.FCOS.CENTERNESS_ON = "regression"
-    # Focal loss; and the score that all locations start from.
+    # Alpha of the focal loss: weight of positive locations, negative ones have 1 - alpha.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    # Gamma of the focal loss: how much less easy locations count; 0: all alike.
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # The class score that all locations start training with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Of sqrt(class score * centre-ness), in [0, 1].
+    # Least score of a detection, which is sqrt(class score * centre-ness), in [0, 1].
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
-    # Per level, before suppression at this IoU.
+    # Most detections of each level that go into non-maximum suppression (NMS).
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    # IoU above which NMS drops the detection with the lower score.
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     # PSPHead, beside MODEL.SEM_SEG_HEAD: IN_FEATURES are the auxiliary and the main feature,
-    # CONVS_DIM is the main classifier's width. Sides of the pooled maps.
+    # CONVS_DIM is the main classifier's width.
     cfg.MODEL.PSP_HEAD = CfgNode()
+    # Sides of the pooled maps.
     cfg.MODEL.PSP_HEAD.BINS = [1, 2, 3, 6]
-    # Of whole channels before each classifier, in [0, 1).
+    # Dropout of whole channels before each classifier, in [0, 1).
     cfg.MODEL.PSP_HEAD.DROPOUT = 0.1
-    # Of the auxiliary classifier; a weight of 0 leaves it out.
+    # Width of the auxiliary classifier, in channels.
     cfg.MODEL.PSP_HEAD.AUX_CONVS_DIM = 256
+    # Weight of the auxiliary classifier's loss; 0 leaves the classifier out.
     cfg.MODEL.PSP_HEAD.AUX_LOSS_WEIGHT = 0.4
 
     # ImageClassifier. A ConTNet takes its options from MODEL.CONTNET (RELATIVE to QKV_BIAS, the
@@ -99,19 +110,23 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER = CfgNode()
     # contnet_ti, contnet_s, contnet_m, contnet_b, or a model of timm, as resnet50.
     cfg.MODEL.CLASSIFIER.NAME = "contnet_m"
+    # Classes that the classifier has a logit for.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
-    # For timm's models: stochastic depth, in [0, 1), and other arguments of timm.create_model, as
-    # [[dynamic_img_size, True]].
+    # Stochastic depth of timm's models, in [0, 1).
     cfg.MODEL.CLASSIFIER.DROP_PATH_RATE = 0.0
+    # Other arguments of timm.create_model for timm's models, as [[dynamic_img_size, True]].
     cfg.MODEL.CLASSIFIER.OPTIONS = []
-    # Of the target that goes to all classes alike, in [0, 1).
+    # Label smoothing: share of the target that goes to all classes alike, in [0, 1).
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
-    # Mix pairs of images and of their labels, by blending (mixup) or by pasting a box (CutMix):
-    # parameter of the Beta distribution that the share is drawn from; 0: never.
+    # Mixup blends pairs of images and of their labels: parameter of the Beta distribution that the
+    # share is drawn from; 0: never.
     cfg.MODEL.CLASSIFIER.MIXUP_ALPHA = 0.0
+    # CutMix pastes a box of one image into another, and mixes their labels: parameter of the Beta
+    # distribution that the box's share is drawn from; 0: never.
     cfg.MODEL.CLASSIFIER.CUTMIX_ALPHA = 0.0
-    # Share of batches that are mixed; and of those, where both are on, by CutMix. In [0, 1].
+    # Share of batches that are mixed, in [0, 1].
     cfg.MODEL.CLASSIFIER.MIX_PROB = 1.0
+    # Share of the mixed batches that CutMix mixes, in [0, 1], where mixup is on, too.
     cfg.MODEL.CLASSIFIER.CUTMIX_PROB = 0.5
     # Keep images and convolutions in channels-last order, which GPUs with tensor cores prefer.
     cfg.MODEL.CLASSIFIER.CHANNELS_LAST = False
@@ -134,8 +149,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Gradient accumulation: forward and backward passes per optimiser step. SOLVER.IMS_PER_BATCH
     # stays the number of images per optimiser step, over all processes and passes.
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
-    # Keep an exponential moving average (EMA) of the weights and evaluate it.
+    # Exponential moving average (EMA) of the weights.
     cfg.SOLVER.EMA = CfgNode()
+    # Keep an EMA of the weights and evaluate it.
     cfg.SOLVER.EMA.ENABLED = False
     # What stays of the EMA at each optimiser step, in (0, 1).
     cfg.SOLVER.EMA.DECAY = 0.9999
@@ -146,9 +162,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # setting, which so far is tf32 for convolutions and ieee for products.
     cfg.SOLVER.FLOAT32_PRECISION = ""
     # Compile a ConTNet's encoders for training (torch.compile), which takes minutes at the start;
-    # not tried on a GPU yet. And the share of what a forward pass would keep for the backward pass
-    # that compiled encoders keep, in (0, 1]; the rest is computed again.
+    # not tried on a GPU yet.
     cfg.SOLVER.COMPILE = False
+    # Share of what a forward pass would keep for the backward pass that compiled encoders keep, in
+    # (0, 1]; the rest is computed again.
     cfg.SOLVER.COMPILE_MEMORY_BUDGET = 1.0
     # Checkpoints of the latest iterations that stay on disk, besides model_final and model_best.
     cfg.SOLVER.CHECKPOINTS_KEPT = 3
@@ -157,13 +174,18 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # False: the training waits until it is on the disk.
     cfg.SOLVER.CHECKPOINT_BACKGROUND = True
 
-    # In epochs (also 0.5) what SOLVER.MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and
-    # TEST.EVAL_PERIOD say in iterations; 0 or (): not used. An epoch is all images that training
-    # uses. When a run starts they become iterations, and 0 (docs/training.md).
+    # Epochs in the place of iterations, also fractions as 0.5. An epoch is all images that training
+    # uses. When a run starts, they become iterations and these keys 0 (docs/training.md).
+
+    # SOLVER.MAX_ITER in epochs; 0: not used.
     cfg.SOLVER.MAX_EPOCHS = 0.0
+    # SOLVER.STEPS in epochs; (): not used.
     cfg.SOLVER.STEPS_EPOCHS = ()
+    # SOLVER.WARMUP_ITERS in epochs; 0: not used.
     cfg.SOLVER.WARMUP_EPOCHS = 0.0
+    # SOLVER.CHECKPOINT_PERIOD in epochs; 0: not used.
     cfg.SOLVER.CHECKPOINT_PERIOD_EPOCHS = 0.0
+    # TEST.EVAL_PERIOD in epochs; 0: not used.
     cfg.TEST.EVAL_PERIOD_EPOCHS = 0.0
 
     # Power of WarmupPolyLR: the rate falls as (1 - iteration / MAX_ITER)^power.
@@ -178,11 +200,14 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # and evaluation: a worker is stopped, or the images' storage does not answer. 0: never.
     cfg.DATALOADER.TIMEOUT = 600
 
-    # Images of ImageClassifier. Training crops a part of this share and aspect ratio, SIZE x SIZE
-    # pixels after resizing.
+    # Images of ImageClassifier. Training crops a part of random share and aspect ratio and resizes
+    # it.
     cfg.INPUT.CLASSIFIER = CfgNode()
+    # Height and width of a training image after resizing, in pixels.
     cfg.INPUT.CLASSIFIER.SIZE = 224
+    # Least and greatest share of the image's area that a training crop has.
     cfg.INPUT.CLASSIFIER.SCALE = [0.08, 1.0]
+    # Least and greatest width by height of a training crop.
     cfg.INPUT.CLASSIFIER.RATIO = [0.75, 4 / 3]
     # How training images are resized: bilinear, bicubic, or random (one of them for each image).
     cfg.INPUT.CLASSIFIER.INTERPOLATION = "bilinear"
@@ -192,10 +217,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     cfg.INPUT.CLASSIFIER.COLOR_JITTER = 0.0
     # Share of images that lose a random box to noise, in [0, 1].
     cfg.INPUT.CLASSIFIER.RANDOM_ERASING = 0.0
-    # Test: shorter side after resizing, and side of the centre crop, in pixels.
+    # Shorter side of a test image after resizing, in pixels.
     cfg.INPUT.CLASSIFIER.RESIZE_TEST = 256
+    # Side of the centre crop of a test image, in pixels, at most RESIZE_TEST.
     cfg.INPUT.CLASSIFIER.CROP_TEST = 224
-    # bilinear or bicubic.
+    # How test images are resized: bilinear or bicubic.
     cfg.INPUT.CLASSIFIER.INTERPOLATION_TEST = "bilinear"
 
     # Most pixels (width x height) of an image; a larger one is refused. 0: no limit. The default is
@@ -205,11 +231,13 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # For semantic segmentation: largest share of a crop that one class may fill, in (0, 1]; other
     # crops are drawn again, up to ten times.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
-    # WindowSegmentor: average the logits of windows instead of looking at the whole image at once.
-    # SIZE and STRIDE are height and width in pixels of the network's input.
+    # Sliding window of WindowSegmentor.
     cfg.TEST.SLIDING_WINDOW = CfgNode()
+    # Average the logits of windows instead of looking at the whole image at once.
     cfg.TEST.SLIDING_WINDOW.ENABLED = False
+    # Height and width of a window, in pixels of the network's input.
     cfg.TEST.SLIDING_WINDOW.SIZE = [512, 1024]
+    # From window to window, vertically and horizontally, in pixels; at most SIZE.
     cfg.TEST.SLIDING_WINDOW.STRIDE = [341, 683]
     # Data sets of your own. In COCO's format: [name, annotation file, image folder]. To classify
     # images: [name, folder] for class folders or shards, and [name, label file, folder] for images

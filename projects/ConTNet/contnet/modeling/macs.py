@@ -22,15 +22,25 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from contnet.modeling.attribution import attribute
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.encoder import Attention
 from contnet.modeling.pspnet import PSPHead
 
-__all__ = ["build_meta_model", "count_macs", "count_parameters", "macs_of_call"]
+__all__ = [
+    "MASKS",
+    "PROPOSALS",
+    "build_meta_model",
+    "count_macs",
+    "count_macs_by_module",
+    "count_parameters",
+    "macs_of_call",
+]
 
-_PROPOSALS = 1000
-_MASKS = 100
+# Regions of an image that go through the box head, and through the mask head.
+PROPOSALS = 1000
+MASKS = 100
 _NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 
 
@@ -85,11 +95,11 @@ def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> N
         model.proposal_generator.rpn_head([features[name] for name in cfg.MODEL.RPN.IN_FEATURES])
         width = features[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].shape[1]
         heads, side = model.roi_heads, cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-        pooled = torch.empty(_PROPOSALS, width, side, side, device="meta")
+        pooled = torch.empty(PROPOSALS, width, side, side, device="meta")
         heads.box_predictor(heads.box_head(pooled))
         if cfg.MODEL.MASK_ON:
             side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-            heads.mask_head.layers(torch.empty(_MASKS, width, side, side, device="meta"))
+            heads.mask_head.layers(torch.empty(MASKS, width, side, side, device="meta"))
 
 
 def _kind(operator: str) -> str:
@@ -100,11 +110,56 @@ def _kind(operator: str) -> str:
 
 
 def _by_operator(counter: FlopCounterMode) -> Counter[str]:
-    """G MACs that PyTorch has counted, by kind."""
+    """G MACs that PyTorch has counted so far, by kind."""
     total: Counter[str] = Counter()
-    for operator, number in counter.get_flop_counts()["Global"].items():
+    for operator, number in counter.flop_counts["Global"].items():
         total[_kind(str(operator))] += number / 2e9  # it counts additions, too
     return total
+
+
+def count_macs_by_module(
+    cfg: CfgNode, model: nn.Module, size: tuple[int, int]
+) -> dict[str, Counter[str]]:
+    """Counts one image's multiply-adds (MACs) in each module, without those of its children.
+
+    The arguments and kinds are those of :func:`count_macs`.
+
+    Returns:
+        MACs by the module's name and by kind, in units of 10^9.
+    """
+    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
+    if isinstance(model, ImageClassifier):
+        counter = FlopCounterMode(display=False)
+        with counter, attribute(model, lambda: _by_operator(counter)) as own:
+            model.network(image)
+        return own
+
+    counter = FlopCounterMode(display=False)
+
+    def convolutions() -> dict[str, float]:
+        return {"convolution": _by_operator(counter)["convolution"]}
+
+    names = {module: name for name, module in model.named_modules()}
+
+    def count(module: nn.Module, args: tuple, out: Tensor) -> None:
+        for kind, number in macs_of_call(module, args[0], out):
+            # The products of convolutions are counted by operators.
+            if kind != "convolution":
+                own[names[module]]["convolution" if kind == "bias" else kind] += number / 1e9
+
+    handles = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        # Its own forward takes a dict.
+        if not isinstance(module, PSPHead)
+    ]
+    try:
+        with torch.no_grad(), counter, attribute(model, convolutions) as own:
+            _run_heads(cfg, model, model.backbone(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return own
 
 
 def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter[str]:
@@ -118,32 +173,9 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
     Returns:
         MACs by kind, in units of 10^9; "attention" is what the published figures leave out.
     """
-    image = torch.empty(1, len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
-    if isinstance(model, ImageClassifier):
-        with FlopCounterMode(display=False) as counter:
-            model.network(image)
-        return _by_operator(counter)
     total: Counter[str] = Counter()
-
-    def count(module: nn.Module, args: tuple, out: Tensor) -> None:
-        for kind, number in macs_of_call(module, args[0], out):
-            # The products of convolutions are counted by operators.
-            if kind != "convolution":
-                total["convolution" if kind == "bias" else kind] += number / 1e9
-
-    handles = [
-        module.register_forward_hook(count)
-        for module in model.modules()
-        # Its own forward takes a dict.
-        if not isinstance(module, PSPHead)
-    ]
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _run_heads(cfg, model, model.backbone(image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    total["convolution"] += _by_operator(counter)["convolution"]
+    for counts in count_macs_by_module(cfg, model, size).values():
+        total.update(counts)
     return total
 
 

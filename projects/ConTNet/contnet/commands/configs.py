@@ -1,0 +1,274 @@
+"""What tools/configs.py prints: the configs that there are, resolved, compared; what keys mean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from tabulate import tabulate
+
+from contnet.config import add_contnet_config
+from contnet.config.comments import find_definition
+from contnet.config.differences import differences, read_values, show
+from contnet.config.nodes import flatten, get_value
+from contnet.launch.legal_values import legal_values
+from contnet.launch.preflight_config import load_checked_config
+from contnet.modeling.fpn import bottom_up_name
+from contnet.modeling.pspnet import SEGMENTORS
+from contnet.utils.command import EXIT_STATUSES, run_command
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.text import nearest, say
+
+__all__ = [
+    "backbone_of",
+    "build_parser",
+    "changed_values",
+    "describe_config",
+    "explain_key",
+    "list_configs",
+    "main",
+    "parse_arguments",
+    "system_of",
+]
+
+_EPILOG = """\
+examples:
+  configs.py list retinanet 3x
+  configs.py show configs/faster_rcnn_contm.yaml --changed SOLVER.MAX_ITER 180000
+  configs.py diff configs/fcos_contm.yaml configs/fcos_plain_contm.yaml
+  configs.py explain MODEL.CONTNET.TAPS
+"""
+_CONFIGS = Path(__file__).resolve().parents[4] / "configs"
+_COLUMNS = ("config", "system", "backbone", "schedule", "data set")
+
+
+# --- the list ------------------------------------------------------------------------------------
+
+
+def system_of(cfg: CfgNode) -> str:
+    """What a config trains, as "Mask R-CNN"; for models of extensions, their name."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "GeneralizedRCNN":
+        return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
+    if architecture in SEGMENTORS and cfg.MODEL.SEM_SEG_HEAD.NAME == "PSPHead":
+        return "PSPNet"
+    return "classifier" if architecture == "ImageClassifier" else architecture
+
+
+def backbone_of(cfg: CfgNode) -> str:
+    """The network of a config, as "contnet_m" or "resnet50"."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return cfg.MODEL.CLASSIFIER.NAME
+    name = bottom_up_name(cfg.MODEL.BACKBONE.NAME)
+    depth = {"contnet": cfg.MODEL.CONTNET.VARIANT, "resnet": f"resnet{cfg.MODEL.RESNETS.DEPTH}"}
+    return depth.get(name, name)
+
+
+def _schedule(cfg: CfgNode) -> str:
+    solver = cfg.SOLVER
+    length = f"{solver.MAX_EPOCHS:g} epochs" if solver.MAX_EPOCHS else f"{solver.MAX_ITER} it."
+    return f"{length}, {solver.IMS_PER_BATCH} images"
+
+
+def describe_config(path: Path) -> tuple[str, ...]:
+    """System, backbone, schedule and training sets of a config file."""
+    cfg = load_checked_config(str(path))
+    datasets = ", ".join(cfg.DATASETS.TRAIN) or "-"
+    return system_of(cfg), backbone_of(cfg), _schedule(cfg), datasets
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def list_configs(words: Sequence[str] = (), folder: Path = _CONFIGS) -> list[tuple[str, ...]]:
+    """The configs of a folder, without those that others build on (``Base*``).
+
+    Args:
+        words: each must be in the path or in one of the columns; capitals do not matter.
+        folder: is searched with the folders in it.
+
+    Returns:
+        A row for each: path, system, backbone, schedule, training sets.
+
+    Raises:
+        UserError: if there is none.
+    """
+    rows = []
+    for path in sorted(folder.rglob("*.yaml")):
+        if not path.name.startswith("Base"):
+            row = _shown(path), *describe_config(path)
+            text = " ".join((str(path.relative_to(folder)), *row[1:])).lower()
+            if all(word.lower() in text for word in words):
+                rows.append(row)
+    if not rows:
+        what = f" that has {' and '.join(map(repr, words))}" if words else ""
+        raise UserError(f"{folder} has no config{what}: leave words out")
+    return rows
+
+
+# --- one config, and two -------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list that two keys share out for both: aliases are hard to read."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _nested(values: Mapping[str, object]) -> dict:
+    """Values by key with dots as nested mappings."""
+    root: dict = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        node = root
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = value
+    return root
+
+
+def changed_values(cfg: CfgNode) -> dict[str, object]:
+    """The values of a config that are not the defaults, by key with dots."""
+    defaults = read_values("{}", cfg)
+    return {key: now for key, (_, now) in differences(defaults, cfg).items()}
+
+
+def _show(args: argparse.Namespace) -> None:
+    cfg = load_checked_config(args.config, args.opts)
+    values = changed_values(cfg) if args.changed else read_values(cfg.dump(), cfg)
+    say(*yaml.dump(_nested(values), Dumper=_Dumper).rstrip("\n").split("\n"))
+
+
+def _diff(args: argparse.Namespace) -> None:
+    before, now = map(load_checked_config, (args.config, args.other))
+    different = differences(read_values(before.dump(), now), now)
+    say(*(show(key, *both) for key, both in sorted(different.items())))
+    print(f"keys that differ: {len(different)}")
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    return cfg
+
+
+def _check_key(key: str) -> None:
+    known = dict(flatten(_defaults(), _defaults()))
+    parts = [name.split(".") for name in known]
+    groups = {".".join(each[:depth]) for each in parts for depth in range(1, len(each))}
+    if key not in known and key not in groups:
+        near = nearest(key, [*known, *groups])
+        raise UsageError(f"there is no key {key}, the nearest is {near}")
+
+
+def _source(key: str) -> str:
+    """The file and line where a key is defined, and whose it is."""
+    found = find_definition(key)
+    path = Path(found.file)
+    owner = "this project" if found.ours else "Detectron2"
+    return f"{owner}, {os.path.join(*path.parts[-3:])}, line {found.line}"
+
+
+def _facts(facts: Mapping[str, str]) -> list[str]:
+    return [
+        line
+        for name, text in facts.items()
+        for line in textwrap.wrap(
+            text, 96, initial_indent=f"  {name + ':':9}", subsequent_indent=" " * 11
+        )
+    ]
+
+
+def explain_key(key: str) -> list[str]:
+    """What a key means, its default and its legal values, in lines; of a group, also its keys.
+
+    Raises:
+        UsageError: if there is no such key.
+    """
+    _check_key(key)
+    value = get_value(_defaults(), key)
+    comment = find_definition(key).comment
+    lines = [key, *textwrap.wrap(comment or "(its definition has no comment)", 96)]
+    lines = [lines[0], *(f"  {line}" for line in lines[1:])]
+    facts = {"defined": _source(key)}
+    if isinstance(value, CfgNode):
+        below = (f"{name} {each!r}" for name, each in flatten(value, value))
+        return [*lines, *_facts(facts), "  keys and defaults:", *(f"    {each}" for each in below)]
+    return [*lines, *_facts({"default": repr(value), "legal": legal_values(key, value), **facts})]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of tools/configs.py."""
+    parser = argparse.ArgumentParser(
+        description="Lists, resolves and compares configs, and says what their keys mean.",
+        epilog=f"{_EPILOG}\n{EXIT_STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    forms = parser.add_subparsers(dest="form", required=True, metavar="{list,show,diff,explain}")
+    form = forms.add_parser("list", help="the configs that there are", allow_abbrev=False)
+    form.add_argument("words", nargs="*", metavar="WORD", help="only those that have all words")
+    form.set_defaults(run=_list)
+    form = forms.add_parser(
+        "show", help="a config with all of _BASE_ and overrides, as yaml", allow_abbrev=False
+    )
+    form.add_argument("config", metavar="FILE", help="a yaml of configs/, or of a run")
+    form.add_argument("--changed", action="store_true", help="only what differs from the defaults")
+    form.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, in pairs")
+    form.set_defaults(run=_show)
+    form = forms.add_parser(
+        "diff", help="the keys that differ between two configs", allow_abbrev=False
+    )
+    form.add_argument("config", metavar="FILE", help="a yaml of configs/, or of a run")
+    form.add_argument("other", metavar="OTHER", help="another one")
+    form.set_defaults(run=_diff)
+    form = forms.add_parser(
+        "explain", help="what keys mean, their defaults and legal values", allow_abbrev=False
+    )
+    form.add_argument("keys", nargs="+", metavar="KEY", help="with dots; a key or a group of keys")
+    form.set_defaults(run=_explain)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> None:
+    say(*tabulate(list_configs(args.words), headers=_COLUMNS, tablefmt="plain").split("\n"))
+
+
+def _explain(args: argparse.Namespace) -> None:
+    for number, key in enumerate(args.keys):
+        say(*([""] if number else []), *explain_key(key))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses a command line (this process's own by default)."""
+    parser = build_parser()
+    # parse_intermixed_args, which takes overrides behind an option, cannot have forms.
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.form != "show" or rest[0].startswith("-")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.opts += rest
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/configs.py; returns the exit status."""
+    args = parse_arguments(argv)
+    return run_command(lambda: args.run(args))

@@ -1,0 +1,105 @@
+"""What a model costs, module by module: parameters, time, and what it keeps for the backward pass.
+
+MACs are counted by :mod:`contnet.modeling.macs`. Here everything is run for real, on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import ImageList
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from contnet.modeling.amp import autocast
+from contnet.modeling.attribution import attribute, sum_of_parts
+from contnet.modeling.classifier import ImageClassifier
+
+__all__ = ["count_saved", "own_parameters", "padded_size", "time_modules"]
+
+
+def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width, in pixels, that images of this size have once the model has padded them."""
+    if isinstance(model, ImageClassifier):
+        return size
+    backbone = model.backbone
+    image = torch.empty(1, *size, device="meta")
+    padded = ImageList.from_tensors(
+        [image], backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+    )
+    return tuple(padded.tensor.shape[-2:])
+
+
+def own_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each module without those of its children; shared ones are the first's."""
+    seen: set[nn.Parameter] = set()
+    own = {}
+    for name, module in model.named_modules():
+        own[name] = [each for each in module.parameters(recurse=False) if each not in seen]
+        seen.update(own[name])
+    return own
+
+
+def count_saved(cfg: CfgNode, model: nn.Module, inputs: Sequence[dict]) -> dict[str, Counter[str]]:
+    """Counts what a forward pass in training keeps for the backward pass: the activations.
+
+    Parameters and buffers are left out. What several operations keep counts once, for the first of
+    the modules. The pass runs in mixed precision if SOLVER.AMP says so.
+
+    Args:
+        cfg: the config that the model was built from.
+        model: is left in training mode; its running statistics and its random state move on.
+        inputs: images with truth.
+
+    Returns:
+        ``numbers`` and ``bytes`` by the module's name, without those of its children.
+    """
+    model.train()
+    tensors = [*model.parameters(), *model.buffers()]
+    # Storages are held, so that none is freed and its address given to another one.
+    held = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    total: Counter[str] = Counter(numbers=0, bytes=0)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            held[storage.data_ptr()] = storage
+            total["numbers"] += storage.nbytes() // tensor.element_size()
+            total["bytes"] += storage.nbytes()
+        return tensor.detach()  # an operation that kept its own result would never be freed
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    keep = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with attribute(model, lambda: total) as own, EventStorage(), autocast(cfg), keep:
+        model(inputs)
+    return own
+
+
+def time_modules(model: nn.Module, inputs: Sequence[dict], rounds: int) -> dict[str, float]:
+    """Times forward passes in inference, after one that is not timed.
+
+    Args:
+        model: is left in inference mode.
+        inputs: images.
+        rounds: how many passes.
+
+    Returns:
+        Seconds by the module's name, those of its children included: the median over the passes.
+    """
+    model.eval()
+    seconds: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        model(inputs)
+        for _ in range(rounds):
+            with attribute(model, lambda: {"seconds": time.perf_counter()}) as own:
+                model(inputs)
+            for name, counts in sum_of_parts(own).items():
+                seconds.setdefault(name, []).append(counts["seconds"])
+    return {name: median(each) for name, each in seconds.items()}

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Says what a config's model costs, module by module; ``--help`` lists the options."""
+
+import sys
+
+from contnet.modeling.compat import silence_known_warnings
+
+silence_known_warnings()  # before Detectron2 is imported
+
+from contnet.commands.analyze import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
