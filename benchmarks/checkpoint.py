@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.step import build_step, random_batch
+from benchmarks.step import build_step
 from benchmarks.timing import alternate
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.launch.preflight_config import load_checked_config
@@ -52,8 +52,7 @@ class _Training:
         cfg = load_checked_config(
             args.config_file, [word for pair in options.items() for word in pair]
         )
-        batch = random_batch(1, tuple(args.size))
-        model, optimizer, self.step = build_step(cfg, batch)
+        model, optimizer, self.step = build_step(cfg, 1, tuple(args.size))
         self.steps = args.steps or (3 if args.device == "cpu" else 60)
         self.in_save: dict[bool, list[float]] = {False: [], True: []}
         self.checkpointers = {}

@@ -7,20 +7,18 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks.timing import alternate, print_ratios
+from contnet.data.pipeline.random_inputs import random_inputs
 from contnet.engine.optimizer import build_optimizer
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.amp import autocast
 from contnet.modeling.build import build_model
 
-__all__ = ["add_arguments", "build_step", "random_batch", "run"]
-
-_OBJECTS = 7  # of an image, COCO's mean
+__all__ = ["add_arguments", "build_step", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,24 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of both")
 
 
-def random_batch(images: int, size: tuple[int, int]) -> list[dict]:
-    """Random images of ``size`` (height, width) with boxes, from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    side = torch.tensor([size[1], size[0]]).float()
-    batch = []
-    for _ in range(images):
-        corners = torch.rand(_OBJECTS, 2, generator=generator) * side * 0.7
-        extents = torch.rand(_OBJECTS, 2, generator=generator) * side * 0.3
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(torch.cat([corners, corners + extents + 4], 1))
-        instances.gt_classes = torch.randint(80, (_OBJECTS,), generator=generator)
-        pixels = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
-        batch.append({"image": pixels, "instances": instances, "height": size[0], "width": size[1]})
-    return batch
+def build_step(
+    cfg: CfgNode, images: int, size: tuple[int, int]
+) -> tuple[nn.Module, Optimizer, Callable[[], None]]:
+    """A detector, its optimiser, and a call that trains a step on random images.
 
-
-def build_step(cfg: CfgNode, batch: list[dict]) -> tuple[nn.Module, Optimizer, Callable[[], None]]:
-    """A detector, its optimiser, and a call that trains a step on the batch."""
+    Args:
+        cfg: of the detector.
+        images: how many.
+        size: height and width in pixels.
+    """
+    batch = random_inputs(cfg, images, size)
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
 
@@ -80,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if args.unfrozen:
         opts += ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.CONTNET.FREEZE_AT", "0"]
         opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.CONTNET.NORM", "BN"]
-    batch = random_batch(args.batch, tuple(args.size))
-    ways = {file: build_step(load_checked_config(file, opts), batch)[2] for file in args.configs}
+    ways = {
+        file: build_step(load_checked_config(file, opts), args.batch, tuple(args.size))[2]
+        for file in args.configs
+    }
     print_ratios(alternate(ways, args.rounds), args.configs[0])

@@ -22,7 +22,7 @@ from benchmarks import checkpoint
 from benchmarks.gpu.network import make_network, profile_step, record_profile
 from benchmarks.gpu.part import Part, measure
 from benchmarks.gpu.training import PRECISIONS, process_group
-from benchmarks.step import build_step, random_batch
+from benchmarks.step import build_step
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.amp import keep_regions_exact
 from contnet.modeling.build import use_channels_last
@@ -69,18 +69,19 @@ def profile_steps(part: Part) -> None:
     what = f"Faster R-CNN, {backbone}, {size[0]}x{size[1]}, batch {images}"
     with part.fence("profiled steps", step=what):
         cfg = _config(part, backbone, *PRECISIONS["bf16"])
-        record_profile(part, what, build_step(cfg, random_batch(images, size))[2])
+        record_profile(part, what, build_step(cfg, images, size)[2])
 
 
 def measure_steps(part: Part) -> None:
     """Faster R-CNN with ConT-M and with ResNet-50 as they are shipped; pooled regions."""
     backbones, size, images = _detectors(part)
-    batch = random_batch(images, size)
     row = {"size": f"{size[0]}x{size[1]}, batch {images}"}
     for precision, opts in {"bf16": PRECISIONS["bf16"], "fp32": (), "tf32": ()}.items():
         with part.fence("steps", precision=precision, **row), _tf32(precision == "tf32"):
             torch.manual_seed(0)
-            ways = {name: build_step(_config(part, name, *opts), batch)[2] for name in backbones}
+            ways = {
+                name: build_step(_config(part, name, *opts), images, size)[2] for name in backbones
+            }
             baselines = dict.fromkeys(ways, backbones[0])
             measure(part, "steps", ways, baselines, precision=precision, **row)
     for dtype in (torch.bfloat16, torch.float16):

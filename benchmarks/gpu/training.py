@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from benchmarks.gpu.part import Part
-from benchmarks.step import build_step, random_batch
+from benchmarks.step import build_step
 from contnet.checkpoint.names import LAST_CHECKPOINT, numbered_name
 from contnet.data.datasets.shapes import crop_shapes, make_shapes, shapes_datasets
 from contnet.data.datasets.shapes_cityscapes import shapes_to_cityscapes
@@ -199,7 +199,7 @@ def _train_sync_bn(part: Part) -> None:
         opts += _SMALL[""].split()
     with process_group(part) as backend:
         cfg = load_checked_config(str(_CONFIGS / "faster_rcnn_contti.yaml"), opts)
-        _, _, step = build_step(cfg, random_batch(2, size))
+        _, _, step = build_step(cfg, 2, size)
         for _ in range(5 if part.on_gpu else 1):
             step()
         part.synchronize()

@@ -18,19 +18,20 @@ _OBJECTS = 7  # of an image, COCO's mean
 _LEAST_SIDE = 0.02  # of a box, by the image's side
 
 
-def _random_objects(size: tuple[int, int], classes: int, bitmasks: bool) -> Instances:
-    """Boxes, whose masks are the whole boxes."""
+def _random_objects(cfg: CfgNode, size: tuple[int, int], classes: int) -> Instances:
+    """Boxes; where there are masks, they are the whole boxes."""
     height, width = size
     sides = torch.tensor([width, height, width, height])
     corners, extents = torch.rand(_OBJECTS, 2) * 0.7, torch.rand(_OBJECTS, 2) * 0.3
     boxes = torch.cat([corners, corners + extents.clamp(min=_LEAST_SIDE)], 1) * sides
-    polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].numpy()] for box in boxes.double()]
     objects = Instances(size)
     objects.gt_boxes = Boxes(boxes)
     objects.gt_classes = torch.randint(classes, (_OBJECTS,))
-    objects.gt_masks = (
-        BitMasks.from_polygon_masks(polygons, height, width) if bitmasks else PolygonMasks(polygons)
-    )
+    if cfg.MODEL.MASK_ON:
+        polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].numpy()] for box in boxes.double()]
+        objects.gt_masks = PolygonMasks(polygons)
+        if cfg.INPUT.MASK_FORMAT == "bitmask":
+            objects.gt_masks = BitMasks.from_polygon_masks(polygons, height, width)
     return objects
 
 
@@ -39,8 +40,7 @@ def _truths(cfg: CfgNode, size: tuple[int, int]) -> Iterator[tuple[str, Instance
     for kind, key in CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE].items():
         classes = get_value(cfg, key)
         if kind == "objects":
-            bitmasks = cfg.INPUT.MASK_FORMAT == "bitmask"
-            yield "instances", _random_objects(size, classes, bitmasks)
+            yield "instances", _random_objects(cfg, size, classes)
         elif kind == IMAGE_LABELS:
             yield "label", int(torch.randint(classes, ()))
         else:
