@@ -260,6 +260,9 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""
+    # Early stopping: a training ends after this many evaluations in a row without a better value
+    # of that metric, and model_best.pth is evaluated at the end. 0: it never ends early.
+    cfg.TEST.PATIENCE = 0
 
     # What becomes of an image of DATASETS.TEST that cannot be read. False: the evaluation ends, and
     # names it. True: it is left out, its objects, label or pixels count as missed, and results.json

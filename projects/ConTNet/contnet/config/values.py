@@ -71,6 +71,7 @@ COUNTS = {
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
     "TEST.IMS_PER_PROCESS": 1,
+    "TEST.PATIENCE": 0,
 }
 
 # Intervals as they are printed; a round bracket leaves the bound out.
@@ -253,6 +254,15 @@ def _check_solver(cfg: CfgNode) -> None:
         )
 
 
+def _check_patience(cfg: CfgNode) -> None:
+    test = cfg.TEST
+    if test.PATIENCE and not (test.EVAL_PERIOD or test.EVAL_PERIOD_EPOCHS):
+        raise config_error(
+            f"TEST.PATIENCE is {test.PATIENCE}, which does nothing without evaluations in "
+            "training: set TEST.EVAL_PERIOD"
+        )
+
+
 def _check_epochs(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     steps, end = list(solver.STEPS_EPOCHS), solver.MAX_EPOCHS
@@ -305,6 +315,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_windows(cfg)
     _check_solver(cfg)
     _check_epochs(cfg)
+    _check_patience(cfg)
     _check_end(cfg)
     _check_dataset_names(cfg)
     _check_register(cfg)

@@ -28,6 +28,8 @@ __all__ = [
     "BestCheckpoint",
     "CheckpointBeforeEvaluation",
     "CollectGarbage",
+    "EarlyStopping",
+    "EndsEarly",
     "Evaluation",
     "FirstProgress",
     "LauncherHook",
@@ -108,6 +110,12 @@ class Evaluation(HookBase):
         period: in iterations; 0 for only at the end.
         function: returns the metrics by task, on the main process.
         choose: names the metric that counts, of all that there are; "" for none.
+        patience: evaluations in a row without a better one, after which the training ends; 0: it
+            does not.
+
+    Attributes:
+        results: of the last one, on the main process.
+        best: metric, value and iteration of the best one, and how many have come since.
     """
 
     def __init__(
@@ -115,12 +123,19 @@ class Evaluation(HookBase):
         period: int,
         function: Callable[[], dict],
         choose: Callable[[Mapping[str, float]], str],
+        patience: int = 0,
     ):
         self.period = period
         self.function = function
         self.choose = choose
+        self.patience = patience
         self.results = {}
-        self.best = {}  # metric, value, iteration; of the main process
+        self.best = {}
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the training is to end, or has ended, before its last iteration."""
+        return 0 < self.patience <= self.best.get("waited", 0)
 
     def after_step(self) -> None:
         if not is_due(self.trainer.iter, self.period, self.trainer.max_iter):
@@ -131,7 +146,10 @@ class Evaluation(HookBase):
             scalars = {key: float(value) for key, value in flat.items()}
             self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
             self._compare(scalars)
-        comm.synchronize()
+        self.best = comm.all_gather(self.best)[0]
+        if self.is_hopeless:
+            # All that is due at the end is due now.
+            self.trainer.max_iter = self.trainer.iter + 1
 
     def _compare(self, scalars: Mapping[str, float]) -> None:
         metric = self.choose(scalars)
@@ -142,6 +160,8 @@ class Evaluation(HookBase):
         value = scalars[metric]
         if value > self.best.get("value", -math.inf):  # not-a-number is above nothing
             self.best = {"metric": metric, "value": value, "iteration": self.trainer.iter}
+        else:
+            self.best = {"metric": metric, **self.best, "waited": self.best.get("waited", 0) + 1}
 
     def state_dict(self) -> dict:
         return dict(self.best)
@@ -289,6 +309,32 @@ class BestCheckpoint(HookBase):
         if best.get("iteration") == self.trainer.iter:
             logger.info(f"The best {best['metric']} so far: {best['value']:.2f}")
             self.checkpointer.save(BEST, iteration=self.trainer.iter)
+
+
+class EndsEarly(BaseException):
+    """Leaves the training loop, of all ranks, before its last iteration."""
+
+
+class EarlyStopping(HookBase):
+    """Ends a training whose evaluations have not become better for long.
+
+    Args:
+        evaluation: has come before, and knows.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self.evaluation = evaluation
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if self.evaluation.is_hopeless:
+            best = self.evaluation.best
+            logger.warning(
+                f"The training ends early, after iteration {trainer.iter}: {best['waited']} "
+                f"evaluations without a {best['metric']} above {best.get('value', math.nan):.2f}"
+            )
+            trainer.iter += 1  # as after the last iteration
+            raise EndsEarly
 
 
 class LauncherHook(HookBase):

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.metadata import describe_model
+from contnet.checkpoint.names import BEST
 from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader, to_device, waiting_for_batch
@@ -30,6 +32,8 @@ from contnet.engine.hooks import (
     BestCheckpoint,
     CheckpointBeforeEvaluation,
     CollectGarbage,
+    EarlyStopping,
+    EndsEarly,
     Evaluation,
     FirstProgress,
     LauncherHook,
@@ -55,7 +59,7 @@ from contnet.engine.writers import build_writers, truncate_metrics
 from contnet.evaluation.evaluate import Evaluator
 from contnet.evaluation.metrics import check_best_metric, main_metric
 from contnet.evaluation.progress import Progress
-from contnet.evaluation.results import truncate_results
+from contnet.evaluation.results import read_results, truncate_results
 from contnet.modeling.amp import autocast, grad_scaler
 from contnet.modeling.build import build_model
 from contnet.modeling.classifier import ImageClassifier
@@ -147,7 +151,9 @@ class Trainer(SimpleTrainer):
             **extras,
         )
         self.evaluator = Evaluator(cfg, self.launcher.guard, metadata.classes, warnings)
-        self.evaluation = Evaluation(cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg))
+        self.evaluation = Evaluation(
+            cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg), cfg.TEST.PATIENCE
+        )
         self.scheduler = build_lr_scheduler(cfg, optimizer)
         before_evaluation = CheckpointBeforeEvaluation(
             self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
@@ -293,9 +299,10 @@ class Trainer(SimpleTrainer):
 
     def fit(self) -> dict:
         """Trains from ``start_iter`` to the end; returns the last evaluation's metrics."""
-        if self.start_iter >= self.max_iter and self.pending_evaluation is None:
+        finished = self.start_iter >= self.max_iter or self.evaluation.is_hopeless
+        if finished and self.pending_evaluation is None:
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
-            return {}
+            return self._evaluate_best() if self.evaluation.is_hopeless else {}
         self.evaluator.prepare()
         check_best_metric(self.cfg)  # anew, for now the classes are known
         if comm.is_main_process():
@@ -305,8 +312,27 @@ class Trainer(SimpleTrainer):
             truncate_results(self.cfg.OUTPUT_DIR, self.done, guard)
             record_run(self.cfg, self.batch_sampler.seed, self.start_iter, guard)
         self.register_hooks([*self._output_hooks(), self.launcher])
-        self.train(self.start_iter, self.max_iter)
+        try:
+            self.train(self.start_iter, self.max_iter)
+        except EndsEarly:
+            return self._evaluate_best() or self.evaluation.results
         return self.evaluation.results
+
+    def _evaluate_best(self) -> dict:
+        """Metrics of the best weights of a training that has ended early, unless they are known."""
+        cfg, iteration = self.cfg, self.evaluation.best.get("iteration")
+        file = str(Path(cfg.OUTPUT_DIR, f"{BEST}.pth"))
+        known = [(each["weights"], each["iteration"]) for each in read_results(cfg.OUTPUT_DIR)]
+        if iteration is None or comm.all_gather((file, iteration) in known)[0]:
+            return {}
+        if not comm.all_gather(Path(file).is_file())[0]:  # of a run in another folder
+            logger.warning(f"{file} is not there: the best weights are not evaluated at the end")
+            return {}
+        self.checkpointer.load(file, [], ema=self.ema is not None)
+        with self.launcher.evaluating():
+            return self.evaluator.evaluate(
+                self.unwrapped_model, tta=cfg.TEST.AUG.ENABLED, iteration=iteration, weights=file
+            )
 
     def _output_hooks(self) -> list:
         cfg = self.cfg
@@ -317,6 +343,7 @@ class Trainer(SimpleTrainer):
             WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, self.launcher.guard),
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            EarlyStopping(self.evaluation),
         ]
 
     def before_train(self) -> None:
