@@ -132,6 +132,21 @@ def test_a_video(models, tmp_path):
     assert drawn.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
 
 
+def test_a_video_that_was_cut(models, tmp_path, capsys):
+    frames = [np.random.default_rng(k).integers(0, 256, (64, 96, 3), np.uint8) for k in range(20)]
+    writer = cv2.VideoWriter(
+        str(tmp_path / "whole.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (96, 64)
+    )
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    data = (tmp_path / "whole.avi").read_bytes()
+    path, out = tmp_path / "film.avi", tmp_path / "out"
+    path.write_bytes(data[: len(data) // 2])
+    assert main([models("retinanet_contti"), str(path), "--output", str(out), "--no-pictures"]) == 1
+    assert "film.avi" in capsys.readouterr().err
+
+
 def test_maps_and_classes(models, tmp_path):
     image, maps, classes = save(tmp_path / "a.png"), tmp_path / "maps", tmp_path / "classes"
     assert main([models("cityscapes/pspnet_contti"), str(image), "--output", str(maps)]) == 0

@@ -41,6 +41,7 @@ __all__ = ["PredictionSettings", "predict_files"]
 _UNREADABLE = "unreadable"
 _CODEC = "mp4v"
 _FRAMES_PER_SECOND = 25.0  # of a video that does not say
+_WHOLE = 0.9  # of its frames
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class _Share:
             except UnreadableFile as error:
                 yield _Outcome(file, unreadable=str(error))
                 continue
-            yield self._outcome(file, self._find(image), image)
+            shown = image if self.settings.pictures else None
+            yield self._outcome(file, self._find(image), shown)
 
     def _find(self, image: np.ndarray) -> dict:
         if self.settings.tile:
@@ -179,6 +181,7 @@ class _Share:
         rows: list[dict] = []
         number = 0
         source = cv2.VideoCapture(file.path)
+        length = source.get(cv2.CAP_PROP_FRAME_COUNT)
         path = self.settings.output / "videos" / f"{file.name}.mp4"
         writer = None
         try:
@@ -197,9 +200,12 @@ class _Share:
             source.release()
             if writer is not None:
                 writer.release()
+        unreadable = ""
         if not number:
-            return _Outcome(file, unreadable=f"the video {file.path} cannot be read")
-        return _Outcome(file, rows, (), number)
+            unreadable = f"the video {file.path} cannot be read"
+        elif number < _WHOLE * length:  # which some files only estimate
+            unreadable = f"the video {file.path} can be read up to frame {number} of {length:.0f}"
+        return _Outcome(file, rows, (), number, unreadable)
 
 
 def _next_frame(source: cv2.VideoCapture) -> np.ndarray | None:
@@ -270,8 +276,8 @@ def _write(
         say(f"page {page}")
     if unreadable := [each.file.path for each in outcomes if each.unreadable]:
         raise UserError(
-            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read, and are left "
-            f"out: {first_names(unreadable)}"
+            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read whole: "
+            f"{first_names(unreadable)}"
         )
 
 
