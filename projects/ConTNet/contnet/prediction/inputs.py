@@ -50,7 +50,7 @@ class Inputs:
 
 
 # A file, the name that people know it by, and its id in a COCO file.
-_Found = tuple[Path, str, int | None]
+_Found = tuple[Path, str, int | str | None]
 
 
 def _is_wanted(path: Path) -> bool:
@@ -74,8 +74,10 @@ def _of_coco(file: Path, root: str, categories: dict[str, int]) -> Iterator[_Fou
             raise UsageError(f"{file}: the category {name} has another id in an earlier file")
     for image in content["images"]:
         name = image.get("file_name")
-        if not isinstance(name, str) or not isinstance(image.get("id"), int):
-            raise UsageError(f"{file}: each image must have a file_name and a whole number as id")
+        if not isinstance(name, str) or not isinstance(image.get("id"), (int, str)):
+            raise UsageError(
+                f"{file}: each image must have a file_name, and a number or a text as id"
+            )
         yield Path(root or file.parent, name), name, image["id"]
 
 

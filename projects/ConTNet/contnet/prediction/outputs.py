@@ -125,8 +125,7 @@ def save_picture(folder: Path, image: Input, drawn: np.ndarray, caption: str) ->
     picture = Image.fromarray(drawn)
     picture.save(path, quality=90)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    name = image.name if isinstance(image.image_id, int) else image.image_id
-    return Thumbnail(name, path.relative_to(folder).as_posix(), np.asarray(picture), caption)
+    return Thumbnail(image.name, path.relative_to(folder).as_posix(), np.asarray(picture), caption)
 
 
 def write_results(folder: Path, rows: Sequence[dict]) -> Path:
