@@ -10,12 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from contnet.config import add_contnet_config
 from contnet.config.comments import find_definition
 from contnet.config.differences import differences, read_values, show
+from contnet.config.keys import default_config
 from contnet.config.nodes import flatten, get_value
 from contnet.launch.legal_values import legal_values
 from contnet.launch.preflight_config import load_checked_config
@@ -161,9 +161,7 @@ def _diff(args: argparse.Namespace) -> None:
 
 @lru_cache(maxsize=1)
 def _defaults() -> CfgNode:
-    cfg = get_cfg()
-    add_contnet_config(cfg)
-    return cfg
+    return default_config()
 
 
 def _check_key(key: str) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from contnet.config.keys import add_contnet_config
+from contnet.config.keys import default_config
 from contnet.config.nodes import flatten
 from contnet.utils.yaml_text import parse_yaml
 
@@ -22,9 +22,7 @@ def _values(cfg: CfgNode) -> dict[str, object]:
 
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, object]:
-    cfg = get_cfg()
-    add_contnet_config(cfg)
-    return _values(cfg)
+    return _values(default_config())
 
 
 def read_values(text: str, cfg: CfgNode) -> dict[str, object]:

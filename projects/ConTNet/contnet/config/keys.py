@@ -5,9 +5,9 @@ The comment right above a key is its help in ``tools/configs.py explain``.
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-__all__ = ["MAX_PIXELS", "add_contnet_config"]
+__all__ = ["MAX_PIXELS", "add_contnet_config", "default_config"]
 
 # Twice Pillow's Image.MAX_IMAGE_PIXELS, from where on it warns.
 MAX_PIXELS = 178_956_970
@@ -274,3 +274,10 @@ def add_contnet_config(cfg: CfgNode) -> None:
 
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
+
+
+def default_config() -> CfgNode:
+    """All keys, Detectron2's and this project's, with their defaults; not frozen."""
+    cfg = get_cfg()
+    add_contnet_config(cfg)
+    return cfg

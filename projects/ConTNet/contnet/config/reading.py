@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from fvcore.common.config import BASE_KEY
 
-from contnet.config.keys import add_contnet_config
+from contnet.config.keys import default_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.paths import expand_path
 from contnet.config.values import check_values
@@ -239,8 +239,7 @@ def _substitute_sync_bn(cfg: CfgNode) -> None:
 
 def _merge(content: dict, where: str, opts: Sequence[str]) -> CfgNode:
     """The defaults, changed by a config's content and then by overrides; checked."""
-    cfg = get_cfg()
-    add_contnet_config(cfg)
+    cfg = default_config()
     for key, value in flatten(content, cfg):
         _assign(cfg, key, value, where)
     for key, value in _pairs(list(opts)):
@@ -304,8 +303,7 @@ def load_finished_config(config_file: str) -> CfgNode:
         UserError: for a file that cannot be read, or does not hold this project's keys.
     """
     content = _read_yaml(config_file)
-    cfg = get_cfg()
-    add_contnet_config(cfg)
+    cfg = default_config()
     if missing := dict(flatten(cfg, cfg)).keys() - dict(flatten(content, cfg)).keys():
         raise config_error(f"{config_file} is no whole config, it lacks {min(missing)}")
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import timm
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
@@ -20,7 +20,7 @@ from detectron2.modeling import (
 
 import contnet.modeling.build  # noqa: F401, fills the registries
 from contnet.config import load_config, parse_config
-from contnet.config.keys import add_contnet_config
+from contnet.config.keys import default_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.values import check_choice, is_number
 from contnet.data.pipeline.loader import TRAIN_SAMPLERS
@@ -180,9 +180,7 @@ _OPTIONS_OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained")
 
 @lru_cache(maxsize=1)
 def _defaults() -> CfgNode:
-    cfg = get_cfg()
-    add_contnet_config(cfg)
-    return cfg
+    return default_config()
 
 
 def _check_unused(cfg: CfgNode) -> None:
