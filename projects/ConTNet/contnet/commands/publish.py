@@ -16,7 +16,7 @@ from contnet.checkpoint.writing import encode_weights, write_weights
 from contnet.engine.resume import trainer_state
 from contnet.evaluation.results import markdown_tables, read_results
 from contnet.modeling.compat import silence_known_warnings
-from contnet.prediction.predictor import config_of, find_weights, load_run
+from contnet.prediction.predictor import build_predictor, config_of, find_weights
 from contnet.utils.command import EXIT_STATUSES, run_command
 from contnet.utils.errors import UserError
 from contnet.utils.files import atomic_write, writing
@@ -137,8 +137,9 @@ def publish(source: Path, target: Path) -> Path:
     weights = read_weights(str(path), prefer_ema=True)
     if not weights.metadata or not weights.metadata.config:
         raise UserError(f"{path} is no checkpoint of a training of this project")
-    load_run(path, device="cpu")  # refuses what does not load whole
-    cfg = _without_folders(config_of(weights))
+    cfg = config_of(weights)
+    build_predictor(cfg.clone(), weights, "cpu")  # refuses what does not load whole
+    cfg = _without_folders(cfg)
     iteration = trainer_state(weights.rest).get("iteration")
     facts = replace(weights.metadata, config=cfg.dump(), classes=weights.classes)
     results = _results(path.parent, iteration)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-from pycocotools import mask as rle
 
+from contnet.evaluation.coco_ap import encode_masks
 from contnet.prediction.inputs import Input
 from contnet.report.page import ContactSheet, Facts, Thumbnail, write_page
 from contnet.utils.files import atomic_write
@@ -45,13 +46,9 @@ def category_ids(class_names: Sequence[str], categories: Mapping[str, int]) -> l
     return None if None in ids else ids
 
 
-def _rle(mask: np.ndarray) -> dict:
-    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
-
-
 def _detections(image: dict, found: dict, ids: Sequence[int]) -> list[dict]:
     rows = []
+    masks = encode_masks(torch.from_numpy(found["masks"])) if "masks" in found else None
     for index, (x0, y0, x1, y1) in enumerate(found["boxes"].tolist()):
         row = {
             **image,
@@ -60,8 +57,8 @@ def _detections(image: dict, found: dict, ids: Sequence[int]) -> list[dict]:
             "bbox": [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)],
             "score": round(float(found["scores"][index]), 5),
         }
-        if "masks" in found:
-            row["segmentation"] = _rle(found["masks"][index])
+        if masks is not None:
+            row["segmentation"] = masks[index]
         rows.append(row)
     return rows
 

@@ -26,7 +26,7 @@ from contnet.modeling.build import build_model
 from contnet.modeling.compat import silence_known_warnings
 from contnet.utils.errors import UsageError, UserError
 
-__all__ = ["Predictor", "config_of", "find_weights", "load_run"]
+__all__ = ["Predictor", "build_predictor", "config_of", "find_weights", "load_run"]
 
 _CONFIG_FILE = "config.yaml"
 _TOP = 5  # classes of a classification
@@ -196,8 +196,23 @@ def _choose_device(cfg: CfgNode, device: str) -> str:
     return name
 
 
-def _build(cfg: CfgNode, weights: Weights, device: str) -> Predictor:
-    (key,) = CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE].values()
+def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predictor:
+    """The model that a config describes, with the weights of a file.
+
+    Args:
+        cfg: not frozen; of the file, or one that it fits.
+        weights: of :func:`contnet.checkpoint.reading.read_weights`.
+        device: as of :func:`load_run`.
+
+    Raises:
+        UserError: if the weights do not fit, or the model is of no known task.
+    """
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if len(CLASS_KEYS.get(architecture, ())) != 1:
+        raise UserError(
+            f"{weights.path} is of the architecture {architecture}, which is not predicted"
+        )
+    (key,) = CLASS_KEYS[architecture].values()
     cfg.MODEL.DEVICE = _choose_device(cfg, device)
     if weights.classes:  # a config of configs/ has the number of its own data set's
         cfg.merge_from_list([key, len(weights.classes)])
@@ -234,7 +249,4 @@ def load_run(
     path = find_weights(path) if path.is_dir() else path
     weights = read_weights(str(path), prefer_ema=True)
     cfg = load_checked_config(str(config_file), opts) if config_file else config_of(weights)
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if len(CLASS_KEYS.get(architecture, ())) != 1:
-        raise UserError(f"{path} is of the architecture {architecture}, which is not predicted")
-    return _build(cfg, weights, device)
+    return build_predictor(cfg, weights, device)
