@@ -84,7 +84,7 @@ COMPILE = uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
   --custom-compile-command "make lock"
 UNIVERSAL = --universal --fork-strategy fewest --python-version 3.11
 lock:
-	$(COMPILE) $(UNIVERSAL) setup.cfg --extra test -o requirements/lock.txt
+	$(COMPILE) $(UNIVERSAL) setup.cfg --all-extras -o requirements/lock.txt
 	printf 'pip\nsetuptools<82\n' | $(COMPILE) $(UNIVERSAL) - -o requirements/build.txt
 	printf 'numpy<2\nopencv-python-headless<5\n' \
 	  | $(COMPILE) $(UNIVERSAL) - -o requirements/numpy1.txt
