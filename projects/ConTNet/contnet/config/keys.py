@@ -260,6 +260,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # The metric whose highest value marks model_best.pth, as metrics.json names it (bbox/AP50).
     # "": the main one of the first data set: segm/AP with masks, else bbox/AP, or the semantic IoU.
     cfg.TEST.BEST_METRIC = ""
+    # The losses on DATASETS.TEST, without augmentation, after each so many iterations and at the
+    # end, as validation/... in metrics.json. 0: never.
+    cfg.TEST.LOSS_PERIOD = 0
+    # TEST.LOSS_PERIOD in epochs; 0: not used.
+    cfg.TEST.LOSS_PERIOD_EPOCHS = 0.0
     # Early stopping: a training ends after this many evaluations in a row without a better value
     # of that metric, and model_best.pth is evaluated at the end. 0: it never ends early.
     cfg.TEST.PATIENCE = 0

@@ -71,6 +71,7 @@ COUNTS = {
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
     "TEST.IMS_PER_PROCESS": 1,
+    "TEST.LOSS_PERIOD": 0,
     "TEST.PATIENCE": 0,
 }
 
@@ -120,6 +121,7 @@ RANGES = {
     "SOLVER.WARMUP_FACTOR": "[0, inf)",
     "SOLVER.WEIGHT_DECAY": "[0, inf)",
     "TEST.EVAL_PERIOD_EPOCHS": "[0, inf)",
+    "TEST.LOSS_PERIOD_EPOCHS": "[0, inf)",
 }
 
 

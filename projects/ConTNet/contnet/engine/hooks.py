@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -35,6 +35,7 @@ __all__ = [
     "LauncherHook",
     "PeriodicCheckpoint",
     "UpdateEMA",
+    "ValidationLoss",
     "WriteMetrics",
     "collecting_garbage",
     "is_due",
@@ -170,6 +171,23 @@ class Evaluation(HookBase):
         self.best = dict(state_dict)
 
 
+class ValidationLoss(HookBase):
+    """Puts the losses on the test sets into the metrics, each period and after the last iteration.
+
+    Args:
+        period: in iterations, above 0.
+        function: returns the losses by name, on all processes.
+    """
+
+    def __init__(self, period: int, function: Callable[[], dict[str, float]]):
+        self.period = period
+        self.function = function
+
+    def after_step(self) -> None:
+        if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
+            self.trainer.storage.put_scalars(**self.function(), smoothing_hint=False)
+
+
 class CheckpointBeforeEvaluation(HookBase):
     """Saves before each evaluation, so that one that fails costs nothing that was trained.
 
@@ -227,24 +245,22 @@ class FirstProgress(HookBase):
 
 
 class WriteMetrics(HookBase):
-    """Writes metrics each period, after every evaluation, and at the end.
+    """Writes metrics after each of several periods, and at the end.
 
     Args:
         writers: to write to; only those of the main process.
-        period: in iterations.
-        evaluation_period: in iterations, as of :class:`Evaluation`.
+        periods: in iterations: of progress, evaluations and validation losses.
         guard: is asked before anything is written.
     """
 
     def __init__(
         self,
         writers: list[EventWriter],
-        period: int,
-        evaluation_period: int,
+        periods: Sequence[int],
         guard: WriteGuard = NO_GUARD,
     ):
         self.writers = writers
-        self.periods = (period, evaluation_period)
+        self.periods = periods
         self.guard = guard
 
     def after_step(self) -> None:

@@ -138,6 +138,7 @@ _RULES = {
     "SOLVER.WARMUP_ITERS": _iterations,
     "SOLVER.CHECKPOINT_PERIOD": _iterations,
     "TEST.EVAL_PERIOD": _iterations,
+    "TEST.LOSS_PERIOD": _iterations,
 }
 
 

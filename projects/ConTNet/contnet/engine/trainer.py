@@ -39,6 +39,7 @@ from contnet.engine.hooks import (
     LauncherHook,
     PeriodicCheckpoint,
     UpdateEMA,
+    ValidationLoss,
     WriteMetrics,
     collecting_garbage,
     is_due,
@@ -155,6 +156,8 @@ class Trainer(SimpleTrainer):
             cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg), cfg.TEST.PATIENCE
         )
         self.scheduler = build_lr_scheduler(cfg, optimizer)
+        period = cfg.TEST.LOSS_PERIOD
+        has_loss = period > 0 and cfg.DATASETS.TEST
         before_evaluation = CheckpointBeforeEvaluation(
             self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
         )
@@ -165,6 +168,7 @@ class Trainer(SimpleTrainer):
                 hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
                 FirstProgress(),
+                ValidationLoss(period, self.validation_losses) if has_loss else None,
                 before_evaluation if cfg.DATASETS.TEST else None,
                 self.evaluation,
             ]
@@ -175,14 +179,25 @@ class Trainer(SimpleTrainer):
 
         Test-time augmentation takes so long that it waits for the last iteration.
         """
-        model = self.unwrapped_model if self.ema is None else self.ema.module
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         storage = getattr(self, "storage", None)  # which a training has
         loss, _ = storage.latest().get("total_loss", (None, 0)) if storage else (None, 0)
         with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.evaluate(
-                model, tta=tta, iteration=self.iter, loss=loss, images_seen=self._images_seen()
+                self._evaluated_model(),
+                tta=tta,
+                iteration=self.iter,
+                loss=loss,
+                images_seen=self._images_seen(),
             )
+
+    def validation_losses(self) -> dict[str, float]:
+        """Losses of the weights that :meth:`evaluate` takes, on the test sets."""
+        with collecting_garbage(), self.launcher.evaluating():
+            return self.evaluator.losses(self._evaluated_model())
+
+    def _evaluated_model(self) -> nn.Module:
+        return self.unwrapped_model if self.ema is None else self.ema.module
 
     def resume_or_load(self, checkpoint: str = "") -> None:
         """Resumes from a checkpoint; without one, starts from MODEL.WEIGHTS or random weights."""
@@ -336,11 +351,11 @@ class Trainer(SimpleTrainer):
 
     def _output_hooks(self) -> list:
         cfg = self.cfg
-        writers = []
+        writers, periods = [], (cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS_PERIOD)
         if comm.is_main_process():
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
         return [
-            WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, self.launcher.guard),
+            WriteMetrics(writers, periods, self.launcher.guard),
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EarlyStopping(self.evaluation),

@@ -21,10 +21,12 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_collator, init_worker, pins_memory
 from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
+from contnet.data.validation.dataset import has_truth
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.results import markdown_tables, record_results
 from contnet.evaluation.subset import share_classes
 from contnet.evaluation.unreadable import CollateReadable, MarkUnreadable, ReadableBatches
+from contnet.evaluation.validation_loss import build_loss_mapper, mean_losses
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
 from contnet.utils.files import NO_GUARD, WriteGuard
@@ -188,6 +190,29 @@ class Evaluator:
         if comm.is_main_process():
             verify_results(self.cfg, results)
         return results
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Mean losses on the test sets that have truth, the same on all processes.
+
+        Args:
+            model: takes Detectron2's inputs, and stays as it is.
+
+        Returns:
+            By the names of metrics.json, as ``validation/total_loss``, with the data set's name
+            before it if there are several.
+        """
+        _share_buffers(model)
+        self._load()
+        losses = {}
+        for name in self.cfg.DATASETS.TEST:
+            if not has_truth(self.cfg, name):
+                continue
+            loader = _build_test_loader(self.cfg, self._datasets[name], build_loss_mapper(self.cfg))
+            prefix = f"{name}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
+            with autocast(self.cfg):
+                means = mean_losses(self.cfg, model, ReadableBatches(self.cfg, loader))
+            losses |= {f"{prefix}validation/{key}": value for key, value in means.items()}
+        return losses
 
     def _inference(
         self, cfg: CfgNode, model: nn.Module, name: str, mapper: Callable | None = None

@@ -64,13 +64,13 @@ class ReadableBatches:
     Args:
         cfg: DATALOADER and MODEL.DEVICE are read.
         loader: whose mapper may be :class:`MarkUnreadable`, with :class:`CollateReadable`.
-        evaluator: of the batches.
+        evaluator: of the batches; None if nothing is measured.
 
     Attributes:
         skipped: files of this process's images that were left out.
     """
 
-    def __init__(self, cfg: CfgNode, loader: DataLoader, evaluator: DatasetEvaluator):
+    def __init__(self, cfg: CfgNode, loader: DataLoader, evaluator: DatasetEvaluator | None = None):
         self.cfg = cfg
         self.loader = loader
         self.evaluator = evaluator

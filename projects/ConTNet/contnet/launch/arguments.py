@@ -209,6 +209,10 @@ def _scale(cfg: CfgNode, processes: int, epoch_keys: Sequence[str]) -> tuple[Cfg
     What ``epoch_keys`` give is not named: it follows from the batch.
     """
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if scaled is not cfg:
+        # A key of this project, which Detectron2 does not know.
+        period = round(cfg.TEST.LOSS_PERIOD * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes)
+        scaled.merge_from_list(["TEST.LOSS_PERIOD", max(period, int(cfg.TEST.LOSS_PERIOD > 0))])
     ours = {ITERATION_KEYS[key] for key in epoch_keys}
     changed = [
         f"{key} {before} -> {after}"

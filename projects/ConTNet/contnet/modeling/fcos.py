@@ -41,8 +41,9 @@ def _mean_over_processes(value: Tensor) -> Tensor:
         In float64, on the same device.
     """
     total = value.to(torch.float64, copy=True)
-    if comm.get_world_size() > 1:
-        dist.all_reduce(total)
+    if comm.get_world_size() == 1 or not torch.is_grad_enabled():
+        return total  # without gradients each process computes losses of its own images
+    dist.all_reduce(total)
     return total / comm.get_world_size()
 
 

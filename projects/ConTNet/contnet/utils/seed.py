@@ -5,12 +5,14 @@ iteration computed under one made from (seed, iteration, rank). A resumed run th
 the uncut run would have drawn, whatever happened to the processes in between.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-__all__ = ["seed_everything"]
+__all__ = ["keeping_random_state", "seed_everything"]
 
 
 def seed_everything(*entropy: int) -> None:
@@ -19,3 +21,16 @@ def seed_everything(*entropy: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(state[1])
     torch.manual_seed(int(state[2]) << 32 | int(state[3]))
+
+
+@contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restores the state of Python's, NumPy's and PyTorch's global generators at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
