@@ -43,12 +43,12 @@ def settings_of(own, *options, file=LEAF):
 
 def test_all_keys(own):
     epochs = """SOLVER.MAX_EPOCHS 8 SOLVER.STEPS_EPOCHS (4,6.5) SOLVER.WARMUP_EPOCHS 0.5
-    SOLVER.CHECKPOINT_PERIOD_EPOCHS 2 TEST.EVAL_PERIOD_EPOCHS 1"""
+    SOLVER.CHECKPOINT_PERIOD_EPOCHS 2 TEST.EVAL_PERIOD_EPOCHS 1 TEST.LOSS_PERIOD_EPOCHS 4"""
     settings = settings_of(own, *epochs.split())
     cfg = settings.cfg
     # 3 images and 2 a step: 1.5 steps an epoch.
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == (12, (6, 10), 1)
-    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (3, 2)
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS_PERIOD) == (3, 2, 6)
     for note in (
         "SOLVER.MAX_ITER 12: SOLVER.MAX_EPOCHS 8 of 3 images, 2 a step",
         "SOLVER.STEPS (6, 10): SOLVER.STEPS_EPOCHS (4, 6.5) of 3 images, 2 a step",
@@ -94,10 +94,13 @@ def test_annotations_are_parsed_once(own, monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_epochs_stay_when_a_recipe_is_scaled(own, processes):
     options = "SOLVER.REFERENCE_WORLD_SIZE 2 SOLVER.MAX_EPOCHS 8 SOLVER.STEPS (3,)"
+    options += " TEST.EVAL_PERIOD 6 TEST.LOSS_PERIOD 6"
     settings = settings_of(own, *options.split(), "--num-gpus", str(processes))
     solver = settings.cfg.SOLVER
     found = (solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS)
     assert found == (processes, 8 * 3 / processes, (round(3 * 2 / processes),))
+    test = settings.cfg.TEST
+    assert test.LOSS_PERIOD == test.EVAL_PERIOD == 6 * 2 / processes
     scaled = [note for note in settings.notes if note.startswith("scaled")]
     assert all("STEPS" in note and "MAX_ITER" not in note for note in scaled)
     assert len(scaled) == (processes != 2)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from contnet.data.pipeline.images import UnreadableFile, read_pixels
 from contnet.data.pipeline.loader import init_worker
-from contnet.prediction.drawing import draw_prediction
+from contnet.evaluation.drawing import draw_prediction
 from contnet.prediction.inputs import Input, Inputs
 from contnet.prediction.outputs import (
     category_ids,

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
 from PIL import Image
-from torch import Tensor
 
 from contnet.checkpoint.loading import load_weights
 from contnet.checkpoint.metadata import describe_model
@@ -20,6 +18,7 @@ from contnet.checkpoint.reading import Weights, read_weights
 from contnet.config.nodes import get_value
 from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS, dataset_class_names
 from contnet.data.pipeline.mappers import ClassificationMapper, Mapper
+from contnet.evaluation.plain_outputs import plain_output
 from contnet.launch.preflight_config import load_checked_config, parse_checked_config
 from contnet.modeling.amp import autocast
 from contnet.modeling.build import build_model
@@ -29,7 +28,6 @@ from contnet.utils.errors import UsageError, UserError
 __all__ = ["Predictor", "build_predictor", "config_of", "find_weights", "load_run"]
 
 _CONFIG_FILE = "config.yaml"
-_TOP = 5  # classes of a classification
 # By what the classes of a model are of.
 _TASKS = {
     "objects": "detection",
@@ -64,10 +62,6 @@ def _record_of(number: int, image: ImageLike) -> dict:
 
 
 # --- the function --------------------------------------------------------------------------------
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().numpy()
 
 
 class Predictor:
@@ -112,15 +106,11 @@ class Predictor:
                 one size, which changes results a little; an evaluation has them one by one.
 
         Returns:
-            For each image a dict. Of a detector, best first:
-
-            - boxes: float32 (N, 4), left, top, right and bottom edge in pixels of the image;
-            - scores: float32 (N,), from 0 to 1;
-            - classes: int64 (N,), and names, a list of as many;
-            - masks: bool (N, H, W), of a model that has them.
-
-            Of a segmenter ``semantic``: int64 (H, W), indices into ``class_names``. Of a
-            classifier, for the best 5 classes: scores (probabilities), classes and names.
+            For each image a dict. Of a detector, best first: boxes, float32 (N, 4) as left, top,
+            right and bottom edge in pixels of the image; scores, float32 (N,); classes, int64 (N,);
+            names, a list; and masks, bool (N, H, W), if the model has them. Of a segmenter
+            ``semantic``, int64 (H, W). Of a classifier, for the best 5 classes: scores
+            (probabilities), classes and names.
 
         Raises:
             UserError: for an image that cannot be read.
@@ -137,31 +127,7 @@ class Predictor:
         """The results of what the mapper has made of images, as a call returns them."""
         with torch.inference_mode(), autocast(self.cfg):
             outputs = self.model(inputs)
-            return [self._plain(output, score) for output in outputs]
-
-    def _plain(self, output: dict, score: float) -> dict:
-        if self.task == "detection":
-            return self._detections(output["instances"], score)
-        if self.task == "segmentation":
-            return {"semantic": _array(output["sem_seg"].argmax(0))}
-        best = output["logits"].softmax(0).topk(min(_TOP, len(self.class_names)))
-        return {"scores": _array(best.values), **self._classes(best.indices)}
-
-    def _classes(self, classes: Tensor) -> dict:
-        names = [self.class_names[number] for number in classes.tolist()]
-        return {"classes": _array(classes), "names": names}
-
-    def _detections(self, instances: Instances, score: float) -> dict:
-        order = instances.scores.argsort(descending=True, stable=True)
-        instances = instances[order[instances.scores[order] >= score]]
-        result = {
-            "boxes": _array(instances.pred_boxes.tensor.float()),
-            "scores": _array(instances.scores.float()),
-            **self._classes(instances.pred_classes),
-        }
-        if instances.has("pred_masks"):
-            result["masks"] = _array(instances.pred_masks.bool())
-        return result
+            return [plain_output(output, self.class_names, score) for output in outputs]
 
 
 # --- loading -------------------------------------------------------------------------------------

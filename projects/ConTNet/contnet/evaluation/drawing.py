@@ -50,7 +50,7 @@ def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[s
 
     Args:
         image: uint8 RGB (H, W, 3).
-        prediction: of :class:`contnet.prediction.predictor.Predictor`.
+        prediction: of :func:`contnet.evaluation.plain_outputs.plain_output`.
         class_names: of the model.
 
     Returns:
