@@ -277,6 +277,11 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Images per process and forward pass of ImageClassifier's evaluation.
     cfg.TEST.IMS_PER_PROCESS = 64
 
+    # Experiment trackers that get the metrics and, after evaluations, pictures: wandb, mlflow, or
+    # both; [] for none. Their addresses and keys are their own environment variables
+    # (docs/training.md).
+    cfg.TRACKERS = []
+
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
 

@@ -56,6 +56,7 @@ from contnet.engine.restore import (
 )
 from contnet.engine.resume import Before, resumed_iteration, trainer_state
 from contnet.engine.run_record import record_run
+from contnet.engine.trackers import TrackerPictures, TrackerWriter, build_trackers
 from contnet.engine.writers import build_writers, truncate_metrics
 from contnet.evaluation.evaluate import Evaluator
 from contnet.evaluation.metrics import check_best_metric, main_metric
@@ -195,6 +196,10 @@ class Trainer(SimpleTrainer):
         """Losses of the weights that :meth:`evaluate` takes, on the test sets."""
         with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.losses(self._evaluated_model())
+
+    def _draw_predictions(self) -> dict[str, np.ndarray]:
+        with collecting_garbage():
+            return self.evaluator.draw_predictions(self._evaluated_model())
 
     def _evaluated_model(self) -> nn.Module:
         return self.unwrapped_model if self.ema is None else self.ema.module
@@ -351,11 +356,15 @@ class Trainer(SimpleTrainer):
 
     def _output_hooks(self) -> list:
         cfg = self.cfg
-        writers, periods = [], (cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS_PERIOD)
+        guard, periods = self.launcher.guard, (cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS_PERIOD)
+        writers, tracked = [], []
         if comm.is_main_process():
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+            tracked = build_trackers(cfg, self.start_iter, guard)
+            writers += [TrackerWriter(tracked, cfg.OUTPUT_DIR)] if tracked else []
         return [
-            WriteMetrics(writers, periods, self.launcher.guard),
+            TrackerPictures(tracked, cfg.TEST.EVAL_PERIOD, self._draw_predictions),
+            WriteMetrics(writers, (cfg.LOG_PERIOD, *periods), guard),
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EarlyStopping(self.evaluation),

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_test_loader
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, verify_results
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    inference_context,
+    inference_on_dataset,
+    verify_results,
+)
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
 from contnet.data.datasets.classes import dataset_class_names
+from contnet.data.datasets.shards import sample_name
 from contnet.data.findings import SHOWN
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.data.pipeline.images import read_pixels
 from contnet.data.pipeline.loader import build_collator, init_worker, pins_memory
 from contnet.data.pipeline.mappers import ClassificationMapper, Mapper, NamedErrors
 from contnet.data.pipeline.records import Records
 from contnet.data.validation.dataset import has_truth
 from contnet.evaluation.build import build_evaluator
+from contnet.evaluation.drawing import draw_prediction
+from contnet.evaluation.plain_outputs import plain_output
 from contnet.evaluation.results import markdown_tables, record_results
 from contnet.evaluation.subset import share_classes
-from contnet.evaluation.unreadable import CollateReadable, MarkUnreadable, ReadableBatches
+from contnet.evaluation.unreadable import (
+    CollateReadable,
+    MarkUnreadable,
+    ReadableBatches,
+    is_readable,
+)
 from contnet.evaluation.validation_loss import build_loss_mapper, mean_losses
 from contnet.modeling.amp import autocast
 from contnet.modeling.tta import tta_class
@@ -33,6 +49,9 @@ from contnet.utils.files import NO_GUARD, WriteGuard
 from contnet.utils.text import printable
 
 __all__ = ["Evaluator"]
+
+_DRAWN = 4  # images
+_DRAWN_SCORE = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +232,31 @@ class Evaluator:
                 means = mean_losses(self.cfg, model, ReadableBatches(self.cfg, loader))
             losses |= {f"{prefix}validation/{key}": value for key, value in means.items()}
         return losses
+
+    def draw_predictions(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """What a model finds in the first images of the first test set, on this process.
+
+        Args:
+            model: takes Detectron2's inputs.
+
+        Returns:
+            Drawn images by file name, uint8 RGB (H, W, 3); none of a data set whose classes have
+            no names.
+        """
+        self._load()
+        name, cfg = self.cfg.DATASETS.TEST[0], self.cfg
+        names = self.classes or dataset_class_names(cfg, [name])
+        mapper, pictures = _build_mapper(cfg), {}
+        for record in itertools.islice(self._datasets[name], _DRAWN if names else 0):
+            image = mapper(record)
+            if not is_readable(image):
+                continue
+            with inference_context(model), torch.no_grad(), autocast(cfg):
+                (output,) = model([image])
+            pixels = read_pixels(record, "RGB", cfg.INPUT.MAX_PIXELS)
+            prediction = plain_output(output, names, _DRAWN_SCORE)
+            pictures[Path(sample_name(record)).name] = draw_prediction(pixels, prediction, names)
+        return pictures
 
     def _inference(
         self, cfg: CfgNode, model: nn.Module, name: str, mapper: Callable | None = None

@@ -13,11 +13,16 @@ from contnet.data.datasets.shards import sample_name
 from contnet.data.pipeline.loader import waiting_for_batch
 from contnet.utils.errors import UserError
 
-__all__ = ["CollateReadable", "MarkUnreadable", "ReadableBatches"]
+__all__ = ["CollateReadable", "MarkUnreadable", "ReadableBatches", "is_readable"]
 
 _REASON = "unreadable"
 
 logger = logging.getLogger(__name__)
+
+
+def is_readable(image: dict) -> bool:
+    """Whether a model input is not marked."""
+    return _REASON not in image
 
 
 class MarkUnreadable:
@@ -50,8 +55,8 @@ class CollateReadable:
 
     def __call__(self, inputs: list[dict]) -> tuple[Sequence[dict], list[dict]]:
         """The batch, empty if all are marked, and the marked records."""
-        readable = [each for each in inputs if _REASON not in each]
-        marked = [each for each in inputs if _REASON in each]
+        readable = [each for each in inputs if is_readable(each)]
+        marked = [each for each in inputs if not is_readable(each)]
         return self.collate(readable) if readable else [], marked
 
 

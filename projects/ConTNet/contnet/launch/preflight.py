@@ -22,6 +22,7 @@ from contnet.data.pipeline.annotations import cache_cityscapes, load_dataset_dic
 from contnet.data.pipeline.loader import micro_batch_size
 from contnet.data.validation.dataset import Remarks, check_datasets, has_truth
 from contnet.engine.resume import Before, refusal, resume_config, trainer_state
+from contnet.engine.trackers import check_trackers
 from contnet.evaluation.build import check_evaluator
 from contnet.evaluation.metrics import check_best_metric
 from contnet.launch.arguments import RunSettings
@@ -228,6 +229,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
             check_evaluator(name)
     if not settings.eval_only:
         check_best_metric(cfg)
+        check_trackers(cfg)
     return remarks
 
 

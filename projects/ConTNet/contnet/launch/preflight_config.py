@@ -26,6 +26,7 @@ from contnet.config.values import check_choice, is_number
 from contnet.data.pipeline.loader import TRAIN_SAMPLERS
 from contnet.data.pipeline.transforms import build_classification_transform
 from contnet.engine.optimizer import OPTIMIZERS
+from contnet.engine.trackers import TRACKERS
 from contnet.modeling.backbone import NORMS
 from contnet.modeling.build import ATTENTION_KERNELS
 from contnet.modeling.classifier import OPTION_KEYS, classifier_name
@@ -275,6 +276,14 @@ def _check_proposals(cfg: CfgNode) -> None:
             )
 
 
+def _check_trackers(cfg: CfgNode) -> None:
+    names = list(cfg.TRACKERS)
+    if not set(names) <= set(TRACKERS) or len(set(names)) < len(names):
+        raise config_error(
+            f"TRACKERS is {names!r}, it must be some of {', '.join(TRACKERS)}, or []"
+        )
+
+
 def check_model_config(cfg: CfgNode) -> None:
     """Checks values that depend on what models there are and what they can be.
 
@@ -292,6 +301,7 @@ def check_model_config(cfg: CfgNode) -> None:
     _check_classifier(cfg)
     _check_proposals(cfg)
     _check_tta(cfg)
+    _check_trackers(cfg)
 
 
 def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
