@@ -34,6 +34,7 @@ from contnet.data.validation.dataset import has_truth
 from contnet.evaluation.build import build_evaluator
 from contnet.evaluation.drawing import draw_prediction
 from contnet.evaluation.plain_outputs import plain_output
+from contnet.evaluation.protocol import dataset_digest, describe_protocol
 from contnet.evaluation.results import markdown_tables, record_results
 from contnet.evaluation.subset import share_classes
 from contnet.evaluation.unreadable import (
@@ -140,6 +141,7 @@ class Evaluator:
         self.classes = classes
         self.warnings = warnings
         self._datasets: dict[str, Records | DatasetFromList] = {}
+        self._digests: dict[str, str] = {}
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
 
     def prepare(self) -> None:
@@ -294,13 +296,20 @@ class Evaluator:
         for line in dict.fromkeys(line for each in given.values() for line in each.warnings):
             logger.warning(line)
         if given:
+            warnings = {name: [*self.warnings, *each.warnings] for name, each in given.items()}
             record_results(
                 self.cfg.OUTPUT_DIR,
                 {name: each.metrics for name, each in given.items()},
                 ema=self.cfg.SOLVER.EMA.ENABLED,
                 float32_precision=self.cfg.SOLVER.FLOAT32_PRECISION,
                 skipped={name: len(each.skipped) for name, each in given.items()},
-                warnings={n: [*self.warnings, *each.warnings] for n, each in given.items()},
+                warnings=warnings,
+                protocols={name: self._protocol(name, warnings[name]) for name in given},
                 guard=self.guard,
                 **facts,
             )
+
+    def _protocol(self, name: str, warnings: Sequence[str]) -> dict:
+        if name not in self._digests:
+            self._digests[name] = dataset_digest(self._datasets[name])
+        return describe_protocol(self.cfg, name, self._digests[name], warnings)

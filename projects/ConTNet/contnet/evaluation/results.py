@@ -132,6 +132,7 @@ def record_results(
     skipped: Mapping[str, int] | None = None,
     warnings: Mapping[str, Sequence[str]] | None = None,
     float32_precision: str = "",
+    protocols: Mapping[str, Mapping] | None = None,
     guard: WriteGuard = NO_GUARD,
 ) -> None:
     """Adds an evaluation to results.json.
@@ -147,6 +148,7 @@ def record_results(
         skipped: number of images that could not be read, by data set; 0 where it is not given.
         warnings: what changes the metrics, a line each, by data set.
         float32_precision: SOLVER.FLOAT32_PRECISION.
+        protocols: of :func:`contnet.evaluation.protocol.describe_protocol`, by data set.
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     seen = {} if images_seen is None else {"images_seen": images_seen}
@@ -162,6 +164,7 @@ def record_results(
             "metrics": _plain(metrics),
             "skipped_images": (skipped or {}).get(dataset, 0),
             "warnings": list((warnings or {}).get(dataset, ())),
+            **(protocols or {}).get(dataset, {}),
         }
         for dataset, metrics in results.items()
     ]

@@ -1,0 +1,77 @@
+"""How the numbers of an evaluation were measured, and whether they are comparable with others'."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+__all__ = ["dataset_digest", "describe_protocol"]
+
+_DETECTIONS = 100  # of an image, which COCO's AP counts
+# Of an image of a shard, where it begins.
+_PLACES = ("offset", "size")
+# By architecture, where its thresholds in inference are, and Detectron2's score threshold, from
+# which published numbers are.
+_THRESHOLDS = {
+    "GeneralizedRCNN": ("ROI_HEADS", 0.05),
+    "RetinaNet": ("RETINANET", 0.05),
+    "FCOS": ("FCOS", 0.2),
+}
+
+
+def dataset_digest(records: Iterable[dict]) -> str:
+    """SHA-256 of a data set: names, sizes and truth of its images, in order; not of pixels.
+
+    Args:
+        records: Detectron2's data set dicts. The folders that they name do not count.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        content = {
+            key: Path(value).name if key.endswith("file_name") else value
+            for key, value in sorted(record.items())
+            if key not in _PLACES
+        }
+        digest.update(msgspec.json.encode(content, enc_hook=str))
+    return digest.hexdigest()
+
+
+def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[str]) -> dict:
+    """What results.json says of how a data set was evaluated.
+
+    Args:
+        cfg: TEST, SOLVER and the model's thresholds are read.
+        name: of the data set.
+        digest: of :func:`dataset_digest`.
+        warnings: what changes the metrics, a line each.
+
+    Returns:
+        ``standard``, whether others' numbers of this data set can be compared; ``deviations``, why
+        not, a line each; and ``protocol``, the settings.
+    """
+    solver, deviations = cfg.SOLVER, []
+    protocol = {
+        "dataset_sha256": digest,
+        "precision": solver.AMP.DTYPE if solver.AMP.ENABLED else "float32",
+    }
+    if solver.AMP.ENABLED:
+        deviations.append(f"computed in {solver.AMP.DTYPE}, not in float32")
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind in ("coco", "cityscapes_instance"):
+        limit = protocol["detections_per_image"] = cfg.TEST.DETECTIONS_PER_IMAGE
+        if limit != _DETECTIONS:
+            deviations.append(f"{limit} detections of an image count, not {_DETECTIONS}")
+        if cfg.MODEL.META_ARCHITECTURE in _THRESHOLDS:
+            node, usual = _THRESHOLDS[cfg.MODEL.META_ARCHITECTURE]
+            score = protocol["score_threshold"] = cfg.MODEL[node].SCORE_THRESH_TEST
+            protocol["nms_threshold"] = cfg.MODEL[node].NMS_THRESH_TEST
+            if score > usual:
+                deviations.append(f"the score threshold is {score:g}, not {usual:g}")
+    if warnings:
+        deviations.append("see the warnings")
+    return {"standard": not deviations, "deviations": deviations, "protocol": protocol}
