@@ -1,4 +1,4 @@
-"""Draws predictions into images, by Detectron2's Visualizer."""
+"""Draws predictions, or the truth, into images, by Detectron2's Visualizer."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
 
 
 def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[str]) -> np.ndarray:
-    """An image with what a model has found in it.
+    """An image with what a model has found in it, or with the truth.
 
     Args:
         image: uint8 RGB (H, W, 3).
-        prediction: of :func:`contnet.evaluation.plain_outputs.plain_output`.
+        prediction: of :func:`contnet.evaluation.plain_outputs.plain_output`; the truth has no
+            scores.
         class_names: of the model.
 
     Returns:
@@ -64,10 +65,10 @@ def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[s
     visualizer = Visualizer(image, metadata)
     if "semantic" in found:
         return visualizer.draw_sem_seg(found["semantic"], alpha=0.6).get_image()
-    labels = [
-        f"{names[number]} {100 * score:.0f}%"
-        for number, score in zip(found["classes"], found["scores"], strict=True)
-    ]
+    labels = [names[number] for number in found["classes"]]
+    if "scores" in found:
+        pairs = zip(labels, found["scores"], strict=True)
+        labels = [f"{label} {100 * score:.0f}%" for label, score in pairs]
     if "boxes" in found:
         drawn = visualizer.overlay_instances(
             boxes=found["boxes"],

@@ -20,6 +20,7 @@ from contnet.utils.errors import UsageError
 __all__ = [
     "OPTION_KEYS",
     "ImageClassifier",
+    "build_batch_augmentation",
     "build_classification_network",
     "classifier_name",
     "contnet_options",
@@ -77,20 +78,7 @@ class ImageClassifier(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.CLASSIFIER
-        mix, erase = None, None
-        if node.MIXUP_ALPHA or node.CUTMIX_ALPHA:
-            mix = Mixup(
-                mixup_alpha=node.MIXUP_ALPHA,
-                cutmix_alpha=node.CUTMIX_ALPHA,
-                prob=node.MIX_PROB,
-                switch_prob=node.CUTMIX_PROB,
-                label_smoothing=node.LABEL_SMOOTHING,
-                num_classes=node.NUM_CLASSES,
-            )
-        if cfg.INPUT.CLASSIFIER.RANDOM_ERASING:
-            erase = RandomErasing(
-                cfg.INPUT.CLASSIFIER.RANDOM_ERASING, mode="pixel", device=cfg.MODEL.DEVICE
-            )
+        mix, erase = build_batch_augmentation(cfg)
         return {
             "network": build_classification_network(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -142,6 +130,29 @@ class ImageClassifier(nn.Module):
             smoothing = 0.0  # the mixed labels are smooth already
         logits = self.network(images.contiguous(memory_format=self.memory_format))
         return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
+
+
+def build_batch_augmentation(cfg: CfgNode) -> tuple[Mixup | None, RandomErasing | None]:
+    """What a classifier does to a batch of normalised images in training, each None if it does not.
+
+    Returns:
+        Mixup and CutMix, which also smooth the labels; and random erasing, which comes first.
+    """
+    node, mix, erase = cfg.MODEL.CLASSIFIER, None, None
+    if node.MIXUP_ALPHA or node.CUTMIX_ALPHA:
+        mix = Mixup(
+            mixup_alpha=node.MIXUP_ALPHA,
+            cutmix_alpha=node.CUTMIX_ALPHA,
+            prob=node.MIX_PROB,
+            switch_prob=node.CUTMIX_PROB,
+            label_smoothing=node.LABEL_SMOOTHING,
+            num_classes=node.NUM_CLASSES,
+        )
+    if cfg.INPUT.CLASSIFIER.RANDOM_ERASING:
+        erase = RandomErasing(
+            cfg.INPUT.CLASSIFIER.RANDOM_ERASING, mode="pixel", device=cfg.MODEL.DEVICE
+        )
+    return mix, erase
 
 
 def classifier_name(cfg: CfgNode) -> str:
