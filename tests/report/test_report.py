@@ -1,21 +1,33 @@
 """The HTML report: whole, self-contained, honest about its numbers, safe with any text."""
 
 import base64
+import gzip
+import hashlib
 import io
 import itertools
+import json
 import os
 import re
 from html.parser import HTMLParser
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
-from contnet.report.curves import by_iteration, loss_curve, running_median, score_curve
-from contnet.report.detection import write_detection_report
-from contnet.report.page import Curves, Facts, Gallery, Tiles, write_page
-from contnet.report.pictures import Box, ReportImage, place_tag
+from contnet.report.curves import Line, Plot, by_iteration, running_median, series
+from contnet.report.page import (
+    ContactSheet,
+    Curves,
+    Facts,
+    Gallery,
+    Matrix,
+    Notes,
+    Table,
+    Thumbnail,
+    Tiles,
+    write_page,
+)
+from contnet.report.pictures import Box, ReportImage, place_tag, shrink
 
 CLASS_NAMES = ("circle", "<b>square</b>")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -46,7 +58,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text.append(data)
 
     def all(self, tag, **wanted):
@@ -68,30 +80,40 @@ def images():
     ]
 
 
-def metrics():
-    lines = []
-    for i in range(60):
-        lines.append({"iteration": i, "total_loss": 3.0 - i / 50, "loss_cls": 1.5, "lr": 0.0777})
-    lines.append({"iteration": 29, "bbox/AP": 33.4567, "bbox/AP50": 71.25})
-    last = {"bbox/AP": 61.2345, "bbox/AP50": 88.875, "bbox/APl": float("nan")}
-    lines.append({"iteration": 59, **last, "bbox/AP-circle": 64.5})
-    return lines
+ROWS = {i: {"total_loss": 3.0 - i / 50, "loss_cls": 1.5} for i in range(60)}
+ROWS[29]["bbox/AP"] = 33.4567
+ROWS[59] |= {"bbox/AP": 61.2345, "bbox/APl": float("nan")}
+COLUMNS = ["iteration", "total_loss", "loss_cls", "bbox/AP", "bbox/APl"]
 
 
-def write(path, **changes):
-    arguments = {
-        "title": "A run <of> ours & more",
-        "images": images(),
-        "metrics": metrics(),
-        "summary": SUMMARY,
-        "class_names": CLASS_NAMES,
+def curves(rows=ROWS, columns=COLUMNS, title="Losses"):
+    lines = [Line(key, *series(rows, key)) for key in columns[1:]]
+    return Curves("Curves", [Plot(title, "iteration", "loss", lines)], columns, list(rows.items()))
+
+
+def sections(**changes):
+    parts = {
+        "tiles": Tiles({"box AP": "61.2", "last loss": "1.820"}),
+        "facts": Facts("The run", SUMMARY),
+        "curves": curves(),
+        "gallery": Gallery("Images", CLASS_NAMES, images()),
     }
-    return write_detection_report(path, **{**arguments, **changes})
+    return list({**parts, **changes}.values())
+
+
+def write(path, title="A run <of> ours & more", **changes):
+    return write_page(path, title, sections(**changes))
 
 
 @pytest.fixture
 def html(tmp_path):
     return write(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def plots_of(html):
+    """The data of each plot: x and y of its lines, by their labels."""
+    for text in re.findall(r'<script type="application/json">(.*?)</script>', html):
+        yield json.loads(text)
 
 
 def test_returns_its_path_and_makes_the_folder(tmp_path):
@@ -107,25 +129,46 @@ def test_parses_as_one_document(html):
     assert page.all("html")[0]["lang"] == "en"
 
 
+def without_scripts(html):
+    return re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+
+
 def test_is_self_contained(html):
-    assert "http://" not in html and "https://" not in html
-    assert not re.search(r"@import|<script|<link|<iframe|url\((?!#)", html)
-    for _, attributes in Page(html).tags:
-        assert "src" not in attributes
-        for key in ("href", "xlink:href"):
+    page = without_scripts(html)
+    assert "http://" not in page and "https://" not in page
+    assert not re.search(r"@import|<link|<iframe|url\((?!#)", page)
+    for tag, attributes in Page(html).tags:
+        assert tag != "script" or "src" not in attributes
+        for key in ("href", "xlink:href", "src"):
             assert attributes.get(key, "#").startswith(("#", "data:image/jpeg;base64,"))
 
 
-def test_forbids_itself_the_network(html):
+def policy_of(html):
     (policy,) = Page(html).all("meta", **{"http-equiv": "Content-Security-Policy"})
-    assert "default-src 'none'" in policy["content"]
+    return policy["content"]
+
+
+def test_forbids_itself_the_network_and_foreign_scripts(html):
+    policy = policy_of(html)
+    assert "default-src 'none'" in policy and "eval" not in policy
+    (scripts,) = re.findall("script-src ([^;]*)", policy)
+    run = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert scripts == " ".join(f"'sha256-{each}'" for each in hashes) and len(run) == 2
+
+
+def test_a_page_without_curves_and_galleries_runs_no_script(tmp_path):
+    thumbnail = Thumbnail("a", "images/a b.jpg", np.zeros((4, 4, 3), np.uint8), "two boxes")
+    html = write_page(tmp_path / "p", "T", [ContactSheet("Images", [thumbnail])]).read_text()
+    assert "<script" not in html and policy_of(html).endswith("script-src 'none'")
+    assert Page(html).all("a", href="images/a%20b.jpg")
 
 
 def test_references_resolve_and_ids_are_unique(html):
     page = Page(html)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    references = re.findall(r"""(?:href="#|url\(#)([^")]+)""", html)
+    references = re.findall(r"""(?:href="#|url\(#)([^")]+)""", without_scripts(html))
     assert references and set(references) <= set(ids)
 
 
@@ -144,71 +187,101 @@ HOSTILE = """</title></svg><script>alert(1)</script>" onload="alert(1)' onload='
 def test_no_text_becomes_markup(tmp_path):
     """Names of files, classes, views, metrics and facts may be anything."""
     views = {HOSTILE: [Box((4, 5, 30, 40), 0)], f"no {HOSTILE}": []}
+    blank = np.zeros((48, 64, 3), np.uint8)
+    key = f"loss_{HOSTILE}"
     html = write(
         tmp_path / "report.html",
         title=HOSTILE,
-        images=[ReportImage(HOSTILE, np.zeros((48, 64, 3), np.uint8), views)],
-        metrics=[{"iteration": 1, f"loss_{HOSTILE}": 1.0, f"bbox/AP-{HOSTILE}": 2.0}],
-        summary={HOSTILE: HOSTILE},
-        class_names=[HOSTILE],
+        gallery=Gallery(
+            HOSTILE,
+            [HOSTILE],
+            [ReportImage(HOSTILE, blank, views, HOSTILE, [HOSTILE], [HOSTILE])],
+            HOSTILE,
+        ),
+        curves=curves({1: {key: 1.0}}, ["iteration", key], HOSTILE),
+        facts=Facts("Facts", {HOSTILE: HOSTILE}),
+        table=Table(HOSTILE, [HOSTILE, HOSTILE], [(HOSTILE, [HOSTILE])], HOSTILE),
+        matrix=Matrix(HOSTILE, HOSTILE, [HOSTILE], [HOSTILE], np.ones((1, 1)), HOSTILE),
+        notes=Notes(HOSTILE, [HOSTILE]),
     ).read_text()
     page = Page(html)
-    assert not page.all("script")
+    assert [a for a in page.all("script") if a] == [{"type": "application/json"}]
+    assert html.count("<script>") == html.count("</script>") - 1 == 2
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
     labels = [attributes["aria-label"] for attributes in page.all("svg", class_="picture")]
     assert labels == [f"{HOSTILE} of {HOSTILE}: {HOSTILE}", f"no {HOSTILE} of {HOSTILE}: none"]
     assert page.all("section")[0]["aria-label"] == HOSTILE
-    assert f"loss_{HOSTILE}" in page.text  # in the table
-    # Title, heading, name and value of the fact, class in its table and in the legend, name of the
-    # image, title of the box and its label, captions of the views.
-    assert page.words().count(HOSTILE) >= 11
+    assert key in page.text  # in the table
+    assert page.words().count(HOSTILE) >= 20
 
 
 # Escapes of terminals, another reading direction, no valid text, TeX that is none, and length.
 UNSEEN = "cat\x1b[2J\x00\u202egpj\ud800\n$x_{$ 猫"
 
 
-def test_no_text_hides_or_breaks_the_page(tmp_path, recwarn):
+def test_no_text_hides_or_breaks_the_page(tmp_path):
     boxes = [Box((4, 5, 30, 40), 0), Box((4, 5, 30, 40), 1)]
     long = "y" * 10**7
+    blank = np.zeros((48, 64, 3), np.uint8)
     page = write(
         tmp_path / "report.html",
         title=UNSEEN,
-        images=[ReportImage(long, np.zeros((48, 64, 3), np.uint8), {UNSEEN: boxes})],
-        metrics=[{"iteration": 1, f"loss_{UNSEEN}": 1.0, f"loss_{long}": 1.0}],
-        summary={UNSEEN: UNSEEN, long: long},
-        class_names=[UNSEEN, long],
+        gallery=Gallery("Images", [UNSEEN, long], [ReportImage(long, blank, {UNSEEN: boxes})]),
+        curves=curves({1: {UNSEEN: 1.0, long: 1.0}}, ["iteration", UNSEEN, long]),
+        facts=Facts("Facts", {UNSEEN: UNSEEN, long: long}),
     )
-    html = page.read_bytes().decode()
+    html = without_scripts(page.read_bytes().decode())
     assert len(html) < 10**6
     assert all(char.isprintable() or char == "\n" for char in html)
     shown = r"cat\x1b[2J\x00\u202egpj\ud800\n$x_{$ 猫"
-    assert f">loss_{shown}</text>" in html and f"<h1>{shown}</h1>" in html
-    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+    assert f"<h1>{shown}</h1>" in html and f">{shown}</button>" in html
 
 
 def test_sections_in_any_order_and_number(tmp_path):
     """A page is what it is given: here one of a classifier, with two galleries."""
-    rows = {i: {"total_loss": 2.0 - i, "classification/top1": 40.0 + i} for i in range(2)}
-    top1 = score_curve(
-        rows, ["classification/top1"], ylabel="%", label="Top-1 by iteration", caption="Accuracy."
-    )
-    truth, wrong = ({"shown": []}, {"shown": [], "again": [Box((1, 1, 9, 9), 1)]})
     blank = np.zeros((12, 12, 3), np.uint8)
+    views = {"shown": [], "again": [Box((1, 1, 9, 9), 1)], "painted": blank}
     galleries = [
-        Gallery(heading, ["cat", "dog"], [ReportImage(heading, blank, views)])
-        for heading, views in (("Right", truth), ("Wrong", wrong))
+        Gallery(heading, ["cat", "dog"], [ReportImage(heading, blank, each)])
+        for heading, each in (("Right", {}), ("Wrong", views))
     ]
-    curves = Curves("Accuracy", [top1], ["classification/top1"], rows)
-    sections = [*galleries, curves, Facts("Facts", {"epochs": 2}), Tiles({"top-1": "41.0"})]
-    html = write_page(tmp_path / "page.html", "A classifier", sections).read_text()
+    parts = [*galleries, curves(), Facts("Facts", {"epochs": 2}), Tiles({"top-1": "41.0"})]
+    html = write_page(tmp_path / "page.html", "A classifier", parts).read_text()
     page = Page(html)
-    assert re.findall("<h2>(.*?)</h2>", html) == ["Right", "Wrong", "Accuracy", "Facts"]
+    assert re.findall("<h2>(.*?)</h2>", html) == ["Right", "Wrong", "Curves", "Facts"]
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
     assert [a["href"] for a in page.all("use") if "href" in a] == ["#image-2-0"]
-    assert "top-1 41.0" in page.words() and "Average precision" not in html
-    assert page.all("svg", **{"aria-label": "Top-1 by iteration"})
+    assert [a["alt"] for a in page.all("img")] == ["Right", "painted of Wrong"]
+    assert "top-1 41.0" in page.words()
+    assert page.all("li", style="background:#56b4e9") and "cat" not in page.words()
+
+
+def test_a_matrix_is_shaded_by_shares_of_the_row(tmp_path):
+    counts = np.array([[3, 1], [0, 0]])
+    matrix = Matrix("Confusion", "truth", ["cat", "dog"], ["cat", "dog"], counts)
+    html = write_page(tmp_path / "p", "T", [matrix]).read_text()
+    assert re.findall("<td(.*?)>(.*?)</td>", html) == [
+        (' style="--share:75%"', "3"),
+        (' style="--share:25%"', "1"),
+        ("", "0"),
+        ("", "0"),
+    ]
+
+
+def test_images_know_what_they_are_found_by(tmp_path):
+    blank = np.zeros((12, 12, 3), np.uint8)
+    found = [
+        ReportImage("a", blank, {}, classes=["dog", "cat"], errors=["missed"]),
+        ReportImage("b", blank, {}, classes=["cat"], errors=["both", "missed"]),
+    ]
+    html = write_page(tmp_path / "p", "T", [Gallery("G", [], found)]).read_text()
+    page = Page(html)
+    assert [a["data-classes"].split() for a in page.all("section")] == [["1", "0"], ["0"]]
+    assert [a["data-errors"].split() for a in page.all("section")] == [["0"], ["1", "0"]]
+    assert re.findall("<option.*?>(.*?)\n?<", html) == ["all", "cat", "dog"]
+    kinds = re.findall("<button[^>]*error[^>]*>(.*?)</button>", html)
+    assert kinds == ["all", "missed", "both"]
 
 
 def test_holds_every_image(html):
@@ -250,39 +323,75 @@ def test_labels_stay_in_the_image_and_avoid_each_other():
     assert not any(a.y < b.y + 10 and b.y < a.y + 10 for a, b in itertools.pairwise(taken))
 
 
-def test_summary_and_last_numbers_are_said(html):
+def test_wrong_boxes_have_broken_outlines(tmp_path):
+    boxes = [Box((4, 5, 30, 40), 0, 0.9, wrong=True), Box((4, 5, 30, 40), 0, 0.8)]
+    item = ReportImage("x", np.zeros((48, 64, 3), np.uint8), {"Found": boxes})
+    html = write_page(tmp_path / "p", "T", [Gallery("G", ["cat"], [item])]).read_text()
+    assert len(Page(html).all("rect", class_="wrong")) == 1 and "cat 0.90, wrong at" in html
+
+
+def test_images_are_made_smaller_with_their_proportions():
+    image = np.zeros((400, 1000, 3), np.uint8)
+    smaller, scale = shrink(image, 480)
+    assert smaller.shape == (192, 480, 3) and scale == 0.48
+    assert shrink(smaller, 480) == (smaller, 1.0)
+
+
+def test_numbers_and_facts_are_said(html):
     words = Page(html).words()
-    for text in ("box AP 61.2", "box AP50 88.9", "last loss 1.820", "seed 17", "61.23"):
+    for text in ("box AP 61.2", "last loss 1.820", "seed 17", "61.23"):
         assert text in words
 
 
 def test_all_values_are_listed(html):
     body = html[html.index('<table class="numbers">') :]
     rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("<tr>")[1:62]]
-    assert rows[0] == ["iteration", "total_loss", "loss_cls", "bbox/AP", "bbox/AP50", "bbox/APl"]
-    assert rows[1] == ["0", "3", "1.5", "", "", ""]
-    assert rows[30] == ["29", "2.42", "1.5", "33.46", "71.25", ""]
-    assert rows[60] == ["59", "1.82", "1.5", "61.23", "88.88", "nan"]
-    assert "0.0777" not in html
+    assert rows[0] == COLUMNS
+    assert rows[1] == ["0", "3", "1.5", "", ""]
+    assert rows[30] == ["29", "2.42", "1.5", "33.46", ""]
+    assert rows[60] == ["59", "1.82", "1.5", "61.23", "nan"]
 
 
-def test_class_scores_are_listed(html):
-    assert re.search(r"<th[^>]*>circle</th><td>64.50</td>", html)
+def arrays_of(plot):
+    """x and y of the plot's sources."""
+    found = []
+
+    def look(value):
+        if isinstance(value, dict):
+            if value.get("name") == "ColumnDataSource":
+                entries = dict(value["attributes"]["data"]["entries"])
+                found.append({k: decode(v) for k, v in entries.items()})
+            for below in value.values():
+                look(below)
+        elif isinstance(value, list):
+            for below in value:
+                look(below)
+
+    def decode(array):
+        data = gzip.decompress(base64.b64decode(array["array"]["data"]))
+        return np.frombuffer(data, array["dtype"]).tolist()
+
+    look(plot)
+    return found
 
 
-def test_curves_are_drawn_and_named(html):
-    labels = [a.get("aria-label") for a in Page(html).all("svg")]
-    assert labels[:2] == ["Loss against iteration", "Average precision against iteration"]
-    for key in ("total_loss", "loss_cls", "bbox/AP", "bbox/AP50", "iteration"):
-        assert re.search(f"<text[^>]*>{key}</text>", html)
-    assert "currentColor" in html and "#010203" not in html
+def test_curves_have_all_finite_values(html):
+    (plot,) = plots_of(html)
+    arrays = arrays_of(plot)
+    assert len(arrays) == 4  # two figures over the same data
+    assert arrays[0]["x"] == list(range(60))
+    assert np.allclose(arrays[0]["y"], [3.0 - i / 50 for i in range(60)])
+    assert arrays[2]["x"] == [29, 59] and arrays[3]["x"] == []
+    names = re.findall("<button[^>]*line[^>]*>(.*?)</button>", html)
+    assert names == COLUMNS[1:]
 
 
-def test_a_falling_loss_falls_in_the_curve():
-    rows = {i: {"total_loss": 5.0 - i / 10} for i in range(40)}
-    path = re.search(r'<path d="(M[^"]*)" clip-path[^>]*stroke-width: 2.2', loss_curve(rows).body)
-    heights = [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path.group(1))]
-    assert len(heights) >= 2 and heights == sorted(heights)  # In SVG, y grows downwards.
+def test_long_curves_are_thinned_with_the_last_value(tmp_path):
+    line = Line("a", range(100_000), range(100_000))
+    section = Curves("C", [Plot("P", "x", "y", [line])], [], [], most=500)
+    html = write_page(tmp_path / "p", "T", [section]).read_text()
+    ((points,),) = map(arrays_of, plots_of(html))
+    assert len(points["x"]) == 500 and points["x"][0] == 0 and points["x"][-1] == 99_999
 
 
 def test_running_median_ignores_a_spike():
@@ -302,35 +411,6 @@ def test_later_lines_of_an_iteration_hold():
     assert list(merged.items()) == [(3, {"total_loss": 4.0}), (5, {"total_loss": 0.5, "lr": 2.0})]
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [],
-        [{"iteration": 0, "total_loss": float("nan")}],
-        [{"iteration": 0, "total_loss": float("inf"), "bbox/AP": 0.0}],
-        [{"iteration": 9, "bbox/AP": 12.5}],
-        [{"iteration": 9, "total_loss": 1.5}],
-    ],
-)
-def test_scarce_metrics(tmp_path, lines):
-    html = write(tmp_path / "report.html", metrics=lines, images=[]).read_text()
-    page = Page(html)
-    has_loss = any("total_loss" in line for line in lines)
-    has_ap = any("bbox/AP" in line for line in lines)
-    assert len(page.all("svg")) == has_loss + has_ap
-    assert "Detections beside" not in html
-
-
-def test_same_input_same_bytes(tmp_path):
-    assert write(tmp_path / "a").read_bytes() == write(tmp_path / "b").read_bytes()
-
-
-def test_leaves_matplotlib_as_it_was(tmp_path):
-    before = dict(matplotlib.rcParams)
-    write(tmp_path / "report.html")
-    assert dict(matplotlib.rcParams) == before
-
-
 def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     path = write(tmp_path / "report.html")
     before = path.read_bytes()
@@ -348,15 +428,14 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "array", [np.zeros((4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3))]
 )
-def test_wrong_images(tmp_path, array):
+def test_wrong_images(array):
     with pytest.raises(ValueError, match="expected a uint8 image"):
-        write(tmp_path / "report.html", images=[ReportImage("x", array, {})])
+        Gallery("G", CLASS_NAMES, [ReportImage("x", array, {})])
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_unknown_class(tmp_path, index):
+def test_unknown_class(index):
     found = [Box((0, 0, 4, 4), index, 0.5)]
     item = ReportImage("x", np.zeros((8, 8, 3), np.uint8), {"Detections": found})
     with pytest.raises(ValueError, match="has no name"):
-        write(tmp_path / "report.html", images=[item])
-    assert not list(tmp_path.iterdir())
+        Gallery("G", CLASS_NAMES, [item])

@@ -25,6 +25,7 @@ from contnet.utils.errors import UserError
 from contnet.utils.files import writing
 
 __all__ = [
+    "COCO_RESULTS_FILE",
     "ArrayCOCOEvaluator",
     "build_coco_evaluator",
     "coco_class_names",
@@ -32,7 +33,7 @@ __all__ = [
     "coco_tasks",
 ]
 
-_RESULTS_FILE = "coco_instances_results.json"  # Detectron2's name
+COCO_RESULTS_FILE = "coco_instances_results.json"  # Detectron2's name
 _PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _KEYPOINT_RECALLS = ("AR", "AR50", "AR75", "ARm", "ARl")
 
@@ -88,7 +89,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
     def results_file(self) -> Path:
         """The file of detections; without truth it has the name that COCO's server wants."""
         if self._do_evaluation:
-            return Path(self._output_dir, _RESULTS_FILE)
+            return Path(self._output_dir, COCO_RESULTS_FILE)
         # Of image_info_test-dev2017.json, as COCO calls it.
         test_set = Path(self._metadata.json_file).stem.removeprefix("image_info_")
         return Path(self._output_dir, f"detections_{test_set}_contnet_results.json")
@@ -108,7 +109,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list, img_ids: Sequence | None = None) -> None:
         super()._eval_predictions(predictions, img_ids)
         if not self._do_evaluation:
-            os.replace(Path(self._output_dir, _RESULTS_FILE), self.results_file)
+            os.replace(Path(self._output_dir, COCO_RESULTS_FILE), self.results_file)
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None

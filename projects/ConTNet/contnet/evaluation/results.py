@@ -22,6 +22,7 @@ __all__ = [
     "markdown_tables",
     "read_results",
     "record_results",
+    "split_metrics",
     "truncate_results",
 ]
 
@@ -48,12 +49,17 @@ def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
 
-def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
-    """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
+def split_metrics(
+    metrics: Mapping[str, Mapping[str, float] | float],
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, dict]]:
+    """Metrics by task as three tables.
 
     Args:
-        dataset: its name.
         metrics: by task. Detectron2's evaluators name those of a class ``AP-person``.
+
+    Returns:
+        The main metrics by task, average recalls by task, and by class those of single classes,
+        which are named ``bbox AP``.
     """
     main, recalls, by_class = {}, {}, {}
     for task, values in metrics.items():
@@ -64,7 +70,17 @@ def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | fl
             else:
                 rows = recalls if key.startswith("AR") else main
                 rows.setdefault(task, {})[key] = value
-    parts = ((dataset, main), ("average recall", recalls), ("class", by_class))
+    return main, recalls, by_class
+
+
+def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
+    """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
+
+    Args:
+        dataset: its name.
+        metrics: as of :func:`split_metrics`.
+    """
+    parts = zip((dataset, "average recall", "class"), split_metrics(metrics), strict=True)
     return "\n\n".join(markdown_table(corner, rows) for corner, rows in parts if rows)
 
 

@@ -1,53 +1,75 @@
-"""Numbers of a run, and curves of them as SVG."""
+"""Curves that the reader can look into: Bokeh's figures, as JSON that a page draws by itself."""
 
 from __future__ import annotations
 
-import io
+import json
 import math
-import re
 import statistics
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from contnet.utils.text import printable
 
-if TYPE_CHECKING:  # importing matplotlib writes into the user's home
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:  # it takes a second to import
+    from bokeh.models import ColumnDataSource
+    from bokeh.plotting import figure as Figure
 
 __all__ = [
-    "Curve",
+    "Line",
+    "Plot",
+    "bokeh_script",
     "by_iteration",
-    "loss_curve",
-    "loss_keys",
+    "line_colour",
+    "plot_json",
     "running_median",
-    "score_curve",
     "series",
 ]
 
 # Mid-tones that stand out from white and from black.
-_LINE_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545")
-_SENTINEL = "#010203"  # Stands for the text colour in matplotlib's SVG.
+_COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545", "#5f7f8f")
+_DASHES = ("solid", "dashed", "dotted", "dotdash")
 _LONGEST_LABEL = 60  # letters
+_HEIGHT = 300  # pixels
+_MARKED = 50  # points of a line that are marked, one by one
+_TOOLS = "box_zoom,wheel_zoom,pan,reset,save"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A drawing in the page's text colour and font.
+class Line:
+    """A line of a plot.
 
     Attributes:
-        label: what it shows, for those who cannot see it.
-        caption: stands below it.
-        view_box: SVG's viewBox.
-        body: SVG elements.
+        label: its name in the legend.
+        x, y: as many numbers; those that are not finite are left out.
+        shown: whether it is drawn before the reader asks for it.
     """
 
     label: str
-    caption: str
-    view_box: str
-    body: str
+    x: Sequence[float]
+    y: Sequence[float]
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines over one axis.
+
+    Attributes:
+        title: what it shows.
+        x_label, y_label: of the axes.
+        lines: to draw.
+        caption: stands below it.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    caption: str = ""
 
 
 def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
@@ -65,13 +87,6 @@ def series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int]
     return [i for i, _ in points], [value for _, value in points]
 
 
-def loss_keys(rows: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """The keys of losses, the total first."""
-    keys = {key for row in rows.values() for key in row}
-    total = [key for key in ("total_loss",) if key in keys]
-    return total + sorted(key for key in keys if key.startswith("loss_"))
-
-
 def running_median(values: list[float]) -> list[float]:
     """The median over a centred window of about a twentieth of the series."""
     reach = len(values) // 40
@@ -80,81 +95,86 @@ def running_median(values: list[float]) -> list[float]:
     ]
 
 
-def _label(key: str) -> str:
-    """A key as matplotlib writes it, which would read what stands between dollar signs as TeX."""
-    return printable(key, _LONGEST_LABEL).replace("$", r"\$")
+def line_colour(index: int) -> str:
+    """The colour of a plot's line, as CSS writes it."""
+    return _COLOURS[index % len(_COLOURS)]
 
 
-def _new_figure(ylabel: str) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
+@lru_cache(maxsize=1)
+def bokeh_script() -> str:
+    """Bokeh's library of JavaScript."""
+    from bokeh.resources import Resources
 
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel("iteration", color=_SENTINEL)
-    axes.set_ylabel(ylabel, color=_SENTINEL)
-    axes.tick_params(colors=_SENTINEL, length=3)
-    axes.grid(color=_SENTINEL, alpha=0.15, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set(color=_SENTINEL, visible=side in ("left", "bottom"))
-    return figure, axes
+    return Resources(mode="inline", components=["bokeh"]).js_raw[0]
 
 
-def _curve(figure: Figure, label: str, caption: str) -> Curve:
-    import matplotlib
+def _source(line: Line, most: int) -> ColumnDataSource:
+    """A line's finite points, evenly thinned to ``most`` with the last one kept."""
+    from bokeh.models import ColumnDataSource
 
-    if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=_SENTINEL)
-    stream = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    settings = {"svg.hashsalt": label, "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # The reader's browser has fonts of its own.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    opening, body = re.search("<svg([^>]*)>(.*)</svg>", stream.getvalue(), re.DOTALL).groups()
-    view_box = re.search('viewBox="([^"]*)"', opening).group(1)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    return Curve(label, caption, view_box, body.replace(_SENTINEL, "currentColor").strip())
+    x, y = (np.asarray(values, dtype=float) for values in (line.x, line.y))
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(x) > most:
+        kept = np.linspace(0, len(x) - 1, most).round().astype(int)
+        x, y = x[kept], y[kept]
+    return ColumnDataSource({"x": x.astype(np.float32), "y": y.astype(np.float32)})
 
 
-def loss_curve(rows: Mapping[int, Mapping[str, float]]) -> Curve:
-    """All losses: their running medians, and faintly each value of the total."""
-    figure, axes = _new_figure("loss")
-    for index, key in enumerate(loss_keys(rows)):
-        x, y = series(rows, key)
-        colour = _LINE_COLOURS[index % len(_LINE_COLOURS)]
-        if key == "total_loss":
-            axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
-        width = 2.2 if key == "total_loss" else 1.2
-        marker = "o" if len(x) == 1 else None
-        axes.plot(
-            x, running_median(y), color=colour, linewidth=width, marker=marker, label=_label(key)
-        )
-    axes.set_ylim(bottom=0)
-    return _curve(figure, "Loss against iteration", "Losses; lines are running medians.")
+def _figure(plot: Plot, sources: Sequence[ColumnDataSource], scale: str) -> Figure:
+    from bokeh.models import DataRange1d, HoverTool
+    from bokeh.plotting import figure
+
+    drawn = figure(
+        height=_HEIGHT,
+        sizing_mode="stretch_width",
+        x_axis_label=plot.x_label,
+        y_axis_label=printable(plot.y_label, _LONGEST_LABEL),
+        y_axis_type=scale,
+        x_range=DataRange1d(only_visible=True),
+        y_range=DataRange1d(only_visible=True),
+        tools=_TOOLS,
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_alpha=0,
+    )
+    drawn.toolbar.logo = None
+    hovered = []
+    for index, (line, source) in enumerate(zip(plot.lines, sources, strict=True)):
+        look = {
+            "source": source,
+            "color": line_colour(index),
+            "visible": line.shown,
+            "name": printable(line.label, _LONGEST_LABEL),
+            "tags": [index],
+        }
+        dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+        renderer = drawn.line("x", "y", line_width=2, line_dash=dash, **look)
+        if len(source.data["x"]) <= _MARKED:
+            renderer = drawn.scatter("x", "y", size=6, **look)
+        hovered.append(renderer)
+    tips = [("", "$name"), (plot.x_label, "@x{0.[000]}"), (plot.y_label, "@y{0.[00000]}")]
+    drawn.add_tools(HoverTool(renderers=hovered, tooltips=tips, line_policy="nearest"))
+    return drawn
 
 
-def score_curve(
-    rows: Mapping[int, Mapping[str, float]],
-    keys: Sequence[str],
-    *,
-    ylabel: str,
-    label: str,
-    caption: str,
-) -> Curve:
-    """Scores in percent.
+def plot_json(plot: Plot, most: int = 1000) -> str:
+    """A plot as the JSON that ``Bokeh.embed.embed_item`` takes.
+
+    Its root is a column that shows a figure with a linear y-axis, and has one with a logarithmic
+    y-axis and the same data as its tag. Lines have their numbers as tags.
 
     Args:
-        rows: values of an iteration by key.
-        keys: of the scores to draw.
-        ylabel: what they have in common.
-        label, caption: as of :class:`Curve`.
+        plot: to draw.
+        most: points of a line; of more, evenly spaced ones are taken.
+
+    Returns:
+        Text that may stand in a script element of HTML.
     """
-    figure, axes = _new_figure(ylabel)
-    for index, key in enumerate(keys):
-        x, y = series(rows, key)
-        colour = _LINE_COLOURS[(index + 1) % len(_LINE_COLOURS)]
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=4.5, label=_label(key))
-    axes.set_ylim(0, 100)
-    return _curve(figure, label, caption)
+    from bokeh.embed import json_item
+    from bokeh.layouts import column
+
+    sources = [_source(line, most) for line in plot.lines]
+    linear, log = (_figure(plot, sources, scale) for scale in ("linear", "log"))
+    item = json_item(column(linear, sizing_mode="stretch_width", tags=[log]))
+    return json.dumps(item, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,15 +1,19 @@
 """A report: one self-contained HTML page of sections, made by the templates beside this file.
 
 The page embeds all that it shows and forbids itself the network, so that it can be mailed, archived
-or opened from a disk. It runs no script, follows the reader's light or dark mode, and fits a phone.
-Sections are plain data, and know nothing of models or tasks; all text is escaped by Jinja. The same
-input gives the same bytes.
+or opened from a disk. The only scripts that it lets run are its own, by their hashes; without them
+it shows all of its tables and pictures. It follows the reader's light or dark mode, and fits a
+phone. Sections are plain data, and know nothing of models or tasks; all text is escaped by Jinja.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +21,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from contnet.report.curves import Curve
+from contnet.report.curves import Plot, bokeh_script, line_colour, plot_json
 from contnet.report.pictures import ReportImage, class_colour, data_url, label_boxes
-from contnet.utils.files import atomic_write, writing
+from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write, writing
 from contnet.utils.text import printable
 
 __all__ = [
@@ -27,7 +31,10 @@ __all__ = [
     "Curves",
     "Facts",
     "Gallery",
+    "Matrix",
+    "Notes",
     "Section",
+    "Table",
     "Thumbnail",
     "Tiles",
     "write_page",
@@ -62,32 +69,94 @@ class Facts(Section):
 
 
 @dataclass(frozen=True)
-class Curves(Section):
-    """Curves and, as their equal in text, a table of values.
+class Notes(Section):
+    """Sentences, each a paragraph."""
+
+    template = "notes.html"
+
+    heading: str
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table(Section):
+    """A table.
 
     Attributes:
         heading: of the section.
-        curves: to show side by side.
-        columns: the keys that the table has.
-        rows: values of an iteration by key; those without any of the columns are left out.
+        columns: headings of the columns; the first one stands over the names of rows.
+        rows: cells by the row's name; a cell that is None is empty.
+        note: stands above it.
+        folded: whether the reader has to open it.
+    """
+
+    template = "table.html"
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[object]]]
+    note: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix(Section):
+    """Counts of pairs, shaded by their share of the row.
+
+    Attributes:
+        heading: of the section.
+        corner: what rows and columns are.
+        rows, columns: their names.
+        counts: (R, C).
+        note: stands above it.
+    """
+
+    template = "matrix.html"
+
+    heading: str
+    corner: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    counts: np.ndarray
+    note: str = ""
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Of the rows' sums, (R, C); 0 in rows of zeros."""
+        return self.counts / self.counts.sum(axis=1, keepdims=True).clip(1)
+
+
+@dataclass(frozen=True)
+class Curves(Section):
+    """Plots and, as their equal in text, a table of values.
+
+    Attributes:
+        heading: of the section.
+        plots: to show side by side.
+        columns: the keys that the table has, after the first column's name.
+        rows: values of a place on the x-axis by key; those without any of the columns are left out.
+        most: points of a line that are drawn.
     """
 
     template = "curves.html"
 
     heading: str
-    curves: Sequence[Curve]
+    plots: Sequence[Plot]
     columns: Sequence[str]
-    rows: Mapping[int, Mapping[str, float]]
+    rows: Sequence[tuple[object, Mapping[str, float]]]
+    most: int = 1000
 
 
 @dataclass(frozen=True)
 class Gallery(Section):
-    """Images with boxes, and a legend of the classes.
+    """Images with boxes, a legend of the classes, and filters by class and kind of error.
 
     Attributes:
         heading: of the section.
-        class_names: names that ``Box.class_index`` points to.
+        class_names: names that ``Box.class_index`` points to; of those without a box there is no
+            legend.
         images: to show.
+        note: stands above them.
 
     Raises:
         ValueError: an image that is no uint8 (H, W, 3) array, or a box of an unknown class.
@@ -98,18 +167,45 @@ class Gallery(Section):
     heading: str
     class_names: Sequence[str]
     images: Sequence[ReportImage]
+    note: str = ""
 
     def __post_init__(self):
         for item in self.images:
-            array = item.image
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-                raise ValueError(
-                    f"{item.name}: expected a uint8 image (H, W, 3), not {array.dtype} "
-                    f"{array.shape}"
-                )
-            for box in (box for boxes in item.views.values() for box in boxes):
-                if not 0 <= box.class_index < len(self.class_names):
-                    raise ValueError(f"{item.name}: class {box.class_index} has no name")
+            _check_image(item.name, item.image)
+            for view in item.views.values():
+                if isinstance(view, np.ndarray):
+                    _check_image(item.name, view)
+            for index in _box_classes(item):
+                if not 0 <= index < len(self.class_names):
+                    raise ValueError(f"{item.name}: class {index} has no name")
+
+    @property
+    def legend(self) -> list[tuple[int, str]]:
+        """Indices and names of the classes that have a box."""
+        drawn = sorted({index for item in self.images for index in _box_classes(item)})
+        return [(index, self.class_names[index]) for index in drawn]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes that images are found by."""
+        return sorted({name for item in self.images for name in item.classes})
+
+    @cached_property
+    def errors(self) -> list[str]:
+        """Kinds of errors that images are found by."""
+        return list(dict.fromkeys(kind for item in self.images for kind in item.errors))
+
+
+def _check_image(name: str, array: np.ndarray) -> None:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"{name}: expected a uint8 image (H, W, 3), not {array.dtype} {array.shape}"
+        )
+
+
+def _box_classes(image: ReportImage) -> list[int]:
+    views = [view for view in image.views.values() if not isinstance(view, np.ndarray)]
+    return [box.class_index for view in views for box in view]
 
 
 @dataclass(frozen=True)
@@ -143,7 +239,7 @@ def _short(value: object) -> str:
     """A value of a table, with few digits."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def _shown(value: object) -> object:
@@ -163,26 +259,58 @@ def _environment() -> Environment:
     )
     environment.filters["short"] = _short
     environment.globals.update(
-        class_colour=class_colour, data_url=data_url, label_boxes=label_boxes
+        class_colour=class_colour,
+        data_url=data_url,
+        is_array=lambda value: isinstance(value, np.ndarray),
+        label_boxes=label_boxes,
+        line_colour=line_colour,
+        plot_json=plot_json,
     )
     return environment
 
 
-def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
+def _script_hash(script: str) -> str:
+    """A script as a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _scripts(sections: Sequence[Section]) -> list[str]:
+    """The scripts that sections need, in their order on the page."""
+    plots = any(isinstance(section, Curves) and section.plots for section in sections)
+    own = plots or any(isinstance(section, Gallery) for section in sections)
+    page = files("contnet.report").joinpath("templates", "page.js").read_text("utf-8")
+    return [bokeh_script()] * plots + [page] * own
+
+
+def write_page(
+    path: str | Path, title: str, sections: Sequence[Section], guard: WriteGuard = NO_GUARD
+) -> Path:
     """Writes a report as one HTML page.
 
     Args:
         path: the page's file; its folder is made, an older page is replaced in one step.
         title: heading of the page.
         sections: in their order on the page.
+        guard: as of :func:`contnet.utils.files.atomic_write`.
 
     Returns:
         The path that was written.
     """
-    page = _environment().get_template("page.html").render(title=title, sections=sections)
+    # Text is in a script as it is: neither has what would end the element.
+    scripts = _scripts(sections)
+    page = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            sections=sections,
+            scripts=[Markup(script) for script in scripts],
+            allowed=" ".join(map(_script_hash, scripts)) or "'none'",
+        )
+    )
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
+    with atomic_write(path, guard=guard) as file:
         file.write(page.encode())
     return path

@@ -22,6 +22,7 @@ __all__ = [
     "data_url",
     "label_boxes",
     "place_tag",
+    "shrink",
 ]
 
 # Light enough for black text on top, and far apart from each other in lightness or hue.
@@ -31,6 +32,7 @@ _CLASS_COLOURS = (
 )  # fmt: skip
 _LETTER_WIDTH = 0.62  # Of a monospaced letter, against its size.
 _LONGEST_LABEL = 100  # letters
+_QUALITY = 88  # of JPEGs
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Box:
         xyxy: left, top, right and bottom edge in pixels of the image.
         class_index: index into the report's class names.
         score: the detector's confidence in 0..1; None for ground truth.
+        wrong: drawn with a broken outline: a false detection, or an object that was missed.
     """
 
     xyxy: Sequence[float]
     class_index: int
     score: float | None = None
+    wrong: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,19 @@ class ReportImage:
     Attributes:
         name: what the page calls the image, e.g. its file name.
         image: uint8 RGB array of shape (H, W, 3).
-        views: boxes to draw, by the view's name, e.g. ground truth and detections.
+        views: boxes to draw, by the view's name, e.g. ground truth and detections; or another
+            picture of the same kind, which is shown in the image's place.
+        note: what there is to say of the image.
+        classes: names of classes that the reader finds it by.
+        errors: likewise, kinds of errors.
     """
 
     name: str
     image: np.ndarray
-    views: Mapping[str, Sequence[Box]]
+    views: Mapping[str, Sequence[Box] | np.ndarray]
+    note: str = ""
+    classes: Sequence[str] = ()
+    errors: Sequence[str] = ()
 
 
 class Place(NamedTuple):
@@ -80,6 +91,7 @@ class LabelledBox:
         xyxy: of the box.
         text: its class and score.
         colour: of its class.
+        wrong: as of :class:`Box`.
         outline: the box.
         tag: the field behind the text.
         letter: size of the font in pixels of the image.
@@ -89,16 +101,26 @@ class LabelledBox:
     xyxy: tuple[float, float, float, float]
     text: str
     colour: str
+    wrong: bool
     outline: Place
     tag: Place
     letter: float
     text_width: float
 
 
+def shrink(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
+    """A uint8 RGB image of at most ``side`` pixels in width and height, and its scale."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    if scale == 1:
+        return image, scale
+    size = [max(round(scale * length), 1) for length in image.shape[1::-1]]
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)), scale
+
+
 def data_url(image: np.ndarray) -> str:
     """A uint8 RGB image (H, W, 3) as a JPEG in a URL."""
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=92)
+    Image.fromarray(image).save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
@@ -154,6 +176,7 @@ def label_boxes(
                 xyxy=xyxy,
                 text=text,
                 colour=class_colour(box.class_index),
+                wrong=box.wrong,
                 outline=Place(x0, y0, x1 - x0, y1 - y0),
                 tag=place_tag(box, size, (width, height), [each.tag for each in labelled]),
                 letter=letter,

@@ -1,0 +1,292 @@
+"""Reports: what one run, or several beside each other, have learned, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from contnet.analysis.detection import detection_sections
+from contnet.analysis.detector_errors import ErrorSettings
+from contnet.analysis.galleries import GallerySettings
+from contnet.analysis.runs import (
+    RunRecord,
+    curve_sections,
+    difference_sections,
+    result_sections,
+)
+from contnet.commands.parsing import check_positive
+from contnet.commands.results import collect_results
+from contnet.data.datasets.coco import CocoSource
+from contnet.data.datasets.register import find_source, register_datasets
+from contnet.engine.run_record import RUN_FILE
+from contnet.engine.writers import read_metrics
+from contnet.evaluation.coco import COCO_RESULTS_FILE
+from contnet.evaluation.results import read_results
+from contnet.launch.preflight_config import load_checked_config
+from contnet.modeling.compat import silence_known_warnings
+from contnet.report.page import Notes, Section, Table, write_page
+from contnet.utils.command import EXIT_STATUSES, run_command
+from contnet.utils.errors import UsageError, UserError
+from contnet.utils.records import peek_record, read_bytes
+from contnet.utils.text import say
+
+__all__ = ["PAGE", "ReportOptions", "build_parser", "main", "write_report"]
+
+_CONFIG_FILE = "config.yaml"
+PAGE = "report.html"
+_NO_PREDICTIONS = (
+    "{run} has no predictions on {dataset} on the disk. This makes them: python train_net.py "
+    "--config-file {run}/config.yaml --eval-only --resume OUTPUT_DIR {run}"
+)
+# Of run.json, and of the versions in it.
+_START_FACTS = (
+    "command",
+    "time",
+    "git_commit",
+    "host",
+    "device",
+    "processes",
+    "seed",
+    "python",
+    "torch",
+    "contnet",
+)
+_COST_COLUMNS = (
+    "run",
+    "state",
+    "iterations",
+    "parameters M",
+    "MACs G, without / with attention",
+    "images/s in training",
+    "memory MB",
+)
+_EPILOG = f"""\
+what the page tells needs
+  curves, results, config differences   metrics.json, results.json, config.yaml of the run
+  precision, errors, confusion, ...     inference/DATASET/, which the last evaluation has left, and
+                                        the data set's annotations
+  images                                the images of the data set
+What is not there is left out, and the page says why.
+
+examples:
+  report.py output/faster_rcnn_contm
+  report.py output/faster_rcnn_r50 output/faster_rcnn_contm --output compared.html
+
+{EXIT_STATUSES}"""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a page shows.
+
+    Attributes:
+        images: number of the worst ones; a third as many of the best follow.
+        score: least score of the detections that are shown.
+        resamples: of the bootstrap.
+    """
+
+    images: int = 24
+    score: float = 0.5
+    resamples: int = 200
+
+
+_DEFAULTS = ReportOptions()
+
+
+# --- what is there -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder, and what is written in it."""
+
+    folder: Path
+    record: RunRecord
+    cfg: CfgNode | None
+    problem: str
+
+    def inference(self, dataset: str) -> Path:
+        return self.folder / "inference" / dataset
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Names of the runs, each another: the folders' own, or their paths."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return names
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return (read_bytes(path) or b"").decode()
+    except (UserError, UnicodeDecodeError):
+        return ""
+
+
+def _read_run(folder: Path, name: str) -> _Run:
+    config, cfg, problem = folder / _CONFIG_FILE, None, ""
+    try:
+        cfg = load_checked_config(str(config))
+        register_datasets(cfg)
+    except UserError as error:  # also if another run has other data of the same name
+        cfg, problem = None, str(error)
+    metrics, results = read_metrics(folder), read_results(folder)
+    return _Run(folder, RunRecord(name, metrics, results, _read_text(config)), cfg, problem)
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def _cost_table(runs: Sequence[_Run], rows: Sequence[dict]) -> Section:
+    """State, parameters, MACs of classifiers, speed and memory."""
+    cells = []
+    for run, row in zip(runs, rows, strict=True):
+        macs = row.get("macs_g")
+        both = None if macs is None else f"{macs:.2f} / {row['macs_with_attention_g']:.2f}"
+        costs = (row.get("parameters_m"), both, row["images_per_second"], row["memory_mb"])
+        cells.append((run.record.name, [row["state"], row["iteration"], *costs]))
+    return Table("Runs", _COST_COLUMNS, cells)
+
+
+def _start_table(runs: Sequence[_Run]) -> list[Section]:
+    """The last attempt of each run, as run.json has it."""
+    attempts = {}
+    for run in runs:
+        found = peek_record(run.folder / RUN_FILE, list[dict]) or [{}]
+        attempts[run.record.name] = {**found[-1], **found[-1].get("versions", {})}
+    rows = []
+    for key in _START_FACTS:
+        values = [each.get(key) for each in attempts.values()]
+        if any(value is not None for value in values):
+            words = [" ".join(each) if isinstance(each, list) else each for each in values]
+            rows.append((key.replace("_", " "), words))
+    return [Table("Last start", ["", *attempts], rows, folded=True)] if rows else []
+
+
+def _gallery_settings(run: _Run, images: int) -> GallerySettings:
+    return GallerySettings(images, max_pixels=run.cfg.INPUT.MAX_PIXELS)
+
+
+def _split_by_files(
+    runs: Sequence[_Run], dataset: str, file_name: str
+) -> tuple[dict[str, Path], list[str]]:
+    """The files of predictions on a data set by run, and what to say of runs without."""
+    files = {run.record.name: run.inference(dataset) / file_name for run in runs}
+    there = {name: file for name, file in files.items() if file.is_file()}
+    notes = [
+        _NO_PREDICTIONS.format(run=run.folder, dataset=dataset)
+        for run in runs
+        if run.record.name not in there
+    ]
+    return there, notes
+
+
+def _detection_source(dataset: str, run: _Run) -> CocoSource | None:
+    """Where the truth of boxes lies; None of data sets of another kind."""
+    source = find_source(dataset)
+    if isinstance(source, CocoSource):
+        return source
+    # Of Cityscapes' instances the evaluation writes it, with whole paths of images.
+    files = sorted(run.inference(dataset).glob("annotations-*.json"))
+    return CocoSource(str(files[-1]), "") if files else None
+
+
+def _dataset_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list:
+    """What predictions on one data set tell, by its kind."""
+    source = _detection_source(dataset, runs[0])
+    if source is None:
+        reason = f"There is no analysis of predictions on {dataset}, a data set of another kind."
+        return [Notes(f"Predictions: {dataset}", [reason])]
+    files, notes = _split_by_files(runs, dataset, COCO_RESULTS_FILE)
+    sections: list[Section] = [Notes(f"Predictions: {dataset}", notes)] if notes else []
+    if files:
+        settings = ErrorSettings(
+            runs[0].cfg.TEST.DETECTIONS_PER_IMAGE, options.score, options.resamples
+        )
+        gallery = _gallery_settings(runs[0], options.images)
+        sections += detection_sections(dataset, source, files, settings, gallery)
+    return sections
+
+
+def _prediction_sections(runs: Sequence[_Run], options: ReportOptions) -> list[Section]:
+    sections: list[Section] = []
+    unknown = [f"{run.record.name}: {run.problem}" for run in runs if run.cfg is None]
+    if unknown:
+        sections.append(Notes("Predictions: left out", unknown))
+    known = [run for run in runs if run.cfg is not None]
+    for dataset in dict.fromkeys(name for run in known for name in run.cfg.DATASETS.TEST):
+        some = [run for run in known if dataset in run.cfg.DATASETS.TEST]
+        sections += _dataset_sections(some, dataset, options)
+    return sections
+
+
+def write_report(
+    folders: Sequence[Path], output: Path, options: ReportOptions = _DEFAULTS, title: str = ""
+) -> Path:
+    """Writes the page of some runs.
+
+    Args:
+        folders: of runs, or folders that hold such.
+        output: the page's file.
+        options: what it shows.
+        title: heading of the page; by default the runs' names.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        UserError: for a folder that is no run's.
+    """
+    rows = collect_results(folders, cost=True)
+    paths = [Path(row["folder"]) for row in rows]
+    runs = [_read_run(*each) for each in zip(paths, _names(paths), strict=True)]
+    records = [run.record for run in runs]
+    sections = [*result_sections(records), _cost_table(runs, rows), *_start_table(runs)]
+    if len(runs) > 1:
+        sections += difference_sections(records)
+    sections += [*curve_sections(records), *_prediction_sections(runs, options)]
+    return write_page(output, title or ", ".join(run.name for run in records), sections)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tools/report.py."""
+    parser = argparse.ArgumentParser(
+        description="Makes one HTML page of a run, or of several beside each other.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
+    add("--output", type=Path, metavar="FILE", help=f"the page (default: {PAGE} in the first RUN)")
+    for name, kind, what in (
+        ("images", int, "the worst images, and a third as many of the best"),
+        ("score", float, "least score of detections that are shown"),
+        ("resamples", int, "of the bootstrap"),
+    ):
+        default = getattr(_DEFAULTS, name)
+        add(f"--{name}", type=kind, default=default, help=f"{what} (default {default})")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_positive(args, "images", "resamples")
+    if not 0 <= args.score <= 1:
+        raise UsageError(f"--score is {args.score}, it must be from 0 to 1")
+    options = ReportOptions(args.images, args.score, args.resamples)
+    page = write_report(args.runs, args.output or args.runs[0] / PAGE, options)
+    say(f"page {page.resolve()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of tools/report.py; returns the exit status."""
+    silence_known_warnings()
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _run(args))
