@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from contnet.commands.doctor_page import write_doctor_page
 from contnet.commands.fix_annotations import fix_annotations
 from contnet.commands.parsing import add_workers_option, check_positive
 from contnet.data.datasets.register import register_datasets
@@ -38,6 +39,7 @@ file that is there.
 
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
+  doctor.py --config-file my.yaml --page data.html
   doctor.py --config-file my.yaml --fix mended.json --dataset my_train
 """
 
@@ -88,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset", metavar="NAME", help="the data set to mend, if the config has several"
     )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE.html",
+        help="also write a page: training images as the network gets them, histograms of classes "
+        "and sizes, images that look alike",
+    )
     return parser
 
 
@@ -110,6 +119,9 @@ def _run(argv: Sequence[str] | None) -> int:
     found = diagnose(cfg, args.workers)
     for name, findings in found.items():
         _print(name, findings)
+    if args.page:
+        page = write_doctor_page(args.page, cfg, found, _WORDS, args.workers)
+        print(f"page {page.resolve()}")
     errors, notes = (
         sum(len(findings.lines(each)) for findings in found.values() for each in severities)
         for severities in _WORDS.values()

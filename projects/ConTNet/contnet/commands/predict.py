@@ -13,6 +13,7 @@ from contnet.commands.parsing import check_positive
 from contnet.launch.distributed import launch_run
 from contnet.launch.environment import Processes
 from contnet.modeling.compat import silence_known_warnings
+from contnet.prediction.files import PredictionSettings, predict_files
 from contnet.prediction.inputs import find_inputs
 from contnet.utils.command import EXIT_STATUSES, run_command
 from contnet.utils.cpus import available_cpus
@@ -70,9 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # It imports Matplotlib, which makes folders in the user's home.
-    from contnet.prediction.files import PredictionSettings, predict_files
-
     check_positive(args, "batch", "num_gpus")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not 0 <= args.score <= 1:

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
 
 from contnet.utils.text import printable
 
@@ -57,6 +56,8 @@ def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[s
     Returns:
         uint8 RGB, of the same size; a small image is several times as large.
     """
+    from detectron2.utils.visualizer import Visualizer  # matplotlib writes into the user's home
+
     image, found = _enlarge(image, prediction)
     names, colours = list(map(_shown, class_names)), _colours(len(class_names))
     # As the catalog makes them, without a name there.

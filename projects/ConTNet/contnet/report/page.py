@@ -27,6 +27,7 @@ from contnet.utils.files import NO_GUARD, WriteGuard, atomic_write, writing
 from contnet.utils.text import printable
 
 __all__ = [
+    "Bars",
     "ContactSheet",
     "Curves",
     "Facts",
@@ -97,6 +98,21 @@ class Table(Section):
     rows: Sequence[tuple[str, Sequence[object]]]
     note: str = ""
     folded: bool = False
+
+
+@dataclass(frozen=True)
+class Bars(Section):
+    """Charts of counts, side by side.
+
+    Attributes:
+        heading: of the section.
+        charts: names and counts, at least one each, by what they are.
+    """
+
+    template = "bars.html"
+
+    heading: str
+    charts: Mapping[str, Sequence[tuple[str, int]]]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def read_statistics(records: Iterable[dict], class_names: Sequence[str]) -> Data
             counts[record["label"]] += 1
         elif "sem_seg_file_name" in record:
             label_maps.append(record["sem_seg_file_name"])
-        else:
+        elif "annotations" in record:
             objects = [each for each in record["annotations"] if not each.get("iscrowd", 0)]
             found.objects.append(len(objects))
             for each in objects:
