@@ -14,9 +14,11 @@ from PIL import Image
 
 from contnet.commands.doctor import main
 from contnet.config import load_config
+from contnet.data.datasets.classes import dataset_class_names
 from contnet.data.datasets.register import register_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
+from contnet.evaluation.drawing import draw_prediction
 
 PICTURE = re.compile(r'src="data:image/jpeg;base64,([^"]*)" alt="fed 1, (\d+)x(\d+) of ([^"]*)"')
 DATA = {
@@ -49,6 +51,7 @@ def test_it_shows_what_the_loader_gives(name, tmp_path):
     register_datasets(cfg)
     dicts = load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
     assert len(pictures) == min(8, len(dicts))
+    classes = dataset_class_names(cfg, cfg.DATASETS.TRAIN)
     batch = next(iter(build_train_loader(cfg, dicts, 5)))
     for inputs, (data, width, height, file) in zip(batch, pictures, strict=False):
         assert inputs["file_name"].endswith(file)
@@ -56,8 +59,10 @@ def test_it_shows_what_the_loader_gives(name, tmp_path):
         assert image.shape[1:] == (int(height), int(width))
         shown = Image.open(io.BytesIO(base64.b64decode(data)))
         fed = image.numpy().transpose(1, 2, 0)
-        fed = fed if cfg.INPUT.FORMAT == "RGB" else fed[..., ::-1]
-        fed = Image.fromarray(np.ascontiguousarray(fed)).resize(shown.size)
+        fed = np.ascontiguousarray(fed if cfg.INPUT.FORMAT == "RGB" else fed[..., ::-1])
+        if "sem_seg" in inputs:  # which covers nearly all
+            fed = draw_prediction(fed, {"semantic": inputs["sem_seg"].numpy()}, classes)
+        fed = Image.fromarray(fed).resize(shown.size)
         # What is drawn into it changes it a little; mirrored or cropped otherwise, a lot.
         alike = np.corrcoef(np.ravel(shown), np.ravel(fed))[0, 1]
         mirrored = np.corrcoef(np.ravel(shown), np.asarray(fed)[:, ::-1].ravel())[0, 1]
