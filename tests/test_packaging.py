@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -171,21 +170,6 @@ def test_only_contnet_is_a_top_level_package():
     assert distribution.read_text("top_level.txt").split() == ["contnet"]
     packages = {path.parent.name for path in (ROOT / "projects/ConTNet").glob("*/__init__.py")}
     assert packages == {"contnet"}
-
-
-def test_a_wheel_has_the_templates(tmp_path):
-    """Of a copy, for setuptools writes beside the sources."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    shutil.copytree(ROOT / "projects", tmp_path / "projects", ignore=ignored)
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "."]
-    command = [sys.executable, "-m", "pip", *build, "--wheel-dir", "wheels"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
-    (wheel,) = (tmp_path / "wheels").iterdir()
-    templates = (ROOT / "projects/ConTNet/contnet/report/templates").iterdir()
-    expected = {f"contnet/report/templates/{path.name}" for path in templates}
-    assert expected and expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_versions_agree():

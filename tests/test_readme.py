@@ -473,7 +473,9 @@ def test_short_try_on_the_cpu_works(train_net, tmp_path):
     assert checkpoint["trainer"]["iteration"] == 19
     left = {path.name for path in tmp_path.iterdir()}
     training = (REPOSITORY / "docs" / "training.md").read_text()
-    training = training[training.index("## What a run leaves") : training.index("## Experiment trackers")]
+    training = training[
+        training.index("## What a run leaves") : training.index("## Experiment trackers")
+    ]
     table = re.findall(r"^\| `([\w.]+)/?` \|", training, re.MULTILINE)
     assert {"log.txt", "config.yaml", "metrics.json", "last_checkpoint"} <= set(table)
     assert set(table) - {"set_aside", "trackers.json"} <= left

@@ -16,6 +16,7 @@ __all__ = [
     "build_model",
     "convert_state_dict",
     "create_model",
+    "get_config",
     "load_config",
     "load_run",
     "optimize_for_inference",
@@ -34,7 +35,7 @@ def __getattr__(name: str):
         from contnet.modeling.build import build_model
 
         return build_model
-    if name == "load_config":
+    if name in ("get_config", "load_config"):  # shipped ones by their names, or any file
         from contnet.launch.preflight_config import load_checked_config
 
         return load_checked_config

@@ -17,6 +17,7 @@ from contnet.config.comments import find_definition
 from contnet.config.differences import differences, read_values, show
 from contnet.config.keys import default_config
 from contnet.config.nodes import flatten, get_value
+from contnet.config.shipped import SHIPPED_CONFIGS
 from contnet.launch.legal_values import legal_values
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.fpn import bottom_up_name
@@ -44,7 +45,6 @@ examples:
   configs.py diff configs/fcos_contm.yaml configs/fcos_plain_contm.yaml
   configs.py explain MODEL.CONTNET.TAPS
 """
-_CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 _COLUMNS = ("config", "system", "backbone", "schedule", "data set")
 
 
@@ -85,11 +85,15 @@ def describe_config(path: Path) -> tuple[str, ...]:
 
 def _shown(path: Path) -> str:
     """A path as the user would type it."""
+    if path.is_relative_to(SHIPPED_CONFIGS):
+        return str(Path("configs", path.relative_to(SHIPPED_CONFIGS)))
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def list_configs(words: Sequence[str] = (), folder: Path = _CONFIGS) -> list[tuple[str, ...]]:
+def list_configs(
+    words: Sequence[str] = (), folder: Path = SHIPPED_CONFIGS
+) -> list[tuple[str, ...]]:
     """The configs of a folder, without those that others build on (``Base*``).
 
     Args:

@@ -26,7 +26,7 @@ _PICTURES = 12
 _SIDE = 224
 
 
-def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple[float, Path]:
+def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> tuple[float, Path]:
     """Draws, trains, evaluates and writes the page.
 
     Args:
@@ -44,7 +44,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
     make_shapes(data, min_side=_SIDE, max_side=_SIDE)
     shutil.rmtree(run, ignore_errors=True)
     opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
-    train(["--config-file", str(config_file), *opts])
+    train(["--config-file", config_file, *opts])
     metrics = read_metrics(run)
     ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
     options = ReportOptions(images=_PICTURES)
@@ -53,8 +53,7 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> tuple
 
 
 def _run(args: argparse.Namespace) -> None:
-    repository = Path(__file__).resolve().parents[4]
-    ap, page = run_demo(repository / "configs" / "demo.yaml", args.output, args.opts)
+    ap, page = run_demo("demo", args.output, args.opts)
     print(f"box AP {ap:.1f}")
     print(f"page {page.resolve()}")
     if not ap >= REQUIRED_AP:

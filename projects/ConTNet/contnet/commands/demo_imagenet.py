@@ -22,7 +22,7 @@ REQUIRED_TOP1 = 90.0
 _SIDE = 384  # in pixels
 
 
-def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float:
+def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> float:
     """Draws, trains and evaluates.
 
     Args:
@@ -43,13 +43,12 @@ def run_demo(config_file: Path, output: Path, opts: Sequence[str] = ()) -> float
     shutil.rmtree(run, ignore_errors=True)
     sets = [[f"pictures_{split}", str(pictures / split)] for split in ("train", "val")]
     opts = ["DATASETS.REGISTER", str(sets), *opts, "OUTPUT_DIR", str(run)]
-    train(["--config-file", str(config_file), *opts])
+    train(["--config-file", config_file, *opts])
     return read_results(str(run))[-1]["metrics"]["classification"]["top1"]
 
 
 def _run(args: argparse.Namespace) -> None:
-    repository = Path(__file__).resolve().parents[4]
-    top1 = run_demo(repository / "configs" / "demo_imagenet.yaml", args.output, args.opts)
+    top1 = run_demo("demo_imagenet", args.output, args.opts)
     print(f"top-1 {top1:.1f}")
     if not top1 >= REQUIRED_TOP1:
         raise UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, something is broken")

@@ -14,6 +14,7 @@ from fvcore.common.config import BASE_KEY
 from contnet.config.keys import default_config
 from contnet.config.nodes import config_error, flatten, get_value
 from contnet.config.paths import expand_path
+from contnet.config.shipped import find_config
 from contnet.config.values import check_values
 from contnet.utils.addresses import CREDENTIALS_ADVICE, has_credentials
 from contnet.utils.errors import UsageError
@@ -52,6 +53,11 @@ def _read_file(config_file: str) -> object:
         problem = getattr(error, "problem", None) or str(error)
         hint = "write plain values" if "tag:" in problem else "mend the yaml there"
         raise config_error(f"{place}: {problem}; {hint}") from error
+
+
+def _config_path(config_file: str) -> str:
+    """The path that --config-file means."""
+    return find_config(expand_path(config_file, "--config-file"))
 
 
 def _find(config_file: str, what: str) -> str:
@@ -94,9 +100,9 @@ class _Yaml(CfgNode):
 
 def _read_yaml(config_file: str) -> dict:
     """The content of a config file merged over its ``_BASE_``."""
-    config_file = expand_path(config_file, "--config-file")
     if not config_file:
         raise UsageError("no config file is given, give one of configs/ with --config-file")
+    config_file = _config_path(config_file)
     _Yaml.opened = 0
     try:
         content = _Yaml.load_yaml_with_base(_find(config_file, "the config file"))
@@ -206,7 +212,7 @@ def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
     """
     if key in opts[::2]:
         return 0
-    config_file = expand_path(config_file, "--config-file")
+    config_file = _config_path(config_file)
     content = _read_file(config_file)
     if _sets(content, key):
         return 0
@@ -225,7 +231,7 @@ def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
         config_file: one that :func:`load_config` has read.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
     """
-    return key in opts[::2] or _sets(_read_file(expand_path(config_file, "--config-file")), key)
+    return key in opts[::2] or _sets(_read_file(_config_path(config_file)), key)
 
 
 def _substitute_sync_bn(cfg: CfgNode) -> None:

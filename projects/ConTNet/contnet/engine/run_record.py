@@ -42,6 +42,13 @@ def git_commit() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
+def _command() -> list[str]:
+    """The command line, which starts with the console script or with a script and its Python."""
+    script, *arguments = map(redact, sys.argv)
+    console = script.startswith("contnet ")
+    return [*(script.split() if console else [sys.executable, script]), *arguments]
+
+
 def record_run(cfg: CfgNode, seed: int, start_iter: int, guard: WriteGuard = NO_GUARD) -> None:
     """Appends this attempt of the run to run.json, a list.
 
@@ -56,7 +63,7 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int, guard: WriteGuard = NO_
     attempts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": [sys.executable, *map(redact, sys.argv)],
+            "command": _command(),
             "folder": str(Path.cwd()),
             "host": platform.node(),
             "git_commit": git_commit(),

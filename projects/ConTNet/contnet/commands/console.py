@@ -1,0 +1,71 @@
+"""The command ``contnet``: each of its subcommands is a script of the repository."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from contnet.modeling.compat import silence_known_warnings
+from contnet.utils.command import EXIT_STATUSES
+from contnet.utils.text import nearest
+from contnet.utils.version import __version__
+
+__all__ = ["COMMANDS", "main"]
+
+# Name, module with a main(), what it does.
+COMMANDS = {
+    "train": ("contnet.launch.main", "train and evaluate what a config describes"),
+    "submit": ("contnet.slurm.submit", "send a training to SLURM"),
+    "predict": ("contnet.commands.predict", "show what a trained model finds in images"),
+    "report": ("contnet.commands.report", "write a page about a run, or compare several"),
+    "results": ("contnet.commands.results", "print a table of several runs"),
+    "export": ("contnet.commands.export", "export a trained model to ONNX and others"),
+    "publish": ("contnet.commands.publish", "make a folder of a trained model for others"),
+    "doctor": ("contnet.commands.doctor", "check the data sets of a config"),
+    "configs": ("contnet.commands.configs", "list, show and compare configs, explain keys"),
+    "analyze": ("contnet.commands.analyze", "count parameters, MACs, memory of a config's model"),
+    "convert-weights": ("contnet.commands.convert_weights", "convert checkpoints of others"),
+    "convert-dataset": ("contnet.commands.convert_dataset", "convert VOC and YOLO data to COCO's"),
+    "prepare-cityscapes": ("contnet.commands.prepare_cityscapes", "draw Cityscapes' label maps"),
+    "make-shards": ("contnet.commands.make_shards", "pack ImageNet into shards"),
+    "demo": ("contnet.commands.demo", "train a small detector on drawn shapes"),
+    "demo-imagenet": ("contnet.commands.demo_imagenet", "train a small classifier on them"),
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: contnet COMMAND ...",
+            "",
+            f"ConTNet {__version__} on Detectron2. `contnet COMMAND --help` lists the options.",
+            "",
+            *lines,
+            "",
+            EXIT_STATUSES.rstrip(),
+        ]
+    )
+
+
+def main() -> int:
+    """Entry point of the console script; the exit status is that of the subcommand."""
+    name, argv = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(
+            f"error: there is no command {name!r}, the nearest is {nearest(name, list(COMMANDS))}: "
+            "contnet --help lists them",
+            file=sys.stderr,
+        )
+        return 2
+    # What argparse shows as the program's name, and run.json as the command.
+    sys.argv = [f"contnet {name}", *argv]
+    silence_known_warnings()  # before Detectron2 is imported
+    return import_module(COMMANDS[name][0]).main()
