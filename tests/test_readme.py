@@ -31,6 +31,7 @@ from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
+from contnet.config.shipped import find_config
 from contnet.launch.arguments import parse_arguments
 from contnet.launch.preflight_config import load_checked_config
 from contnet.slurm import sweep
@@ -98,7 +99,7 @@ def read_commands(text: str) -> list[list[str]]:
 
 def is_shell(block: Block) -> bool:
     return block.language in ("bash", "sh") or (
-        not block.language and bool(re.match(r"(python|torchrun|make|pip|sh|git) ", block.text))
+        not block.language and bool(re.match(r"(contnet|python|torchrun|make|pip|sh|git) ", block.text))
     )
 
 
@@ -114,7 +115,7 @@ def every_command() -> list:
 
 def check_overrides(config_file: str, opts: list[str]) -> None:
     """The config exists and every KEY VALUE is legal in it."""
-    load_checked_config(str(REPOSITORY / config_file), opts)
+    load_checked_config(find_config(config_file), opts)
 
 
 def check_train_net(arguments: list[str]) -> None:
@@ -198,6 +199,10 @@ def check_command(words: list[str], monkeypatch) -> None:
         script = arguments.index("train_net.py")
         assert set(arguments[:script:2]) <= TORCHRUN_OPTIONS
         program, arguments = "python", arguments[script:]
+    if program == "contnet":
+        name = arguments[0].replace("-", "_")
+        script = "train_net.py" if name == "train" else f"tools/{name}.py"
+        program, arguments = "python", [script, *arguments[1:]]
     if program == "make":
         check_make(arguments)
     elif program in ("python", "python3"):
