@@ -8,7 +8,7 @@ TORCH26 = $(VENV)-torch2.6
 MINUTES = 60
 SEED = 0
 
-.PHONY: setup demo demo-imagenet test test-slurm soak lint format test-numpy1 test-existing-torch check-pythons lock
+.PHONY: setup docs demo demo-imagenet test test-slurm soak lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -35,6 +35,9 @@ soak: setup
 	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --seed $(SEED)
 
 # Format, style, and that imports go one way (the contracts are in setup.cfg).
+docs: setup
+	$(BIN)/mkdocs build --quiet
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

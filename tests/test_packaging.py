@@ -48,7 +48,7 @@ def declared(section="options", key="install_requires"):
     return [Requirement(line) for line in read_setup()[section][key].splitlines() if line]
 
 
-EXTRAS = ("analysis", "export", "trackers", "test")
+EXTRAS = ("analysis", "export", "trackers", "docs", "test")
 LISTS = [("options", "install_requires"), *(("options.extras_require", key) for key in EXTRAS)]
 
 

@@ -98,9 +98,8 @@ def read_commands(text: str) -> list[list[str]]:
 
 
 def is_shell(block: Block) -> bool:
-    return block.language in ("bash", "sh") or (
-        not block.language and bool(re.match(r"(contnet|python|torchrun|make|pip|sh|git) ", block.text))
-    )
+    begins = re.match(r"(contnet|python|torchrun|make|pip|sh|git) ", block.text)
+    return block.language in ("bash", "sh") or (not block.language and bool(begins))
 
 
 def every_command() -> list:

@@ -383,7 +383,7 @@ class ConTNet(nn.Module):
         return self.forward_head(self._last_map(x))
 
 
-def create_model(name: str, num_classes: int = 1000, **options) -> ConTNet:
+def create_model(name: str, num_classes: int = 1000, **options: object) -> ConTNet:
     """Builds a ConTNet with random weights.
 
     Args:
