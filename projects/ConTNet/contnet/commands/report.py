@@ -26,25 +26,22 @@ from contnet.commands.parsing import check_positive
 from contnet.commands.results import collect_results
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source, register_datasets
+from contnet.engine.run_page import PAGE, read_run_record
 from contnet.engine.run_record import RUN_FILE
-from contnet.engine.writers import read_metrics
 from contnet.evaluation.cityscapes import CONFUSION_FILE
 from contnet.evaluation.classification import CLASSIFICATION_FILE
 from contnet.evaluation.coco import COCO_RESULTS_FILE
-from contnet.evaluation.results import read_results
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.compat import silence_known_warnings
 from contnet.prediction.predictor import load_run
 from contnet.report.page import Notes, Section, Table, write_page
 from contnet.utils.command import EXIT_STATUSES, run_command
 from contnet.utils.errors import UsageError, UserError
-from contnet.utils.records import peek_record, read_bytes
+from contnet.utils.records import peek_record
 from contnet.utils.text import say
 
-__all__ = ["PAGE", "ReportOptions", "build_parser", "main", "write_report"]
+__all__ = ["ReportOptions", "build_parser", "main", "write_report"]
 
-_CONFIG_FILE = "config.yaml"
-PAGE = "report.html"
 _SEED = 0  # of the bootstrap
 _NO_PREDICTIONS = (
     "{run} has no predictions on {dataset} on the disk. This makes them: python train_net.py "
@@ -129,22 +126,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return (read_bytes(path) or b"").decode()
-    except (UserError, UnicodeDecodeError):
-        return ""
-
-
 def _read_run(folder: Path, name: str) -> _Run:
-    config, cfg, problem = folder / _CONFIG_FILE, None, ""
+    cfg, problem = None, ""
     try:
-        cfg = load_checked_config(str(config))
+        cfg = load_checked_config(str(folder / "config.yaml"))
         register_datasets(cfg)
     except UserError as error:  # also if another run has other data of the same name
         cfg, problem = None, str(error)
-    metrics, results = read_metrics(folder), read_results(folder)
-    return _Run(folder, RunRecord(name, metrics, results, _read_text(config)), cfg, problem)
+    return _Run(folder, read_run_record(folder, name), cfg, problem)
 
 
 # --- sections ------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from contnet.engine.hooks import (
     FirstProgress,
     LauncherHook,
     PeriodicCheckpoint,
+    RefreshReport,
     UpdateEMA,
     WriteMetrics,
     collecting_garbage,
@@ -339,8 +340,11 @@ class Trainer(SimpleTrainer):
         writers = []
         if comm.is_main_process():
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+        period, guard = cfg.TEST.EVAL_PERIOD, self.launcher.guard
+        reports = cfg.REPORT.ENABLED and comm.is_main_process()
         return [
-            WriteMetrics(writers, cfg.LOG_PERIOD, cfg.TEST.EVAL_PERIOD, self.launcher.guard),
+            WriteMetrics(writers, cfg.LOG_PERIOD, period, guard),
+            RefreshReport(cfg.OUTPUT_DIR, period, guard) if reports else None,
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EarlyStopping(self.evaluation),
