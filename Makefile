@@ -8,7 +8,7 @@ TORCH26 = $(VENV)-torch2.6
 MINUTES = 60
 SEED = 0
 
-.PHONY: setup docs demo demo-imagenet test test-slurm soak lint format test-numpy1 test-existing-torch check-pythons lock
+.PHONY: setup docs demo demo-imagenet test test-slurm test-browser soak lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -30,14 +30,19 @@ test: setup
 test-slurm: setup
 	@sh tools/test_slurm.sh $(BIN)/pytest
 
+# The pages in Chromium; root gets it installed, others are told how.
+test-browser: setup
+	@sh tools/test_browser.sh $(BIN)/pytest
+
 # Random faults, hostile files and a watch for leaks, for as long as one likes (docs/reliability.md).
 soak: setup
 	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --seed $(SEED)
 
-# Format, style, and that imports go one way (the contracts are in setup.cfg).
+# The documentation as a site, in build/site; a broken link or anchor is an error.
 docs: setup
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# Format, style, and that imports go one way (the contracts are in setup.cfg).
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -72,7 +77,7 @@ test-existing-torch: setup
 	$(TORCH26)/bin/python -c 'import torch, torchvision; \
 	  print("torch", torch.__version__, "torchvision", torchvision.__version__); \
 	  assert torch.__version__[:5] == "2.6.0" and torchvision.__version__[:6] == "0.21.0"'
-	$(TORCH26)/bin/pytest tests -m "not slow and not gpu and not slurm"
+	$(TORCH26)/bin/pytest tests -m "not slow and not gpu and not slurm and not browser"
 
 # That every pin has a file for the other Pythons; nothing is installed.
 check-pythons: setup

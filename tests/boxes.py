@@ -81,7 +81,7 @@ def make_run(folder: Path, truth: Path, detections=None, **settings) -> Path:
     inference.mkdir(parents=True)
     (inference / "coco_instances_results.json").write_text(json.dumps(rows))
     metrics = [
-        {"iteration": i, "total_loss": 2 - i / 50, "loss_cls": 1.0, "lr": 0.01, "time": 0.5}
+        {"iteration": i, "total_loss": 2 - i / 50, "loss_cls": 1 - i / 200, "lr": 0.01, "time": 0.5}
         for i in range(19, 100, 20)
     ]
     metrics[-1] |= {"bbox/AP": 30.0, "bbox/AP-cat": 20.0, "bbox/AP-dog": 40.0}

@@ -26,6 +26,7 @@ from contnet.commands import (
     predict,
     prepare_cityscapes,
     publish,
+    report,
 )
 from contnet.commands import convert_weights as weights
 from contnet.commands import results as table
@@ -233,6 +234,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             predict.build_parser().parse_intermixed_args(arguments[1:])
         elif arguments[0] == "tools/publish.py":
             publish.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/report.py":
+            report.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
@@ -276,6 +279,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=1,2 "
         "--only SEED=2 'SOLVER.BASE_RATE 0.01'",
         "python tools/predict.py output/run photos/",
+        "python tools/report.py output/run --picture 3",
         "python tools/results.py",
         "python tools/results.py output/rates --costs",
         "python tools/benchmark.py evaluation --boxes",

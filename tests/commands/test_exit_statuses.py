@@ -25,6 +25,7 @@ from contnet.commands import (
     predict,
     prepare_cityscapes,
     publish,
+    report,
     results,
 )
 from contnet.launch import main as train_net
@@ -47,6 +48,7 @@ MAINS = {
     "predict": predict.main,
     "prepare_cityscapes": prepare_cityscapes.main,
     "publish": publish.main,
+    "report": report.main,
     "results": results.main,
     "submit": submit.main,
     "train_net": train_net.main,
@@ -90,6 +92,7 @@ def test_a_wrong_option(name, capsys, tmp_path, monkeypatch):
         ("submit", ["--config-file", CONFIG, "--cluster-file", "gone.yaml"]),
         ("make_shards", ["here", "there", "--workers", "0"]),
         ("prepare_cityscapes", ["--workers", "0"]),
+        ("report", ["gone", "--score", "2"]),
         ("convert_weights", ["a.pth", "b.doc"]),
         ("convert_dataset", ["voc", ".", "b.doc"]),
     ],
@@ -110,6 +113,7 @@ def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
         ("prepare_cityscapes", ["--root", "gone"]),
         ("convert_weights", ["gone.pth", "b.pth"]),
         ("convert_dataset", ["voc", "gone", "b.json"]),
+        ("report", ["gone"]),
         ("results", ["gone"]),
         ("analyze", ["--config-file", CONFIG, "--json", "gone/costs.json"]),
         ("configs", ["list", "no such word"]),

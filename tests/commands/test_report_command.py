@@ -7,9 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 from boxes import KINDS_BY_IMAGE, make_boxes, make_run
+from conftest import QUICK, SMALL
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from leaves import CONFIGS, SYSTEMS, TINY
 
 from contnet.commands.report import main
+from contnet.launch.main import main as train
 
 
 class Page(HTMLParser):
@@ -136,7 +139,7 @@ def test_images_are_found_by_their_errors(page):
 def test_curves_have_their_numbers(page):
     rows = page.tables["Curves"]
     assert rows[0] == ["iteration", "total_loss", "time", "bbox/AP", "loss_cls", "lr"]
-    assert rows[-1] == ["99", "0.02", "0.5", "30.00", "1", "0.01"]
+    assert rows[-1] == ["99", "0.02", "0.5", "30.00", "0.505", "0.01"]
 
 
 def test_the_page_is_small(page):
@@ -239,3 +242,24 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--score", "7"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["cityscapes/pspnet_contti", "imagenet/contti_strong"])
+def test_what_a_training_leaves_is_enough(name, cityscapes_root, imagenet_here, tmp_path):
+    small = QUICK if name.startswith("imagenet") else SMALL
+    words = [*small, *TINY, *SYSTEMS[name][0].split(), "MODEL.CLASSIFIER.NUM_CLASSES", "7"]
+    config = str(CONFIGS / f"{name}.yaml")
+    options = ["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "run")]
+    assert not train(["--config-file", config, *words, *options])
+    page = report(tmp_path / "run", options=["--images", "1"])
+    (result,) = (words for heading, words in page.words.items() if "last evaluation" in heading)
+    (record,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    metrics = record["metrics"]
+    if "imagenet" in name:
+        assert f"top-1 of run {metrics['classification']['top1']:.4g}" in result
+        assert page.text.count('<section class="pair"') >= 2
+    else:
+        value = float(result.rpartition(" ")[2])
+        assert value == pytest.approx(metrics["sem_seg"]["IoU"], abs=0.01)
+        assert page.text.count('alt="Prediction of ') == 2
+    assert "Left out" not in page.text

@@ -88,9 +88,8 @@ def build_gallery(
     shown, unreadable = [], []
     for image in images:
         try:
-            pixels = read_pixels(
-                {"file_name": str(Path(root, image.name))}, "RGB", settings.max_pixels
-            )
+            record = {"file_name": str(Path(root, image.name)), **image.place}
+            pixels = read_pixels(record, "RGB", settings.max_pixels)
         except UserError as error:
             unreadable.append(str(error))
         else:

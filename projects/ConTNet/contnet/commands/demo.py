@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from contnet.commands.report import PAGE, ReportOptions, write_report
+from contnet.commands.report import ReportOptions, write_report
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
+from contnet.engine.run_page import PAGE
 from contnet.engine.writers import read_metrics
 from contnet.launch.main import train
 from contnet.utils.command import run_command

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
+from contnet.analysis.classification import classification_sections
 from contnet.analysis.detection import detection_sections
 from contnet.analysis.detector_errors import ErrorSettings
 from contnet.analysis.galleries import GallerySettings
@@ -18,26 +21,28 @@ from contnet.analysis.runs import (
     difference_sections,
     result_sections,
 )
+from contnet.analysis.segmentation import SegmentationData, segmentation_sections
 from contnet.commands.parsing import check_positive
 from contnet.commands.results import collect_results
 from contnet.data.datasets.coco import CocoSource
 from contnet.data.datasets.register import find_source, register_datasets
+from contnet.engine.run_page import PAGE, read_run_record
 from contnet.engine.run_record import RUN_FILE
-from contnet.engine.writers import read_metrics
+from contnet.evaluation.cityscapes import CONFUSION_FILE
+from contnet.evaluation.classification import CLASSIFICATION_FILE
 from contnet.evaluation.coco import COCO_RESULTS_FILE
-from contnet.evaluation.results import read_results
 from contnet.launch.preflight_config import load_checked_config
 from contnet.modeling.compat import silence_known_warnings
+from contnet.prediction.predictor import load_run
 from contnet.report.page import Notes, Section, Table, write_page
 from contnet.utils.command import EXIT_STATUSES, run_command
 from contnet.utils.errors import UsageError, UserError
-from contnet.utils.records import peek_record, read_bytes
+from contnet.utils.records import peek_record
 from contnet.utils.text import say
 
-__all__ = ["PAGE", "ReportOptions", "build_parser", "main", "write_report"]
+__all__ = ["ReportOptions", "build_parser", "main", "write_report"]
 
-_CONFIG_FILE = "config.yaml"
-PAGE = "report.html"
+_SEED = 0  # of the bootstrap
 _NO_PREDICTIONS = (
     "{run} has no predictions on {dataset} on the disk. This makes them: python train_net.py "
     "--config-file {run}/config.yaml --eval-only --resume OUTPUT_DIR {run}"
@@ -121,22 +126,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return (read_bytes(path) or b"").decode()
-    except (UserError, UnicodeDecodeError):
-        return ""
-
-
 def _read_run(folder: Path, name: str) -> _Run:
-    config, cfg, problem = folder / _CONFIG_FILE, None, ""
+    cfg, problem = None, ""
     try:
-        cfg = load_checked_config(str(config))
+        cfg = load_checked_config(str(folder / "config.yaml"))
         register_datasets(cfg)
     except UserError as error:  # also if another run has other data of the same name
         cfg, problem = None, str(error)
-    metrics, results = read_metrics(folder), read_results(folder)
-    return _Run(folder, RunRecord(name, metrics, results, _read_text(config)), cfg, problem)
+    return _Run(folder, read_run_record(folder, name), cfg, problem)
 
 
 # --- sections ------------------------------------------------------------------------------------
@@ -172,9 +169,9 @@ def _gallery_settings(run: _Run, images: int) -> GallerySettings:
     return GallerySettings(images, max_pixels=run.cfg.INPUT.MAX_PIXELS)
 
 
-def _split_by_files(
+def _find_files(
     runs: Sequence[_Run], dataset: str, file_name: str
-) -> tuple[dict[str, Path], list[str]]:
+) -> tuple[dict[str, Path], list[Section]]:
     """The files of predictions on a data set by run, and what to say of runs without."""
     files = {run.record.name: run.inference(dataset) / file_name for run in runs}
     there = {name: file for name, file in files.items() if file.is_file()}
@@ -183,7 +180,7 @@ def _split_by_files(
         for run in runs
         if run.record.name not in there
     ]
-    return there, notes
+    return there, [Notes(f"Predictions: {dataset}", notes)] if notes else []
 
 
 def _detection_source(dataset: str, run: _Run) -> CocoSource | None:
@@ -196,21 +193,62 @@ def _detection_source(dataset: str, run: _Run) -> CocoSource | None:
     return CocoSource(str(files[-1]), "") if files else None
 
 
-def _dataset_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list:
-    """What predictions on one data set tell, by its kind."""
+def _box_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list[Section]:
     source = _detection_source(dataset, runs[0])
-    if source is None:
-        reason = f"There is no analysis of predictions on {dataset}, a data set of another kind."
+    files, sections = _find_files(runs, dataset, COCO_RESULTS_FILE)
+    if not files or source is None:
+        return sections
+    settings = ErrorSettings(
+        runs[0].cfg.TEST.DETECTIONS_PER_IMAGE, options.score, options.resamples
+    )
+    gallery = _gallery_settings(runs[0], options.images)
+    return sections + detection_sections(dataset, source, files, settings, gallery)
+
+
+def _class_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list[Section]:
+    files, sections = _find_files(runs, dataset, CLASSIFICATION_FILE)
+    gallery = _gallery_settings(runs[0], options.images)
+    return sections + classification_sections(dataset, files, options.resamples, _SEED, gallery)
+
+
+def _load_segmenter(run: _Run) -> Callable[[np.ndarray], np.ndarray]:
+    predictor = load_run(run.folder)
+    return lambda image: predictor(image)["semantic"]
+
+
+def _map_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list[Section]:
+    files, sections = _find_files(runs, dataset, CONFUSION_FILE)
+    if not files:
+        return sections
+    predictors, notes = {}, []
+    for run in runs:
+        try:
+            predictors[run.record.name] = _load_segmenter(run)
+        except UserError as error:
+            notes.append(f"Images of {run.record.name} are left out: {error}")
+    metadata = MetadataCatalog.get(dataset)
+    data = SegmentationData(Path(metadata.image_dir), Path(metadata.gt_dir))
+    gallery = _gallery_settings(runs[0], options.images)
+    resampling = (options.resamples, _SEED)
+    sections += segmentation_sections(dataset, files, data, predictors, *resampling, gallery)
+    return [*sections, Notes(f"Images: {dataset}", notes)] if notes else sections
+
+
+# By the evaluator_type of a data set's metadata: what its predictions tell.
+_KINDS = {
+    "coco": _box_sections,
+    "cityscapes_instance": _box_sections,
+    "classification": _class_sections,
+    "cityscapes_sem_seg": _map_sections,
+}
+
+
+def _dataset_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list[Section]:
+    kind = MetadataCatalog.get(dataset).get("evaluator_type")
+    if kind not in _KINDS:
+        reason = f"There is no analysis of predictions on data sets of the kind {kind!r}."
         return [Notes(f"Predictions: {dataset}", [reason])]
-    files, notes = _split_by_files(runs, dataset, COCO_RESULTS_FILE)
-    sections: list[Section] = [Notes(f"Predictions: {dataset}", notes)] if notes else []
-    if files:
-        settings = ErrorSettings(
-            runs[0].cfg.TEST.DETECTIONS_PER_IMAGE, options.score, options.resamples
-        )
-        gallery = _gallery_settings(runs[0], options.images)
-        sections += detection_sections(dataset, source, files, settings, gallery)
-    return sections
+    return _KINDS[kind](runs, dataset, options)
 
 
 def _prediction_sections(runs: Sequence[_Run], options: ReportOptions) -> list[Section]:

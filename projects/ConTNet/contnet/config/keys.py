@@ -285,6 +285,12 @@ def add_contnet_config(cfg: CfgNode) -> None:
     # Iterations between two lines of progress.
     cfg.LOG_PERIOD = 20
 
+    # The page of a run (docs/report.md).
+    cfg.REPORT = CfgNode()
+    # A training refreshes curves and tables in OUTPUT_DIR/report.html after each evaluation, as
+    # long as that takes no more than 2 % of its time, and at the end.
+    cfg.REPORT.ENABLED = False
+
 
 def default_config() -> CfgNode:
     """All keys, Detectron2's and this project's, with their defaults; not frozen."""

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -21,6 +22,7 @@ from torch import nn
 
 from contnet.checkpoint.checkpointer import Checkpointer
 from contnet.checkpoint.names import BEST, FINAL, numbered_name
+from contnet.engine.run_page import write_run_page
 from contnet.utils.errors import UserError
 from contnet.utils.files import NO_GUARD, WriteGuard
 
@@ -34,6 +36,7 @@ __all__ = [
     "FirstProgress",
     "LauncherHook",
     "PeriodicCheckpoint",
+    "RefreshReport",
     "UpdateEMA",
     "ValidationLoss",
     "WriteMetrics",
@@ -42,6 +45,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# Of the training's time, that refreshes of its page may take.
+_REPORT_SHARE = 0.02
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
@@ -273,6 +279,38 @@ class WriteMetrics(HookBase):
     def after_train(self) -> None:
         for writer in self.writers:
             writer.close()
+
+
+class RefreshReport(HookBase):
+    """Refreshes the run's page after each evaluation, and has it whole at the end.
+
+    One is left out where the refreshes so far have taken more than 2 % of the training's time.
+
+    Args:
+        folder: of the run.
+        evaluation_period: in iterations, as of :class:`Evaluation`.
+        guard: is asked before the page is written.
+    """
+
+    def __init__(self, folder: str, evaluation_period: int, guard: WriteGuard = NO_GUARD):
+        self.folder = Path(folder)
+        self.evaluation_period = evaluation_period
+        self.guard = guard
+        self.seconds = 0.0
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        trainer, now = self.trainer, time.perf_counter()
+        if not is_due(trainer.iter, self.evaluation_period, trainer.max_iter):
+            return
+        last = trainer.iter + 1 == trainer.max_iter
+        if not last and self.seconds > _REPORT_SHARE * (now - self.start):
+            return
+        try:
+            write_run_page(self.folder, self.guard)
+        except OSError as error:
+            logger.warning(f"The run's page is not refreshed: {error}")
+        self.seconds += time.perf_counter() - now
 
 
 class PeriodicCheckpoint(HookBase):

@@ -38,6 +38,7 @@ from contnet.engine.hooks import (
     FirstProgress,
     LauncherHook,
     PeriodicCheckpoint,
+    RefreshReport,
     UpdateEMA,
     ValidationLoss,
     WriteMetrics,
@@ -362,9 +363,11 @@ class Trainer(SimpleTrainer):
             writers = build_writers(cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
             tracked = build_trackers(cfg, self.start_iter, guard)
             writers += [TrackerWriter(tracked, cfg.OUTPUT_DIR)] if tracked else []
+        reports = cfg.REPORT.ENABLED and comm.is_main_process()
         return [
             TrackerPictures(tracked, cfg.TEST.EVAL_PERIOD, self._draw_predictions),
             WriteMetrics(writers, (cfg.LOG_PERIOD, *periods), guard),
+            RefreshReport(cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD, guard) if reports else None,
             BestCheckpoint(self.checkpointer, self.evaluation),
             PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             EarlyStopping(self.evaluation),

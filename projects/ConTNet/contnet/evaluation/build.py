@@ -51,12 +51,13 @@ def _build_cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetE
 def _build_cityscapes_sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if not has_truth(cfg, name):
         return CityscapesSemSegFiles(name, folder)
-    return CityscapesSemSegEvaluator(name)
+    return CityscapesSemSegEvaluator(name, folder)
 
 
 def _build_classification(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     names = dataset_class_names(cfg, [name])
-    return ClassificationEvaluator(len(names) if names else cfg.MODEL.CLASSIFIER.NUM_CLASSES)
+    classes = len(names) if names else cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    return ClassificationEvaluator(classes, folder, names)
 
 
 # By the evaluator_type of a data set's metadata: makes an evaluator from the config, the data set's

@@ -33,16 +33,21 @@ from tabulate import tabulate
 from contnet.data.pipeline.images import decode_error, read_stored
 from contnet.modeling.compat import restore_in1d
 from contnet.utils.errors import UserError
+from contnet.utils.files import atomic_write, writing
 
 __all__ = [
+    "CITYSCAPES_COLOURS",
+    "CONFUSION_FILE",
     "CityscapesInstanceEvaluator",
     "CityscapesSemSegEvaluator",
+    "label_indices",
     "match_instances",
     "read_class_ids",
 ]
 
 logger = logging.getLogger(__name__)
 
+CONFUSION_FILE = "confusion.npz"
 _IMAGE_END = "_leftImg8bit"
 _VOID = [label.id for label in labels if label.ignoreInEval]
 _EVALUATED = [label for label in labels if not label.ignoreInEval]
@@ -50,6 +55,8 @@ _EVALUATED = [label for label in labels if not label.ignoreInEval]
 _IDS = np.array(
     [label.id for label in sorted(_EVALUATED, key=lambda label: label.trainId)], dtype=np.uint8
 )
+# Of each trained class, RGB.
+CITYSCAPES_COLOURS = np.array([id2label[number].color for number in _IDS.tolist()], dtype=np.uint8)
 
 
 class _Evaluator(DatasetEvaluator, ABC):
@@ -104,8 +111,8 @@ class _Evaluator(DatasetEvaluator, ABC):
     def _compare(self, file: Path, prediction: Any) -> Any:
         """What of one image the scores need; ``file`` is its ground truth."""
 
-    def _gather(self) -> list:
-        """Every process's images, in the order of their names; on the main process only."""
+    def _gather(self) -> dict[str, Any]:
+        """Every process's images by name, in the order of names; on the main process only."""
         images = {name: value for part in comm.gather(self._images) for name, value in part.items()}
         if comm.is_main_process():
             present = len(list(self._folder.glob(f"*/*{self._end}")))
@@ -115,7 +122,7 @@ class _Evaluator(DatasetEvaluator, ABC):
                     f"{self._folder} has ground truth for {present}"
                 ]
                 logger.warning(self.warnings[0])
-        return [images[name] for name in sorted(images)]
+        return dict(sorted(images.items()))
 
 
 def _read_pixels(file: Path) -> np.ndarray:
@@ -235,7 +242,8 @@ class CityscapesInstanceEvaluator(_Evaluator):
         images = self._gather()
         if not comm.is_main_process():
             return {}
-        precisions = official_instances.evaluateMatches(dict(enumerate(images)), self._args)
+        matches = dict(enumerate(images.values()))
+        precisions = official_instances.evaluateMatches(matches, self._args)
         with warnings.catch_warnings():  # where no class has an object
             warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
             averages = official_instances.computeAverages(precisions, self._args)
@@ -249,6 +257,13 @@ class CityscapesInstanceEvaluator(_Evaluator):
 
 
 # --- classes -------------------------------------------------------------------------------------
+
+
+def label_indices(ids: np.ndarray) -> np.ndarray:
+    """The trained classes of class ids, uint8; 255 of those that are not trained."""
+    indices = np.full(256, 255, dtype=np.uint8)
+    indices[_IDS] = np.arange(len(_IDS))
+    return indices[ids]
 
 
 def read_class_ids(output: dict) -> np.ndarray:
@@ -291,10 +306,12 @@ class CityscapesSemSegEvaluator(_Evaluator):
 
     Args:
         name: of a registered data set whose metadata has ``gt_dir``.
+        folder: for a file of each image's confusion matrix; "" for none.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, folder: str = ""):
         super().__init__(name, "labelIds")
+        self._output = folder
         restore_in1d(official_classes)
         self._args = copy.copy(official_classes.args)
         official_classes.generateMatrix(self._args)  # It also sets evalLabels.
@@ -330,7 +347,9 @@ class CityscapesSemSegEvaluator(_Evaluator):
             return {}
         matrix = official_classes.generateMatrix(self._args)
         stats = official_classes.generateInstanceStats(self._args)
-        for image, sums in images:
+        if self._output and images:
+            self._write({name: image for name, (image, _) in images.items()})
+        for image, sums in images.values():
             matrix += image
             for (group, key), terms in zip(_sums(stats), sums, strict=True):
                 for term in terms:
@@ -340,6 +359,22 @@ class CityscapesSemSegEvaluator(_Evaluator):
         _log_table(self._name, scores, ("IoU", "iIoU"))
         _log_table(f"{self._name}, categories", scores, ("IoU_sup", "iIoU_sup"))
         return {"sem_seg": scores}
+
+    def _write(self, matrices: dict[str, np.ndarray]) -> None:
+        """Writes pixels by true (C) and predicted class (C, and a last one for none) of images."""
+        path = Path(self._output, CONFUSION_FILE)
+        counts = np.stack([each[_IDS] for each in matrices.values()]).astype(np.int64)
+        none = np.delete(counts, _IDS, axis=2).sum(axis=2, keepdims=True)
+        names = [id2label[number].name for number in _IDS.tolist()]
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez_compressed(
+                file,
+                truth=np.array(list(matrices)),
+                class_names=np.array(names),
+                counts=np.concatenate([counts[:, :, _IDS], none], axis=2),
+            )
 
     def _scores(self, matrix: np.ndarray, stats: dict) -> dict[str, float]:
         args, things = self._args, stats["classes"]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-__all__ = ["ClassificationEvaluator", "top_ks"]
+from contnet.utils.files import atomic_write, writing
+
+__all__ = ["CLASSIFICATION_FILE", "ClassificationEvaluator", "top_ks"]
 
 logger = logging.getLogger(__name__)
 
+CLASSIFICATION_FILE = "classification.json"
 _TOP_K = (1, 5)
+# Of a record, where its image is; the last three of those in shards.
+_PLACE = ("file_name", "image_id", "offset", "size")
 
 
 def top_ks(num_classes: int) -> list[int]:
@@ -28,10 +36,14 @@ class ClassificationEvaluator(DatasetEvaluator):
 
     Args:
         classes: number of them. Top-5 accuracy is left out where there are no more than five.
+        folder: for a file of the best five classes of each image; "" for none.
+        names: of the classes, for that file.
     """
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, folder: str = "", names: Sequence[str] | None = None):
         self.top_ks = top_ks(classes)
+        self.folder = folder
+        self.names = list(names or map(str, range(classes)))
         self.reset()
 
     def reset(self) -> None:
@@ -39,10 +51,18 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.images = 0
         self.broken = 0
         self.warnings: list[str] = []
+        self._skipped: list[dict] = []
+        self._best: list[tuple] = []  # of each batch: facts, and topk's result, not read yet
 
     def skip(self, images: list[dict]) -> None:
         """Counts images that cannot be read: their class is not found."""
         self.images += len(images)
+        if self.folder:
+            self._skipped += [{**self._facts(each), "classes": [], "scores": []} for each in images]
+
+    @staticmethod
+    def _facts(image: dict) -> dict:
+        return {key: image[key] for key in (*_PLACE, "label") if key in image}
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         logits = torch.stack([output["logits"] for output in outputs])
@@ -58,12 +78,38 @@ class ClassificationEvaluator(DatasetEvaluator):
             self.correct[k] += count
         self.images += len(inputs)
         self.broken += broken
+        if self.folder:
+            most = min(max(_TOP_K), logits.shape[1])
+            best = logits.float().softmax(dim=1).nan_to_num().topk(most)
+            self._best.append((list(map(self._facts, inputs)), best))
+
+    def _predictions(self) -> list[dict]:
+        """What this process has found, a record for each image."""
+        found = [
+            {**facts, "classes": classes, "scores": [round(score, 5) for score in scores]}
+            for batch, best in self._best
+            for facts, classes, scores in zip(
+                batch, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+        return found + self._skipped
+
+    def _write(self, parts: Sequence[list[dict]]) -> None:
+        path = Path(self.folder, CLASSIFICATION_FILE)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        images = [image for part in parts for image in part]
+        with atomic_write(path, "w") as file:
+            json.dump({"class_names": self.names, "images": images}, file)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Accuracies in percent, on the main process; elsewhere an empty dict."""
         counts = comm.gather([self.images, self.broken, *self.correct.values()])
+        parts = comm.gather(self._predictions()) if self.folder else []
         if not comm.is_main_process():
             return {}
+        if self.folder:
+            self._write(parts)
         images, broken, *correct = (sum(column) for column in zip(*counts, strict=True))
         if broken:
             self.warnings = [f"{broken} of {images} images have logits that are not finite"]

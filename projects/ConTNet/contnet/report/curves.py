@@ -146,13 +146,14 @@ def _figure(plot: Plot, sources: Sequence[ColumnDataSource], scale: str) -> Figu
             "color": line_colour(index),
             "visible": line.shown,
             "name": printable(line.label, _LONGEST_LABEL),
-            "tags": [index],
         }
         dash = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-        renderer = drawn.line("x", "y", line_width=2, line_dash=dash, **look)
+        renderers = [drawn.line("x", "y", line_width=2, line_dash=dash, **look)]
         if len(source.data["x"]) <= _MARKED:
-            renderer = drawn.scatter("x", "y", size=6, **look)
-        hovered.append(renderer)
+            renderers.append(drawn.scatter("x", "y", size=6, **look))
+        for renderer in renderers:
+            renderer.tags = [index]
+        hovered.append(renderers[-1])
     tips = [("", "$name"), (plot.x_label, "@x{0.[000]}"), (plot.y_label, "@y{0.[00000]}")]
     drawn.add_tools(HoverTool(renderers=hovered, tooltips=tips, line_policy="nearest"))
     return drawn

@@ -201,6 +201,11 @@ class Gallery(Section):
         drawn = sorted({index for item in self.images for index in _box_classes(item)})
         return [(index, self.class_names[index]) for index in drawn]
 
+    @property
+    def narrow(self) -> bool:
+        """Whether every image is shown once."""
+        return all(len(item.views) < 2 for item in self.images)
+
     @cached_property
     def classes(self) -> list[str]:
         """Names of the classes that images are found by."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,7 @@ class ReportImage:
         note: what there is to say of the image.
         classes: names of classes that the reader finds it by.
         errors: likewise, kinds of errors.
+        place: where the image is within the file of its name, for those who read it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ReportImage:
     note: str = ""
     classes: Sequence[str] = ()
     errors: Sequence[str] = ()
+    place: Mapping[str, object] = field(default_factory=dict)
 
 
 class Place(NamedTuple):
