@@ -28,7 +28,7 @@ _MOST_POINTS = 60_000  # of a page
 _MOST_ROWS = 1000  # of the table of values
 # The paper's columns of a detector come first.
 _ORDER = ("AP", "APs", "APm", "APl", "AP50", "AP75", "IoU", "top1", "top5")
-_LOSS = re.compile(r"total_loss|loss_.*|.*/loss.*")
+_LOSS = re.compile(r"(.*/)?(total_loss|loss_.*)")
 _TIMES = ("time", "data_time", "rank_data_time")
 _MEMORY = ("gpu_memory_mb", "host_memory_mb")
 # Titles and y-axes of what metrics.json has without a slash in its name.
