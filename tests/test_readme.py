@@ -1,8 +1,11 @@
 """What README and docs say is checked: commands, Python, links, names, keys, counts."""
 
 import importlib
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ from contnet.commands import results as table
 from contnet.commands.model_zoo import make_zoo
 from contnet.config import load_config
 from contnet.config.shipped import find_config
+from contnet.data.datasets.shapes import make_shapes, shapes_datasets
 from contnet.launch.arguments import parse_arguments
 from contnet.launch.preflight_config import load_checked_config
 from contnet.slurm import sweep
@@ -41,6 +45,7 @@ from contnet.utils.errors import UserError
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 README = REPOSITORY / "README.md"
+SIZES = REPOSITORY / "docs" / "network.md"
 PACKAGE = REPOSITORY / "projects" / "ConTNet"
 # Besides python, torchrun and make, which are looked into.
 KNOWN_PROGRAMS = {".", "cd", "export", "git", "pip", "sh"}
@@ -343,14 +348,15 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 
 def table_of_sizes() -> dict[str, tuple[str, ...]]:
-    """Counted columns of README's table: parameters, MACs, attention."""
-    rows = re.findall(r"^\| ConT-(\w+) \|(.*)\|$", README.read_text(), re.MULTILINE)
+    """Counted columns of a page's table: parameters, MACs, attention."""
+    rows = re.findall(r"^\| ConT-(\w+) \|(.*)\|$", SIZES.read_text(), re.MULTILINE)
     cells = {name.lower(): [cell.strip() for cell in row.split("|")] for name, row in rows}
-    return {f"contnet_{name}": (row[1], row[3], row[4]) for name, row in cells.items()}
+    whole = {name: row for name, row in cells.items() if len(row) == 5}
+    return {f"contnet_{name}": (row[1], row[3], row[4]) for name, row in whole.items()}
 
 
 def test_counting_command_gives_the_table():
-    blocks = filter(is_shell, find_blocks(README.read_text()))
+    blocks = filter(is_shell, find_blocks(SIZES.read_text()))
     (command,) = [w for block in blocks for w in read_commands(block.text) if w[1:2] == ["-c"]]
     done = subprocess.run(
         [sys.executable, *command[1:]], capture_output=True, text=True, timeout=300
@@ -468,6 +474,55 @@ def test_results_of_unknown_configs_are_refused(tmp_path):
 
 
 # --- one command for real ------------------------------------------------------------------------
+
+
+def commands_below(heading: str) -> list[list[str]]:
+    """The commands of a section of the README."""
+    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return [words for b in find_blocks(section) if is_shell(b) for words in read_commands(b.text)]
+
+
+@pytest.mark.slow
+def test_your_own_data_in_ten_minutes(tmp_path):
+    """The commands of the README as they stand, on drawn data; the training is cut short."""
+    shapes = make_shapes(tmp_path / "shapes", num_train=8, num_val=4)
+    images = tmp_path / "mine" / "images"
+    images.mkdir(parents=True)
+    for (_, file, folder), split in zip(shapes_datasets(shapes), ("train", "val"), strict=True):
+        content = json.loads(Path(file).read_text())
+        for each in content["images"]:  # of equal names in both
+            name = f"{split}_{each['file_name']}"
+            shutil.copy(Path(folder, each["file_name"]), images / name)
+            each["file_name"] = name
+        (images.parent / f"{split}.json").write_text(json.dumps(content))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    commands = commands_below("Your own data in ten minutes")
+    assert [words[1] for words in commands if words[0] == "python"] == [
+        "tools/doctor.py",
+        "train_net.py",
+        "tools/report.py",
+        "tools/predict.py",
+    ]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for program, script, *words in commands[-4:]:
+        assert program == "python"
+        if script == "train_net.py":
+            words += ["SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "0"]
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / script), *words],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    for page in ("data.html", "output/mine/report.html", "found/index.html"):
+        assert (tmp_path / page).is_file()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
 
 
 @pytest.mark.slow
