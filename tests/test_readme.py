@@ -22,6 +22,7 @@ from contnet.commands import (
     convert_dataset,
     demo,
     doctor,
+    export,
     make_shards,
     predict,
     prepare_cityscapes,
@@ -229,6 +230,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             predict.build_parser().parse_intermixed_args(arguments[1:])
         elif arguments[0] == "tools/publish.py":
             publish.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/export.py":
+            export.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
@@ -272,6 +275,7 @@ def test_commands_are_legal(words, monkeypatch):
         "python tools/submit.py --config-file configs/faster_rcnn_contm.yaml --sweep SEED=1,2 "
         "--only SEED=2 'SOLVER.BASE_RATE 0.01'",
         "python tools/predict.py output/run photos/",
+        "python tools/export.py output/run exported --format caffe",
         "python tools/results.py",
         "python tools/results.py output/rates --costs",
         "python tools/benchmark.py evaluation --boxes",

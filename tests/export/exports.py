@@ -51,10 +51,13 @@ def draw_image(path: Path, height: int = 170, width: int = 230) -> Path:
 
 def _spread(model: nn.Module, inputs: list[dict]) -> None:
     """Scales the last layers, so that scores differ by more than rounding, and boxes move."""
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.box_predictor.test_score_thresh = 0.0  # masks need something
     for name, module in model.named_modules():
         wanted = 2.0 if name.endswith(_SCORES) else 0.5 if name.endswith(_DELTAS) else None
         if wanted is None:
             continue
+        module.bias.data.zero_()  # beside which an untrained layer's values are nothing
         seen = []
         hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out))
         with torch.no_grad():
@@ -62,15 +65,17 @@ def _spread(model: nn.Module, inputs: list[dict]) -> None:
         hook.remove()
         values = torch.cat([each.flatten() for each in seen])
         module.weight.data *= wanted / values.std()
-        module.bias.data -= values.mean() * wanted / values.std() if wanted == 2.0 else 0.0
+    if hasattr(model, "head") and hasattr(model.head, "ctrness"):
+        model.head.bbox_pred.bias.data.fill_(1.0)  # distances, which are not below 0
 
 
 def save_decided(folder: Path, name: str, *options: str) -> Path:
-    """The folder of a system of ``SYSTEMS`` whose detections have clearly different scores."""
+    """The folder of a shipped config's model whose detections have clearly different scores."""
     small, sizes = (SMALL, _SIZES)
     if name.startswith("imagenet"):
         small, sizes = (QUICK, _CLASSIFIER_SIZES)
-    words = [*small, *TINY, *SYSTEMS[name][0].split(), *OPTIONS.split(), *sizes.split(), *options]
+    own = SYSTEMS.get(name, ("",))[0]
+    words = [*small, *TINY, *own.split(), *OPTIONS.split(), *sizes.split(), *options]
     cfg = contnet.load_config(str(CONFIGS / f"{name}.yaml"), words)
     torch.manual_seed(0)
     model = contnet.build_model(cfg).eval()

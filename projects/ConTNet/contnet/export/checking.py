@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -20,7 +21,15 @@ from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import FEATURES, ConTNet
 from contnet.modeling.pspnet import WindowSegmentor
 
-__all__ = ["TOLERANCES", "Check", "Reference", "check_export", "measure_speed", "random_images"]
+__all__ = [
+    "TOLERANCES",
+    "Check",
+    "Reference",
+    "check_export",
+    "compare",
+    "measure_speed",
+    "random_images",
+]
 
 # The largest difference that is taken, by the type of the weights.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
@@ -96,6 +105,7 @@ class Check:
 
     Attributes:
         tolerance: of the difference.
+        most_unmatched: share of detections that may have no counterpart.
         difference: the largest. Of logits and features, in shares of the largest value; of scores
             and masks, as they are; of boxes, in shares of the longer side of the image.
         batches: of images that were compared.
@@ -109,10 +119,10 @@ class Check:
     most_unmatched: float = 0.0
     difference: float = 0.0
     batches: int = 0
-    sizes: set[tuple[int, int]] | None = None
+    sizes: set[tuple[int, int]] = field(default_factory=set)
     detections: int = 0
     unmatched: int = 0
-    top1: list[bool] | None = None
+    top1: list[bool] = field(default_factory=list)
 
     @property
     def same_top1(self) -> float:
@@ -123,7 +133,7 @@ class Check:
     def passed(self) -> bool:
         """Whether the export may be used."""
         return (
-            self.difference <= self.tolerance  # false for NaN
+            self.difference <= self.tolerance
             and self.unmatched <= self.most_unmatched * (self.detections + self.unmatched)
             and self.same_top1 >= _LEAST_SAME_TOP1
         )
@@ -135,22 +145,20 @@ class Check:
             text += f", {self.detections} detections found again, {self.unmatched} not"
         if self.top1:
             text += f", same best class in {self.same_top1:.1%} of {len(self.top1)} images"
-        return f"{text}, {self.batches} batches of {len(self.sizes or ())} sizes"
+        return f"{text}, {self.batches} batches of {len(self.sizes)} sizes"
 
 
 def _largest(values: Tensor) -> float:
-    # max() of Python would drop NaN.
     return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _add(check: Check, difference: float) -> None:
-    if not difference <= check.difference:
-        check.difference = difference
+    check.difference = max(check.difference, math.inf if math.isnan(difference) else difference)
 
 
 def _compare_tensors(check: Check, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
-        check.difference = float("inf")
+        check.difference = math.inf
     else:
         _add(check, _largest(found - expected) / max(_largest(expected), 1e-12))
 
@@ -186,21 +194,28 @@ def compare(
     check: Check,
     names: Sequence[str],
     found: Sequence[Tensor],
-    images: Tensor,
     expected: Sequence[Tensor],
+    images: Tensor,
 ) -> None:
-    """Adds what a batch shows."""
+    """Adds what a batch shows.
+
+    Args:
+        check: to add to.
+        names: of the outputs.
+        found: the export's outputs.
+        expected: the model's.
+        images: (N, 3, H, W); their size is read.
+    """
     height, width = images.shape[2:]
     check.batches += 1
-    check.sizes = {*(check.sizes or ()), (height, width)}
+    check.sizes.add((height, width))
     if "boxes" in names:
         _compare_detections(check, found, expected, max(height, width))
         return
     for one, other in zip(found, expected, strict=True):
         _compare_tensors(check, one, other)
     if list(names) == ["logits"] and found[0].shape == expected[0].shape:
-        same = found[0].argmax(1) == expected[0].argmax(1)
-        check.top1 = [*(check.top1 or ()), *same.tolist()]
+        check.top1 += (found[0].argmax(1) == expected[0].argmax(1)).tolist()
 
 
 def random_images(module: ExportModule, size: Size) -> list[Tensor]:
@@ -237,7 +252,7 @@ def check_export(
     for images in batches:
         with torch.no_grad():
             found = runner(images)
-        compare(check, module.output_names, found, images, reference(images))
+        compare(check, module.output_names, found, reference(images), images)
     return check
 
 

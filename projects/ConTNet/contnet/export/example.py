@@ -91,7 +91,7 @@ def make_example(facts: dict) -> str:
     """A script of at most 20 lines of code that finds something in an image.
 
     Args:
-        facts: of :func:`contnet.export.facts.describe_export`.
+        facts: of :func:`contnet.export.folder.describe_export`.
     """
     imports, run = _RUN[facts["format"]]
     head = _HEAD.format(packages=", ".join(facts["packages"]), imports=imports)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from contnet.utils.files import atomic_write, writing
 from contnet.utils.packages import installed_versions
 from contnet.utils.text import say
 
-__all__ = ["ExportSettings", "export_model"]
+__all__ = ["ExportSettings", "describe_export", "export_model"]
 
 _CHANNELS = {"RGB": [0, 1, 2], "BGR": [2, 1, 0]}
 _IMAGES = {"float32": 8, "float16": 8, "int8": 40}
@@ -164,7 +165,7 @@ def _check(
         "passed": check.passed,
         "images": f"noise and {what}",
         "batches": check.batches,
-        "sizes": sorted(map(list, check.sizes or ())),
+        "sizes": sorted(map(list, check.sizes)),
         "largest_difference": check.difference,
         "tolerance": check.tolerance,
         "detections": check.detections,
@@ -200,7 +201,15 @@ def export_model(predictor: Predictor, target: Path, settings: ExportSettings) -
     with writing(target):
         target.mkdir(parents=True)
     path = target / form.file
-    form.write(module, size, path)
+    try:
+        form.write(module, size, path)
+    except RuntimeError as error:  # the base of what PyTorch's exporters raise
+        shutil.rmtree(target)
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{settings.format} cannot carry this {facts['architecture']} ({reason}): try another "
+            "--format, or --backbone"
+        ) from error
     if settings.int8:
         quantize(path)
     say(

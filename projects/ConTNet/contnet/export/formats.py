@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,23 +111,16 @@ def _load_program(path: Path) -> Runner:
 
 def _write_onnx(module: ExportModule, size: Size, path: Path) -> None:
     program = _capture(module, size)
-    # What the graph is like is told by our check; the exporter logs what it does not know of.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with _quiet():
-            written = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=list(module.output_names),
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+    with _quiet():
+        written = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=list(module.output_names),
+            verbose=False,
+        )
     written.save(path)
 
 

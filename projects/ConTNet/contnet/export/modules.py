@@ -10,13 +10,14 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
@@ -24,7 +25,6 @@ from torchvision.ops import nms
 from contnet.modeling.classifier import ImageClassifier
 from contnet.modeling.contnet import FEATURES, ConTNet
 from contnet.modeling.inference import cast_weights
-from contnet.modeling.pspnet import WindowSegmentor
 from contnet.prediction.predictor import Predictor
 from contnet.utils.errors import UserError
 
@@ -70,7 +70,7 @@ def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _suppress(
-    boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, limit: int
+    boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, limit: int | None
 ) -> Tensor:
     """The boxes that stay, best first, at most ``limit``; those of other groups do no harm."""
     # As torchvision's batched_nms on few boxes. The zero is for images in which nothing is found.
@@ -286,7 +286,8 @@ class _RCNN(_Detector):
         heads, predictor = self.model.roi_heads, self.model.roi_heads.box_predictor
         features = [features[name] for name in heads.box_in_features]
         logits, deltas = predictor(heads.box_head(_pool(heads.box_pooler, features, proposals)))
-        scores = logits.softmax(dim=1)[:, :-1]
+        scores = logits.sigmoid() if predictor.use_sigmoid_ce else logits.softmax(dim=1)
+        scores = scores[:, :-1]
         rows, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
         scores = scores[rows, classes]
         if deltas.shape[1] > 4:  # of each class
@@ -295,7 +296,7 @@ class _RCNN(_Detector):
             deltas = deltas[rows]
         boxes = predictor.box2box_transform.apply_deltas(deltas, proposals[rows])
         boxes = _clip(boxes, height, width)
-        limit = predictor.test_topk_per_image
+        limit = predictor.test_topk_per_image if predictor.test_topk_per_image >= 0 else None
         kept = _suppress(boxes, scores, classes, predictor.test_nms_thresh, limit)
         kept = kept[_nonempty(boxes[kept])]
         return boxes[kept], scores[kept], classes[kept]
@@ -327,7 +328,9 @@ def _is_plain_rcnn(model: nn.Module) -> bool:
         isinstance(model, GeneralizedRCNN)
         and type(model.proposal_generator) is RPN
         and type(heads) is StandardROIHeads
+        and type(heads.box_predictor) is FastRCNNOutputLayers
         and not heads.keypoint_on
+        and (not heads.mask_on or isinstance(heads.mask_head, MaskRCNNConvUpsampleHead))
     )
 
 
@@ -336,9 +339,9 @@ def _choose(model: nn.Module, backbone: bool) -> type[ExportModule]:
         return _ClassifierFeatures if backbone else _Classifier
     if backbone:
         return _Features
-    if isinstance(model, WindowSegmentor):
+    if isinstance(model, SemanticSegmentor):
         return _Segmenter
-    if isinstance(model, DenseDetector) and isinstance(model, (RetinaNet, FCOS)):
+    if isinstance(model, (RetinaNet, FCOS)):
         return _DenseDetector
     if _is_plain_rcnn(model):
         return _RCNN
