@@ -374,7 +374,7 @@ def mentioned_files(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_mentioned_files_exist(page):
-    made_by_runs = {"log.txt", "code.txt", "submission1/code.txt"}
+    made_by_runs = {"log.txt", "code.txt", "submission1/code.txt", "example.py"}
     examples = {"toy.py", "train_toy.py"}
     of_data_sets = {"classes.txt", "val_labels.txt", "ILSVRC2012_validation_ground_truth.txt"}
     elsewhere = {"convert-torchvision-to-d2.py", *of_data_sets}

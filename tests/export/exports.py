@@ -20,7 +20,9 @@ from contnet.data.datasets.shapes_drawing import draw_picture
 __all__ = ["draw_image", "run_example", "save_decided"]
 
 # Larger than the coarsest stride, and no multiple of a patch.
-_SIZES = "INPUT.MIN_SIZE_TEST 165 INPUT.MAX_SIZE_TEST 203 TEST.SLIDING_WINDOW.ENABLED False"
+_SIZES = """
+INPUT.MIN_SIZE_TEST 165 INPUT.MAX_SIZE_TEST 203 TEST.SLIDING_WINDOW.ENABLED False INPUT.FORMAT BGR
+"""
 _CLASSIFIER_SIZES = "INPUT.CLASSIFIER.RESIZE_TEST 80 INPUT.CLASSIFIER.CROP_TEST 61"
 _SCORES = ("cls_score", "objectness_logits", "ctrness")
 _DELTAS = ("bbox_pred", "anchor_deltas", "mask_head.predictor")

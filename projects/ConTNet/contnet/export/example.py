@@ -63,10 +63,10 @@ print(json.dumps([names, outputs[1].tolist(), boxes.tolist()]))
 """
 # Bilinear, each mask over its box: weights of its rows and columns for each pixel of the image.
 _MASKS = """\
-masks, (w, h), one = [], image.size, np.arange(outputs[3].shape[-1])[:, None]
+masks, (w, h), cells = [], image.size, np.arange(outputs[3].shape[-1])[:, None]
 for mask, (x0, y0, x1, y1) in zip(outputs[3], boxes):
-    rows = (np.arange(h) + 0.5 - y0) / (y1 - y0) * len(one) - 0.5 - one
-    columns = (np.arange(w) + 0.5 - x0) / (x1 - x0) * len(one) - 0.5 - one
+    rows = (np.arange(h) + 0.5 - y0) / (y1 - y0) * len(cells) - 0.5 - cells
+    columns = (np.arange(w) + 0.5 - x0) / (x1 - x0) * len(cells) - 0.5 - cells
     rows, columns = (np.clip(1 - abs(each), 0, 1) for each in (rows, columns))
     masks.append(rows.T @ mask @ columns >= 0.5)
 np.save("masks.npy", np.array(masks, bool).reshape(-1, h, w))
