@@ -25,6 +25,7 @@ from contnet.commands import (
     convert_dataset,
     demo,
     doctor,
+    export,
     make_shards,
     predict,
     prepare_cityscapes,
@@ -241,6 +242,8 @@ def check_command(words: list[str], monkeypatch) -> None:
             publish.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/report.py":
             report.build_parser().parse_args(arguments[1:])
+        elif arguments[0] == "tools/export.py":
+            export.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/results.py":
             table.build_parser().parse_args(arguments[1:])
         elif arguments[0] == "tools/convert_weights.py":
@@ -285,6 +288,7 @@ def test_commands_are_legal(words, monkeypatch):
         "--only SEED=2 'SOLVER.BASE_RATE 0.01'",
         "python tools/predict.py output/run photos/",
         "python tools/report.py output/run --picture 3",
+        "python tools/export.py output/run exported --format caffe",
         "python tools/results.py",
         "python tools/results.py output/rates --costs",
         "python tools/benchmark.py evaluation --boxes",
@@ -350,9 +354,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
 def table_of_sizes() -> dict[str, tuple[str, ...]]:
     """Counted columns of a page's table: parameters, MACs, attention."""
     rows = re.findall(r"^\| ConT-(\w+) \|(.*)\|$", SIZES.read_text(), re.MULTILINE)
-    cells = {name.lower(): [cell.strip() for cell in row.split("|")] for name, row in rows}
-    whole = {name: row for name, row in cells.items() if len(row) == 5}
-    return {f"contnet_{name}": (row[1], row[3], row[4]) for name, row in whole.items()}
+    cells = [(name.lower(), [cell.strip() for cell in row.split("|")]) for name, row in rows]
+    whole = [(name, row) for name, row in cells if len(row) == 5]
+    return {f"contnet_{name}": (row[1], row[3], row[4]) for name, row in whole}
 
 
 def test_counting_command_gives_the_table():
@@ -384,7 +388,7 @@ def mentioned_files(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_mentioned_files_exist(page):
-    made_by_runs = {"log.txt", "code.txt", "submission1/code.txt"}
+    made_by_runs = {"log.txt", "code.txt", "submission1/code.txt", "example.py"}
     examples = {"toy.py", "train_toy.py"}
     of_data_sets = {"classes.txt", "val_labels.txt", "ILSVRC2012_validation_ground_truth.txt"}
     elsewhere = {"convert-torchvision-to-d2.py", *of_data_sets}

@@ -20,6 +20,7 @@ from contnet.commands import (
     demo,
     demo_imagenet,
     doctor,
+    export,
     make_shards,
     model_zoo,
     predict,
@@ -42,6 +43,7 @@ MAINS = {
     "demo": demo.main,
     "demo_imagenet": demo_imagenet.main,
     "doctor": doctor.main,
+    "export": export.main,
     "gpu_check": gpu_check.main,
     "make_shards": make_shards.main,
     "model_zoo": model_zoo.main,
@@ -95,6 +97,7 @@ def test_a_wrong_option(name, capsys, tmp_path, monkeypatch):
         ("report", ["gone", "--score", "2"]),
         ("convert_weights", ["a.pth", "b.doc"]),
         ("convert_dataset", ["voc", ".", "b.doc"]),
+        ("export", ["here", "there", "--format", "caffe"]),
     ],
 )
 def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
@@ -118,6 +121,7 @@ def test_a_mistake_of_usage(name, argv, capsys, tmp_path, monkeypatch):
         ("analyze", ["--config-file", CONFIG, "--json", "gone/costs.json"]),
         ("configs", ["list", "no such word"]),
         ("gpu_check", ["--report"]),
+        ("export", ["gone", "there", "--format", "onnx"]),
     ],
 )
 def test_what_is_missing(name, argv, capsys, tmp_path, monkeypatch):

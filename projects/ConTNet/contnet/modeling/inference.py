@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["CudaGraphs", "OptimizedNetwork", "optimize_for_inference"]
+__all__ = ["CudaGraphs", "OptimizedNetwork", "cast_weights", "optimize_for_inference"]
 
 logger = logging.getLogger(__name__)
 
 _WARM_UPS = 3  # PyTorch's own advice for what goes into a CUDA graph
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Casts weights, but not norms with running statistics: three digits are too few for these."""
     norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
     own = [norm.state_dict() for norm in norms]
@@ -240,5 +240,5 @@ def optimize_for_inference(
     """
     if max_graph_bytes < 0:
         raise ValueError(f"max_graph_bytes is {max_graph_bytes}, it must be at least 0")
-    model = _cast(copy.deepcopy(model).eval().requires_grad_(False), dtype)
+    model = cast_weights(copy.deepcopy(model).eval().requires_grad_(False), dtype)
     return OptimizedNetwork(model, dtype, backend, max_graph_bytes)

@@ -1,0 +1,269 @@
+"""Compares what was exported with the PyTorch model that it was made of, and times both."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from contnet.export.formats import Runner, Size
+from contnet.export.modules import ExportModule
+from contnet.modeling.classifier import ImageClassifier
+from contnet.modeling.contnet import FEATURES, ConTNet
+from contnet.modeling.pspnet import WindowSegmentor
+
+__all__ = [
+    "TOLERANCES",
+    "Check",
+    "Reference",
+    "check_export",
+    "compare",
+    "measure_speed",
+    "random_images",
+]
+
+# The largest difference that is taken, by the type of the weights.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
+# Share of images of which the best class must be the same.
+_LEAST_SAME_TOP1 = 0.95
+# Detections of which as large a share may be without a counterpart, where half precision decides
+# otherwise which of two boxes suppresses the other.
+_MOST_UNMATCHED = {"float32": 0.0, "float16": 0.05}
+_SAME_IOU = 0.9
+_BATCH = 3
+_REPEATS = 5
+
+
+# --- the model itself ----------------------------------------------------------------------------
+
+
+def _backbone_features(model: nn.Module, images: Tensor) -> list[Tensor]:
+    x = [(image - model.pixel_mean) / model.pixel_std for image in images]
+    batch = ImageList.from_tensors(x, model.backbone.size_divisibility)
+    return list(model.backbone(batch.tensor).values())
+
+
+def _network_features(model: nn.Module, images: Tensor) -> list[Tensor]:
+    x = (images - model.pixel_mean) / model.pixel_std
+    if isinstance(model.network, ConTNet):
+        return list(model.network.forward_features(x, FEATURES).values())
+    return [model.network.forward_features(x)]
+
+
+def _fields(instances: Instances) -> list[Tensor]:
+    found = [instances.pred_boxes.tensor, instances.scores, instances.pred_classes]
+    return [*found, instances.pred_masks[:, 0]] if instances.has("pred_masks") else found
+
+
+class Reference:
+    """What the trained model itself gives, in float32 and as lists of tensors.
+
+    Args:
+        model: as it is evaluated.
+        backbone: whether its backbone alone is asked for.
+    """
+
+    def __init__(self, model: nn.Module, backbone: bool):
+        self.model = copy.copy(model)
+        if isinstance(model, WindowSegmentor):
+            self.model.window = None  # an export looks at the whole image
+        self.backbone = backbone
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Outputs for images (N, 3, H, W) of values from 0 to 255; N is 1 for a detector."""
+        model, inputs = self.model, [{"image": image} for image in images]
+        if self.backbone and isinstance(model, ImageClassifier):
+            return _network_features(model, images)
+        if self.backbone:
+            return _backbone_features(model, images)
+        if isinstance(model, GeneralizedRCNN):
+            # Masks as they are before they are pasted.
+            (instances,) = model.inference(inputs, do_postprocess=False)
+            return _fields(instances[instances.pred_boxes.nonempty()])
+        outputs = model(inputs)
+        if "instances" in outputs[0]:
+            return _fields(outputs[0]["instances"])
+        return [torch.stack([next(iter(output.values())) for output in outputs])]
+
+
+# --- comparison ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Check:
+    """What a comparison has found.
+
+    Attributes:
+        tolerance: of the difference.
+        most_unmatched: share of detections that may have no counterpart.
+        difference: the largest. Of logits and features, in shares of the largest value; of scores
+            and masks, as they are; of boxes, in shares of the longer side of the image.
+        batches: of images that were compared.
+        sizes: heights and widths of images.
+        detections: how many had a counterpart.
+        unmatched: how many had none, though the model did not have to choose between equals.
+        top1: of classifiers, for each image whether the best class is the same.
+    """
+
+    tolerance: float
+    most_unmatched: float = 0.0
+    difference: float = 0.0
+    batches: int = 0
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    detections: int = 0
+    unmatched: int = 0
+    top1: list[bool] = field(default_factory=list)
+
+    @property
+    def same_top1(self) -> float:
+        """Share of images with the same best class."""
+        return sum(self.top1) / len(self.top1) if self.top1 else 1.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export may be used."""
+        return (
+            self.difference <= self.tolerance
+            and self.unmatched <= self.most_unmatched * (self.detections + self.unmatched)
+            and self.same_top1 >= _LEAST_SAME_TOP1
+        )
+
+    def describe(self) -> str:
+        """One line for a person."""
+        text = f"largest difference {self.difference:.2g} (tolerance {self.tolerance:g})"
+        if self.detections or self.unmatched:
+            text += f", {self.detections} detections found again, {self.unmatched} not"
+        if self.top1:
+            text += f", same best class in {self.same_top1:.1%} of {len(self.top1)} images"
+        return f"{text}, {self.batches} batches of {len(self.sizes)} sizes"
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _add(check: Check, difference: float) -> None:
+    check.difference = max(check.difference, math.inf if math.isnan(difference) else difference)
+
+
+def _compare_tensors(check: Check, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        check.difference = math.inf
+    else:
+        _add(check, _largest(found - expected) / max(_largest(expected), 1e-12))
+
+
+def _compare_detections(
+    check: Check, found: Sequence[Tensor], expected: Sequence[Tensor], longest: int
+) -> None:
+    """Pairs detections of one class by their overlap, so that the order of equals is free."""
+    boxes, scores, classes, *masks = found
+    boxes_2, scores_2, classes_2, *masks_2 = expected
+    # Where more are found than are kept, equal scores may be kept or not.
+    lowest = max((float(each[-1]) for each in (scores, scores_2) if len(each)), default=0.0)
+    clear = lowest + check.tolerance
+    iou = box_iou(boxes, boxes_2) * (classes[:, None] == classes_2)
+    iou = iou - (scores[:, None] - scores_2).abs()
+    taken: set[int] = set()
+    for i in range(len(boxes)):
+        order = iou[i].argsort(descending=True).tolist()
+        j = next((j for j in order if j not in taken), None)
+        if j is None or iou[i, j] < _SAME_IOU:
+            check.unmatched += bool(scores[i] > clear)
+            continue
+        taken.add(j)
+        check.detections += 1
+        _add(check, _largest(boxes[i] - boxes_2[j]) / longest)
+        _add(check, _largest(scores[i] - scores_2[j]))
+        for mask, mask_2 in zip(masks, masks_2, strict=True):
+            _add(check, _largest(mask[i] - mask_2[j]))
+    check.unmatched += sum(bool(scores_2[j] > clear) for j in range(len(boxes_2)) if j not in taken)
+
+
+def compare(
+    check: Check,
+    names: Sequence[str],
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    images: Tensor,
+) -> None:
+    """Adds what a batch shows.
+
+    Args:
+        check: to add to.
+        names: of the outputs.
+        found: the export's outputs.
+        expected: the model's.
+        images: (N, 3, H, W); their size is read.
+    """
+    height, width = images.shape[2:]
+    check.batches += 1
+    check.sizes.add((height, width))
+    if "boxes" in names:
+        _compare_detections(check, found, expected, max(height, width))
+        return
+    for one, other in zip(found, expected, strict=True):
+        _compare_tensors(check, one, other)
+    if list(names) == ["logits"] and found[0].shape == expected[0].shape:
+        check.top1 += (found[0].argmax(1) == expected[0].argmax(1)).tolist()
+
+
+def random_images(module: ExportModule, size: Size) -> list[Tensor]:
+    """Batches of noise, of several sizes where these are free."""
+    least = module.least_side
+    # Multiples of patches, none, the least, and wide.
+    sizes = [size] if size else [(224, 224), (203, 299), (least, least + 14), (150, 448)]
+    counts = (1, _BATCH) if module.free_batch else (1,)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, 256, (count, 3, *each), generator=generator).float()
+        for each in sizes
+        for count in counts
+    ]
+
+
+def check_export(
+    runner: Runner,
+    reference: Reference,
+    module: ExportModule,
+    batches: Sequence[Tensor],
+    precision: str,
+) -> Check:
+    """Compares an export with the model on batches of images.
+
+    Args:
+        runner: of the written file.
+        reference: the model.
+        module: what was exported.
+        batches: (N, 3, H, W) each.
+        precision: of the weights, a key of ``TOLERANCES``.
+    """
+    check = Check(TOLERANCES[precision], _MOST_UNMATCHED.get(precision, 0.0))
+    for images in batches:
+        with torch.no_grad():
+            found = runner(images)
+        compare(check, module.output_names, found, reference(images), images)
+    return check
+
+
+def measure_speed(runner: Runner, reference: Reference, images: Tensor) -> tuple[float, float]:
+    """Median seconds for a batch, of the export and of the model, in turns."""
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(_REPEATS + 1):
+        for which, function in enumerate((runner, reference)):
+            start = time.perf_counter()
+            with torch.no_grad():
+                function(images)
+            if number:  # the first one warms up
+                times[which].append(time.perf_counter() - start)
+    return median(times[0]), median(times[1])
