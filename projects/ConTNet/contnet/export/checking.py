@@ -35,9 +35,9 @@ __all__ = [
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
 # Share of images of which the best class must be the same.
 _LEAST_SAME_TOP1 = 0.95
-# Detections of which as large a share may be without a counterpart, where half precision decides
-# otherwise which of two boxes suppresses the other.
-_MOST_UNMATCHED = {"float32": 0.0, "float16": 0.05}
+# Share of detections that may have no counterpart: where two boxes overlap by just the threshold of
+# NMS, rounding decides.
+_MOST_UNMATCHED = {"float32": 0.01, "float16": 0.05}
 _SAME_IOU = 0.9
 _BATCH = 3
 _REPEATS = 5
