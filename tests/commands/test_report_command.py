@@ -251,6 +251,7 @@ def test_what_a_training_leaves_is_enough(name, cityscapes_root, imagenet_here, 
     config = str(CONFIGS / f"{name}.yaml")
     options = ["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "run")]
     assert not train(["--config-file", config, *words, *options])
+    assert not (tmp_path / "run" / "report.html").exists()  # without REPORT.ENABLED
     page = report(tmp_path / "run", options=["--images", "1"])
     (result,) = (words for heading, words in page.words.items() if "last evaluation" in heading)
     (record,) = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -76,6 +76,13 @@ def test_a_run_trains_evaluates_and_tells_the_accuracy(command, imagenet_root, t
     assert lines[-1]["classification/top1"] == pytest.approx(expected["top1"])
     assert (tmp_path / "model_best.pth").exists()
     assert "| classification |" in output
+    # What a report reads has each image once, whichever process has seen it.
+    (file,) = tmp_path.glob("inference/*/classification.json")
+    found = json.loads(file.read_text())["images"]
+    files = sorted(str(path) for path in val.glob("*/*"))
+    assert sorted(each["file_name"] for each in found) == files
+    hits = [each["label"] == each["classes"][0] for each in found]
+    assert 100 * sum(hits) / len(hits) == pytest.approx(expected["top1"])
 
 
 @pytest.mark.parametrize("batch", ["3", "6 SOLVER.GRAD_ACCUM_STEPS 2"])

@@ -30,11 +30,6 @@ def test_a_training_leaves_its_page(imagenet_here, tmp_path):
     assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
 
 
-def test_without_the_key_there_is_none(imagenet_here, tmp_path):
-    assert train(tmp_path) == 0
-    assert not (tmp_path / "report.html").exists()
-
-
 def test_a_page_that_cannot_be_written_ends_no_training(imagenet_here, tmp_path):
     (tmp_path / "report.html").mkdir()
     assert train(tmp_path, "REPORT.ENABLED", "True") == 0

@@ -57,8 +57,9 @@ class Numbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_batch_is_read_at_once():
+@pytest.mark.parametrize("folder", ["", "somewhere"])  # it writes a file there at the end
+def test_a_batch_is_read_at_once(folder):
     with Numbers() as numbers:
         outputs = [{"logits": logits} for logits in torch.eye(10)]
-        ClassificationEvaluator(10).process([{"label": i} for i in range(10)], outputs)
+        ClassificationEvaluator(10, folder).process([{"label": i} for i in range(10)], outputs)
     assert numbers.count == 0

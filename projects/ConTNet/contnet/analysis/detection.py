@@ -333,7 +333,10 @@ def _gallery_section(
 
 
 def _counted(
-    truth: _Truth, files: Mapping[str, Path], measured: Mapping[str, _Precision], settings
+    truth: _Truth,
+    files: Mapping[str, Path],
+    measured: Mapping[str, _Precision],
+    settings: ErrorSettings,
 ) -> tuple[dict[str, DetectorErrors], list[str]]:
     """What hotcoco counts of those runs whose AP it agrees about, and what there is to say."""
     if not has_hotcoco():

@@ -132,7 +132,10 @@ def _differences(hotcoco: Any, first: Any, other: Any, settings: ErrorSettings) 
     }
 
 
-def _summarise(hotcoco: Any, truth: Any, evaluation: Any, detections: list[dict], settings) -> dict:
+def _summarise(
+    hotcoco: Any, truth: Any, evaluation: Any, detections: list[dict], settings: ErrorSettings
+) -> dict:
+    """What :class:`DetectorErrors` has of a run, but for differences."""
     evaluation.accumulate()
     evaluation.summary_lines()
     tide, calibration = evaluation.tide_errors(), evaluation.calibration()
