@@ -17,12 +17,14 @@ from contnet.engine.run_page import PAGE
 from contnet.engine.writers import read_metrics
 from contnet.launch.main import train
 from contnet.utils.command import run_command
+from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 
 __all__ = ["REQUIRED_AP", "main", "run_demo"]
 
 REQUIRED_AP = 60.0
 _PICTURES = 12
+_PROCESSES = 2  # that train
 # Of the square images, in pixels: a multiple of 224 needs no margins in the network.
 _SIDE = 224
 
@@ -45,7 +47,9 @@ def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> tuple[
     make_shapes(data, min_side=_SIDE, max_side=_SIDE)
     shutil.rmtree(run, ignore_errors=True)
     opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
-    train(["--config-file", config_file, *opts])
+    # A thread each: on a busy machine the threads of one process would wait for each other.
+    processes = str(min(_PROCESSES, available_cpus()))
+    train(["--config-file", config_file, "--num-gpus", processes, *opts])
     metrics = read_metrics(run)
     ap = [line["bbox/AP"] for line in metrics if "bbox/AP" in line][-1]
     options = ReportOptions(images=_PICTURES)
