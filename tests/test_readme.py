@@ -541,7 +541,7 @@ def test_short_try_on_the_cpu_works(train_net, tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     training = (REPOSITORY / "docs" / "training.md").read_text()
     training = training[
-        training.index("## What a run leaves") : training.index("## Experiment trackers")
+        training.index("## Output files") : training.index("## Experiment trackers")
     ]
     table = re.findall(r"^\| `([\w.]+)/?` \|", training, re.MULTILINE)
     assert {"log.txt", "config.yaml", "metrics.json", "last_checkpoint"} <= set(table)
