@@ -236,6 +236,22 @@ def test_a_run_at_its_beginning(tmp_path):
     assert "config.yaml" in page.words["Predictions: left out"]
 
 
+def test_what_is_not_standard_is_said(tmp_path):
+    """Of each run; and that two were measured on different data."""
+    runs = [tmp_path / "one", tmp_path / "other"]
+    protocol = {"standard": False, "deviations": ["300 detections of an image count, not 100"]}
+    for run, digest in zip(runs, "ab", strict=True):
+        make_run(run, make_boxes(tmp_path / f"data_{digest}"))
+        file = run / "results.json"
+        records = json.loads(file.read_text())
+        more = {**protocol, "protocol": {"dataset_sha256": digest}}
+        file.write_text(json.dumps([{**record, **more} for record in records]))
+    words = report(runs[0]).words["Warnings: boxes"]
+    assert "300 detections" in words and "different versions" not in words
+    words = report(*runs).words["Warnings: boxes"]
+    assert "one" in words and "other" in words and "different versions" in words
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert main([str(tmp_path), "--images", "0"]) == 2

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from contnet.config.differences import read_values
 from contnet.config.keys import default_config
 from contnet.evaluation.metrics import MAIN_METRICS
+from contnet.evaluation.protocol import SEE_WARNINGS
 from contnet.evaluation.results import split_metrics
 from contnet.report.curves import Line, Plot, by_iteration, running_median, series
 from contnet.report.page import Curves, Notes, Section, Table, Tiles
@@ -257,6 +258,18 @@ def _tiles(run: RunRecord) -> list[Section]:
     return [Tiles(numbers)] if numbers else []
 
 
+def _warnings(records: Mapping[str, Mapping]) -> list[str]:
+    """What changes the metrics of evaluations of one data set, a line each."""
+    lines = [line for each in records.values() for line in each.get("warnings", ())]
+    for name, record in records.items():
+        others = [line for line in record.get("deviations", ()) if line != SEE_WARNINGS]
+        lines += [f"{name}: not a standard evaluation, {line}" for line in others]
+    protocols = [record.get("protocol", {}) for record in records.values()]
+    if len({each.get("dataset_sha256") for each in protocols} - {None}) > 1:
+        lines.append("these evaluations are of different versions of the data set")
+    return list(dict.fromkeys(lines))
+
+
 def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
     """The final and the best evaluation of each run on each data set, and their warnings."""
     sections = _tiles(runs[0]) if len(runs) == 1 else []
@@ -268,9 +281,9 @@ def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
         sections += _metrics_table(f"Results: {dataset}", records, 0)
         sections += _metrics_table(f"Average recall: {dataset}", records, 1)
         sections += _class_table(dataset, records)
-        warnings = [line for each in records.values() for line in each.get("warnings", ())]
+        warnings = _warnings(records)
         if warnings:
-            sections.append(Notes(f"Warnings: {dataset}", list(dict.fromkeys(warnings))))
+            sections.append(Notes(f"Warnings: {dataset}", warnings))
     if not any(run.results for run in runs):
         sections.append(Notes("Results", ["There is no evaluation in results.json."]))
     return sections

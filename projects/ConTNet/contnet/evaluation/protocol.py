@@ -10,7 +10,9 @@ import msgspec
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-__all__ = ["dataset_digest", "describe_protocol"]
+__all__ = ["SEE_WARNINGS", "dataset_digest", "describe_protocol"]
+
+SEE_WARNINGS = "see the warnings"
 
 _DETECTIONS = 100  # of an image, which COCO's AP counts
 # Of an image of a shard, where it begins.
@@ -73,5 +75,5 @@ def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[s
             if score > usual:
                 deviations.append(f"the score threshold is {score:g}, not {usual:g}")
     if warnings:
-        deviations.append("see the warnings")
+        deviations.append(SEE_WARNINGS)
     return {"standard": not deviations, "deviations": deviations, "protocol": protocol}
