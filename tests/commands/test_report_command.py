@@ -241,7 +241,9 @@ def test_what_is_not_standard_is_said(tmp_path):
     runs = [tmp_path / "one", tmp_path / "other"]
     protocol = {"standard": False, "deviations": ["300 detections of an image count, not 100"]}
     for run, digest in zip(runs, "ab", strict=True):
-        make_run(run, make_boxes(tmp_path / f"data_{digest}"))
+        data = tmp_path / digest
+        data.mkdir()
+        make_run(run, make_boxes(data))
         file = run / "results.json"
         records = json.loads(file.read_text())
         more = {**protocol, "protocol": {"dataset_sha256": digest}}
