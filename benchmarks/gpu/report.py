@@ -174,7 +174,7 @@ def _detector(rows: Iterable[dict]) -> list[tuple[str, str, str]]:
 
 def _stall(rows: Iterable[dict]) -> list[tuple[str, str, str]]:
     found = [
-        ("", f"{row['share']:.1%} of the time lost by a synchronous save", _verdict(row["share"] <= 0.05))
+        ("", f"{row['share']:.1%} of what a synchronous save loses", _verdict(row["share"] <= 0.05))
         for row in rows
         if "share" in row
     ]
