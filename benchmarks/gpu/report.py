@@ -1,4 +1,4 @@
-"""docs/gpu.md, made from the results of tools/gpu_check.sh; without any it says `not measured`."""
+"""Writes docs/gpu.md from the results of tools/gpu_check.sh; without any, `not measured`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _RESULTS = "results.jsonl"
 _NOT_MEASURED = "not measured"
 _HEAD = """# On a GPU
 
-Written by `python tools/gpu_check.py --report` from the figures of one call on one card:
+Written by `python tools/gpu_check.py --report` from the results of one run on one GPU:
 
     PYTHON=.venv/bin/python sh tools/gpu_check.sh
 
-It runs the tests that need a GPU, trains and evaluates every system on drawn shapes, and measures,
-in about six minutes; `--help` lists its parts. "Plain" is the reference network of
-`benchmarks/plain.py` with the same weights, in the same precision and process, in turns with ours.
-Times are medians by CUDA events; peaks are what a call takes above what was there before.
+In about six minutes it runs the tests that need a GPU, trains and evaluates every system on drawn
+shapes, and measures speed and memory; `--help` lists its parts. "Plain" is the reference network of
+`benchmarks/plain.py` with the same weights, precision and process, measured in turns with ours.
+Times are medians of CUDA events. Peaks are the memory of a call above what was allocated before.
 """
-# Title of each table, and its columns; one that no row has is left out.
+# Title and columns of each table; columns without values are omitted.
 _TABLES = {
     "ceilings": ("Ceilings", ("tflops_bf16", "copy_gb_per_second")),
     "tests": ("Tests", ("tests", "failures", "errors", "skipped", "failed_tests")),
@@ -38,7 +38,7 @@ _TABLES = {
         ),
     ),
     "faster_rcnn": (
-        "Faster R-CNN, cut in the middle and resumed",
+        "Faster R-CNN, interrupted and resumed",
         (
             *("precision", "run", "iterations", "first_loss", "last_loss", "first_difference"),
             *("largest_difference", "seconds_per_iteration", "peak_mb"),
@@ -78,7 +78,7 @@ _TABLES = {
         ("step", "milliseconds", "kernel_ms", "busy", "launches"),
     ),
     "kernels": (
-        "Kernels that most of the time goes to",
+        "Kernels that take most of the time",
         ("step", "rank", "kernel", "calls", "milliseconds", "share"),
     ),
     "ddp": (
@@ -111,7 +111,7 @@ def read_results(file: Path) -> list[dict]:
     except (OSError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"{file} cannot be read ({error or 'no results'})") from error
     if not results:
-        raise UserError(f"{file} is empty: tools/gpu_check.sh was not run to its end")
+        raise UserError(f"{file} is empty: tools/gpu_check.sh was not run to the end")
     return results
 
 
@@ -123,7 +123,7 @@ def _verdict(met: bool) -> str:
 
 
 def _passes(rows: Iterable[dict], eager: bool) -> list[tuple[str, str, str]]:
-    """By size: the figure of the forward and backward pass, and whether it is what was asked."""
+    """For each size, the figure of the forward and backward pass and whether it is on target."""
     rows = [
         row
         for row in rows
@@ -174,7 +174,7 @@ def _detector(rows: Iterable[dict]) -> list[tuple[str, str, str]]:
 
 def _stall(rows: Iterable[dict]) -> list[tuple[str, str, str]]:
     found = [
-        ("", f"{row['share']:.1%} of what a waited for save loses", _verdict(row["share"] <= 0.05))
+        ("", f"{row['share']:.1%} of what a synchronous save loses", _verdict(row["share"] <= 0.05))
         for row in rows
         if "share" in row
     ]
@@ -185,12 +185,12 @@ def _targets(tables: dict[str, list[dict]]) -> str:
     network = tables.get("network", [])
     targets = {
         "forward and backward in bf16: 2.5 times plain at 0.6 of its peak": _passes(network, False),
-        "the same, eager alone: 1.7 times plain": _passes(network, True),
+        "the same without compilation: 1.7 times plain": _passes(network, True),
         "inference, one image: 3 times plain eager": _inference(tables.get("inference", [])),
         "Faster R-CNN with ConT-M in bf16: no slower than R-50": _detector(tables.get("steps", [])),
-        "checkpoint's stall: 5 %": _stall(tables.get("checkpoint", [])),
+        "time lost by a background checkpoint: 5 %": _stall(tables.get("checkpoint", [])),
     }
-    lines = ["| asked for | size | measured | |", "|---|---|---|---|"]
+    lines = ["| target | size | measured | |", "|---|---|---|---|"]
     for target, found in targets.items():
         lines += [_line([target, *each]) for each in found]
     return "\n".join(lines)
@@ -226,7 +226,7 @@ def _table(rows: Sequence[dict], columns: Sequence[str]) -> str:
 
 
 def _run(versions: dict) -> str:
-    """What the figures hold for."""
+    """The device, versions and settings of a run."""
     device = versions.get("gpu") or "a CPU"
     names = ("python", "torch", "cuda", "cudnn", "torchvision", "timm", "detectron2", "numpy")
     known = [f"{name} {versions[name]}" for name in names if versions.get(name)]
@@ -234,8 +234,8 @@ def _run(versions: dict) -> str:
     tf32 = ["on" if versions.get(key) else "off" for key in keys]
     return (
         f"{device}; {versions.get('date')}; commit {versions.get('commit') or 'not known'}; "
-        f"`{versions.get('command')}`. {', '.join(known)}. Where nothing else is said, TF32 in "
-        f"float32 is {tf32[0]} for convolutions and {tf32[1]} for products."
+        f"`{versions.get('command')}`. {', '.join(known)}. Unless noted otherwise, TF32 in "
+        f"float32 is {tf32[0]} for convolutions and {tf32[1]} for matrix products."
     )
 
 
@@ -243,8 +243,8 @@ def make_report(results: Sequence[dict]) -> str:
     """The text of the page.
 
     Args:
-        results: the lines of results.jsonl; none if nothing was measured. Only figures of a GPU are
-            told as measured: of a CPU's the page has no more than how the parts ended.
+        results: the lines of results.jsonl; empty if nothing was measured. Only GPU figures are
+            shown; from a run on a CPU, the page has only the status of each part.
     """
     parts: dict[str, dict] = {}
     tables: dict[str, list[dict]] = {}
@@ -258,13 +258,13 @@ def make_report(results: Sequence[dict]) -> str:
     if measured:
         sections += [_run(versions)]
     elif results:
-        of = "on a CPU, which shows that the parts run, and no figures of a GPU"
         if versions:
-            sections += [f"No GPU yet: this was a try {of}.", _run(versions)]
+            note = "This run was on a CPU. It shows that the parts run, but has no GPU figures."
+            sections += [note, _run(versions)]
         else:
-            sections += ["No GPU is known to have been there: nothing says what the parts ran on."]
+            sections += ["The results do not say which device the parts ran on."]
     else:
-        sections += ["No GPU was there yet: nothing is measured."]
+        sections += ["Nothing is measured yet, because no GPU was available."]
     sections += ["## Targets", _targets(tables if measured else {})]
     if parts:
         rows = [
@@ -279,12 +279,12 @@ def make_report(results: Sequence[dict]) -> str:
 
 
 def kept_results(page: Path) -> Path:
-    """Where the results are that a page was made from."""
+    """The path of the results that a page was made from."""
     return page.with_suffix(".jsonl")
 
 
 def write_report(output: Path, page: Path) -> None:
-    """Writes the page from a folder of results, which it keeps beside it.
+    """Writes the page from a folder of results, and copies the results beside it.
 
     Raises:
         UserError: if the folder has no results, or the page cannot be written.

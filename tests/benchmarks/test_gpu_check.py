@@ -60,7 +60,7 @@ def test_the_whole_and_its_report(tmp_path):
     page = tmp_path / "gpu.md"
     assert main(["--report", str(page), "--output", str(tmp_path / "out")]) == 0
     text = page.read_text()
-    assert "this was a try on a CPU" in text and "sh tools/gpu_check.sh --device cpu" in text
+    assert "This run was on a CPU" in text and "sh tools/gpu_check.sh --device cpu" in text
     assert text.count("| not measured |") == 5 and "met |" not in text
     assert "milliseconds" not in text
     assert kept_results(page).read_text() == (tmp_path / "out" / "results.jsonl").read_text()
@@ -235,7 +235,7 @@ def test_the_other_targets():
         ["", "not measured"],
         ["2.90 (optimized bf16)", "not met"],
         ["0.80 of R-50's time", "met"],
-        ["4.0% of what a waited for save loses", "met"],
+        ["4.0% of what a synchronous save loses", "met"],
     ]
 
 

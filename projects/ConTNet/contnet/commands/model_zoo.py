@@ -1,4 +1,4 @@
-"""MODEL_ZOO.md, made from the configs, from counting, and from recorded results."""
+"""Writes MODEL_ZOO.md from the configs, counted costs, and recorded results."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ ZOO = "MODEL_ZOO.md"
 
 _HEAD = f"""# Model zoo
 
-Made by `python tools/model_zoo.py` from the configs and from [{RESULTS}]({RESULTS}).
+Written by `python tools/model_zoo.py` from the configs and [{RESULTS}]({RESULTS}).
 
 "Paper" is Yan et al., 2021, [arXiv 2104.13497](https://arxiv.org/abs/2104.13497); a dash means that
-it gives no figure. "Counted" is what `contnet/modeling/macs.py` finds in the models as they are
-built here: trained parameters, and multiply-adds (MACs) of one image of the size named with each
-table, without and with the products of attention, which the paper leaves out; the paper's word for
-MACs is FLOPs. "Here" is what this repository has trained and measured on the whole data set. Speed
-and memory: not measured.
+it gives no figure. "Counted" figures are computed by `contnet/modeling/macs.py` from the models
+of this repository: trained parameters, and multiply-adds (MACs, which the paper calls FLOPs) for
+one image of the given size, without and with the matrix products of attention, which the paper
+leaves out. "Here" is the result of a training in this repository on the whole data set. Speed and
+memory are not measured.
 
-No weights are shipped. The paper's AP starts from backbones that were trained on ImageNet
-([docs/weights.md](docs/weights.md)); what we ran on small sets of real images is in
-[docs/real_images.md](docs/real_images.md). The rule of counting, and where it differs from the
-paper's figures, is in [docs/configs.md](docs/configs.md). Each row is reproduced by the command
-under its table, with the row's config and, but for ImageNet, its backbone's weights.
+No weights are shipped. The paper's detectors start from backbones pre-trained on ImageNet
+([docs/weights.md](docs/weights.md)). Our runs on small sets of real images are in
+[docs/real_images.md](docs/real_images.md). The counting rules and the differences from the
+paper's figures are in [docs/configs.md](docs/configs.md). To train a row, use the command under its
+table with the row's config and, except for ImageNet, the weights of its backbone.
 """
 _NAMES = {
     "r50": "ResNet-50",
@@ -62,13 +62,13 @@ class _Table(TypedDict):
 
 
 def _backbone(name: str) -> str:
-    """Which of ``_NAMES`` a config's name has."""
+    """The key of ``_NAMES`` that a config's name contains."""
     words = f"_{name.replace('/', '_')}_"
     return next(each for each in _ORDER if f"_{each}_" in words)
 
 
 def _leaves(configs: Path, system: str) -> list[str]:
-    """Names of a system's configs, plain recipes first, by backbone."""
+    """Names of a system's configs, plain recipes first, sorted by backbone."""
     paths = [path for path in configs.rglob("*.yaml") if not path.name.startswith("Base")]
     found = [str(path.relative_to(configs).with_suffix("")) for path in paths]
     found = [name for name in found if name.startswith(system)]
@@ -82,7 +82,7 @@ def _leaves(configs: Path, system: str) -> list[str]:
 
 
 def _grouped(cells: list[str]) -> str:
-    """AP with s, m and l in brackets; of two tasks, one behind the other."""
+    """AP with s, m and l in brackets; two tasks are separated by a slash."""
     if len(cells) == 8:
         return " / ".join((_grouped(cells[:4]), _grouped(cells[4:])))
     first, *rest = cells
@@ -150,7 +150,7 @@ def make_zoo(repository: Path) -> str:
         repository: holds ``configs`` and ``docs/results.yaml``.
 
     Raises:
-        UserError: for results that cannot be read, or are of a config that does not exist.
+        UserError: if the results cannot be read or name a config that does not exist.
     """
     configs = repository / "configs"
     try:
@@ -175,9 +175,9 @@ def _run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/model_zoo.py; writes the page into this repository."""
+    """Entry point of tools/model_zoo.py, which writes the page into this repository."""
     parser = argparse.ArgumentParser(
-        description=f"Writes {ZOO} anew from the configs and {RESULTS}; it has no other options."
+        description=f"Writes {ZOO} from the configs and {RESULTS}. It has no other options."
     )
     parser.parse_args(argv)
     return run_command(_run)
