@@ -8,7 +8,7 @@ TORCH26 = $(VENV)-torch2.6
 MINUTES = 60
 SEED = 0
 
-.PHONY: setup docs demo demo-imagenet test test-slurm test-browser soak lint format test-numpy1 test-existing-torch check-pythons lock
+.PHONY: setup docs demo demo-imagenet test test-long test-slurm test-browser soak lint format test-numpy1 test-existing-torch check-pythons lock
 
 # The virtual environment. Every other target comes here first; once made, it costs a moment.
 setup:
@@ -25,6 +25,10 @@ demo-imagenet: setup
 # As many processes as there are cores, four at most.
 test: setup
 	$(BIN)/pytest tests -n auto --maxprocesses 4 --dist worksteal
+
+# What make test leaves out because it takes long.
+test-long: setup
+	$(BIN)/pytest tests -m long -n auto --maxprocesses 4 --dist worksteal
 
 # The jobs on a private SLURM cluster; root gets SLURM installed, others are told how.
 test-slurm: setup
@@ -77,7 +81,7 @@ test-existing-torch: setup
 	$(TORCH26)/bin/python -c 'import torch, torchvision; \
 	  print("torch", torch.__version__, "torchvision", torchvision.__version__); \
 	  assert torch.__version__[:5] == "2.6.0" and torchvision.__version__[:6] == "0.21.0"'
-	$(TORCH26)/bin/pytest tests -m "not slow and not gpu and not slurm and not browser"
+	$(TORCH26)/bin/pytest tests -m "not slow and not long and not gpu and not slurm and not browser"
 
 # That every pin has a file for the other Pythons; nothing is installed.
 check-pythons: setup

@@ -19,6 +19,11 @@ CLASSIFIER, SEGMENTER = "imagenet/contti_strong", "cityscapes/pspnet_contti"
 DETECTORS = ["retinanet_contti", "fcos_contti", "faster_rcnn_contti", "mask_rcnn_contti"]
 NEVER = {"contnet", "detectron2", "fvcore", "timm"}
 OTHERS = ("onnx", "torch-export")
+OFTEN = (
+    ("mask_rcnn_contti", "onnx"),
+    ("fcos_contti", "onnx"),
+    ("retinanet_contti", "torch-export"),
+)
 HIDDEN = {"onnx": NEVER | {"torch", "torchvision", "onnx"}, "torch-export": NEVER}
 
 
@@ -67,11 +72,13 @@ def assert_example_agrees(run, folder, tmp_path):
 
 
 def every_pair():
-    """All systems in all formats; slow, but for TorchScript and the classifier in ONNX."""
+    """All systems in all formats, of which `make test` runs what differs most."""
     for name in (CLASSIFIER, SEGMENTER, *DETECTORS):
         for form in FORMATS:
             fast = form == "torchscript" or (name, form) == (CLASSIFIER, "onnx")
-            yield pytest.param(name, form, marks=() if fast else pytest.mark.slow)
+            rare = name != CLASSIFIER and (name, form) not in OFTEN
+            marks = () if fast else pytest.mark.long if rare else pytest.mark.slow
+            yield pytest.param(name, form, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "form"), [*every_pair()])
