@@ -71,7 +71,7 @@ class _Truth:
 def _read_truth(source: CocoSource) -> _Truth:
     content = source.read()
     if not content.get("annotations"):
-        raise UserError(f"{source.json_file} has no annotations: there is no ground truth to compare with")
+        raise UserError(f"{source.json_file} has no annotations to compare with")
     ids = sorted(each["id"] for each in content["categories"])
     return _Truth(source, content, ids, distinct_class_names(class_names(content), ids))
 
@@ -386,7 +386,7 @@ def detection_sections(
     try:
         truth = _read_truth(source)
     except UserError as error:
-        return [Notes(f"Detections: {title}", [f"{error}. Parts that need the ground truth are left out."])]
+        return [Notes(f"Detections: {title}", [f"{error}. Parts that need it are left out."])]
     rows, measured, notes = {}, {}, []
     for name, file in files.items():
         try:

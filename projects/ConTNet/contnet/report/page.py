@@ -1,9 +1,9 @@
 """A report: one self-contained HTML page of sections, made by the templates beside this file.
 
-The page embeds everything that it shows and blocks all network access, so it can be mailed, archived
-or opened from a disk. It allows only its own scripts, by their hashes; without JavaScript it still
-shows all tables and pictures. It follows the reader's light or dark mode and fits a phone. Sections
-are plain data and independent of models and tasks; Jinja escapes all text.
+The page embeds everything that it shows and blocks all network access, so it can be mailed,
+archived or opened from a disk. It allows only its own scripts, by their hashes; without JavaScript
+it still shows all tables and pictures. It follows the reader's light or dark mode and fits a phone.
+Sections are plain data and independent of models and tasks; Jinja escapes all text.
 """
 
 from __future__ import annotations
