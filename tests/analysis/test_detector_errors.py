@@ -150,5 +150,5 @@ def test_what_hotcoco_cannot_take(tmp_path):
     truth, _ = draw(1)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     (tmp_path / "found.json").write_text("[{}]")
-    with pytest.raises(UserError, match="hotcoco cannot take"):
+    with pytest.raises(UserError, match="hotcoco cannot read"):
         count_errors(str(tmp_path / "truth.json"), [str(tmp_path / "found.json")], ErrorSettings())

@@ -1,4 +1,4 @@
-"""tools/doctor.py --page: what the network is fed with, and what the data sets are made of."""
+"""tools/doctor.py --page: the training images, and statistics of the data sets."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.data.pipeline.loader import build_train_loader
 from contnet.evaluation.drawing import draw_prediction
 
-PICTURE = re.compile(r'src="data:image/jpeg;base64,([^"]*)" alt="fed 1, (\d+)x(\d+) of ([^"]*)"')
+PICTURE = re.compile(r'src="data:image/jpeg;base64,([^"]*)" alt="input 1, (\d+)x(\d+) of ([^"]*)"')
 DATA = {
     "mask_rcnn_contti": SMALL,
     "cityscapes/pspnet_contti": ["INPUT.CROP.SIZE", "[64,64]", "SOLVER.IMS_PER_BATCH", "2"],
@@ -79,7 +79,7 @@ def test_it_counts(tmp_path, coco_here):
     )
     objects = [each for each in content["annotations"] if not each["iscrowd"]]
     names = {each["id"]: each["name"] for each in content["categories"]}
-    section = text[text.index("What is in coco_2017_train") :]
+    section = text[text.index("Statistics of coco_2017_train") :]
     rows = dict(
         re.findall(
             r'<th scope="row">([^<]*)</th><td>(\d+)</td>', section[: section.index("</table>")]
@@ -106,7 +106,7 @@ def test_it_names_copies_of_a_training_image(tmp_path, coco_here):
     ids = {int(one.stem), int(other.stem)}
     (row,) = [
         row
-        for row in re.findall(r"<tr>.*?</tr>", text[text.index("look nearly alike") :])
+        for row in re.findall(r"<tr>.*?</tr>", text[text.index("Near-duplicate images") :])
         if all(f"{id_}" in row for id_ in ids)
     ]
     assert "coco_2017_train" in row and "coco_2017_val" in row

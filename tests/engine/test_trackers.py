@@ -225,4 +225,4 @@ def test_a_tracker_that_does_not_begin(settings, tmp_path, monkeypatch, capsys):
     ]
     assert train(["--config-file", LEAF, *words]) == 1
     error = capsys.readouterr().err
-    assert "TRACKERS mlflow does not begin" in error and "Traceback" not in error
+    assert "TRACKERS mlflow cannot start" in error and "Traceback" not in error

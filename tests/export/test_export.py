@@ -211,7 +211,7 @@ class Chooses(torch.nn.Module):
 def test_a_model_that_a_format_cannot_carry(run_of, tmp_path):
     predictor = contnet.load_run(run_of(CLASSIFIER))
     predictor.model.network = Chooses()
-    with pytest.raises(UserError, match="torch-export cannot carry this ImageClassifier") as raised:
+    with pytest.raises(UserError, match="torch-export cannot write this ImageClassifier") as raised:
         export_model(predictor, tmp_path / "new", ExportSettings("torch-export"))
     assert "\n" not in str(raised.value) and not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""Intervals of a difference of two runs, by resampling images."""
+"""Confidence intervals for the difference between two runs, by resampling images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ __all__ = ["paired_interval"]
 def paired_interval(
     measure: Callable[[np.ndarray], float], images: int, resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """The difference, and the lower and upper end of its 95 % interval.
+    """The difference and the lower and upper end of its 95 % interval.
 
     Args:
-        measure: the difference of two runs where image i counts ``weights[i]`` times, (images,).
-        images: how many there are.
-        resamples: how often as many images are drawn, with replacement.
-        seed: of the draws, which are the same in each call.
+        measure: computes the difference of two runs from weights (images,); image i counts
+            ``weights[i]`` times.
+        images: number of images.
+        resamples: number of bootstrap resamples.
+        seed: for the resampling; the same seed draws the same images.
     """
     rng = np.random.default_rng(seed)
     drawn = [

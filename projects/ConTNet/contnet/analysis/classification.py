@@ -1,4 +1,4 @@
-"""What classifiers get right and wrong, by the classes that an evaluation has left on the disk."""
+"""Analyses the predictions of classifiers that an evaluation has written to disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from contnet.utils.records import read_record
 __all__ = ["classification_sections"]
 
 
-# Of an image, where it is.
+# Keys that locate an image.
 _PLACE = ("file_name", "image_id", "offset", "size")
 
 
@@ -41,7 +41,7 @@ class _File(TypedDict):
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Of a run: the file's content, and the first class of each image (-1: none)."""
+    """A run's predictions, and the first class of each image (-1: none)."""
 
     names: list[str]
     images: list[_Image]
@@ -55,19 +55,19 @@ class _Predictions:
 def _read(file: Path) -> _Predictions:
     content = read_record(file, _File)
     if content is None or not content["images"]:
-        raise UserError(f"{file} has no image")
+        raise UserError(f"{file} has no images: evaluate again (--eval-only)")
     names, images = content["class_names"], content["images"]
     images.sort(key=lambda each: (each.get("file_name", ""), str(each.get("image_id", ""))))
     numbers = {number for each in images for number in (each["label"], *each["classes"])}
     if not numbers <= set(range(len(names))):
-        raise UserError(f"{file} has a class that it does not name")
+        raise UserError(f"{file} has a class without a name: evaluate again (--eval-only)")
     first = [each["classes"][0] if each["classes"] else -1 for each in images]
     labels = np.array([each["label"] for each in images])
     return _Predictions(names, images, labels, np.array(first))
 
 
 def _confusion(found: _Predictions) -> np.ndarray:
-    """Counts by true and first class; the last column is of images without any."""
+    """Counts by true and first class; the last column counts images without a prediction."""
     size = len(found.names)
     columns = np.where(found.first < 0, size, found.first)
     counts = np.zeros((size, size + 1), dtype=np.int64)
@@ -84,7 +84,7 @@ def _class_table(name: str, found: _Predictions, counts: np.ndarray) -> Table:
         often = f"{found.names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
         top1 = f"{100 * right / total:.2f}" if total else "n/a"
         rows.append((label, [int(total), top1, often]))
-    columns = ["class", "images", "top-1", "most often taken for"]
+    columns = ["class", "images", "top-1", "most often confused with"]
     return Table(f"By class: {name}", columns, rows)
 
 
@@ -116,8 +116,8 @@ def _gallery(name: str, found: _Predictions, settings: GallerySettings) -> Secti
             )
         )
     note = (
-        "The wrong images with the highest probability of the wrong class, then right ones with "
-        "the highest of the right class."
+        "The wrong images with the highest probability of the wrong class, then the right images "
+        "with the highest probability of the right class."
     )
     return build_gallery(f"Worst and best images: {name}", images, "", [], note, settings)
 
@@ -150,13 +150,13 @@ def classification_sections(
     seed: int,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """What there is to say of the classes that runs have found in one data set.
+    """Sections about the classes that runs have predicted on one data set.
 
     Args:
         title: name of the data set.
-        files: of each run, what the evaluation has left.
+        files: prediction files of the runs, by name of the run.
         resamples, seed: of the bootstrap.
-        gallery: which images are shown.
+        gallery: number and size of the images.
     """
     found, notes = {}, []
     for name, file in files.items():
@@ -172,7 +172,7 @@ def classification_sections(
         if name != first and _same_images(found[first], each):
             differences[name] = _differences(found[first], each, resamples, seed)
         elif name != first:
-            notes.append(f"{name} is of other images or classes than {first}: no difference")
+            notes.append(f"{name} has other images or classes than {first}: no difference")
     sections: list[Section] = []
     if facts:
         sections.append(Facts(f"Classes of the last evaluation: {title}", facts))

@@ -1,4 +1,4 @@
-"""What detectors get right and wrong, from the boxes that an evaluation has left on the disk."""
+"""Analyses the boxes of detectors that an evaluation has written to disk."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from contnet.utils.files import open_regular
 
 __all__ = ["detection_sections"]
 
-_EQUAL = 1e-6  # percent, between hotcoco's and pycocotools' AP
+_EQUAL = 1e-6  # maximum difference between hotcoco's and pycocotools' AP, in percent
 _BACKGROUND = "background"
 
 
-# --- what is read --------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class _Truth:
     """An annotation file.
 
     Attributes:
-        source: where it lies.
-        content: of the file.
-        ids: of its categories, in order.
-        names: of these.
+        source: the file and its image folder.
+        content: the file's content.
+        ids: the ids of its categories, in order.
+        names: the names of these categories.
     """
 
     source: CocoSource
@@ -71,7 +71,7 @@ class _Truth:
 def _read_truth(source: CocoSource) -> _Truth:
     content = source.read()
     if not content.get("annotations"):
-        raise UserError(f"{source.json_file} has no annotations: nothing to compare with")
+        raise UserError(f"{source.json_file} has no annotations to compare with")
     ids = sorted(each["id"] for each in content["categories"])
     return _Truth(source, content, ids, distinct_class_names(class_names(content), ids))
 
@@ -80,7 +80,7 @@ def _read_detections(file: Path, truth: _Truth) -> list[dict]:
     """The rows of a results file.
 
     Raises:
-        UserError: if it cannot be read, or is of other images or classes.
+        UserError: if it cannot be read, or has other images or classes.
     """
     try:
         with open_regular(file) as stream:
@@ -92,10 +92,10 @@ def _read_detections(file: Path, truth: _Truth) -> list[dict]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     if any(len(box) != 4 for box in boxes) or not all(map(math.isfinite, scores)):
-        raise UserError(f"{file} has a box without four numbers, or a score that is none")
+        raise UserError(f"{file} has a box without four numbers, or a score that is not finite")
     if not images <= set(truth.images) or not categories <= set(truth.ids):
         raise UserError(
-            f"{file} is of other images or classes than {truth.source.json_file}: evaluate again "
+            f"{file} has other images or classes than {truth.source.json_file}: evaluate again "
             "(--eval-only)"
         )
     return rows
@@ -106,11 +106,11 @@ def _read_detections(file: Path, truth: _Truth) -> list[dict]:
 
 @dataclass(frozen=True)
 class _Precision:
-    """pycocotools' numbers of a run's boxes.
+    """pycocotools' metrics of a run's boxes.
 
     Attributes:
-        curves: precision (thresholds, levels of recall, classes); -1 where there is no object.
-        thresholds, levels: of the curves.
+        curves: precision (thresholds, levels of recall, classes); -1 for classes without objects.
+        thresholds, levels: IoU thresholds and levels of recall of the curves.
         metrics: AP, AP50 and AP75 in percent.
         class_ap: AP by category id.
     """
@@ -171,7 +171,7 @@ def _precision_section(measured: Mapping[str, _Precision], truth: _Truth, title:
     ]
     lines.sort(key=lambda line: not line.shown)
     plot = Plot("Precision over recall", "recall", "precision", lines)
-    # The table has every tenth level.
+    # The table has every tenth level of recall.
     rows = [
         (f"{level:.1f}", {line.label: float(line.y[10 * i]) for line in lines})
         for i, level in enumerate(np.linspace(0, 1, 11))
@@ -188,13 +188,13 @@ def _same(ours: float, theirs: float) -> bool:
 
 
 def _disagreement(measured: _Precision, errors: DetectorErrors) -> str:
-    """Where hotcoco's AP is not pycocotools'; "" if it is everywhere."""
+    """The first AP where hotcoco and pycocotools differ; "" if there is none."""
     for name, value in measured.metrics.items():
         if not _same(value, errors.metrics[name]):
             return f"{name} {errors.metrics[name]:.4f} instead of {value:.4f}"
     for key, value in measured.class_ap.items():
         if not _same(value, errors.class_ap[key]):
-            return f"AP {errors.class_ap[key]:.4f} instead of {value:.4f} of category {key}"
+            return f"AP {errors.class_ap[key]:.4f} for category {key} instead of {value:.4f}"
     return ""
 
 
@@ -212,10 +212,11 @@ def _error_table(errors: Mapping[str, DetectorErrors], score: float, title: str)
         ]
         rows.append((name, cells))
     note = (
-        "TIDE's kinds. class: on an object of another class; location: IoU 0.1 to 0.5 with one of "
-        "its class; both: with one of another class; duplicate: of an object that a better one "
-        "has; background: IoU below 0.1 with all; missed: objects that no detection is a class or "
-        "location error of. AP50 to gain: without such errors."
+        "TIDE's kinds. class: IoU of at least 0.5 with an object of another class; location: IoU "
+        "0.1 to 0.5 with an object of its class; both: IoU 0.1 to 0.5 with an object of another "
+        "class; duplicate: of an object that a better detection matches; background: IoU below 0.1 "
+        "with all objects; missed: objects that no detection matches and no class or location "
+        "error belongs to. AP50 to gain: how much AP50 would rise without these errors."
     )
     return Table(f"Errors by kind: {title}", columns, rows, note)
 
@@ -223,8 +224,8 @@ def _error_table(errors: Mapping[str, DetectorErrors], score: float, title: str)
 def _confusion_section(name: str, errors: DetectorErrors, truth: _Truth, score: float) -> Section:
     names = [truth.names[truth.ids.index(key)] for key in errors.category_ids]
     note = (
-        f"Detections of at least {score:g} and objects that overlap with an IoU of 0.5 or more. "
-        "The last row: detections of no object. The last column: objects that were missed."
+        f"Detections with a score of at least {score:g} and objects, matched at an IoU of 0.5 or "
+        "more. Last row: detections without an object. Last column: objects that were missed."
     )
     labels = [*names, _BACKGROUND]
     return confusion_section(f"Confusion: {name}", labels, labels, errors.confusion, note)
@@ -316,8 +317,8 @@ def _gallery_section(
         for image in [*worst, *best]
     ]
     note = (
-        f"The images with the most errors, then {len(best)} without any. Detections of at least "
-        f"{score:g}; broken outlines: false detections, and objects that were missed."
+        f"The images with the most errors, then {len(best)} without errors. Detections with a "
+        f"score of at least {score:g}. Broken outlines: false detections and missed objects."
     )
     return build_gallery(
         f"Worst and best images: {name}",
@@ -338,7 +339,7 @@ def _counted(
     measured: Mapping[str, _Precision],
     settings: ErrorSettings,
 ) -> tuple[dict[str, DetectorErrors], list[str]]:
-    """What hotcoco counts of those runs whose AP it agrees about, and what there is to say."""
+    """hotcoco's counts for the runs where its AP is pycocotools', and notes about the others."""
     if not has_hotcoco():
         return {}, [
             "Errors by kind, confusion, calibration, intervals and images need hotcoco: "
@@ -354,9 +355,9 @@ def _counted(
     for name, errors in zip(measured, every, strict=True):
         if reason := _disagreement(measured[name], errors):
             notes.append(
-                f"{name}: hotcoco has {reason} by pycocotools, so that its counts are left out. It "
-                "takes objects with the annotation id 0, which pycocotools counts as missed "
-                "(tools/doctor.py tells of them)."
+                f"{name}: hotcoco has {reason} from pycocotools, so its counts are left out. It "
+                "matches objects with the annotation id 0, which pycocotools counts as missed "
+                "(tools/doctor.py reports them)."
             )
         else:
             counted[name] = errors
@@ -370,22 +371,22 @@ def detection_sections(
     errors: ErrorSettings,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """What there is to say of the boxes of runs on one data set.
+    """Sections about the boxes of runs on one data set.
 
     Args:
         title: name of the data set.
-        source: of its truth and images.
-        files: results in COCO's form, by run; the others are compared with the first one.
+        source: its annotation file and images.
+        files: results in COCO's format, by run; the others are compared with the first one.
         errors: how errors are counted.
-        gallery: which images are shown.
+        gallery: number and size of the images.
 
     Returns:
-        Sections; what cannot be told is left out, and the reason is a section.
+        Sections; the last one gives the reasons for parts that are left out.
     """
     try:
         truth = _read_truth(source)
     except UserError as error:
-        return [Notes(f"Detections: {title}", [f"{error}. What needs the truth is left out."])]
+        return [Notes(f"Detections: {title}", [f"{error}. Parts that need it are left out."])]
     rows, measured, notes = {}, {}, []
     for name, file in files.items():
         try:

@@ -1,7 +1,7 @@
-"""What hotcoco counts of detections: errors by kind, confusion, calibration, differences of runs.
+"""Counts by hotcoco: errors by kind, confusion, calibration, differences between runs.
 
 hotcoco (MIT, https://github.com/derekallman/hotcoco) hangs in a process that is forked after its
-first use. So :func:`count_errors` runs it in a process of its own, which is spawned.
+first use. So :func:`count_errors` runs it in a separate, spawned process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contnet.utils.errors import UserError
 
 __all__ = ["KINDS", "DetectorErrors", "ErrorSettings", "count_errors", "has_hotcoco"]
 
-# TIDE's names of errors (Bolya et al., 2020, arXiv 2008.08115), and ours.
+# TIDE's names of errors (Bolya et al., 2020, arXiv 2008.08115) and ours.
 KINDS = {
     "Cls": "class",
     "Loc": "location",
@@ -37,10 +37,10 @@ class ErrorSettings:
     """How detections are counted.
 
     Attributes:
-        limit: most detections of an image (and class) that count, TEST.DETECTIONS_PER_IMAGE.
-        score: least score of the detections that are shown, and that the confusion counts.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        limit: maximum number of detections per image (and class), TEST.DETECTIONS_PER_IMAGE.
+        score: minimum score of the detections that are shown and in the confusion matrix.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
 
     limit: int = 100
@@ -51,21 +51,21 @@ class ErrorSettings:
 
 @dataclass(frozen=True)
 class DetectorErrors:
-    """What was counted of a run's boxes.
+    """Counts of a run's boxes.
 
     Attributes:
         metrics: AP, AP50, ... in percent, as hotcoco computes them.
         class_ap: AP in percent by category id.
-        counts: errors by TIDE's kinds, of all detections.
-        gains: by kind, how much AP50 would rise in percent if there were no such errors.
-        shown_counts: errors by kind, of the detections of at least the score.
+        counts: errors by TIDE's kinds, for all detections.
+        gains: by kind, how much AP50 would rise in percent without these errors.
+        shown_counts: errors by kind, for the detections with at least the minimum score.
         image_counts: the same by image id.
         confusion: (K + 1, K + 1), rows are the truth, the last row and column the background.
-        category_ids: of the first K rows and columns, in order.
-        right: by image id, the indices of shown detections that match an object, in their order.
+        category_ids: categories of the first K rows and columns, in order.
+        right: by image id, the indices of shown detections that match an object.
         found: ids of the objects that a shown detection matches.
-        calibration: bins of all detections: mean score, share that is right, number.
-        calibration_error: the expected one, in 0..1.
+        calibration: bins of all detections: mean score, share of correct detections, number.
+        calibration_error: the expected calibration error, in 0..1.
         differences: from the first run's metrics in percent: difference, lower and upper end of the
             95 % interval by metric; {} for the first run.
     """
@@ -90,7 +90,7 @@ def has_hotcoco() -> bool:
     return find_spec("hotcoco") is not None
 
 
-# --- in the process of its own -------------------------------------------------------------------
+# --- in the spawned process ----------------------------------------------------------------------
 
 
 def _evaluate(hotcoco: Any, truth: Any, detections: list[dict], limit: int) -> Any:
@@ -135,7 +135,7 @@ def _differences(hotcoco: Any, first: Any, other: Any, settings: ErrorSettings) 
 def _summarise(
     hotcoco: Any, truth: Any, evaluation: Any, detections: list[dict], settings: ErrorSettings
 ) -> dict:
-    """What :class:`DetectorErrors` has of a run, but for differences."""
+    """The fields of :class:`DetectorErrors` for a run, except differences."""
     evaluation.accumulate()
     evaluation.summary_lines()
     tide, calibration = evaluation.tide_errors(), evaluation.calibration()
@@ -149,7 +149,7 @@ def _summarise(
         place = places[each["image_id"]] = places.get(each["image_id"], -1) + 1
         if status["dt_status"].get(number) == "tp":
             right.setdefault(each["image_id"], set()).add(place)
-    # Its own table of classes is by name, which several may have.
+    # hotcoco's own table of classes is by name, and names may repeat.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     known = [precision[:, :, k][precision[:, :, k] > -1] for k in range(precision.shape[2])]
     ids = list(evaluation.params.catIds)
@@ -195,7 +195,7 @@ def _count(truth_file: str, detection_files: Sequence[str], settings: ErrorSetti
     return counted
 
 
-# --- here ----------------------------------------------------------------------------------------
+# --- in this process -----------------------------------------------------------------------------
 
 
 def count_errors(
@@ -204,12 +204,12 @@ def count_errors(
     """Counts the errors of runs that were evaluated on the same data set.
 
     Args:
-        truth_file: the annotation file, in COCO's form.
-        detection_files: of each run, results in COCO's form.
+        truth_file: the annotation file, in COCO's format.
+        detection_files: the results file of each run, in COCO's format.
         settings: how to count.
 
     Raises:
-        UserError: if hotcoco is not installed, or cannot take the files.
+        UserError: if hotcoco is not installed or cannot read the files.
     """
     if not has_hotcoco():
         raise UserError("hotcoco is not installed: pip install 'contnet[analysis]'")
@@ -218,9 +218,9 @@ def count_errors(
             counted = pool.submit(_count, truth_file, list(detection_files), settings).result()
         except BrokenProcessPool as error:
             raise UserError(
-                "the process that counts errors was killed, perhaps because memory ran out"
+                "the process that counts errors was killed, perhaps because it ran out of memory"
             ) from error
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"hotcoco cannot take {truth_file} ({reason})") from error
+            raise UserError(f"hotcoco cannot read {truth_file} ({reason})") from error
     return [DetectorErrors(**each) for each in counted]

@@ -1,4 +1,4 @@
-"""Chooses the images of a gallery, and reads their pixels."""
+"""Chooses the images of a gallery and reads their pixels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["GallerySettings", "build_gallery", "choose_images", "with_pixels"]
 
 @dataclass(frozen=True)
 class GallerySettings:
-    """Which images are shown, and how large.
+    """Number and size of the images that are shown.
 
     Attributes:
-        images: number of the worst ones; a third as many of the best follow.
-        side: most pixels of width and height on the page.
+        images: number of the worst images; a third as many of the best images follow.
+        side: maximum width and height on the page, in pixels.
         max_pixels: INPUT.MAX_PIXELS.
     """
 
@@ -36,12 +36,12 @@ class GallerySettings:
 def choose_images(
     errors: Mapping[object, float], size: Mapping[object, float], number: int
 ) -> tuple[list, list]:
-    """The worst images, and a third as many of the best.
+    """The worst images and a third as many of the best images.
 
     Args:
-        errors: of each image; 0 is best.
-        size: of equally good images, those of the greatest size are taken.
-        number: of the worst.
+        errors: error of each image; 0 is best.
+        size: decides between images without errors; the largest are chosen.
+        number: number of the worst images.
     """
     worst = sorted((key for key in errors if errors[key]), key=lambda key: -errors[key])
     best = sorted((key for key in errors if not errors[key] and size[key]), key=lambda k: -size[k])
@@ -55,12 +55,12 @@ def _scaled(view: Sequence[Box] | np.ndarray, scale: float, side: int) -> object
 
 
 def with_pixels(image: ReportImage, pixels: np.ndarray, side: int) -> ReportImage:
-    """An image with its pixels and views made smaller.
+    """An image with its pixels and views, shrunk.
 
     Args:
-        image: whose boxes are in pixels of the image as it is.
+        image: an image whose boxes are in pixels of the original image.
         pixels: uint8 RGB (H, W, 3).
-        side: most pixels of width and height.
+        side: maximum width and height in pixels.
     """
     smaller, scale = shrink(pixels, side)
     views = {name: _scaled(view, scale, side) for name, view in image.views.items()}
@@ -75,15 +75,15 @@ def build_gallery(
     note: str,
     settings: GallerySettings,
 ) -> Section:
-    """A gallery of images that are read here.
+    """A gallery of images, which are read from disk.
 
     Args:
-        heading: of the section.
-        images: without their pixels; their names are paths.
-        root: what goes before the names.
-        class_names: of the boxes.
-        note: stands above them, and says how many cannot be read.
-        settings: their size.
+        heading: heading of the section.
+        images: images without their pixels; their names are paths.
+        root: folder that the names are relative to.
+        class_names: class names of the boxes.
+        note: text above the images; the number of unreadable images is added.
+        settings: size of the images.
     """
     shown, unreadable = [], []
     for image in images:
@@ -97,5 +97,5 @@ def build_gallery(
     if unreadable:
         note += f" {plural(len(unreadable), 'image')} cannot be shown: {unreadable[0]}"
     if not shown:
-        return Notes(heading, [note if unreadable else "There is no image to show."])
+        return Notes(heading, [note if unreadable else "There are no images to show."])
     return Gallery(heading, class_names, shown, note)

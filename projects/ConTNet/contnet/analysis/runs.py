@@ -1,6 +1,6 @@
-"""What a run has written down, as sections of a page: curves, metrics, config differences.
+"""Sections from the records of a run: curves, metrics, config differences.
 
-Nothing here needs the data set, the images or the weights, so that a training can refresh it.
+They need neither the data set nor images or weights, so training can refresh them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from contnet.utils.text import printable
 
 __all__ = ["RunRecord", "curve_sections", "difference_sections", "result_sections"]
 
-_TILES = 4  # numbers that are shown large
-_SHOWN_LINES = 6  # of a plot, before the reader asks for more
-_MOST_POINTS = 60_000  # of a page
-_MOST_ROWS = 1000  # of the table of values
+_TILES = 4  # maximum number of metrics in large print
+_SHOWN_LINES = 6  # lines of a plot that are visible at first
+_MOST_POINTS = 60_000  # maximum per page
+_MOST_ROWS = 1000  # maximum in the table of values
 # The paper's columns of a detector come first.
 _ORDER = ("AP", "APs", "APm", "APl", "AP50", "AP75", "IoU", "top1", "top5")
 _LOSS = re.compile(r"(.*/)?(total_loss|loss_.*)")
 _TIMES = ("time", "data_time", "rank_data_time")
 _MEMORY = ("gpu_memory_mb", "host_memory_mb")
-# Titles and y-axes of what metrics.json has without a slash in its name.
+# Titles and y-axes of the keys of metrics.json without a slash.
 _PLAIN = {
     "loss": ("Losses", "loss"),
     "lr": ("Learning rate", "learning rate"),
-    "time": ("Time of an iteration", "seconds"),
-    "memory": ("Peak of memory", "MB"),
+    "time": ("Time per iteration", "seconds"),
+    "memory": ("Peak memory", "MB"),
 }
-# They tell nothing that another curve does not.
+# Keys that other curves already show.
 _LEFT_OUT = {"iteration", "images_seen", "eta_seconds"}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder tells of it.
+    """The records in a run's folder.
 
     Attributes:
-        name: that the page calls it.
+        name: name of the run on the page.
         metrics: the lines of metrics.json.
         results: the records of results.json.
         config: the text of config.yaml; "" if there is none.
@@ -85,7 +85,7 @@ def _group(key: str) -> tuple[str, str]:
 
 
 def _place(title: str) -> tuple:
-    """Where a plot stands: losses, metrics, those of classes, the rest, costs."""
+    """Sort key of a plot: losses, metrics, metrics by class, the rest, costs."""
     titles = [title for title, _ in _PLAIN.values()]
     if title == titles[0]:
         return 0, 0
@@ -135,7 +135,7 @@ def _plots(rows: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[Plot]:
 def _listed(
     rows: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> list[tuple[object, Mapping[str, float]]]:
-    """Rows of the table; of very many, evenly spaced ones and those of evaluations."""
+    """Rows of the table; of very many, evenly spaced rows and those of evaluations."""
     listed = []
     for run, each in rows.items():
         step = math.ceil(len(each) / (_MOST_ROWS / len(rows)))
@@ -147,15 +147,15 @@ def _listed(
 
 
 def curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """Curves of all that metrics.json has, of several runs over each other."""
+    """Curves of all keys of metrics.json; those of several runs share a plot."""
     rows = {run.name: by_iteration(run.metrics) for run in runs}
     if not any(rows.values()):
-        return [Notes("Curves", ["There is no metrics.json with a line in it: no curves."])]
+        return [Notes("Curves", ["metrics.json is missing or empty: there are no curves."])]
     plots = _plots(rows)
     lines = sum(len(plot.lines) for plot in plots)
     most = max(min(1000, _MOST_POINTS // max(lines, 1)), 20)
     keys = {key for each in rows.values() for row in each.values() for key in row}
-    # Those of classes are in a table of their own.
+    # Metrics by class have a separate table.
     columns = [key for key in sorted(keys - _LEFT_OUT, key=_rank) if "-" not in key]
     return [Curves("Curves", plots, ["iteration", *columns], _listed(rows), most)]
 
@@ -164,7 +164,7 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
 
 
 def _main_value(record: Mapping, wanted: str) -> float:
-    """The metric of a record that says which one is best; -inf if it has none."""
+    """The metric that decides which record is best; -inf if the record has none."""
     names = [wanted, wanted.removeprefix(f"{record['dataset']}/")] if wanted else []
     for name in [*names, *MAIN_METRICS]:
         task, _, metric = name.partition("/")
@@ -176,7 +176,7 @@ def _main_value(record: Mapping, wanted: str) -> float:
 
 
 def _chosen(run: RunRecord, dataset: str) -> dict[str, Mapping]:
-    """The final and the best evaluation of a run on a data set; one if they are the same."""
+    """The final and the best evaluation of a run on a data set; one entry if they are the same."""
     records = [each for each in run.results if each["dataset"] == dataset and each["metrics"]]
     if not records:
         return {}
@@ -193,7 +193,7 @@ def _cells(record: Mapping, table: int) -> dict[str, float]:
 
 
 def _columns(cells: Iterable[Mapping[str, object]]) -> list[str]:
-    """All columns that any row has, the paper's first, each task's together."""
+    """The columns of all rows, grouped by task, the paper's first."""
     names = dict.fromkeys(name for each in cells for name in each)
     tasks = list(dict.fromkeys(name.split(" ")[0] for name in names))
 
@@ -259,14 +259,14 @@ def _tiles(run: RunRecord) -> list[Section]:
 
 
 def _warnings(records: Mapping[str, Mapping]) -> list[str]:
-    """What changes the metrics of evaluations of one data set, a line each."""
+    """Warnings about the metrics of evaluations on one data set, one line each."""
     lines = [line for each in records.values() for line in each.get("warnings", ())]
     for name, record in records.items():
         others = [line for line in record.get("deviations", ()) if line != SEE_WARNINGS]
         lines += [f"{name}: not a standard evaluation, {line}" for line in others]
     protocols = [record.get("protocol", {}) for record in records.values()]
     if len({each.get("dataset_sha256") for each in protocols} - {None}) > 1:
-        lines.append("these evaluations are of different versions of the data set")
+        lines.append("these evaluations used different versions of the data set")
     return list(dict.fromkeys(lines))
 
 
@@ -285,7 +285,7 @@ def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
         if warnings:
             sections.append(Notes(f"Warnings: {dataset}", warnings))
     if not any(run.results for run in runs):
-        sections.append(Notes("Results", ["There is no evaluation in results.json."]))
+        sections.append(Notes("Results", ["results.json has no evaluation."]))
     return sections
 
 
@@ -293,7 +293,7 @@ def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
 
 
 def _config_values(run: RunRecord, cfg: CfgNode | None = None) -> dict[str, object]:
-    """The values of a run's config by key; {} without a whole one."""
+    """The values of a run's config by key; {} if it is missing or incomplete."""
     try:
         return read_values(run.config, cfg or default_config()) if run.config else {}
     except ValueError:
@@ -301,13 +301,13 @@ def _config_values(run: RunRecord, cfg: CfgNode | None = None) -> dict[str, obje
 
 
 def difference_sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """The keys of the config that have not the same value in all runs."""
+    """The config keys whose values differ between runs."""
     cfg = default_config()
     values = {run.name: _config_values(run, cfg) for run in runs}
     sections: list[Section] = []
     if missing := [name for name, each in values.items() if not each]:
         names = ", ".join(missing)
-        sections.append(Notes("Configs", [f"There is no config.yaml that can be read: {names}."]))
+        sections.append(Notes("Configs", [f"config.yaml is missing or cannot be read: {names}."]))
     known = {name: each for name, each in values.items() if each}
     if len(known) < 2:
         return sections
@@ -318,7 +318,7 @@ def difference_sections(runs: Sequence[RunRecord]) -> list[Section]:
         if len(set(cells)) > 1:
             rows.append((key, ["''" if cell == "" else cell for cell in cells]))
     if not rows:
-        sections.append(Notes("Config differences", ["None but OUTPUT_DIR."]))
+        sections.append(Notes("Config differences", ["The configs differ only in OUTPUT_DIR."]))
     else:
         sections.append(Table("Config differences", ["key", *known], rows))
     return sections

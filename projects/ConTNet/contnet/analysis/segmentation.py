@@ -1,4 +1,4 @@
-"""What segmenters get right and wrong, from the counts that an evaluation has left on the disk."""
+"""Analyses the pixel counts of segmenters that an evaluation has written to disk."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from contnet.utils.errors import UserError
 
 __all__ = ["SegmentationData", "segmentation_sections"]
 
-_OPACITY = 0.6  # of classes over the image
+_OPACITY = 0.6  # of the class colours over the image
 _NONE = "nothing"
 
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """Where the images and the truth of a data set lie.
+    """Folders of the images and the ground truth of a data set.
 
     Attributes:
         images: folder of images.
@@ -37,14 +37,14 @@ class SegmentationData:
     truth: Path
 
     def image_of(self, truth: str) -> Path:
-        """The image that a label file is of."""
+        """The image of a label file."""
         return self.images / truth.replace("_gtFine_labelIds.png", "_leftImg8bit.png")
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of a run: names of classes and label files, and pixels (N, C, C + 1) by true and predicted
-    class; the last column is of pixels without a prediction.
+    """A run's class names and label files, and pixel counts (N, C, C + 1) by true and predicted
+    class; the last column counts pixels without a prediction.
     """
 
     names: list[str]
@@ -65,7 +65,7 @@ def _read(file: Path) -> _Counts:
 
 
 def _iou(pixels: np.ndarray) -> np.ndarray:
-    """IoU (..., C) in percent of counts (..., C, C + 1); nan of classes that do not occur."""
+    """IoU (..., C) in percent from counts (..., C, C + 1); nan for classes that do not occur."""
     right = np.diagonal(pixels, axis1=-2, axis2=-1)
     union = pixels.sum(axis=-1) + pixels[..., :-1].sum(axis=-2) - right
     return 100 * np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
@@ -77,7 +77,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _difference(first: _Counts, other: _Counts, resamples: int, seed: int) -> tuple:
-    """Of the mean IoU."""
+    """The difference of the mean IoU and its interval."""
 
     def measure(weights: np.ndarray) -> float:
         first_sum, other_sum = (
@@ -99,7 +99,7 @@ def _matrix(name: str, counts: _Counts) -> Matrix:
 
 
 def _painted(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """An image with the colours of classes (H, W) over it; 255 is none."""
+    """Paints the colours of classes (H, W) over an image; 255 is no class."""
     known = classes < len(CITYSCAPES_COLOURS)
     colours = CITYSCAPES_COLOURS[np.where(known, classes, 0)]
     mixed = (1 - _OPACITY) * image + _OPACITY * colours
@@ -134,7 +134,7 @@ def _gallery(
             classes=[counts.names[k] for k in present],
         )
         images.append(with_pixels(image, pixels, settings.side))
-    note = "By the mean IoU of the classes that each image has, in the colours of Cityscapes."
+    note = "Sorted by the mean IoU of the classes in each image; the colours are Cityscapes'."
     return Gallery(f"Worst and best images: {name}", [], images, note)
 
 
@@ -161,16 +161,16 @@ def segmentation_sections(
     seed: int,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """What there is to say of the label maps that runs have predicted for one data set.
+    """Sections about the label maps that runs have predicted for one data set.
 
     Args:
         title: name of the data set.
-        files: of each run, what the evaluation has left.
-        data: where images and truth lie.
-        predictors: by run, from an RGB image (H, W, 3) to its classes (H, W); runs without one
-            have no images.
+        files: files of pixel counts, by name of the run.
+        data: folders of images and ground truth.
+        predictors: by run, a function from an RGB image (H, W, 3) to its classes (H, W); runs
+            without one have no images.
         resamples, seed: of the bootstrap.
-        gallery: which images are shown.
+        gallery: number and size of the images.
     """
     found: dict[str, _Counts] = {}
     notes: list[str] = []
@@ -189,7 +189,7 @@ def segmentation_sections(
         if name != first and (each.files, each.names) == (found[first].files, found[first].names):
             differences[name] = {"mean IoU": _difference(found[first], each, resamples, seed)}
         elif name != first:
-            notes.append(f"{name} is of other images or classes than {first}: no difference")
+            notes.append(f"{name} has other images or classes than {first}: no difference")
     if differences:
         sections.append(difference_table(title, first, differences, resamples, seed))
     sections.append(_class_table(title, found))

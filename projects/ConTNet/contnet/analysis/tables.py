@@ -1,4 +1,4 @@
-"""Tables that reports of all kinds of models have."""
+"""Tables that the reports of all kinds of models share."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contnet.report.page import Matrix, Section, Table
 
 __all__ = ["confusion_section", "difference_table"]
 
-_MOST_CLASSES = 100  # of a matrix
-_MOST_PAIRS = 200  # of classes that are confused, in the place of a larger one
+_MOST_CLASSES = 100  # maximum for a matrix
+_MOST_PAIRS = 200  # confused pairs that are listed for more classes
 
 
 def confusion_section(
     heading: str, rows: Sequence[str], columns: Sequence[str], counts: np.ndarray, note: str
 ) -> Section:
-    """A confusion matrix, or of very many classes the pairs that are confused most.
+    """A confusion matrix, or the most confused pairs if there are very many classes.
 
     Args:
-        heading: of the section.
+        heading: heading of the section.
         rows, columns: names of the true and the predicted classes.
         counts: (R, C).
-        note: what counts.
+        note: what is counted.
     """
     if len(rows) <= _MOST_CLASSES:
         return Matrix(heading, "truth \\ predicted", rows, columns, counts, note)
@@ -32,7 +32,7 @@ def confusion_section(
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
     pairs = [np.unravel_index(place, counts.shape) for place in order]
     listed = [(rows[i], [columns[j], int(wrong[i, j])]) for i, j in pairs if wrong[i, j]]
-    note = f"{note} Of {len(rows)} classes, the pairs that are confused most."
+    note = f"{note} The most confused pairs of {len(rows)} classes."
     return Table(heading, ["truth", "predicted", "number"], listed, note)
 
 
@@ -43,14 +43,14 @@ def difference_table(
     resamples: int,
     seed: int,
 ) -> Table:
-    """How metrics of runs differ from those of the first run.
+    """A table of the differences of runs' metrics from the first run's.
 
     Args:
-        title: of the data set.
+        title: name of the data set.
         first: name of the first run.
         differences: by run and metric: difference, lower and upper end of the interval, in percent.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
     """
     metrics = list(dict.fromkeys(name for each in differences.values() for name in each))
     rows = []
@@ -61,8 +61,8 @@ def difference_table(
             cells.append(f"{value:+.1f}, 95 % {lower:.1f} to {upper:.1f}")
         rows.append((metric, cells))
     note = (
-        f"Intervals by a paired bootstrap: {resamples} times (seed {seed}) images are drawn with "
-        "replacement, the same ones for both runs. They tell of the choice of images, not of the "
-        "chance in training."
+        f"Intervals from a paired bootstrap: images are drawn with replacement {resamples} times "
+        f"(seed {seed}), the same ones for both runs. They show the effect of the choice of "
+        "images, not of the training seed."
     )
     return Table(f"Difference from {first}: {title}", ["metric", *differences], rows, note)

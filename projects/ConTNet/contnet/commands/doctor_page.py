@@ -1,7 +1,7 @@
-"""The doctor's page: what a training is fed with, and what its data sets are made of.
+"""The doctor's page: the images and targets that training uses, and statistics of its data sets.
 
-The pictures come from the loader of a training: the same images, order, augmentation and random
-state. Each is shown as it is stored and as the network gets it, several times.
+The pictures come from the training loader, with the same images, order, augmentation and random
+state. Each is shown once as stored and several times as the network gets it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from contnet.utils.text import plural
 __all__ = ["write_doctor_page"]
 
 _IMAGES, _TIMES = 8, 3
-_SIDE = 480  # of a picture, in pixels
-_GROUPS = 50  # of images that look alike
-_SHOWN = 6  # names of a group
+_SIDE = 480  # maximum side of a picture, in pixels
+_GROUPS = 50  # maximum number of groups of similar images
+_SHOWN = 6  # maximum number of names per group
 
 _SIZES = (8, 16, 32, 64, 96, 192, 384, 768)
 _OBJECTS = (1, 2, 3, 5, 9, 17, 33, 65)
 _RATIOS = (0.1, 0.2, 0.33, 0.5, 0.8, 1.25, 2, 3, 5, 10)
 
 
-# --- what the network is fed with ----------------------------------------------------------------
+# --- training images -----------------------------------------------------------------------------
 
 
 def _masks(instances: Instances) -> np.ndarray | None:
@@ -59,7 +59,7 @@ def _masks(instances: Instances) -> np.ndarray | None:
 
 
 def _truth(inputs: Mapping) -> dict:
-    """The truth of a model input, as it is drawn."""
+    """The ground truth of a model input, in the form that is drawn."""
     if "sem_seg" in inputs:
         return {"semantic": inputs["sem_seg"].numpy()}
     if "label" in inputs:
@@ -74,7 +74,7 @@ def _truth(inputs: Mapping) -> dict:
 
 
 def _stored_truth(record: Mapping) -> dict:
-    """The truth of a record, in the image as it is stored; boxes alone of objects."""
+    """The ground truth of a record in the stored image; only boxes for objects."""
     if "sem_seg_file_name" in record:
         return {"semantic": read_labels(record["sem_seg_file_name"]).astype(np.int64)}
     if "label" in record:
@@ -88,7 +88,7 @@ def _stored_truth(record: Mapping) -> dict:
 
 
 def _shrink(image: np.ndarray, truth: dict) -> tuple[np.ndarray, dict]:
-    """A large image and its truth, made smaller, so that what is drawn into it is not."""
+    """Shrinks a large image and its ground truth, before lines and labels are drawn."""
     image, scale = shrink(image, _SIDE)
     smaller, (height, width) = dict(truth), image.shape[:2]
     if "boxes" in truth:
@@ -104,7 +104,7 @@ def _shrink(image: np.ndarray, truth: dict) -> tuple[np.ndarray, dict]:
 
 
 def _mix(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict]]:
-    """Images and truths of a batch, as a classifier makes them in training."""
+    """Images and targets of a batch after a classifier's batch augmentation."""
     mix, erase = build_batch_augmentation(cfg)
     mean, std = (
         torch.tensor(values).view(-1, 1, 1)
@@ -115,18 +115,18 @@ def _mix(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict
     if erase is not None:
         images = erase(images)
     shares = torch.nn.functional.one_hot(labels, cfg.MODEL.CLASSIFIER.NUM_CLASSES).float()
-    if mix is not None and len(batch) % 2 == 0:  # it takes pairs
+    if mix is not None and len(batch) % 2 == 0:  # it mixes pairs
         images, shares = mix(images, labels)
     pixels = (images * std + mean).round().clamp(0, 255).to(torch.uint8)
     for image, share in zip(pixels.permute(0, 2, 3, 1).numpy(), shares, strict=True):
         best = share.topk(min(2, len(share)))
-        kept = best.values > 0.05  # what is below comes of the smoothing of labels
+        kept = best.values > 0.05  # smaller values come from label smoothing
         truth = {"classes": best.indices[kept].tolist(), "scores": best.values[kept].tolist()}
         yield np.ascontiguousarray(image), truth
 
 
 def _fed(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict]]:
-    """RGB images and truths of model inputs."""
+    """RGB images and ground truth of model inputs."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         yield from _mix(cfg, batch)
         return
@@ -136,7 +136,7 @@ def _fed(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict
 
 
 def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
-    """Some training images, as they are stored and as the network gets them."""
+    """Some training images, as stored and as the network gets them."""
 
     def draw(image: np.ndarray, truth: dict) -> np.ndarray:
         return draw_prediction(*_shrink(image, truth), class_names)
@@ -154,23 +154,23 @@ def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
         stored = draw(pixels, _stored_truth(record))
         rows.append((record, {f"stored, {pixels.shape[1]}x{pixels.shape[0]}": stored}))
     for time in range(_TIMES):
-        # The position in the order is all that the random state of an image depends on.
+        # The random state of an image depends only on its position in the order.
         batch = [loader.dataset[seed, time * _IMAGES + i, each] for i, each in enumerate(indices)]
         for (_, views), (image, truth) in zip(rows, _fed(cfg, batch), strict=True):
-            views[f"fed {time + 1}, {image.shape[1]}x{image.shape[0]}"] = draw(image, truth)
+            views[f"input {time + 1}, {image.shape[1]}x{image.shape[0]}"] = draw(image, truth)
     return Gallery(
-        "What the network is fed with",
+        "Training images",
         class_names,
         [
             ReportImage(Path(sample_name(record)).name, next(iter(views.values())), views)
             for record, views in rows
         ],
-        note=f"The first images of the training's order: as they are stored, and {_TIMES} times as "
-        "the network gets them, with augmentation.",
+        note=f"The first images of the training's order: as stored, and {_TIMES} times as the "
+        "network gets them, with augmentation.",
     )
 
 
-# --- what data sets are made of ------------------------------------------------------------------
+# --- data sets -----------------------------------------------------------------------------------
 
 
 def _bins(edges: Sequence[float], unit: str = "") -> list[str]:
@@ -180,7 +180,7 @@ def _bins(edges: Sequence[float], unit: str = "") -> list[str]:
 
 
 def _counts(edges: Sequence[int]) -> list[str]:
-    """Names of bins of whole numbers."""
+    """Names of bins of integers."""
     inner = [
         str(low) if high == low + 1 else f"{low} to {high - 1}"
         for low, high in itertools.pairwise(edges)
@@ -199,27 +199,27 @@ def _describe(name: str, found: DatasetStatistics) -> list[Section]:
         by_count = sorted(found.classes.items(), key=lambda item: -item[1])
         charts[f"{found.counted} of each class"] = by_count
     for what, values, edges, bins in (
-        ("objects of an image", found.objects, _OBJECTS, _counts(_OBJECTS)),
+        ("objects per image", found.objects, _OBJECTS, _counts(_OBJECTS)),
         ("sizes of objects (root of the box's area)", found.sizes, _SIZES, _bins(_SIZES, " px")),
-        ("width by height of objects", found.ratios, _RATIOS, _bins(_RATIOS)),
-        ("width by height of images", found.image_ratios, _RATIOS, _bins(_RATIOS)),
+        ("aspect ratios (width / height) of objects", found.ratios, _RATIOS, _bins(_RATIOS)),
+        ("aspect ratios (width / height) of images", found.image_ratios, _RATIOS, _bins(_RATIOS)),
     ):
         if values:
             charts[what] = list(zip(bins, count_in_bins(values, edges), strict=True))
-    return [Facts(f"Data set {name}", facts), Bars(f"What is in {name}", charts)]
+    return [Facts(f"Data set {name}", facts), Bars(f"Statistics of {name}", charts)]
 
 
 def _find_alike(cfg: CfgNode, records: Mapping[str, Sequence[dict]], workers: int) -> Table | Notes:
-    """Images that look nearly alike, within a data set and across them."""
+    """Near-duplicate images, within a data set and across data sets."""
     keys = ("file_name", "offset", "size")
     images, prints = [], []
     for name, dicts in records.items():
         files = [{key: each[key] for key in keys if key in each} for each in dicts]
         images += [(name, each.get("image_id"), sample_name(each)) for each in dicts]
         prints += fingerprints(files, cfg.INPUT.MAX_PIXELS, name, workers)
-    heading, groups = "Images that look nearly alike", find_near_duplicates(prints)
+    heading, groups = "Near-duplicate images", find_near_duplicates(prints)
     if not groups:
-        return Notes(heading, ["None were found."])
+        return Notes(heading, ["No near-duplicates were found."])
     rows = []
     for number, group in enumerate(groups[:_GROUPS], 1):
         members = [images[index] for index in group]
@@ -232,10 +232,10 @@ def _find_alike(cfg: CfgNode, records: Mapping[str, Sequence[dict]], workers: in
         heading,
         ["group", "images", "data sets", "ids or files"],
         rows,
-        note=f"{plural(len(groups), 'group')}, {across} of them in several data sets, which would "
-        "make an evaluation too good. Copies, other sizes and frames of one video are found by "
-        f"their grey values at 9x8 pixels; look at them before you remove any. At most {_GROUPS} "
-        "groups are listed.",
+        note=f"{plural(len(groups), 'group')}, {across} of them across data sets. Training images "
+        "in a test set make its metrics too high. Copies, resized images and frames of one video "
+        "are found by their grey values at 9x8 pixels; look at them before you remove any. At most "
+        f"{_GROUPS} groups are listed.",
     )
 
 
@@ -247,7 +247,7 @@ def _findings(found: Mapping[str, Findings], words: Mapping[str, Sequence[str]])
         for severity in severities
         for line in findings.lines(severity)
     ]
-    return Notes("What the doctor found", lines or ["Nothing."])
+    return Notes("What the doctor found", lines or ["No errors or notes."])
 
 
 def write_doctor_page(
@@ -260,10 +260,10 @@ def write_doctor_page(
     """Writes the page.
 
     Args:
-        path: of the page.
-        cfg: of :func:`contnet.launch.arguments.configure`.
-        found: what the doctor found, by data set.
-        words: severities of findings by the word that stands for them.
+        path: the page's file.
+        cfg: the config from :func:`contnet.launch.arguments.configure`.
+        found: the doctor's findings, by data set.
+        words: severities of findings, by the word that the page uses for them.
         workers: number of processes.
 
     Returns:
@@ -277,8 +277,8 @@ def write_doctor_page(
     if broken:
         sections.append(
             Notes(
-                "What is not shown",
-                [f"{name} has errors, so that it cannot be loaded" for name in broken],
+                "Data sets left out",
+                [f"{name} has errors and cannot be loaded" for name in broken],
             )
         )
     if class_names and cfg.DATASETS.TRAIN and not set(broken) & set(cfg.DATASETS.TRAIN):

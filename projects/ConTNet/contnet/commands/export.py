@@ -1,4 +1,4 @@
-"""Exports: a trained model as a file that runs where this project is not installed."""
+"""Exports a trained model to a file that runs where this project is not installed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from contnet.utils.text import say
 __all__ = ["build_parser", "main"]
 
 _EPILOG = f"""\
-FOLDER must not be there. It gets
+FOLDER must not exist. The export writes into it
 
   model.onnx, model.pt2 or model.pt  the model
-  model.json                         how it takes images, the names of its outputs and classes
-  example.py                         finds something in an image; needs neither this project nor
+  model.json                         how to prepare images, the names of outputs and classes
+  example.py                         runs the model on an image; needs neither this project nor
                                      Detectron2
 
 examples:
@@ -35,35 +35,35 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/export.py."""
     parser = argparse.ArgumentParser(
-        description="Exports a trained model, and compares the export with it.",
+        description="Exports a trained model and compares the export with it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="RUN", help="the folder of a run (its best weights), or a checkpoint")
-    add("target", type=Path, metavar="FOLDER", help="to make")
-    add("--format", choices=FORMATS, required=True, help="of the model's file")
-    add("--config-file", default="", metavar="FILE", help="of a checkpoint without its own config")
-    add("--backbone", action="store_true", help="export the backbone alone")
+    add("target", type=Path, metavar="FOLDER", help="folder to create")
+    add("--format", choices=FORMATS, required=True, help="format of the model's file")
+    add("--config-file", default="", metavar="FILE", help="config of a checkpoint without one")
+    add("--backbone", action="store_true", help="export only the backbone")
     add(
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
-        help="of a classifier, or of a detector's or segmenter's backbone (default float32)",
+        help="type of a classifier, or of a detector's or segmenter's backbone (default float32)",
     )
-    add("--int8", action="store_true", help="int8 weights, of classifiers in ONNX")
+    add("--int8", action="store_true", help="int8 weights; only for classifiers in ONNX")
     add(
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare with PyTorch, and measure the speed",
+        help="compare with PyTorch and measure the speed",
     )
     add(
         "--images",
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="images and folders to compare on (default: some of the test set, or drawn ones)",
+        help="images and folders to compare on (default: some of the test set, or drawn images)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Reports: what one run, or several beside each other, have learned, as one HTML page."""
+"""Writes a report of one run, or of several runs side by side, as one HTML page."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from contnet.utils.text import say
 
 __all__ = ["ReportOptions", "build_parser", "main", "write_report"]
 
-_SEED = 0  # of the bootstrap
+_SEED = 0  # for the bootstrap
 _NO_PREDICTIONS = (
-    "{run} has no predictions on {dataset} on the disk. This makes them: python train_net.py "
+    "{run} has no predictions for {dataset} on disk. Make them by: python train_net.py "
     "--config-file {run}/config.yaml --eval-only --resume OUTPUT_DIR {run}"
 )
-# Of run.json, and of the versions in it.
+# Keys of run.json and of its versions.
 _START_FACTS = (
     "command",
     "time",
@@ -70,12 +70,12 @@ _COST_COLUMNS = (
     "memory MB",
 )
 _EPILOG = f"""\
-what the page tells needs
+parts of the page and the files they need
   curves, results, config differences   metrics.json, results.json, config.yaml of the run
-  precision, errors, confusion, ...     inference/DATASET/, which the last evaluation has left, and
-                                        the data set's annotations
+  precision, errors, confusion, ...     inference/DATASET/, written by the last evaluation, and the
+                                        data set's annotations
   images                                the images of the data set
-What is not there is left out, and the page says why.
+Parts whose files are missing are left out, and the page says why.
 
 examples:
   report.py output/faster_rcnn_contm
@@ -89,9 +89,9 @@ class ReportOptions:
     """What a page shows.
 
     Attributes:
-        images: number of the worst ones; a third as many of the best follow.
-        score: least score of the detections that are shown.
-        resamples: of the bootstrap.
+        images: number of the worst images; a third as many of the best images follow.
+        score: minimum score of the detections that are shown.
+        resamples: number of bootstrap resamples.
     """
 
     images: int = 24
@@ -102,12 +102,12 @@ class ReportOptions:
 _DEFAULTS = ReportOptions()
 
 
-# --- what is there -------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run's folder, and what is written in it."""
+    """A run's folder and its contents."""
 
     folder: Path
     record: RunRecord
@@ -119,7 +119,7 @@ class _Run:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Names of the runs, each another: the folders' own, or their paths."""
+    """Unique names of the runs: the names of their folders, or their paths."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -131,7 +131,7 @@ def _read_run(folder: Path, name: str) -> _Run:
     try:
         cfg = load_checked_config(str(folder / "config.yaml"))
         register_datasets(cfg)
-    except UserError as error:  # also if another run has other data of the same name
+    except UserError as error:  # also if another run has different data under the same name
         cfg, problem = None, str(error)
     return _Run(folder, read_run_record(folder, name), cfg, problem)
 
@@ -140,7 +140,7 @@ def _read_run(folder: Path, name: str) -> _Run:
 
 
 def _cost_table(runs: Sequence[_Run], rows: Sequence[dict]) -> Section:
-    """State, parameters, MACs of classifiers, speed and memory."""
+    """A table of state, parameters, MACs of classifiers, speed and memory."""
     cells = []
     for run, row in zip(runs, rows, strict=True):
         macs = row.get("macs_g")
@@ -151,7 +151,7 @@ def _cost_table(runs: Sequence[_Run], rows: Sequence[dict]) -> Section:
 
 
 def _start_table(runs: Sequence[_Run]) -> list[Section]:
-    """The last attempt of each run, as run.json has it."""
+    """A table of the last attempt of each run, from run.json."""
     attempts = {}
     for run in runs:
         found = peek_record(run.folder / RUN_FILE, list[dict]) or [{}]
@@ -172,7 +172,7 @@ def _gallery_settings(run: _Run, images: int) -> GallerySettings:
 def _find_files(
     runs: Sequence[_Run], dataset: str, file_name: str
 ) -> tuple[dict[str, Path], list[Section]]:
-    """The files of predictions on a data set by run, and what to say of runs without."""
+    """Prediction files for a data set by run, and notes about runs without predictions."""
     files = {run.record.name: run.inference(dataset) / file_name for run in runs}
     there = {name: file for name, file in files.items() if file.is_file()}
     notes = [
@@ -184,11 +184,11 @@ def _find_files(
 
 
 def _detection_source(dataset: str, run: _Run) -> CocoSource | None:
-    """Where the truth of boxes lies; None of data sets of another kind."""
+    """The source of ground truth boxes; None for other kinds of data sets."""
     source = find_source(dataset)
     if isinstance(source, CocoSource):
         return source
-    # Of Cityscapes' instances the evaluation writes it, with whole paths of images.
+    # For Cityscapes' instances the evaluation writes it, with full paths of the images.
     files = sorted(run.inference(dataset).glob("annotations-*.json"))
     return CocoSource(str(files[-1]), "") if files else None
 
@@ -234,7 +234,7 @@ def _map_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) ->
     return [*sections, Notes(f"Images: {dataset}", notes)] if notes else sections
 
 
-# By the evaluator_type of a data set's metadata: what its predictions tell.
+# Sections about predictions, by the evaluator_type of the data set's metadata.
 _KINDS = {
     "coco": _box_sections,
     "cityscapes_instance": _box_sections,
@@ -246,7 +246,7 @@ _KINDS = {
 def _dataset_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) -> list[Section]:
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
     if kind not in _KINDS:
-        reason = f"There is no analysis of predictions on data sets of the kind {kind!r}."
+        reason = f"Predictions on data sets of the kind {kind!r} cannot be analysed."
         return [Notes(f"Predictions: {dataset}", [reason])]
     return _KINDS[kind](runs, dataset, options)
 
@@ -266,19 +266,19 @@ def _prediction_sections(runs: Sequence[_Run], options: ReportOptions) -> list[S
 def write_report(
     folders: Sequence[Path], output: Path, options: ReportOptions = _DEFAULTS, title: str = ""
 ) -> Path:
-    """Writes the page of some runs.
+    """Writes the page of one or more runs.
 
     Args:
-        folders: of runs, or folders that hold such.
+        folders: folders of runs, or folders that contain them.
         output: the page's file.
-        options: what it shows.
+        options: what the page shows.
         title: heading of the page; by default the runs' names.
 
     Returns:
         The path that was written.
 
     Raises:
-        UserError: for a folder that is no run's.
+        UserError: if a folder is not a run's.
     """
     rows = collect_results(folders, cost=True)
     paths = [Path(row["folder"]) for row in rows]
@@ -297,7 +297,7 @@ def write_report(
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/report.py."""
     parser = argparse.ArgumentParser(
-        description="Makes one HTML page of a run, or of several beside each other.",
+        description="Makes one HTML page of a run, or of several runs side by side.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -305,9 +305,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a sweep")
     add("--output", type=Path, metavar="FILE", help=f"the page (default: {PAGE} in the first RUN)")
     for name, kind, what in (
-        ("images", int, "the worst images, and a third as many of the best"),
-        ("score", float, "least score of detections that are shown"),
-        ("resamples", int, "of the bootstrap"),
+        ("images", int, "number of worst images; a third as many of the best follow"),
+        ("score", float, "minimum score of the detections that are shown"),
+        ("resamples", int, "number of bootstrap resamples"),
     ):
         default = getattr(_DEFAULTS, name)
         add(f"--{name}", type=kind, default=default, help=f"{what} (default {default})")

@@ -1,9 +1,9 @@
 """Experiment trackers: TRACKERS sends a run's metrics and pictures to Weights & Biases or MLflow.
 
-Addresses, projects, experiments and keys are the trackers' own: their environment variables and
-logins. ``trackers.json`` in the run's folder keeps which run of a tracker it is, and how far that
-has come, so that a resumed run continues it and sends no iteration twice. Metrics are those of
-``metrics.json``: what a tracker has missed is sent when the run is resumed.
+The trackers' own environment variables and logins set addresses, projects, experiments and keys.
+``trackers.json`` in the run's folder stores the tracker's id of the run and the last iteration
+sent, so that a resumed run continues it and sends no iteration twice. The metrics are those of
+``metrics.json``; metrics that a tracker has missed are sent when the run is resumed.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ class _RunState(TypedDict, total=False):
 
 
 class _State(TypedDict, total=False):
-    """Of trackers.json."""
+    """The content of trackers.json."""
 
     config: str
     runs: dict[str, _RunState]
 
 
 class Tracker(ABC):
-    """A tracker's own interface to one run, new or continued.
+    """The interface to one run of a tracker, new or continued.
 
     Attributes:
-        package: what must be installed.
+        package: the package that must be installed.
         run: the tracker's id of the run.
     """
 
@@ -75,18 +75,18 @@ class Tracker(ABC):
 
     @abstractmethod
     def __init__(self, run: str, name: str, folder: str, settings: Mapping[str, str]):
-        """Begins a run, or goes on with one.
+        """Starts or continues a run.
 
         Args:
-            run: the id of the run to go on with; "" for a new one.
-            name: of a new run.
-            folder: of the run, for files of the tracker.
-            settings: the config, by keys with dots.
+            run: the id of the run to continue; "" for a new one.
+            name: name of a new run.
+            folder: the run's folder, for files of the tracker.
+            settings: the config, by dotted keys.
         """
 
     @abstractmethod
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Sends the metrics of an iteration, which come in rising order."""
+        """Sends the metrics of an iteration; iterations are in ascending order."""
 
     @abstractmethod
     def log_pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
@@ -94,7 +94,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def close(self, finished: bool) -> None:
-        """Ends the run, or interrupts it."""
+        """Ends the run as finished or interrupted."""
 
 
 class WandbTracker(Tracker):
@@ -112,7 +112,7 @@ class WandbTracker(Tracker):
             name=name,
             dir=folder,
             config=dict(settings),
-            # Neither code nor commands, addresses or the output of the terminal.
+            # Send no code, commands, addresses or terminal output.
             settings=wandb.Settings(
                 console="off", disable_code=True, disable_git=True, silent=True, x_disable_meta=True
             ),
@@ -134,8 +134,8 @@ class MlflowTracker(Tracker):
     """MLflow."""
 
     package = "mlflow"
-    _MOST = 100  # settings that MLflow takes at once
-    _LONGEST = 500  # letters of a setting that every server takes
+    _MOST = 100  # maximum number of settings per request
+    _LONGEST = 500  # characters of a setting that every server accepts
 
     def __init__(self, run: str, name: str, folder: str, settings: Mapping[str, str]):
         from mlflow import MlflowClient
@@ -177,7 +177,7 @@ class MlflowTracker(Tracker):
 
 
 def _as_mlflow_name(key: str) -> str:
-    """A metric's name with the letters that MLflow takes."""
+    """A metric's name, with only the characters that MLflow accepts."""
     return re.sub(r"[^\w\-. :/]", "_", key)
 
 
@@ -189,16 +189,16 @@ def _in_one_line(error: Exception) -> str:
 
 
 class TrackedRun:
-    """A run of a tracker, which is sent each iteration once.
+    """A run of a tracker, to which each iteration is sent once.
 
     Args:
-        name: in ``TRACKERS``.
+        name: a key of ``TRACKERS``.
         cfg: the config.
-        state: of this tracker in trackers.json: its run, and the last iterations sent.
+        state: the tracker's entry in trackers.json: its run and the last iterations sent.
         save: writes trackers.json.
 
     Raises:
-        UserError: if the tracker does not begin.
+        UserError: if the tracker cannot start.
     """
 
     def __init__(self, name: str, cfg: CfgNode, state: dict, save: Callable[[], None]):
@@ -214,26 +214,26 @@ class TrackedRun:
             )
         except Exception as error:  # of which MLflow raises some
             raise UserError(
-                f"TRACKERS {name} does not begin ({_in_one_line(error)}): see "
+                f"TRACKERS {name} cannot start ({_in_one_line(error)}): see "
                 "docs/training.md for its environment variables, or leave it out"
             ) from error
         state["run"] = self._tracker.run
         save()
 
     def send_metrics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Sends the metrics of an iteration, unless that or a later one has been sent."""
+        """Sends the metrics of an iteration, unless it or a later one has been sent."""
         self._send("metrics", self._tracker.log, iteration, values)
 
     def send_pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Sends pictures by name, likewise."""
+        """Sends pictures by name, unless those of the iteration or a later one have been sent."""
         self._send("pictures", self._tracker.log_pictures, iteration, pictures)
 
     def _send(self, what: str, send: Callable, iteration: int, values: Mapping) -> None:
         last = self._state.get(what, -1)
         if self._failed or iteration <= last:
             return
-        # First, for a process may be killed in between: an iteration sent twice would be worse than
-        # one that is missing.
+        # Saved before sending, since the process may be killed in between: an iteration sent twice
+        # would be worse than a missing one.
         self._state[what] = iteration
         self._save()
         try:
@@ -243,12 +243,12 @@ class TrackedRun:
             self._save()
             self._failed = True
             logger.warning(
-                f"TRACKERS {self._name} fails ({_in_one_line(error)}): the training goes on "
-                "without it, and sends the missing metrics when it is resumed"
+                f"TRACKERS {self._name} fails ({_in_one_line(error)}): training continues without "
+                "it and sends the missing metrics when it is resumed"
             )
 
     def close(self, finished: bool) -> None:
-        """Ends the tracker's run, or says that it is interrupted."""
+        """Ends the tracker's run as finished or interrupted."""
         try:
             self._tracker.close(finished)
         except Exception as error:  # of which MLflow raises some
@@ -256,10 +256,10 @@ class TrackedRun:
 
 
 class TrackerWriter(EventWriter):
-    """Sends the metrics as metrics.json has them, first those that are there already.
+    """Sends the metrics of metrics.json, first those that it already has.
 
     Args:
-        runs: to send to.
+        runs: runs to send to.
         output_dir: the run's folder.
     """
 
@@ -278,7 +278,7 @@ class TrackerWriter(EventWriter):
         self._send((iteration, key, float(value)) for key, (value, iteration) in latest.items())
 
     def _send(self, values: Iterable[tuple[int, str, float]]) -> None:
-        """Sends what is later than what has been sent: iteration, key and value."""
+        """Sends the (iteration, key, value) that are later than the last iteration sent."""
         rows: dict[int, dict[str, float]] = {}
         for iteration, key, value in values:
             if iteration > self._last:
@@ -293,8 +293,8 @@ class TrackerPictures(HookBase):
     """Sends predictions after each evaluation, before its metrics, and ends the trackers' runs.
 
     Args:
-        runs: to send to; none on other processes than the main one.
-        period: of evaluations, in iterations.
+        runs: runs to send to; only the main process has any.
+        period: evaluation period in iterations.
         function: draws the predictions, by name.
     """
 
@@ -321,10 +321,10 @@ class TrackerPictures(HookBase):
 
 
 def check_trackers(cfg: CfgNode) -> None:
-    """Checks that what TRACKERS names is installed.
+    """Checks that the packages of TRACKERS are installed.
 
     Raises:
-        UserError: if one is not.
+        UserError: if one is missing.
     """
     for name in cfg.TRACKERS:
         if importlib.util.find_spec(TRACKERS[name].package) is None:
@@ -335,17 +335,17 @@ def check_trackers(cfg: CfgNode) -> None:
 
 
 def build_trackers(cfg: CfgNode, start_iter: int, guard: WriteGuard = NO_GUARD) -> list[TrackedRun]:
-    """Begins the runs of TRACKERS, or goes on with those of trackers.json.
+    """Starts the runs of TRACKERS, or continues those of trackers.json.
 
-    A training from the beginning with another config than before is a new run.
+    Training from the beginning with a different config starts a new run.
 
     Args:
         cfg: the config.
         start_iter: the first iteration of this attempt.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        guard: see :func:`contnet.utils.files.atomic_write`.
 
     Raises:
-        UserError: if one does not begin.
+        UserError: if a tracker cannot start.
     """
     path = Path(cfg.OUTPUT_DIR, TRACKERS_FILE)
     config = hashlib.sha256(cfg.dump().encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Draws predictions, or the truth, into images, by Detectron2's Visualizer."""
+"""Draws predictions or ground truth into images with Detectron2's Visualizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from contnet.utils.text import printable
 
 __all__ = ["draw_prediction"]
 
-# Below which an image is enlarged, so that its labels can be read, in pixels.
+# Smaller images are enlarged, so that their labels can be read; in pixels.
 _SMALLEST = 480
 _LONGEST_NAME = 40
 
 
 def _shown(name: str) -> str:
-    # Matplotlib would read formulas between dollar signs.
+    # Matplotlib would parse text between dollar signs as a formula.
     return printable(name, _LONGEST_NAME).replace("$", r"\$")
 
 
@@ -30,7 +30,7 @@ def _colours(number: int) -> list[np.ndarray]:
 
 
 def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
-    """A small image and its prediction, several times as large."""
+    """Enlarges a small image and its prediction by an integer factor."""
     times = -(-_SMALLEST // max(image.shape[:2]))
     if times <= 1:
         return image, prediction
@@ -45,22 +45,22 @@ def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
 
 
 def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[str]) -> np.ndarray:
-    """An image with what a model has found in it, or with the truth.
+    """Draws a prediction or the ground truth into an image.
 
     Args:
         image: uint8 RGB (H, W, 3).
-        prediction: of :func:`contnet.evaluation.plain_outputs.plain_output`; the truth has no
-            scores.
-        class_names: of the model.
+        prediction: the result of :func:`contnet.evaluation.plain_outputs.plain_output`; ground
+            truth has no scores.
+        class_names: the model's class names.
 
     Returns:
-        uint8 RGB, of the same size; a small image is several times as large.
+        uint8 RGB image of the same size; a small image is enlarged.
     """
     from detectron2.utils.visualizer import Visualizer  # matplotlib writes into the user's home
 
     image, found = _enlarge(image, prediction)
     names, colours = list(map(_shown, class_names)), _colours(len(class_names))
-    # As the catalog makes them, without a name there.
+    # Metadata as in the catalog, but not registered.
     metadata = Metadata(name="prediction", stuff_classes=names)
     metadata.stuff_colors = [(255 * colour).round().astype(int).tolist() for colour in colours]
     visualizer = Visualizer(image, metadata)

@@ -1,4 +1,4 @@
-"""What a model gives for an image, as plain NumPy arrays."""
+"""The outputs of a model for an image, as plain NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["plain_output"]
 
-_TOP = 5  # classes of a classification
+_TOP = 5  # number of classes of a classification
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -38,23 +38,24 @@ def _detections(instances: Instances, class_names: Sequence[str], score: float) 
 
 
 def plain_output(output: dict, class_names: Sequence[str], score: float = 0.0) -> dict:
-    """The arrays of an output.
+    """Converts a model's output to arrays.
 
     Args:
-        output: of a model in evaluation mode: ``instances``, ``sem_seg`` or ``logits``.
+        output: output of a model in evaluation mode: ``instances``, ``sem_seg`` or ``logits``.
         class_names: in the order of the model's outputs.
-        score: the least score of a detection.
+        score: minimum score of a detection.
 
     Returns:
-        Of detections, best first:
+        For detections, best first:
 
         - boxes: float32 (N, 4), left, top, right and bottom edge in pixels of the image;
         - scores: float32 (N,), from 0 to 1;
-        - classes: int64 (N,), and names, a list of as many;
-        - masks: bool (N, H, W), of a model that has them.
+        - classes: int64 (N,);
+        - names: a list of N class names;
+        - masks: bool (N, H, W), if the model has them.
 
-        Of a segmentation ``semantic``: int64 (H, W), indices into ``class_names``. Of a
-        classification, for the best 5 classes: scores (probabilities), classes and names.
+        For a segmentation ``semantic``: int64 (H, W), indices into ``class_names``. For a
+        classification, scores (probabilities), classes and names of the best 5 classes.
     """
     if "instances" in output:
         return _detections(output["instances"], class_names, score)

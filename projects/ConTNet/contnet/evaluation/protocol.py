@@ -1,4 +1,4 @@
-"""How the numbers of an evaluation were measured, and whether they are comparable with others'."""
+"""How an evaluation was done, and whether its metrics are comparable with published ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["SEE_WARNINGS", "dataset_digest", "describe_protocol"]
 
 SEE_WARNINGS = "see the warnings"
 
-_DETECTIONS = 100  # of an image, which COCO's AP counts
-# Of an image of a shard, where it begins.
+_DETECTIONS = 100  # per image in COCO's AP
+# Keys that locate an image in a shard.
 _PLACES = ("offset", "size")
-# By architecture, where its thresholds in inference are, and Detectron2's score threshold, from
-# which published numbers are.
+# By architecture, the config node of its inference thresholds, and Detectron2's default score
+# threshold, which published metrics use.
 _THRESHOLDS = {
     "GeneralizedRCNN": ("ROI_HEADS", 0.05),
     "RetinaNet": ("RETINANET", 0.05),
@@ -27,10 +27,10 @@ _THRESHOLDS = {
 
 
 def dataset_digest(records: Iterable[dict]) -> str:
-    """SHA-256 of a data set: names, sizes and truth of its images, in order; not of pixels.
+    """SHA-256 of the names, sizes and ground truth of a data set's images in order; not of pixels.
 
     Args:
-        records: Detectron2's data set dicts. The folders that they name do not count.
+        records: Detectron2's data set dicts. Folders in file names are ignored.
     """
     digest = hashlib.sha256()
     for record in records:
@@ -44,17 +44,17 @@ def dataset_digest(records: Iterable[dict]) -> str:
 
 
 def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[str]) -> dict:
-    """What results.json says of how a data set was evaluated.
+    """The entries of results.json about how a data set was evaluated.
 
     Args:
-        cfg: TEST, SOLVER and the model's thresholds are read.
-        name: of the data set.
-        digest: of :func:`dataset_digest`.
-        warnings: what changes the metrics, a line each.
+        cfg: the config; TEST, SOLVER and the model's thresholds are read.
+        name: name of the data set.
+        digest: the result of :func:`dataset_digest`.
+        warnings: warnings about the metrics, one line each.
 
     Returns:
-        ``standard``, whether others' numbers of this data set can be compared; ``deviations``, why
-        not, a line each; and ``protocol``, the settings.
+        ``standard``, whether the metrics are comparable with published ones of this data set;
+        ``deviations``, why not, one line each; and ``protocol``, the settings.
     """
     solver, deviations = cfg.SOLVER, []
     protocol = {

@@ -1,9 +1,8 @@
-"""The losses of a model on a test set: without augmentation, and without a trace in the training.
+"""The losses of a model on a test set, without augmentation and without effect on training.
 
-Detectron2's models give losses in training mode only. Here their backbones, norms and dropout stay
-in evaluation mode meanwhile, and the random state, running loss normalisers and the storage of
-metrics stay as they are. A model that samples candidates at random samples the same for an image
-each time.
+Detectron2's models return losses only in training mode. Here their backbones, norms and dropout
+stay in evaluation mode, and the random state, running loss normalisers and the event storage do not
+change. A model that samples candidates at random samples the same ones for an image each time.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from contnet.utils.seed import keeping_random_state, seed_everything
 
 __all__ = ["build_loss_mapper", "mean_losses"]
 
-# What computes otherwise in training than in evaluation, besides the choice of an output.
+# Modules that compute differently in training mode.
 _TRAINING_ONLY = (_NormBase, _DropoutNd, DropPath)
 
 
 def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
-    """The mapper of an evaluation, whose inputs also have the truth as the model learns it."""
+    """The mapper of an evaluation, which also adds the targets of training."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=False)
     augmentations = keep_a_pixel(build_augmentation(cfg, is_train=False))
@@ -46,13 +45,13 @@ def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
 
 
 def _own_value(name: str, value: float, *_) -> float:
-    """In place of a dense detector's running mean of its positives: those of the image."""
+    """Replaces a dense detector's running mean of positives by those of the image."""
     return value
 
 
 @contextlib.contextmanager
 def _giving_losses(model: nn.Module) -> Iterator[None]:
-    """While a model gives its losses, and is left as it was."""
+    """Lets a model return losses, and restores it afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     for name, module in model.named_modules():
@@ -70,7 +69,7 @@ def _giving_losses(model: nn.Module) -> Iterator[None]:
 
 
 def _losses(model: nn.Module, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
-    if isinstance(model, ImageClassifier):  # in training it mixes and smooths labels
+    if isinstance(model, ImageClassifier):  # training mode mixes and smooths labels
         model.eval()
         logits = torch.stack([each["logits"] for each in model(batch)])
         labels = torch.tensor([each["label"] for each in batch], device=logits.device)
@@ -81,15 +80,15 @@ def _losses(model: nn.Module, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
 def mean_losses(
     cfg: CfgNode, model: nn.Module, batches: Iterable[Sequence[dict]]
 ) -> dict[str, float]:
-    """Means over images, the same on all processes.
+    """Mean losses over all images, the same on all processes.
 
     Args:
-        cfg: MODEL.DEVICE is read.
-        model: of this process; stays as it is.
-        batches: inputs of this process with their truth, as :func:`build_loss_mapper` makes them.
+        cfg: the config; MODEL.DEVICE is read.
+        model: this process's model; it is not changed.
+        batches: this process's inputs with targets, from :func:`build_loss_mapper`.
 
     Returns:
-        By name, with ``total_loss``; empty if there are no images.
+        Losses by name, with ``total_loss``; empty if there are no images.
     """
     sums, images = {}, 0
     with keeping_random_state(), torch.no_grad(), EventStorage():

@@ -1,4 +1,4 @@
-"""Compares what was exported with the PyTorch model that it was made of, and times both."""
+"""Compares an export with its PyTorch model and measures the speed of both."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ __all__ = [
     "random_images",
 ]
 
-# The largest difference that is taken, by the type of the weights.
+# The largest accepted difference, by the type of the weights.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-1}
-# Share of images of which the best class must be the same.
+# Minimum share of images with the same best class.
 _LEAST_SAME_TOP1 = 0.95
-# Share of detections that may have no counterpart: where two boxes overlap by just the threshold of
-# NMS, rounding decides.
+# Maximum share of detections without a counterpart: rounding decides when two boxes overlap by
+# almost exactly the NMS threshold.
 _MOST_UNMATCHED = {"float32": 0.01, "float16": 0.05}
 _SAME_IOU = 0.9
 _BATCH = 3
 _REPEATS = 5
 
 
-# --- the model itself ----------------------------------------------------------------------------
+# --- reference -----------------------------------------------------------------------------------
 
 
 def _backbone_features(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -65,29 +65,29 @@ def _fields(instances: Instances) -> list[Tensor]:
 
 
 class Reference:
-    """What the trained model itself gives, in float32 and as lists of tensors.
+    """The outputs of the trained model, in float32 and as lists of tensors.
 
     Args:
-        model: as it is evaluated.
-        backbone: whether its backbone alone is asked for.
+        model: the model in evaluation mode.
+        backbone: whether to compute only its backbone.
     """
 
     def __init__(self, model: nn.Module, backbone: bool):
         self.model = copy.copy(model)
         if isinstance(model, WindowSegmentor):
-            self.model.window = None  # an export looks at the whole image
+            self.model.window = None  # an export processes the whole image
         self.backbone = backbone
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Outputs for images (N, 3, H, W) of values from 0 to 255; N is 1 for a detector."""
+        """Outputs for images (N, 3, H, W) with values from 0 to 255; N is 1 for a detector."""
         model, inputs = self.model, [{"image": image} for image in images]
         if self.backbone and isinstance(model, ImageClassifier):
             return _network_features(model, images)
         if self.backbone:
             return _backbone_features(model, images)
         if isinstance(model, GeneralizedRCNN):
-            # Masks as they are before they are pasted.
+            # Masks before they are pasted into the image.
             (instances,) = model.inference(inputs, do_postprocess=False)
             return _fields(instances[instances.pred_boxes.nonempty()])
         outputs = model(inputs)
@@ -101,18 +101,18 @@ class Reference:
 
 @dataclass
 class Check:
-    """What a comparison has found.
+    """The result of a comparison.
 
     Attributes:
-        tolerance: of the difference.
-        most_unmatched: share of detections that may have no counterpart.
-        difference: the largest. Of logits and features, in shares of the largest value; of scores
-            and masks, as they are; of boxes, in shares of the longer side of the image.
-        batches: of images that were compared.
-        sizes: heights and widths of images.
-        detections: how many had a counterpart.
-        unmatched: how many had none, though the model did not have to choose between equals.
-        top1: of classifiers, for each image whether the best class is the same.
+        tolerance: largest accepted difference.
+        most_unmatched: maximum share of detections without a counterpart.
+        difference: the largest difference: for logits and features relative to the largest value,
+            for scores and masks absolute, for boxes relative to the longer side of the image.
+        batches: number of batches that were compared.
+        sizes: heights and widths of the images.
+        detections: number of detections with a counterpart.
+        unmatched: number of detections without one, except those with about the lowest score.
+        top1: for classifiers, whether the best class is the same, for each image.
     """
 
     tolerance: float
@@ -131,7 +131,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the export may be used."""
+        """Whether the differences are within the tolerances."""
         return (
             self.difference <= self.tolerance
             and self.unmatched <= self.most_unmatched * (self.detections + self.unmatched)
@@ -139,10 +139,10 @@ class Check:
         )
 
     def describe(self) -> str:
-        """One line for a person."""
+        """The result in one line."""
         text = f"largest difference {self.difference:.2g} (tolerance {self.tolerance:g})"
         if self.detections or self.unmatched:
-            text += f", {self.detections} detections found again, {self.unmatched} not"
+            text += f", {self.detections} detections matched, {self.unmatched} not"
         if self.top1:
             text += f", same best class in {self.same_top1:.1%} of {len(self.top1)} images"
         return f"{text}, {self.batches} batches of {len(self.sizes)} sizes"
@@ -166,10 +166,10 @@ def _compare_tensors(check: Check, found: Tensor, expected: Tensor) -> None:
 def _compare_detections(
     check: Check, found: Sequence[Tensor], expected: Sequence[Tensor], longest: int
 ) -> None:
-    """Pairs detections of one class by their overlap, so that the order of equals is free."""
+    """Pairs detections of a class by overlap, so that the order of equal scores does not matter."""
     boxes, scores, classes, *masks = found
     boxes_2, scores_2, classes_2, *masks_2 = expected
-    # Where more are found than are kept, equal scores may be kept or not.
+    # If there are more detections than the limit, any of those with the lowest score may be kept.
     lowest = max((float(each[-1]) for each in (scores, scores_2) if len(each)), default=0.0)
     clear = lowest + check.tolerance
     iou = box_iou(boxes, boxes_2) * (classes[:, None] == classes_2)
@@ -197,14 +197,14 @@ def compare(
     expected: Sequence[Tensor],
     images: Tensor,
 ) -> None:
-    """Adds what a batch shows.
+    """Adds the differences of a batch to a check.
 
     Args:
-        check: to add to.
-        names: of the outputs.
+        check: the check.
+        names: names of the outputs.
         found: the export's outputs.
-        expected: the model's.
-        images: (N, 3, H, W); their size is read.
+        expected: the model's outputs.
+        images: (N, 3, H, W); only their size is read.
     """
     height, width = images.shape[2:]
     check.batches += 1
@@ -219,9 +219,9 @@ def compare(
 
 
 def random_images(module: ExportModule, size: Size) -> list[Tensor]:
-    """Batches of noise, of several sizes where these are free."""
+    """Batches of noise, of several sizes if the size is free."""
     least = module.least_side
-    # Multiples of patches, none, the least, and wide.
+    # A multiple of the patch size, no multiple, the smallest, and a wide size.
     sizes = [size] if size else [(224, 224), (203, 299), (least, least + 14), (150, 448)]
     counts = (1, _BATCH) if module.free_batch else (1,)
     generator = torch.Generator().manual_seed(0)
@@ -242,11 +242,11 @@ def check_export(
     """Compares an export with the model on batches of images.
 
     Args:
-        runner: of the written file.
+        runner: runs the written file.
         reference: the model.
-        module: what was exported.
-        batches: (N, 3, H, W) each.
-        precision: of the weights, a key of ``TOLERANCES``.
+        module: the exported module.
+        batches: batches (N, 3, H, W) of images.
+        precision: type of the weights, a key of ``TOLERANCES``.
     """
     check = Check(TOLERANCES[precision], _MOST_UNMATCHED.get(precision, 0.0))
     for images in batches:
@@ -257,7 +257,7 @@ def check_export(
 
 
 def measure_speed(runner: Runner, reference: Reference, images: Tensor) -> tuple[float, float]:
-    """Median seconds for a batch, of the export and of the model, in turns."""
+    """Median seconds per batch of the export and of the model, measured in turns."""
     times: dict[int, list[float]] = {0: [], 1: []}
     for number in range(_REPEATS + 1):
         for which, function in enumerate((runner, reference)):

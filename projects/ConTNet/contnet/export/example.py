@@ -1,11 +1,11 @@
-"""The example that lies beside an export, which runs where this project is not installed."""
+"""The example script of an export, which runs where this project is not installed."""
 
 from __future__ import annotations
 
 __all__ = ["make_example"]
 
 _HEAD = '''\
-"""What the model finds in an image: python example.py IMAGE. Needs {packages}."""
+"""Runs the model on an image: python example.py IMAGE. Needs {packages}."""
 
 import json
 import sys
@@ -61,7 +61,7 @@ boxes = outputs[0] * np.tile(np.divide(image.size, small.size), 2)
 names = [facts["classes"][number] for number in outputs[2]]
 print(json.dumps([names, outputs[1].tolist(), boxes.tolist()]))
 """
-# Bilinear, each mask over its box: weights of its rows and columns for each pixel of the image.
+# Pastes each mask into its box, bilinearly: weights of its rows and columns for each pixel.
 _MASKS = """\
 masks, (w, h), cells = [], image.size, np.arange(outputs[3].shape[-1])[:, None]
 for mask, (x0, y0, x1, y1) in zip(outputs[3], boxes):
@@ -88,10 +88,10 @@ print(json.dumps([[name, each.shape] for name, each in zip(facts["outputs"], out
 
 
 def make_example(facts: dict) -> str:
-    """A script of at most 20 lines of code that finds something in an image.
+    """A script of at most 20 lines of code that runs the model on an image.
 
     Args:
-        facts: of :func:`contnet.export.folder.describe_export`.
+        facts: the result of :func:`contnet.export.folder.describe_export`.
     """
     imports, run = _RUN[facts["format"]]
     head = _HEAD.format(packages=", ".join(facts["packages"]), imports=imports)

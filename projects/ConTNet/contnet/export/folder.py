@@ -1,4 +1,4 @@
-"""Makes the folder of an export: the model's file, what there is to know of it, an example."""
+"""Makes the folder of an export: the model's file, its description and an example."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _IMAGES = {"float32": 8, "float16": 8, "int8": 40}
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export, and how.
+    """Settings of an export.
 
     Attributes:
         format: a key of ``FORMATS``.
-        backbone: the backbone alone.
+        backbone: export only the backbone.
         dtype: "float32" or "float16".
-        int8: weights of matrix products as int8.
-        check: compare with PyTorch, and measure the speed.
-        images: to compare on; by default those of the test set, or drawn ones.
+        int8: quantize the weights of linear layers to int8.
+        check: compare with PyTorch and measure the speed.
+        images: images to compare on; by default some of the test set, or drawn images.
     """
 
     format: str
@@ -64,21 +64,21 @@ class ExportSettings:
 
 
 def _check_settings(predictor: Predictor, settings: ExportSettings) -> None:
-    """Refuses what no format gives, before anything is computed."""
+    """Checks for unsupported settings before anything is computed."""
     classifies = isinstance(predictor.model, ImageClassifier) and not settings.backbone
     if settings.int8 and not (classifies and settings.format == "onnx"):
-        raise UsageError("--int8 is for classifiers with --format onnx: leave one of them out")
+        raise UsageError("--int8 requires a whole classifier and --format onnx: leave it out")
     if settings.int8 and settings.dtype != "float32":
-        raise UsageError("--int8 makes its weights of float32: leave --dtype out")
+        raise UsageError("--int8 requires --dtype float32: leave --dtype out")
     for package in FORMATS[settings.format].packages:
         require(package, f"--format {settings.format}")
     colours = predictor.cfg.INPUT.FORMAT
     if not isinstance(predictor.model, ImageClassifier) and colours not in _CHANNELS:
-        raise UserError(f"INPUT.FORMAT is {colours}, images of an export are RGB or BGR")
+        raise UserError(f"INPUT.FORMAT is {colours}, an export requires RGB or BGR")
 
 
 def _fixed_size(predictor: Predictor) -> Size:
-    """The size that the network is bound to, as those of timm with position tables are."""
+    """The input size of timm networks with fixed position embeddings; None if it is free."""
     network = getattr(predictor.model, "network", None)
     if getattr(network, "patch_embed", None) is None:
         return None
@@ -105,7 +105,7 @@ def _preparation(cfg: CfgNode, classifies: bool) -> dict:
 def describe_export(
     predictor: Predictor, module: ExportModule, settings: ExportSettings, size: Size
 ) -> dict:
-    """What ``model.json`` tells, without the check."""
+    """The content of ``model.json`` without the check."""
     cfg, form = predictor.cfg, FORMATS[settings.format]
     versions = installed_versions()
     facts = {
@@ -118,7 +118,7 @@ def describe_export(
         "batch": "any" if module.free_batch else 1,
         "size": list(size) if size else "any",
         "least_side": size[0] if size else module.least_side,
-        # Inside of the model; the images that it takes are from 0 to 255.
+        # Part of the model; its input images are from 0 to 255.
         "normalisation": {"mean": cfg.MODEL.PIXEL_MEAN, "std": cfg.MODEL.PIXEL_STD},
         **_preparation(cfg, isinstance(predictor.model, ImageClassifier)),
         "packages": ["numpy", "pillow", *form.runs_on],
@@ -142,7 +142,7 @@ def _write_texts(target: Path, facts: dict) -> None:
 def _check(
     predictor: Predictor, module: ExportModule, settings: ExportSettings, size: Size, path: Path
 ) -> tuple[Check, dict]:
-    """Compares and times the written file; returns also what ``model.json`` tells of it."""
+    """Compares and times the written file; also returns the entry for ``model.json``."""
     runner = FORMATS[settings.format].load(path)
     reference = Reference(predictor.model, settings.backbone)
     count = _IMAGES[settings.precision]
@@ -181,18 +181,18 @@ def export_model(predictor: Predictor, target: Path, settings: ExportSettings) -
 
     Args:
         predictor: the trained model, on the CPU.
-        target: folder to make.
-        settings: what to export.
+        target: folder to create.
+        settings: settings of the export.
 
     Returns:
         The model's file.
 
     Raises:
-        UserError: if the folder is there, a package is missing, the format cannot carry the model,
-            or the export differs too much from the model.
+        UserError: if the folder exists, a package is missing, the model cannot be exported in the
+            format, or the export differs too much from the model.
     """
     if target.exists():
-        raise UserError(f"{target} is there already: choose another folder, or remove it")
+        raise UserError(f"{target} already exists: choose another folder, or remove it")
     _check_settings(predictor, settings)
     dtype = getattr(torch, settings.dtype)
     module = build_module(predictor, backbone=settings.backbone, dtype=dtype)
@@ -203,11 +203,11 @@ def export_model(predictor: Predictor, target: Path, settings: ExportSettings) -
     path = target / form.file
     try:
         form.write(module, size, path)
-    except RuntimeError as error:  # the base of what PyTorch's exporters raise
+    except RuntimeError as error:  # base class of PyTorch's export errors
         shutil.rmtree(target)
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{settings.format} cannot carry this {facts['architecture']} ({reason}): try another "
+            f"{settings.format} cannot write this {facts['architecture']} ({reason}): try another "
             "--format, or --backbone"
         ) from error
     if settings.int8:
@@ -218,13 +218,13 @@ def export_model(predictor: Predictor, target: Path, settings: ExportSettings) -
         f"(longer side at least {facts['least_side']} pixels)"
     )
     if isinstance(predictor.model, WindowSegmentor) and predictor.model.window is not None:
-        say("note: TEST.SLIDING_WINDOW is left out, the export looks at the whole image at once")
+        say("note: TEST.SLIDING_WINDOW is ignored, the export processes the whole image at once")
     if settings.check:
         check, facts["check"] = _check(predictor, module, settings, size, path)
     _write_texts(target, facts)
     if settings.check and not check.passed:
         raise UserError(
-            f"{target} failed its check ({check.describe()}): it stays to be looked into, do not "
-            "use it"
+            f"{target} failed its check ({check.describe()}): do not use it; it is kept for "
+            "inspection"
         )
     return path

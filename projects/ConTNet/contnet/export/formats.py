@@ -1,4 +1,4 @@
-"""Writes a module in a format, and loads what was written to run it."""
+"""Writes a module in an export format, and loads the file to run it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["FORMATS", "OPSET", "Format", "Runner", "Size", "quantize", "require"
 
 OPSET = 20
 
-# Takes images (N, 3, H, W), gives the outputs.
+# From images (N, 3, H, W) to the outputs.
 Runner = Callable[[Tensor], list[Tensor]]
-# Height and width in pixels that an export is bound to; None if they are free.
+# Fixed height and width of an export in pixels; None if they are free.
 Size = tuple[int, int] | None
 
-# Sizes that no patch divides on any stage: tracing takes the way through margins for all sizes.
+# No patch size divides these at any stage, so that tracing records the padding for all sizes.
 _TRACED_SIZE = (96, 160)
-# All maps of a detector are larger than one pixel: torch.export makes such a case of its own.
+# All feature maps of a detector exceed one pixel, which torch.export would treat specially.
 _CAPTURED_SIZE = (288, 416)
-# Of libraries, about what they do themselves: (category, start of the message).
+# Warnings of libraries about their own code: (category, start of the message).
 _WARNINGS = (
-    (torch.jit.TracerWarning, ""),  # that sizes might become constants: the check shows
+    (torch.jit.TracerWarning, ""),  # sizes might become constants: the check finds out
     (FutureWarning, r"`torch\.jit\.(trace|script|save|load)"),
     (FutureWarning, r"`create_unbacked_symint` is deprecated"),  # torchvision's NMS calls it
     (UserWarning, r"ONNX export for RoIAlign with a non-zero sampling_ratio"),
@@ -55,7 +55,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _example(module: ExportModule, size: tuple[int, int]) -> Tensor:
-    """Images to record the module with; values do not matter."""
+    """Example images for tracing; their values do not matter."""
     return (
         torch.linspace(0, 255, 3 * size[0] * size[1])
         .view(1, 3, *size)
@@ -64,10 +64,10 @@ def _example(module: ExportModule, size: tuple[int, int]) -> Tensor:
 
 
 class _PlainConvolutions(TorchFunctionMode):
-    """Gives convolutions images in plain memory order.
+    """Makes the inputs of convolutions contiguous.
 
-    Of others, torch.export asks whether they are in channels_last, the answer to which depends on
-    whether height, width and batch are more than 1, and it would take no smaller ones afterwards.
+    For other inputs, torch.export checks whether they are in channels_last. The answer depends on
+    whether height, width and batch size exceed 1, and the export would then reject smaller ones.
     """
 
     def __torch_function__(
@@ -81,16 +81,16 @@ class _PlainConvolutions(TorchFunctionMode):
 
 @torch.no_grad()
 def _capture(module: ExportModule, size: Size) -> ExportedProgram:
-    """The program of torch.export, for any size of images, and of the batch if that is free."""
+    """The program of torch.export, for any image size, and any batch size if that is free."""
     if not hasattr(symbolic_config, "backed_size_oblivious"):
         raise UserError(
-            f"torch.export of PyTorch {torch.__version__} has no free sizes: take a newer one, or "
-            "--format torchscript"
+            f"torch.export of PyTorch {torch.__version__} does not support free sizes: install a "
+            "newer one, or use --format torchscript"
         )
     shapes = {} if size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if module.free_batch:
         shapes[0] = Dim.DYNAMIC
-    # Otherwise sizes of 1 would be cases of their own, and so would properties of the example's.
+    # Otherwise sizes of 1, and properties of the example's size, would be specialized.
     with symbolic_config.patch(backed_size_oblivious=True), _quiet(), _PlainConvolutions():
         return torch.export.export(
             module,
@@ -159,8 +159,8 @@ class Format:
     Attributes:
         file: name of the model's file.
         write: writes a module for images of a size.
-        load: makes a file a function.
-        packages: that writing and checking need, beside PyTorch.
+        load: loads a file as a function.
+        packages: packages besides PyTorch that writing and checking need.
         runs_on: packages that the file needs to run.
     """
 
@@ -189,14 +189,14 @@ FORMATS = {
 
 
 def quantize(path: Path) -> None:
-    """Makes int8 of the weights of a written ONNX file's matrix products, in place.
+    """Quantizes the weights of an ONNX file's matrix products to int8, in place.
 
-    Each output channel has a scale of its own; activations are rounded as they come.
+    Each output channel has its own scale; activations are quantized dynamically.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.preprocess import quant_pre_process
 
-    # Without it quantize_dynamic logs a warning, and so sets up logging for the whole process.
+    # Without this, quantize_dynamic logs a warning, which sets up logging for the whole process.
     quant_pre_process(path, path, skip_symbolic_shape=True)
     quantize_dynamic(
         path,

@@ -1,4 +1,4 @@
-"""Images to compare an export on: given ones, those of the model's test set, or drawn ones."""
+"""Images to compare an export on: given images, the model's test set, or drawn images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from contnet.prediction.predictor import Predictor
 
 __all__ = ["prepare_images"]
 
-_SIDES = (200, 400)  # least and greatest of drawn pictures, in pixels
+_SIDES = (200, 400)  # minimum and maximum side of drawn pictures, in pixels
 
 
 def _walk(folder: str) -> Iterator[Path]:
@@ -31,7 +31,7 @@ def _walk(folder: str) -> Iterator[Path]:
 
 
 def _test_images(cfg: CfgNode) -> Iterator[Path]:
-    """The image files of the test sets that are there."""
+    """The image files of the test sets that exist."""
     register_datasets(cfg)
     for name in cfg.DATASETS.TEST:
         source = find_source(name)
@@ -43,18 +43,18 @@ def _test_images(cfg: CfgNode) -> Iterator[Path]:
 def prepare_images(
     predictor: Predictor, paths: Sequence[Path], count: int
 ) -> tuple[list[Tensor], str]:
-    """What the model takes of real images.
+    """Prepares real images for the model.
 
     Args:
-        predictor: its mapper reads and resizes them.
-        paths: of given images.
-        count: how many to find where none are given.
+        predictor: its mapper reads and resizes the images.
+        paths: paths of given images.
+        count: number of images to choose if none are given.
 
     Returns:
-        Batches of one image, float (1, 3, H, W), and what they are.
+        Batches of one image, float (1, 3, H, W), and a description of their source.
 
     Raises:
-        UserError: for an image that cannot be read.
+        UserError: if an image cannot be read.
     """
     what, records = "given images", [{"file_name": str(path)} for path in paths]
     if not records:

@@ -1,7 +1,7 @@
 """Trained models as modules from a tensor of images to tensors, which can be exported.
 
-They compute what the models of Detectron2 and of this project do, decoding and suppression
-included, without Python that depends on what is found in an image.
+They compute the same as the models of Detectron2 and of this project, including decoding and NMS,
+without Python control flow that depends on the detections in an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["ExportModule", "build_module"]
 
 
 class _AveragePool(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as products with matrices, for maps whose size is free."""
+    """``nn.AdaptiveAvgPool2d`` as matrix products, for feature maps of any size."""
 
     def __init__(self, side: int):
         super().__init__()
@@ -50,7 +50,7 @@ class _AveragePool(nn.Module):
         return inside.to(like.dtype) / (end - first).to(like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not x @ weights: torch.export would make a batch of one image a case of its own.
+        # Not x @ weights: torch.export would specialize a batch of one image.
         x = F.linear(x, self._weights(x.shape[3], x)).transpose(2, 3)
         return F.linear(x, self._weights(x.shape[3], x)).transpose(2, 3)
 
@@ -64,19 +64,19 @@ def _replace_pools(module: nn.Module) -> None:
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest scores and their places; -inf where there are not as many."""
-    # Whether there are is not to be asked: the answer would become a part of the export.
+    """The ``count`` highest scores and their indices; -inf if there are fewer."""
+    # No comparison with the number of scores: its result would become a constant of the export.
     return F.pad(scores, (0, count), value=-torch.inf).topk(count)
 
 
 def _suppress(
     boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, limit: int | None
 ) -> Tensor:
-    """The boxes that stay, best first, at most ``limit``; those of other groups do no harm."""
-    # As torchvision's batched_nms on few boxes. The zero is for images in which nothing is found.
+    """NMS within each group: indices of the kept boxes, best first, at most ``limit``."""
+    # As torchvision's batched_nms for few boxes. The zero is for images without boxes.
     farthest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
     shifted = boxes + (groups.to(boxes.dtype) * (farthest + 1))[:, None]
-    # Two more that stay, beyond all others: torch.export takes it that nms returns no fewer.
+    # Two more boxes beyond all others, always kept: torch.export assumes at least two from nms.
     farthest = torch.cat([shifted.flatten(), boxes.new_zeros(1)]).max()
     more = torch.tensor([[1, 1, 2, 2], [4, 4, 5, 5]]).to(boxes) + farthest
     lowest = torch.full((2,), -torch.inf).to(scores)
@@ -91,12 +91,12 @@ def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _nonempty(boxes: Tensor, least: float = 0.0) -> Tensor:
-    """Places of the boxes whose sides are longer than ``least``."""
+    """Indices of the boxes whose sides are longer than ``least``."""
     return ((boxes[:, 2:] - boxes[:, :2]) > least).all(dim=1).nonzero()[:, 0]
 
 
 def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """What a pooler takes out of the features of one image (R, C, side, side)."""
+    """The output (R, C, side, side) of a pooler for the boxes of one image."""
     regions = torch.cat([boxes.new_zeros(boxes.shape[0], 1), boxes], dim=1)
     sizes = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = (pooler.canonical_level + (sizes / pooler.canonical_box_size + 1e-8).log2()).floor()
@@ -113,16 +113,16 @@ def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tenso
 
 
 class ExportModule(nn.Module):
-    """A trained model that takes images (N, 3, H, W) and gives a tuple of tensors.
+    """A trained model from images (N, 3, H, W) to a tuple of tensors.
 
-    Images are floats from 0 to 255, in the order of colours that the config names; they are
-    normalised inside.
+    Images are floats from 0 to 255, with channels in the order of the config; the module
+    normalises them.
 
     Attributes:
-        output_names: of the tensors.
+        output_names: names of the outputs.
         free_batch: whether N may be other than 1.
-        least_side: pixels that the longer side of an image must have.
-        dtype: in which the network, or the backbone of a detector, computes.
+        least_side: minimum length of the longer side of an image, in pixels.
+        dtype: type in which the network, or the backbone of a detector, computes.
     """
 
     output_names: tuple[str, ...] = ()
@@ -136,11 +136,11 @@ class ExportModule(nn.Module):
         cast_weights(self.network(), dtype)
 
     def network(self) -> nn.Module:
-        """What computes in half precision where that is asked for."""
+        """The part that computes in ``dtype``."""
         return self.model.backbone
 
     def _normalize(self, images: Tensor, divisor: int = 1) -> Tensor:
-        """As the model's own, padded to a multiple of ``divisor``."""
+        """Normalises as the model does, and pads to a multiple of ``divisor``."""
         images = (images - self.model.pixel_mean) / self.model.pixel_std
         if divisor > 1:
             h, w = images.shape[2], images.shape[3]
@@ -165,7 +165,7 @@ class _Classifier(ExportModule):
 
 
 class _ClassifierFeatures(_Classifier):
-    """What a classifier's network computes before its head."""
+    """The features of a classifier's network before its head."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
@@ -193,7 +193,7 @@ class _Features(ExportModule):
 
 
 class _Segmenter(ExportModule):
-    """Logits (N, K, H, W); it looks at the whole image at once."""
+    """Logits (N, K, H, W), for the whole image at once."""
 
     output_names = ("semantic",)
 
@@ -207,21 +207,21 @@ class _Segmenter(ExportModule):
 
 
 class _Detector(ExportModule):
-    """Boxes (D, 4) in pixels of the given image, scores (D,) and classes (D,), best first."""
+    """Boxes (D, 4) in pixels of the input image, scores (D,) and classes (D,), best first."""
 
     output_names = ("boxes", "scores", "classes")
     free_batch = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
-        # A map of one pixel would be a case of its own.
+        # torch.export would specialize a feature map of one pixel.
         shapes = model.backbone.output_shape().values()
         self.least_side = max(shape.stride for shape in shapes) + 1
 
 
 class _DenseDetector(_Detector):
     def _scores(self, predictions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Of each level (H * W * A, K)."""
+        """Scores (H * W * A, K) of each level."""
         logits = [permute_to_N_HWA_K(x, self.model.num_classes)[0] for x in predictions[0]]
         if not isinstance(self.model, FCOS):
             return [x.sigmoid() for x in logits]
@@ -252,7 +252,7 @@ class _DenseDetector(_Detector):
 
 
 class _RCNN(_Detector):
-    """Also, of a model that has them, masks (D, side, side): probabilities within each box."""
+    """Also masks (D, side, side), if the model has them: probabilities within each box."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
@@ -290,7 +290,7 @@ class _RCNN(_Detector):
         scores = scores[:, :-1]
         rows, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
         scores = scores[rows, classes]
-        if deltas.shape[1] > 4:  # of each class
+        if deltas.shape[1] > 4:  # for each class
             deltas = deltas.reshape(-1, heads.num_classes, 4)[rows, classes]
         else:
             deltas = deltas[rows]
@@ -346,8 +346,8 @@ def _choose(model: nn.Module, backbone: bool) -> type[ExportModule]:
     if _is_plain_rcnn(model):
         return _RCNN
     raise UserError(
-        f"{type(model).__name__} with these heads is not exported as a whole: --backbone exports "
-        "its backbone"
+        f"{type(model).__name__} with these heads cannot be exported as a whole: --backbone "
+        "exports its backbone"
     )
 
 
@@ -357,16 +357,16 @@ def build_module(
     """The model of a predictor as a module that can be exported, on the CPU.
 
     Args:
-        predictor: keeps its own model.
-        backbone: take its backbone alone.
-        dtype: of the weights and the computation of the network, or of a detector's backbone. What
-            comes after a backbone stays in float32.
+        predictor: the predictor; its model is copied.
+        backbone: use only the backbone.
+        dtype: type of the weights and the computation of the network, or of a detector's or
+            segmenter's backbone. Everything after a backbone stays in float32.
 
     Raises:
-        UserError: if it is a model whose decoding is not among these.
+        UserError: if the model's heads are not supported.
     """
     model = copy.deepcopy(predictor.model).cpu().eval().requires_grad_(False)
     constraints = getattr(getattr(model, "backbone", None), "padding_constraints", {})
     if constraints.get("square_size"):
-        raise UserError("its backbone pads images to squares, which an export does not")
+        raise UserError("its backbone pads images to squares, which cannot be exported")
     return _choose(model, backbone)(model, dtype).eval()

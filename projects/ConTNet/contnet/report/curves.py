@@ -1,4 +1,4 @@
-"""Curves that the reader can look into: Bokeh's figures, as JSON that a page draws by itself."""
+"""Interactive curves: Bokeh's figures as JSON, which the page draws without a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from contnet.utils.text import printable
 
-if TYPE_CHECKING:  # it takes a second to import
+if TYPE_CHECKING:  # importing bokeh takes a second
     from bokeh.models import ColumnDataSource
     from bokeh.plotting import figure as Figure
 
@@ -32,9 +32,9 @@ __all__ = [
 # Mid-tones that stand out from white and from black.
 _COLOURS = ("#d1680b", "#2a86c8", "#1a9a6c", "#c14e9c", "#8b6fd6", "#a08a12", "#d64545", "#5f7f8f")
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
-_LONGEST_LABEL = 60  # letters
+_LONGEST_LABEL = 60  # characters
 _HEIGHT = 300  # pixels
-_MARKED = 50  # points of a line that are marked, one by one
+_MARKED = 50  # lines with at most this many points also have markers
 _TOOLS = "box_zoom,wheel_zoom,pan,reset,save"
 
 
@@ -44,8 +44,8 @@ class Line:
 
     Attributes:
         label: its name in the legend.
-        x, y: as many numbers; those that are not finite are left out.
-        shown: whether it is drawn before the reader asks for it.
+        x, y: coordinates of the points; points that are not finite are left out.
+        shown: whether it is visible at first.
     """
 
     label: str
@@ -56,13 +56,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over one axis.
+    """Lines that share an x-axis.
 
     Attributes:
-        title: what it shows.
-        x_label, y_label: of the axes.
-        lines: to draw.
-        caption: stands below it.
+        title: title of the plot.
+        x_label, y_label: labels of the axes.
+        lines: lines to draw.
+        caption: text below the plot.
     """
 
     title: str
@@ -73,7 +73,7 @@ class Plot:
 
 
 def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Merges the lines of one iteration; of two values of one key, the later line's holds."""
+    """Merges the lines of each iteration; a later line replaces the value of a key."""
     merged: dict[int, dict[str, float]] = {}
     for line in metrics:
         values = {key: value for key, value in line.items() if key != "iteration"}
@@ -82,7 +82,7 @@ def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
 
 
 def series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
-    """The finite values of one key, as iterations and values."""
+    """Iterations and values of one key, where the value is finite."""
     points = [(i, row[key]) for i, row in rows.items() if math.isfinite(row.get(key, math.nan))]
     return [i for i, _ in points], [value for _, value in points]
 
@@ -96,20 +96,20 @@ def running_median(values: list[float]) -> list[float]:
 
 
 def line_colour(index: int) -> str:
-    """The colour of a plot's line, as CSS writes it."""
+    """The CSS colour of a plot's line."""
     return _COLOURS[index % len(_COLOURS)]
 
 
 @lru_cache(maxsize=1)
 def bokeh_script() -> str:
-    """Bokeh's library of JavaScript."""
+    """Bokeh's JavaScript library."""
     from bokeh.resources import Resources
 
     return Resources(mode="inline", components=["bokeh"]).js_raw[0]
 
 
 def _source(line: Line, most: int) -> ColumnDataSource:
-    """A line's finite points, evenly thinned to ``most`` with the last one kept."""
+    """A line's finite points; of more than ``most``, evenly spaced ones with the last one."""
     from bokeh.models import ColumnDataSource
 
     x, y = (np.asarray(values, dtype=float) for values in (line.x, line.y))
@@ -160,17 +160,17 @@ def _figure(plot: Plot, sources: Sequence[ColumnDataSource], scale: str) -> Figu
 
 
 def plot_json(plot: Plot, most: int = 1000) -> str:
-    """A plot as the JSON that ``Bokeh.embed.embed_item`` takes.
+    """A plot as JSON for ``Bokeh.embed.embed_item``.
 
-    Its root is a column that shows a figure with a linear y-axis, and has one with a logarithmic
-    y-axis and the same data as its tag. Lines have their numbers as tags.
+    Its root is a column with a figure whose y-axis is linear; the column's tag is a figure of the
+    same data with a logarithmic y-axis. Lines have their numbers as tags.
 
     Args:
-        plot: to draw.
-        most: points of a line; of more, evenly spaced ones are taken.
+        plot: the plot.
+        most: maximum number of points of a line; of more, evenly spaced ones are kept.
 
     Returns:
-        Text that may stand in a script element of HTML.
+        Text that is safe in an HTML script element.
     """
     from bokeh.embed import json_item
     from bokeh.layouts import column

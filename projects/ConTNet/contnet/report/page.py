@@ -1,9 +1,9 @@
 """A report: one self-contained HTML page of sections, made by the templates beside this file.
 
-The page embeds all that it shows and forbids itself the network, so that it can be mailed, archived
-or opened from a disk. The only scripts that it lets run are its own, by their hashes; without them
-it shows all of its tables and pictures. It follows the reader's light or dark mode, and fits a
-phone. Sections are plain data, and know nothing of models or tasks; all text is escaped by Jinja.
+The page embeds everything that it shows and blocks all network access, so it can be mailed,
+archived or opened from a disk. It allows only its own scripts, by their hashes; without JavaScript
+it still shows all tables and pictures. It follows the reader's light or dark mode and fits a phone.
+Sections are plain data and independent of models and tasks; Jinja escapes all text.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _LONGEST_TEXT = 10_000
 
 
 class Section:
-    """A part of a page; its template finds it as ``section``."""
+    """A part of a page, called ``section`` in its template."""
 
     template: ClassVar[str]
 
 
 @dataclass(frozen=True)
 class Tiles(Section):
-    """A few numbers, large, by their names."""
+    """A few numbers in large print, by name."""
 
     template = "tiles.html"
 
@@ -71,7 +71,7 @@ class Facts(Section):
 
 @dataclass(frozen=True)
 class Notes(Section):
-    """Sentences, each a paragraph."""
+    """Paragraphs of text."""
 
     template = "notes.html"
 
@@ -84,11 +84,11 @@ class Table(Section):
     """A table.
 
     Attributes:
-        heading: of the section.
-        columns: headings of the columns; the first one stands over the names of rows.
-        rows: cells by the row's name; a cell that is None is empty.
-        note: stands above it.
-        folded: whether the reader has to open it.
+        heading: heading of the section.
+        columns: headings of the columns; the first one is for the names of rows.
+        rows: names and cells of the rows; None is an empty cell.
+        note: text above the table.
+        folded: whether the table is closed at first.
     """
 
     template = "table.html"
@@ -105,8 +105,8 @@ class Bars(Section):
     """Charts of counts, side by side.
 
     Attributes:
-        heading: of the section.
-        charts: names and counts, at least one each, by what they are.
+        heading: heading of the section.
+        charts: by title, names and counts, at least one.
     """
 
     template = "bars.html"
@@ -120,11 +120,11 @@ class Matrix(Section):
     """Counts of pairs, shaded by their share of the row.
 
     Attributes:
-        heading: of the section.
-        corner: what rows and columns are.
-        rows, columns: their names.
+        heading: heading of the section.
+        corner: text of the corner cell, which says what rows and columns are.
+        rows, columns: names of rows and columns.
         counts: (R, C).
-        note: stands above it.
+        note: text above the matrix.
     """
 
     template = "matrix.html"
@@ -138,20 +138,21 @@ class Matrix(Section):
 
     @property
     def shares(self) -> np.ndarray:
-        """Of the rows' sums, (R, C); 0 in rows of zeros."""
+        """Shares of the rows' sums, (R, C); 0 in rows of zeros."""
         return self.counts / self.counts.sum(axis=1, keepdims=True).clip(1)
 
 
 @dataclass(frozen=True)
 class Curves(Section):
-    """Plots and, as their equal in text, a table of values.
+    """Plots, and a table of their values.
 
     Attributes:
-        heading: of the section.
-        plots: to show side by side.
-        columns: the keys that the table has, after the first column's name.
-        rows: values of a place on the x-axis by key; those without any of the columns are left out.
-        most: points of a line that are drawn.
+        heading: heading of the section.
+        plots: plots, shown side by side.
+        columns: the name of the first column, then the keys of the table.
+        rows: positions on the x-axis and their values by key; rows without any of the keys are
+            left out.
+        most: maximum number of points of a line.
     """
 
     template = "curves.html"
@@ -168,14 +169,13 @@ class Gallery(Section):
     """Images with boxes, a legend of the classes, and filters by class and kind of error.
 
     Attributes:
-        heading: of the section.
-        class_names: names that ``Box.class_index`` points to; of those without a box there is no
-            legend.
-        images: to show.
-        note: stands above them.
+        heading: heading of the section.
+        class_names: names for ``Box.class_index``; the legend has only classes with a box.
+        images: images to show.
+        note: text above the images.
 
     Raises:
-        ValueError: an image that is no uint8 (H, W, 3) array, or a box of an unknown class.
+        ValueError: if an image is not a uint8 (H, W, 3) array, or a box has an unknown class.
     """
 
     template = "gallery.html"
@@ -203,17 +203,17 @@ class Gallery(Section):
 
     @property
     def narrow(self) -> bool:
-        """Whether every image is shown once."""
+        """Whether every image has fewer than two views."""
         return all(len(item.views) < 2 for item in self.images)
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes that images are found by."""
+        """Class names for the filter."""
         return sorted({name for item in self.images for name in item.classes})
 
     @cached_property
     def errors(self) -> list[str]:
-        """Kinds of errors that images are found by."""
+        """Kinds of errors for the filter."""
         return list(dict.fromkeys(kind for item in self.images for kind in item.errors))
 
 
@@ -231,13 +231,13 @@ def _box_classes(image: ReportImage) -> list[int]:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture that opens a file.
+    """A small picture that links to a file.
 
     Attributes:
-        name: of the image.
-        href: of the file, relative to the page.
+        name: name of the image.
+        href: path of the file, relative to the page.
         image: uint8 RGB array of shape (H, W, 3).
-        caption: what there is to say of it.
+        caption: text below the picture.
     """
 
     name: str
@@ -248,7 +248,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class ContactSheet(Section):
-    """Small pictures, each of which opens a file beside the page."""
+    """Small pictures that link to files beside the page."""
 
     template = "contact_sheet.html"
 
@@ -257,14 +257,14 @@ class ContactSheet(Section):
 
 
 def _short(value: object) -> str:
-    """A value of a table, with few digits."""
+    """A value as text with few digits."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
     return "" if value is None else str(value)
 
 
 def _shown(value: object) -> object:
-    """What the page shows of a value: a text in one line, cut if it is very long."""
+    """A value as the page shows it: text in one line, cut if it is very long."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value, _LONGEST_TEXT)
     return value
@@ -291,12 +291,12 @@ def _environment() -> Environment:
 
 
 def _script_hash(script: str) -> str:
-    """A script as a Content-Security-Policy names it."""
+    """The hash of a script for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _scripts(sections: Sequence[Section]) -> list[str]:
-    """The scripts that sections need, in their order on the page."""
+    """The scripts that the sections need, in the page's order."""
     plots = any(isinstance(section, Curves) and section.plots for section in sections)
     own = plots or any(isinstance(section, Gallery) for section in sections)
     page = files("contnet.report").joinpath("templates", "page.js").read_text("utf-8")
@@ -309,15 +309,15 @@ def write_page(
     """Writes a report as one HTML page.
 
     Args:
-        path: the page's file; its folder is made, an older page is replaced in one step.
+        path: the page's file; its folder is created, and an older page is replaced in one step.
         title: heading of the page.
-        sections: in their order on the page.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        sections: sections in the page's order.
+        guard: see :func:`contnet.utils.files.atomic_write`.
 
     Returns:
         The path that was written.
     """
-    # Text is in a script as it is: neither has what would end the element.
+    # HTML does not unescape text in scripts; neither script contains a closing tag.
     scripts = _scripts(sections)
     page = (
         _environment()

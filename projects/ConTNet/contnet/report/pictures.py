@@ -1,4 +1,4 @@
-"""Images with boxes: what the page draws over them, and where."""
+"""Images with boxes and labels, and where the page draws them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = [
     "shrink",
 ]
 
-# Light enough for black text on top, and far apart from each other in lightness or hue.
+# Light enough for black text, and far apart from each other in lightness or hue.
 _CLASS_COLOURS = (
     "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
-_LETTER_WIDTH = 0.62  # Of a monospaced letter, against its size.
-_LONGEST_LABEL = 100  # letters
+_LETTER_WIDTH = 0.62  # of a monospaced letter, relative to the font size
+_LONGEST_LABEL = 100  # characters
 _QUALITY = 88  # of JPEGs
 
 
@@ -43,7 +43,7 @@ class Box:
         xyxy: left, top, right and bottom edge in pixels of the image.
         class_index: index into the report's class names.
         score: the detector's confidence in 0..1; None for ground truth.
-        wrong: drawn with a broken outline: a false detection, or an object that was missed.
+        wrong: whether it is a false detection or a missed object; drawn with a broken outline.
     """
 
     xyxy: Sequence[float]
@@ -54,17 +54,17 @@ class Box:
 
 @dataclass(frozen=True)
 class ReportImage:
-    """An image, shown once for each view of it.
+    """An image, shown once for each view.
 
     Attributes:
-        name: what the page calls the image, e.g. its file name.
+        name: name of the image on the page, e.g. its file name.
         image: uint8 RGB array of shape (H, W, 3).
         views: boxes to draw, by the view's name, e.g. ground truth and detections; or another
-            picture of the same kind, which is shown in the image's place.
-        note: what there is to say of the image.
-        classes: names of classes that the reader finds it by.
-        errors: likewise, kinds of errors.
-        place: where the image is within the file of its name, for those who read it.
+            array of the same kind to show instead of the image.
+        note: text below the image.
+        classes: names of classes for the filter.
+        errors: kinds of errors for the filter.
+        place: keys that locate the image within a file, to read its pixels.
     """
 
     name: str
@@ -90,14 +90,14 @@ class LabelledBox:
     """A box as it is drawn.
 
     Attributes:
-        xyxy: of the box.
+        xyxy: edges of the box.
         text: its class and score.
-        colour: of its class.
-        wrong: as of :class:`Box`.
+        colour: colour of its class.
+        wrong: as in :class:`Box`.
         outline: the box.
-        tag: the field behind the text.
-        letter: size of the font in pixels of the image.
-        text_width: in pixels of the image.
+        tag: the background of the text.
+        letter: font size in pixels of the image.
+        text_width: width of the text in pixels of the image.
     """
 
     xyxy: tuple[float, float, float, float]
@@ -111,7 +111,7 @@ class LabelledBox:
 
 
 def shrink(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
-    """A uint8 RGB image of at most ``side`` pixels in width and height, and its scale."""
+    """Shrinks a uint8 RGB image to at most ``side`` pixels in width and height; also its scale."""
     scale = min(1.0, side / max(image.shape[:2]))
     if scale == 1:
         return image, scale
@@ -120,27 +120,27 @@ def shrink(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
 
 
 def data_url(image: np.ndarray) -> str:
-    """A uint8 RGB image (H, W, 3) as a JPEG in a URL."""
+    """A uint8 RGB image (H, W, 3) as a data URL of a JPEG."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def class_colour(index: int) -> str:
-    """The colour of a class, as CSS writes it."""
+    """The CSS colour of a class."""
     return _CLASS_COLOURS[index % len(_CLASS_COLOURS)]
 
 
 def place_tag(
     box: Box, size: tuple[float, float], limits: tuple[int, int], taken: Sequence[Place]
 ) -> Place:
-    """Where a box's label stands: at the box, in the image, over no other label if possible.
+    """Places a box's label at the box, inside the image and over no other label if possible.
 
     Args:
-        box: to label.
+        box: the box.
         size: width and height of the label.
         limits: width and height of the image.
-        taken: where the labels before it stand.
+        taken: places of the earlier labels.
     """
     (x0, y0, x1, y1), (width, height) = (float(v) for v in box.xyxy), size
     places = []
@@ -163,7 +163,7 @@ def place_tag(
 def label_boxes(
     boxes: Sequence[Box], class_names: Sequence[str], width: int, height: int
 ) -> list[LabelledBox]:
-    """Boxes with their labels, which avoid each other, in an image of ``width`` and ``height``."""
+    """Boxes with labels that avoid each other, in an image of ``width`` x ``height`` pixels."""
     letter = max(width, height) / 23
     labelled: list[LabelledBox] = []
     for box in boxes:

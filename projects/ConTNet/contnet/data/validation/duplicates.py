@@ -1,7 +1,7 @@
-"""Images that look nearly alike: copies in another size or compression, frames of one video.
+"""Finds near-duplicates: copies in another size or compression, frames of one video.
 
-Each image is shrunk to 9x8 grey pixels; whether each is darker than its right neighbour makes a
-fingerprint of 64 bits (a difference hash). Fingerprints of copies differ in few bits.
+Each image is shrunk to 9x8 grey pixels. Whether each pixel is darker than its right neighbour gives
+a fingerprint of 64 bits (a difference hash). Fingerprints of copies differ in few bits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from contnet.utils.pools import process_pool
 
 __all__ = ["find_near_duplicates", "fingerprint", "fingerprints"]
 
-_BITS = 2  # by which the fingerprints of near-duplicates differ, at most
-_PARTS = 4  # Of 16 bits. Of fingerprints that differ in fewer bits, one part at least is the same.
-_MOST = 1000  # images with one part in common, above which they are compared for equality alone
+_BITS = 2  # maximum difference between the fingerprints of near-duplicates
+_PARTS = 4  # of 16 bits; fingerprints that differ in fewer bits share at least one part
+_MOST = 1000  # fingerprints with a common part; of more, only equal ones are near-duplicates
 
 
 def fingerprint(record: dict, max_pixels: int) -> int | None:
-    """The fingerprint of an image; None if it cannot be read, or is nearly of one colour.
+    """The fingerprint of an image; None if it cannot be read or has nearly one colour.
 
     Args:
-        record: of the image, as a mapper takes it.
+        record: data set dict of the image.
         max_pixels: INPUT.MAX_PIXELS.
     """
     try:
@@ -37,7 +37,7 @@ def fingerprint(record: dict, max_pixels: int) -> int | None:
     except UnreadableFile:
         return None
     pixels = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=int)
-    if np.ptp(pixels) < 8:  # all such are alike
+    if np.ptp(pixels) < 8:  # all of these look alike
         return None
     bits = (pixels[:, 1:] > pixels[:, :-1]).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
@@ -46,29 +46,29 @@ def fingerprint(record: dict, max_pixels: int) -> int | None:
 def fingerprints(
     records: Sequence[dict], max_pixels: int, name: str, workers: int
 ) -> list[int | None]:
-    """The fingerprints of images, with a progress bar where there is a terminal.
+    """The fingerprints of images, with a progress bar in a terminal.
 
     Args:
-        records: of the images.
+        records: data set dicts of the images.
         max_pixels: INPUT.MAX_PIXELS.
-        name: of the data set.
-        workers: processes.
+        name: name of the data set.
+        workers: number of processes.
     """
     function: Callable = partial(fingerprint, max_pixels=max_pixels)
     with process_pool(workers) as pool:
         found = pool.map(function, records, chunksize=max(1, min(128, len(records) // 8)))
-        return list(tqdm(found, desc=f"{name}: alike", total=len(records), disable=None))
+        return list(tqdm(found, desc=f"{name}: near-duplicates", total=len(records), disable=None))
 
 
 def find_near_duplicates(prints: Sequence[int | None]) -> list[list[int]]:
-    """Groups of images that look nearly alike.
+    """Groups of near-duplicates.
 
     Args:
-        prints: of the images.
+        prints: fingerprints of the images.
 
     Returns:
-        Groups of two or more indices into ``prints``, the largest first. Within a group each image
-        is like another one, not like all.
+        Groups of two or more indices into ``prints``, the largest first. Each image of
+        a group is a near-duplicate of at least one other, not of all.
     """
     parents = list(range(len(prints)))
 

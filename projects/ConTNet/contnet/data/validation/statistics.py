@@ -1,4 +1,4 @@
-"""What a data set is made of: classes, sizes, shapes and numbers of objects."""
+"""Statistics of a data set: classes, sizes, shapes and numbers of objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contnet.data.pipeline.images import read_labels
 
 __all__ = ["DatasetStatistics", "count_in_bins", "count_pixels", "read_statistics"]
 
-_LABEL_MAPS = 200  # whose pixels are counted
+_LABEL_MAPS = 200  # maximum number of label maps whose pixels are counted
 
 
 @dataclass
@@ -21,14 +21,14 @@ class DatasetStatistics:
     """Counts of a data set.
 
     Attributes:
-        images: number of them.
-        empty: those without an object; None of labelled images and label maps.
-        classes: objects, images or pixels of each class, by its name; also those with none.
+        images: number of images.
+        empty: number of images without objects; None for labelled images and label maps.
+        classes: number of objects, images or pixels by class name, including zeros.
         counted: what ``classes`` counts.
-        sizes: square root of each object's box area, in pixels of the image as it is stored.
-        ratios: width by height of each object's box.
+        sizes: square root of each object's box area, in pixels of the stored image.
+        ratios: width / height of each object's box.
         objects: number of objects in each image.
-        image_ratios: width by height of each image; none where the records do not tell.
+        image_ratios: width / height of each image whose record has its size.
     """
 
     images: int = 0
@@ -42,7 +42,7 @@ class DatasetStatistics:
 
 
 def count_pixels(files: Sequence[str], classes: int, most: int = _LABEL_MAPS) -> np.ndarray:
-    """Pixels of each class (classes,), in so many label maps spread over the files."""
+    """Pixels of each class (classes,), in at most ``most`` label maps spread over the files."""
     step = max(1, -(-len(files) // most))
     counts = np.zeros(256, dtype=np.int64)
     for file in files[::step]:
@@ -51,10 +51,10 @@ def count_pixels(files: Sequence[str], classes: int, most: int = _LABEL_MAPS) ->
 
 
 def read_statistics(records: Iterable[dict], class_names: Sequence[str]) -> DatasetStatistics:
-    """Counts what is in the records of a data set.
+    """Counts the content of a data set's records.
 
     Args:
-        records: Detectron2's data set dicts: of objects, label maps or labelled images.
+        records: Detectron2's data set dicts, with objects, label maps or labels.
         class_names: in the model's order.
     """
     found, counts, label_maps = DatasetStatistics(), Counter(), []
@@ -86,6 +86,6 @@ def read_statistics(records: Iterable[dict], class_names: Sequence[str]) -> Data
 
 
 def count_in_bins(values: Sequence[float], edges: Sequence[float]) -> list[int]:
-    """How many values lie below the first edge, between each two, and from the last one on."""
+    """Number of values below the first edge, between neighbouring edges, and from the last on."""
     places = np.searchsorted(np.asarray(edges, float), np.asarray(values, float), side="right")
     return np.bincount(places, minlength=len(edges) + 1).tolist()
