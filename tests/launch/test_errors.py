@@ -60,7 +60,7 @@ def _error(capsys, *argv: str, status: int = 1) -> str:
         (["--resum"], ["--resum"]),
         (["--eval-only"], ["MODEL.WEIGHTS", "--resume"]),
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "cuda or cpu"]),
-        (["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"], ["'cuda:1'", "write cuda"]),
+        (["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"], ["'cuda:1'", "use cuda"]),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run", "choose another"]),
         (["OUTPUT_DIR", "file"], ["OUTPUT_DIR file", "choose another"]),
         (["TEST.BEST_METRIC", "segm/AP"], ["'segm/AP'", "bbox/AP, bbox/AP50"]),

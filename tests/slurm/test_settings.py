@@ -134,7 +134,7 @@ def test_entries_of_sbatch_and_srun_are_options(here, name, entry):
 @pytest.mark.parametrize("text", ["a\\' --wrap=reboot '", 'a" --uid=0', "a\\"])
 def test_sbatch_reads_quotes_in_its_own_way(here, key, text):
     for option in ([f"--{key.replace('_', '-')}", text], ["--sbatch", f"comment={text}"]):
-        with pytest.raises(UsageError, match="sbatch takes no"):
+        with pytest.raises(UsageError, match="sbatch accepts no"):
             settings_of(*option)
     with pytest.raises(UsageError, match="--sbatch wrap"):
         settings_of("--sbatch", "wrap=reboot")

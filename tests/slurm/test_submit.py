@@ -169,8 +169,8 @@ def test_dry_run_without_slurm(no_slurm, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--machine-rank", "1"], ["--machine-rank", "leave it out"]),
-        (["--dist-url", "tcp://a:1"], ["--dist-url", "leave it out"]),
+        (["--machine-rank", "1"], ["--machine-rank", "remove it"]),
+        (["--dist-url", "tcp://a:1"], ["--dist-url", "remove it"]),
         (["--partition", "gpux"], ["no partition gpux", "gpu, old, cpu, closed"]),
         (["--partition", "closed"], ["closed takes no jobs"]),
         (
@@ -207,7 +207,7 @@ def test_dry_run_without_slurm(no_slurm, capsys):
         (["--sweep", "SEED=1", "--only", "SEED=1", ""], ["''", "pairs"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "'a"], ["No closing quotation"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "SEED 2"], ["SEED is set by --sweep"]),
-        (["--sweep", "SEED=1", "--only", "SEED=1", "OUTPUT_DIR a"], ["OUTPUT_DIR of its own"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "OUTPUT_DIR a"], ["its own OUTPUT_DIR"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "LOG_PERIODS 2"], ["run 1 of 1", "LOG_PERIOD"]),
         (["--num-gpus"], ["--num-gpus"]),
     ],

@@ -245,8 +245,8 @@ class FirstProgress(HookBase):
         latest = trainer.storage.latest()
         losses = "  ".join(f"{k}: {v:.4g}" for k, (v, _) in latest.items() if "loss" in k)
         logger.info(
-            f"eta: {left}  iter: {trainer.iter}  {losses}  time: {seconds:.4f}  (of the first "
-            "iteration alone, which takes longer than later ones; losses are not smoothed)"
+            f"eta: {left}  iter: {trainer.iter}  {losses}  time: {seconds:.4f}  (first iteration "
+            "only, which takes longer than later ones; losses are not smoothed)"
         )
 
 
@@ -309,7 +309,7 @@ class RefreshReport(HookBase):
         try:
             write_run_page(self.folder, self.guard)
         except OSError as error:
-            logger.warning(f"The run's page is not refreshed: {error}")
+            logger.warning(f"The report page is not updated: {error}")
         self.seconds += time.perf_counter() - now
 
 

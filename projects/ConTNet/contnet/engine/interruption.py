@@ -184,8 +184,8 @@ class Interruption(Listener):
             self._deadline = now + (_PATIENCE if self.saving else _LINGER)
             if self.saving and not self.is_spawned:
                 logger.warning(
-                    f"{signal.Signals(number).name}: the training saves and ends; a second signal "
-                    "ends it at once"
+                    f"{signal.Signals(number).name}: the training saves a checkpoint and exits; a "
+                    "second signal ends it at once"
                 )
         elif not self.is_spawned and now - self._first > _DOUBLE:
             end_now(128 + number)
@@ -222,7 +222,7 @@ class SaveOnSignal(SavingHook):
         iteration, folder = self.trainer.iter, self.trainer.cfg.OUTPUT_DIR
         logger.warning(
             f"Ended by {signal.Signals(number).name}, saved after iteration {iteration} in "
-            f"{folder}: the same command with --resume goes on"
+            f"{folder}: resume with the same command and --resume"
         )
         raise Interrupted(number)
 

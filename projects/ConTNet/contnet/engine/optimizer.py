@@ -66,8 +66,8 @@ def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     if decay != 1:
         if not hasattr(network, "group_matcher"):
             raise UsageError(
-                f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} declares no layer "
-                "groups (group_matcher): leave it 1"
+                f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} has no layer "
+                "groups (group_matcher): set it to 1"
             )
         depth = group_parameters(network, network.group_matcher(), reverse=True)
     deepest = max(depth.values())
@@ -105,7 +105,7 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
                 }
             )
     if not single:
-        raise UsageError("every parameter of the model is frozen, there is nothing to train")
+        raise UsageError("all parameters of the model are frozen, there is nothing to train")
     return reduce_param_groups(single)
 
 

@@ -62,7 +62,7 @@ def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file
     """Restores the average; one that the checkpoint does not have starts from its weights."""
     if ema is None:
         if "ema" in content:
-            logger.warning(f"{file} has an EMA, which ends here: SOLVER.EMA.ENABLED is False")
+            logger.warning(f"{file} has an EMA, which is discarded: SOLVER.EMA.ENABLED is False")
         return
     why = "has no EMA"
     if "ema" in content:
@@ -70,9 +70,9 @@ def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file
             ema.load_state_dict(content["ema"])
             return
         except (AttributeError, RuntimeError, TypeError):
-            why = "has an EMA of another form"
+            why = "has an EMA of other tensors"
     ema.set(model)
-    logger.warning(f"{file} {why}: it starts from the last weights")
+    logger.warning(f"{file} {why}: the EMA starts from the last weights")
 
 
 def restore_scaler(scaler: GradScaler, state: Mapping, file: str) -> None:
@@ -81,13 +81,13 @@ def restore_scaler(scaler: GradScaler, state: Mapping, file: str) -> None:
     if not scaler.is_enabled():
         if saved:
             logger.warning(
-                f"{file} has a loss scaler, which ends here: SOLVER.AMP is no longer float16"
+                f"{file} has a loss scaler, which is discarded: SOLVER.AMP is no longer float16"
             )
     elif saved:
         scaler.load_state_dict(saved)
     else:
         logger.warning(
-            f"{file} has no loss scaler: that of float16 starts anew at {scaler.get_scale():g}"
+            f"{file} has no loss scaler: the float16 loss scaler starts at {scaler.get_scale():g}"
         )
 
 
@@ -107,9 +107,11 @@ def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> Non
     for name in saved.keys() & modules.keys():
         modules[name].loss_normalizer = saved[name]
     if left := sorted(saved.keys() - modules.keys()):
-        logger.warning(f"{file} has loss normalisers of parts that the model has not: {left}")
+        logger.warning(f"{file} has loss normalisers of parts that the model does not have: {left}")
     if not saved and any(isinstance(module, DenseDetector) for module in modules.values()):
-        logger.warning(f"{file} has no running loss normaliser, which starts anew")
+        logger.warning(
+            f"{file} has no running loss normaliser, which starts from its initial value"
+        )
 
 
 def _old_names(
@@ -137,17 +139,15 @@ def restore_optimizer(
     saved = state.get("optimizer")
     names = _old_names(saved, before, cfg, model) if saved else None
     if names is None:
-        why = (
-            "does not tell whose its optimiser's state is" if saved else "has no optimiser's state"
-        )
-        logger.warning(f"{before.file} {why}: the optimiser starts anew")
+        why = "has an optimiser state without names" if saved else "has no optimiser state"
+        logger.warning(f"{before.file} {why}: the optimiser starts from scratch")
         return
     matching, new = matching_state(optimizer, saved, names)
     optimizer.load_state_dict(matching)
     if new:
         logger.warning(
-            f"{before.file} has no optimiser's state of {plural(len(new), 'parameter')}, which "
-            f"starts anew: {first_names(new)}"
+            f"{before.file} has no optimiser state for {plural(len(new), 'parameter')}, which "
+            f"starts from scratch: {first_names(new)}"
         )
 
 

@@ -211,7 +211,7 @@ def _moved(before: list, now: list) -> dict[str, list]:
 def refusal(file: str, changes: list[str]) -> UserError:
     """What to say of changes that no resume can make."""
     return UserError(
-        f"--resume from {file} cannot change {'; '.join(changes)}: set it back to go on with this "
+        f"--resume from {file} cannot change {'; '.join(changes)}: set it back to resume this "
         "run, or start a new one in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS "
         f"{file}"
     )
@@ -243,8 +243,8 @@ def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
     if asked in (-1, seed):
         return []
     return [
-        f"{show('SEED', seed, asked)}: the order of the images and the random state stay those of "
-        f"{seed}"
+        f"{show('SEED', seed, asked)}: the order of the images and the random state are still "
+        f"those of {seed}"
     ]
 
 
@@ -265,10 +265,10 @@ def _follow(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
     for key, pair in differences(before.config, cfg).items():
         if key in _SILENT or key in scaled or (key == BATCH and follows):
             continue
-        note = " (not read: the run goes on from its checkpoint)" if key == "MODEL.WEIGHTS" else ""
+        note = " (ignored: the run resumes from its checkpoint)" if key == "MODEL.WEIGHTS" else ""
         lines.append(show(key, *pair) + note)
     if unknown := sorted(before.config.keys() - dict(flatten(cfg, cfg)).keys()):
-        lines.append(f"{before.file} was trained with keys that are not known here: {unknown}")
+        lines.append(f"{before.file} was trained with unknown keys: {unknown}")
     return scaled, lines
 
 
@@ -290,7 +290,7 @@ def resume_config(before: Before, cfg: CfgNode) -> Resumed:
         if before.optimizer not in ("", kind):
             raise refusal(before.file, [show("SOLVER.OPTIMIZER", before.optimizer, kind)])
         lines.append(
-            f"{before.file} does not hold the config of its run: this one's settings are taken "
+            f"{before.file} does not hold the config of its run: the current settings are used "
             "without a comparison"
         )
     else:

@@ -71,7 +71,7 @@ def _images_of(path: Path) -> int | None:
 def _damage(path: Path, tensors: bool = True) -> str:
     """What is wrong with a checkpoint, "" for nothing."""
     if not path.is_file():
-        return f"{path} is not there"
+        return f"{path} does not exist"
     try:
         read_checkpoint(str(path))
         if tensors:
@@ -141,10 +141,10 @@ def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = Tr
         return ResumeFile(str(last), last=named)
     if (path := _newest_whole(folder, last, tensors)) is None:
         raise UserError(
-            f"{reason}; {folder / LAST_CHECKPOINT} names it, and there is no whole checkpoint "
-            "before it: name one by --resume-from FILE, or start anew in another OUTPUT_DIR"
+            f"{reason}; {folder / LAST_CHECKPOINT} names it, and there is no complete checkpoint "
+            "before it: choose one with --resume-from FILE, or start in another OUTPUT_DIR"
         )
-    warning = f"{reason}; {path}, the newest whole one before it, is used"
+    warning = f"{reason}; {path}, the newest complete one before it, is used"
     return ResumeFile(str(path), (warning,), named)
 
 
@@ -153,12 +153,14 @@ def _without_last(folder: Path, tensors: bool) -> ResumeFile:
         return ResumeFile()
     path = _newest_whole(folder, tensors=tensors)
     if path and any(folder.glob(f"{LAST_CHECKPOINT}*{TEMPORARY_SUFFIX}")):
-        warning = f"the first save into {folder} was cut off at its end: its {path.name} is used"
+        warning = (
+            f"the first save into {folder} was interrupted at its end: its {path.name} is used"
+        )
         return ResumeFile(str(path), (warning,))
-    found = f"the newest whole one is {path}: go on from it by --resume-from {path}"
+    found = f"the newest complete one is {path}: resume from it with --resume-from {path}"
     raise UserError(
-        f"{folder} has checkpoints, but no {LAST_CHECKPOINT} that says which one to go on from; "
-        f"{found if path else 'none is whole: choose another OUTPUT_DIR'}"
+        f"{folder} has checkpoints, but no {LAST_CHECKPOINT} that says which one to resume from; "
+        f"{found if path else 'none is complete: choose another OUTPUT_DIR'}"
     )
 
 
@@ -203,7 +205,7 @@ def make_last(output_dir: str | Path, file: str, guard: WriteGuard = NO_GUARD) -
     if aside:
         names = ", ".join(each.name for each in aside)
         logger.warning(
-            f"The run goes on from {path}: later or damaged checkpoints ({names}) have been moved "
+            f"The run resumes from {path}: later or damaged checkpoints ({names}) have been moved "
             f"to {folder / SET_ASIDE}"
         )
     return sorted(images, key=images.get)

@@ -40,6 +40,9 @@ def write_run_page(folder: Path, guard: WriteGuard = NO_GUARD) -> Path:
         guard: as of :func:`contnet.utils.files.atomic_write`.
     """
     run = read_run_record(folder, folder.resolve().name)
-    rest = "Errors by kind, confusion and images: python tools/report.py, with the run's folder."
+    rest = (
+        "For errors by kind, confusion and images, run python tools/report.py with the run's "
+        "folder."
+    )
     sections = [*result_sections([run]), *curve_sections([run]), Notes("More", [rest])]
     return write_page(folder / PAGE, run.name, sections, guard)

@@ -214,8 +214,8 @@ class TrackedRun:
             )
         except Exception as error:  # of which MLflow raises some
             raise UserError(
-                f"TRACKERS {name} does not begin ({_in_one_line(error)}): see "
-                "docs/training.md for its environment variables, or leave it out"
+                f"TRACKERS {name} does not start ({_in_one_line(error)}): see "
+                "docs/training.md for its environment variables, or remove it"
             ) from error
         state["run"] = self._tracker.run
         save()
@@ -243,7 +243,7 @@ class TrackedRun:
             self._save()
             self._failed = True
             logger.warning(
-                f"TRACKERS {self._name} fails ({_in_one_line(error)}): the training goes on "
+                f"TRACKERS {self._name} fails ({_in_one_line(error)}): the training continues "
                 "without it, and sends the missing metrics when it is resumed"
             )
 
@@ -329,8 +329,7 @@ def check_trackers(cfg: CfgNode) -> None:
     for name in cfg.TRACKERS:
         if importlib.util.find_spec(TRACKERS[name].package) is None:
             raise UserError(
-                f"TRACKERS {name} is not installed: pip install 'contnet[trackers]', or leave it "
-                "out"
+                f"TRACKERS {name} is not installed: pip install 'contnet[trackers]', or remove it"
             )
 
 

@@ -229,7 +229,7 @@ class Trainer(SimpleTrainer):
         content = self.checkpointer.load(file, others)
         before, state = Before.of(file, content, self.cfg), trainer_state(content)
         if absent := [key for key in others if key not in content]:
-            logger.warning(f"{file} has no {', '.join(absent)}: it starts anew")
+            logger.warning(f"{file} has no {', '.join(absent)}: it starts from scratch")
         self._restore(state, before)
         restore_ema(self.ema, self.unwrapped_model, content, file)
         tell_of_rest(content, state, others, file)
@@ -256,10 +256,10 @@ class Trainer(SimpleTrainer):
         TrainerBase.load_state_dict(self, {"iteration": self.iter, "hooks": saved})
         for name in {type(hook).__qualname__ for hook in self._hooks if hook.state_dict()}:
             if name not in (*saved, "LRScheduler"):
-                logger.warning(f"{before.file} has no state of {name}, which starts anew")
+                logger.warning(f"{before.file} has no state of {name}, which starts from scratch")
         tests = list(self.cfg.DATASETS.TEST)
         if self.evaluation.best and before.config and before.config["DATASETS.TEST"] != tests:
-            logger.warning("DATASETS.TEST has changed: the best evaluation is found anew")
+            logger.warning("DATASETS.TEST has changed: the best evaluation so far is forgotten")
             self.evaluation.best = {}
 
     def _restore_order(self, state: dict, before: Before) -> None:
@@ -269,7 +269,7 @@ class Trainer(SimpleTrainer):
             return
         self.batch_sampler.start = (self.iter + 1) * (before.batch or self.cfg.SOLVER.IMS_PER_BATCH)
         logger.warning(
-            f"{before.file} does not tell the order of its images: a new one starts, as after "
+            f"{before.file} does not contain the order of its images: a new order starts, as after "
             f"{self.batch_sampler.start} images"
         )
 
@@ -296,7 +296,7 @@ class Trainer(SimpleTrainer):
         period = self.cfg.TEST.EVAL_PERIOD
         if pending and not is_due(self.iter, period, self.max_iter):
             logger.warning(
-                f"{before.file} was saved before an evaluation, which is left out: with "
+                f"{before.file} was saved before an evaluation, which is skipped: with "
                 f"TEST.EVAL_PERIOD {period} it is not due"
             )
 
@@ -307,15 +307,15 @@ class Trainer(SimpleTrainer):
         backbone = self.unwrapped_model.backbone
         advice = ""
         if any(not parameter.requires_grad for parameter in backbone.parameters()):
-            advice += "; its frozen layers will stay random: set FREEZE_AT to 0"
+            advice += "; its frozen layers stay random: set FREEZE_AT to 0"
         if any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules()):
             advice += (
                 "; its FrozenBN norms stay the identity: set MODEL.CONTNET.NORM (or that of "
                 "MODEL.RESNETS) to GN, SyncBN or BN"
             )
         logger.warning(
-            "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet "
-            f"weights by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
+            "MODEL.WEIGHTS is empty: the backbone starts from random weights; set ImageNet "
+            f"weights with MODEL.WEIGHTS FILE (docs/weights.md){advice}"
         )
 
     def fit(self) -> dict:
@@ -347,7 +347,7 @@ class Trainer(SimpleTrainer):
         if iteration is None or comm.all_gather((file, iteration) in known)[0]:
             return {}
         if not comm.all_gather(Path(file).is_file())[0]:  # of a run in another folder
-            logger.warning(f"{file} is not there: the best weights are not evaluated at the end")
+            logger.warning(f"{file} does not exist: the best weights are not evaluated at the end")
             return {}
         self.checkpointer.load(file, [], ema=self.ema is not None)
         with self.launcher.evaluating():
@@ -494,7 +494,7 @@ class Trainer(SimpleTrainer):
     def _not_finite(self, what: str, batch: Sequence[dict]) -> UserError:
         images = ", ".join(str(image.get("image_id", image["file_name"])) for image in batch)
         return UserError(
-            f"the loss is not finite at iteration {self.iter} ({what}), images {images}: look at "
+            f"the loss is not finite at iteration {self.iter} ({what}), images {images}: check "
             "these images' annotations, lower SOLVER.BASE_LR, or clip gradients "
             "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
         )

@@ -47,10 +47,10 @@ def read_metrics(output_dir: str | Path) -> list[dict]:
     try:
         lines, damaged = _parse(read_bytes(path) or b"")
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
         return []
     if damaged:
-        warn_once(f"{path}: {plural(damaged, 'damaged line')} left out")
+        warn_once(f"{path}: {plural(damaged, 'damaged line')} skipped")
     return lines
 
 
@@ -79,8 +79,8 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
         if damaged:
             file.flush()  # the disk has room for the new one
             logger.warning(
-                f"{path} has {plural(damaged, 'damaged line')}: it is set aside as "
-                f"{set_aside(path)}, the others stay"
+                f"{path} has {plural(damaged, 'damaged line')}: it is moved to "
+                f"{set_aside(path)}, and written again without them"
             )
 
 
@@ -118,7 +118,7 @@ class _EventsWriter(TensorboardXWriter):
             super().write()
         except OSError as error:
             self.failed = True
-            logger.warning(f"TensorBoard's files end here, they cannot be written ({error})")
+            logger.warning(f"TensorBoard's files cannot be written any more ({error})")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

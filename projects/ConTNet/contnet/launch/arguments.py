@@ -39,11 +39,11 @@ examples:
   one machine       train_net.py --config-file configs/faster_rcnn_contm.yaml --num-gpus 8
   other settings    train_net.py --config-file ... SOLVER.BASE_LR 0.01 OUTPUT_DIR ./output/slow
   two CPU processes train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu
-  go on             train_net.py --config-file ... --resume
-  go back           train_net.py --config-file ... --resume-from output/run/model_0002499.pth
+  resume            train_net.py --config-file ... --resume
+  resume earlier    train_net.py --config-file ... --resume-from output/run/model_0002499.pth
   evaluate          train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
-  on SLURM          tools/submit.py in the place of train_net.py, see docs/slurm.md
-  several machines  the same command on each, with --num-machines 2 --machine-rank 0 (or 1)
+  on SLURM          use tools/submit.py instead of train_net.py, see docs/slurm.md
+  several machines  run the command on each, with --num-machines 2 --machine-rank 0 (or 1)
                     --dist-url tcp://FIRST_MACHINE:PORT; or torchrun train_net.py --config-file ...
 """
 
@@ -79,38 +79,38 @@ def config_parser(description: str, epilog: str, required: bool = True) -> argpa
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds Detectron2's usual options, which whatever trains understands."""
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument(
         "--resume-from",
         default="",
         metavar="FILE",
-        help="go on from this checkpoint of the run, or of another one with the same settings; "
-        "later ones in OUTPUT_DIR are set aside",
+        help="resume from this checkpoint of the run, or of another run with the same settings; "
+        "later checkpoints in OUTPUT_DIR are moved aside",
     )
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR",
+        help="only evaluate: MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR",
     )
     parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
         metavar="N",
-        help="GPUs, and so processes, per machine; with MODEL.DEVICE cpu, processes (default 1)",
+        help="GPUs per machine, one process each; with MODEL.DEVICE cpu, processes (default 1)",
     )
     parser.add_argument(
         "--num-machines", "--num-nodes", type=int, default=1, metavar="N", help="(default 1)"
     )
     parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="R", help="of this machine, from 0"
+        "--machine-rank", type=int, default=0, metavar="R", help="rank of this machine, from 0"
     )
     parser.add_argument(
         "--dist-url",
         default="auto",
         metavar="URL",
-        help="tcp://HOST:PORT of the first machine; auto for one machine (default)",
+        help="tcp://HOST:PORT of the first machine; default: auto, for one machine",
     )
 
 
@@ -131,7 +131,9 @@ def check_run_options(args: argparse.Namespace) -> None:
     if args.num_gpus < 1 or args.num_machines < 1:
         raise UsageError("--num-gpus and --num-machines must be at least 1")
     if args.resume_from and args.eval_only:
-        raise UsageError("--resume-from goes on training: --eval-only takes MODEL.WEIGHTS FILE")
+        raise UsageError(
+            "--resume-from resumes a training: with --eval-only use MODEL.WEIGHTS FILE"
+        )
     args.resume = args.resume or bool(args.resume_from)
 
 
@@ -150,7 +152,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UsageError(
-            "--num-machines needs --dist-url tcp://HOST:PORT, an address of the first machine"
+            "--num-machines requires --dist-url tcp://HOST:PORT, the address of the first machine"
         )
     return args
 
@@ -161,7 +163,7 @@ class RunSettings:
 
     Attributes:
         cfg: the config as it was read, checked and completed, frozen.
-        resume: go on from the last checkpoint in OUTPUT_DIR.
+        resume: resume from the last checkpoint in OUTPUT_DIR.
         eval_only: evaluate.
         processes: of the run.
         arguments: where the config came from, for the log.

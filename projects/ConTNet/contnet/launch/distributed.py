@@ -101,8 +101,8 @@ class _Relay(Listener):
             self._first = number, now
             with contextlib.suppress(OSError, ValueError):  # the terminal may have been closed
                 print(
-                    f"{signal.Signals(number).name}: the ranks save, if there is anything to save, "
-                    "and end; a second signal ends them at once",
+                    f"{signal.Signals(number).name}: the ranks save a checkpoint, if they train, "
+                    "and exit; a second signal ends them at once",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -200,13 +200,13 @@ def launch_run(
         reason = str(error).strip().splitlines()[-1]
         if "Duplicate GPU" in reason:  # NCCL's, as where two machines' ranks are on one
             raise UserError(
-                f"{socket.gethostname()}: {reason}: give each --machine-rank a machine of its own, "
-                "or GPUs of its own (CUDA_VISIBLE_DEVICES)"
+                f"{socket.gethostname()}: {reason}: give each --machine-rank its own machine, "
+                "or its own GPUs (CUDA_VISIBLE_DEVICES)"
             ) from error
         if "DistNetworkError" not in reason and "DistStoreError" not in reason:
             raise
         raise UserError(
-            f"the processes cannot meet at --dist-url {processes.dist_url}: {reason}"
+            f"the processes cannot connect at --dist-url {processes.dist_url}: {reason}"
         ) from error
     except ProcessExitedException as error:
         if error.exit_code > 0:

@@ -72,7 +72,7 @@ def first_host(nodes: str) -> str:
     """The first of a list in SLURM's notation, such as ``gpu[07-09,12],login1``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no machine")
+        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which contains no machine")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
@@ -91,13 +91,14 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(sizes) > 1:
         raise UserError(
-            f"SLURM placed {per_node} tasks per node: ask for the same number on each, by "
+            f"SLURM placed {per_node} tasks per node: request the same number on each with "
             "--ntasks-per-node"
         )
     (local_size,) = sizes
     if local_rank != rank % local_size:
         raise UserError(
-            "SLURM dealt the tasks out to the nodes in turn: start them with --distribution=block"
+            "SLURM distributed the tasks cyclically over the nodes: start them with "
+            "--distribution=block"
         )
     attempt = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     # Two clusters may count the same jobs on the same machines; srun's port is one of their steps.

@@ -50,8 +50,8 @@ def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list
         level, its_level = (set_level(each, config_file, opts) for each in (key, other))
         if level is not None and level == its_level:
             raise config_error(
-                f"{key} {value!r} and {other} {get_value(cfg, other)!r} are both set: leave one "
-                f"out (or set {key} {type(value)()!r})"
+                f"{key} {value!r} and {other} {get_value(cfg, other)!r} are both set: remove "
+                f"one (or set {key} {type(value)()!r})"
             )
         if its_level is None or (level is not None and level < its_level):
             used.append(key)

@@ -38,7 +38,7 @@ def report_lost_lines(handler: logging.StreamHandler) -> None:
         reason = explain_os_error(error, name)
         with contextlib.suppress(OSError):
             print(
-                f"warning: {name} cannot be written ({reason}): lines of the log are lost",
+                f"warning: {name} cannot be written ({reason}): log lines are lost",
                 file=sys.stderr,
                 flush=True,
             )

@@ -21,7 +21,9 @@ __all__ = [
     "refuse_shared_gpus",
 ]
 
-_GIVE = "give each process its own, as by SLURM's --gpus-per-task 1, or start one for each GPU"
+_GIVE = (
+    "give each process its own, for example with SLURM's --gpus-per-task 1, or start one per GPU"
+)
 
 
 def check_device_value(device: str, processes: int = 1) -> None:
@@ -38,8 +40,8 @@ def check_device_value(device: str, processes: int = 1) -> None:
         raise UsageError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
     if ":" in device and processes > 1:
         raise UsageError(
-            f"MODEL.DEVICE is {device!r}, which is one GPU for {processes} processes: write cuda, "
-            "so that each takes its own"
+            f"MODEL.DEVICE is {device!r}, which is one GPU for {processes} processes: set it to "
+            "cuda, so that each uses its own"
         )
 
 
@@ -58,14 +60,14 @@ def check_gpu_count(device: str, wanted: int, present: int, launcher: str = "") 
     if device == "cpu":
         return
     if present == 0:
-        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
+        raise UserError("PyTorch finds no GPU on this machine: add MODEL.DEVICE cpu")
     if wanted > present and not (launcher and present == 1):
         raise UserError(f"--num-gpus is {wanted}, but this machine has {present}")
     index = int(device.partition(":")[2] or 0)
     if index >= present:
         raise UserError(
             f"MODEL.DEVICE is {device!r}, but this machine has {plural(present, 'GPU')}, from "
-            "cuda:0: write cuda for the first"
+            "cuda:0: use cuda for the first"
         )
 
 
@@ -101,8 +103,7 @@ def _check_shared(gpus: Sequence[tuple[str, str]]) -> None:
         if len(ranks) > 1:
             *others, last = map(str, ranks)
             raise UserError(
-                f"ranks {', '.join(others)} and {last} on {host} have one and the same GPU "
-                f"({uuid}): {_GIVE}"
+                f"ranks {', '.join(others)} and {last} on {host} use the same GPU ({uuid}): {_GIVE}"
             )
 
 

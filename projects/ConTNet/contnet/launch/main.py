@@ -32,8 +32,8 @@ def _contact_lost(error: BaseException) -> UserError:
     said = re.search(r"Connection closed by peer \S+\d|Connection reset by peer", str(error))
     return UserError(
         f"rank {comm.get_rank()} on {socket.gethostname()} lost contact with another rank"
-        f"{f' ({said[0]})' if said else ''}, which has ended: its own lines, or those of what has "
-        "started it, say why"
+        f"{f' ({said[0]})' if said else ''}, which has ended: see the log of that rank, or of its "
+        "launcher"
     )
 
 

@@ -90,7 +90,7 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
         return
     if has_last_checkpoint(folder) or checkpoint_files(folder):
         raise UserError(
-            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
+            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to resume that run, "
             "or choose another OUTPUT_DIR"
         )
 
@@ -111,7 +111,7 @@ def _check_weights(settings: RunSettings) -> None:
     resumes = bool(settings.checkpoint.path)
     if settings.eval_only and not weights and not resumes:
         raise UsageError(
-            "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
+            "--eval-only has no weights to evaluate: add MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
     if not weights or resumes:
@@ -151,8 +151,9 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     )
     if mixes and images % 2:
         raise UsageError(
-            f"mixup and CutMix need an even number of images per process and pass, not {images}: "
-            "change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+            "mixup and CutMix require an even number of images per process and pass, not "
+            f"{images}: change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and "
+            "CUTMIX_ALPHA to 0"
         )
     head = cfg.MODEL.SEM_SEG_HEAD
     if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
@@ -161,8 +162,8 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
     if normed.get(head.NORM, 2) < 2:
         raise UsageError(
-            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs 2 images at a time: raise "
-            "SOLVER.IMS_PER_BATCH, or set the norm to GN"
+            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs at least 2 images per pass: "
+            "raise SOLVER.IMS_PER_BATCH, or set the norm to GN"
         )
 
 
@@ -173,7 +174,7 @@ def _check_warmup(cfg: CfgNode) -> list[str]:
         return []
     return [
         f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER "
-        f"{solver.MAX_ITER}: the whole training is warm-up, cut to its length"
+        f"{solver.MAX_ITER}: the whole training is warm-up, and ends before the warm-up does"
     ]
 
 
@@ -189,8 +190,8 @@ def _check_truth(settings: RunSettings) -> None:
     for name in () if settings.eval_only else settings.cfg.DATASETS.TEST:
         if not has_truth(settings.cfg, name):
             raise UserError(
-                f"data set {name} of DATASETS.TEST has no annotations to measure a training by: "
-                "leave it out; --eval-only writes the results on it for the evaluation server"
+                f"data set {name} of DATASETS.TEST has no annotations to evaluate a training on: "
+                "remove it; --eval-only writes its results for the evaluation server"
             )
 
 
@@ -212,7 +213,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
         raise UsageError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not settings.eval_only:
         if not cfg.DATASETS.TRAIN:
-            raise UsageError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
+            raise UsageError("DATASETS.TRAIN is empty: set it, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     _check_weights(settings)
     # Of the processes that others start on a machine, one reads the annotation files.
@@ -264,7 +265,7 @@ def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
     content = read_checkpoint(file)
     if "iteration" not in trainer_state(content):
         raise UserError(
-            f"{file} holds weights without the state of a training, which a resume needs: start "
+            f"{file} holds weights without the training state that resuming requires: start "
             f"from it in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS {file}"
         )
     resumed = resume_config(Before.of(file, content, cfg), cfg)

@@ -55,7 +55,7 @@ def _open_store(env: DistributedEnvironment) -> TCPStore:
         answer = f"{_GREETING} {env.attempt} {store.port}\n".encode()
         threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
         return store
-    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
+    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are in use")
 
 
 def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -> TCPStore:
@@ -63,7 +63,7 @@ def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -
     with socket.create_connection((env.host, port), timeout=answer_timeout) as connection:
         words = connection.makefile().readline(200).split()
     if words[:2] != [_GREETING, env.attempt]:
-        raise ConnectionError(f"port {port} is something else's")
+        raise ConnectionError(f"port {port} is used by another program")
     return TCPStore(env.host, int(words[2]), is_master=False, wait_for_workers=False)
 
 
@@ -105,6 +105,6 @@ def rendezvous(
         time.sleep(0.2)
     raise UserError(
         f"rank {env.rank} on {socket.gethostname()} found no rank 0 on {env.host}, ports "
-        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): does the name resolve, does a "
-        "firewall stand between the nodes, did rank 0 start?"
+        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): check that the name resolves, "
+        "that no firewall blocks the ports, and that rank 0 has started"
     )

@@ -196,8 +196,8 @@ class _Watch:
         self._since = now
         if before is None or before[0] != path:
             logger.warning(
-                f"{path.parent} was taken on another machine: looking for up to "
-                f"{self.silence:.0f} s whether the training there has ended"
+                f"{path.parent} was locked on another machine: waiting up to "
+                f"{self.silence:.0f} s to see whether the training there has ended"
             )
             return None
         return True
@@ -210,7 +210,7 @@ def newest_lease(run_folder: str | Path) -> tuple[Owner, float] | None:
     owner = _read_owner(path)
     if owner is None:
         if path.exists():
-            warn_once(f"{path / _OWNER} is damaged: it is left out")
+            warn_once(f"{path / _OWNER} is damaged: it is ignored")
         return None
     return owner, _heartbeat(path) / 1e9
 
@@ -291,8 +291,8 @@ class RunLease(WriteGuard):
         """Raises LeaseLost if another attempt owns the run."""
         if self.lost():
             raise LeaseLost(
-                f"{self.run_folder} is no longer this training's: another process has begun to "
-                "write into it, or the folder was moved or deleted"
+                f"{self.run_folder} no longer belongs to this training: another process writes "
+                "into it, or the folder was moved or deleted"
             )
 
     def check_free(self) -> None:

@@ -38,13 +38,15 @@ def ask_slurm(*command: str, timeout: float = 120) -> str:
         UserError: if there is no such program, or it fails; in SLURM's own words.
     """
     if shutil.which(command[0]) is None:
-        raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
+        raise UserError(f"{command[0]} is not on PATH: is SLURM installed on this machine?")
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="backslashreplace", timeout=timeout
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} did not answer within {timeout:g} s, try later") from error
+        raise UserError(
+            f"{command[0]} did not respond within {timeout:g} s, try again later"
+        ) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = "; ".join(line.strip() for line in lines[-2:]) or f"status {done.returncode}"

@@ -59,8 +59,8 @@ class Job:
         if self.cluster == "local":
             return
         if not self.cluster:
-            raise UserError("nothing here can start the training again")
+            raise UserError("without SLURM, nothing can restart the training")
         try:
             ask_slurm("scontrol", "requeue", self.job_id, timeout=SHORT_TIMEOUT)
         except UserError as error:
-            raise UserError(f"SLURM does not requeue job {self.job_id}: {error}") from error
+            raise UserError(f"SLURM did not requeue job {self.job_id}: {error}") from error

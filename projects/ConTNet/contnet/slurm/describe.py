@@ -91,12 +91,13 @@ def describe_run(folder: str | Path, state: str = "") -> str:
         return f"failed: {reason} (rank {failure['rank']})"
     if exit_note and exit_note["requeued"]:
         return (
-            f"ended without a word when it was to start again; before that: {exit_note['reason']}"
+            "ended without a message when it should have restarted; before that: "
+            f"{exit_note['reason']}"
         )
     if exit_note:
         return f"stopped: {exit_note['reason']}"
     if status:
-        return f"ended without a word, last sign of life {_ago(status['age'])}"
+        return f"ended without a message, last update {_ago(status['age'])}"
     if Path(folder, METRICS_FILE).exists():
         return "not finished"
     return "never started"
@@ -121,7 +122,7 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
     if status.get("max_iter"):
         say(
             f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, attempt "
-            f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
+            f"{status['restart'] + 1}, last update {_ago(status['age'])}"
         )
     metrics = last_metrics(folder)
     if metrics:
@@ -180,7 +181,7 @@ def follow(folder: str | Path, poll: float = 5.0) -> bool:
     try:
         return _follow(folder, poll)
     except KeyboardInterrupt:
-        say("", f"no longer following; the job goes on, end it by --cancel {folder}")
+        say("", f"no longer following; the job continues, cancel it with --cancel {folder}")
         raise
 
 

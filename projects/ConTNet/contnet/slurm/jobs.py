@@ -66,7 +66,7 @@ def check_free(folder: str | Path) -> None:
     if states:
         name, state = next(iter(states.items()))
         raise UserError(
-            f"run folder {folder} is in use by job {name} ({state}): wait, or end it by "
+            f"run folder {folder} is in use by job {name} ({state}): wait, cancel it with "
             f"--cancel {folder}, or choose another OUTPUT_DIR"
         )
 
@@ -107,8 +107,8 @@ def _end_sweep(record: dict) -> None:
     end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
     if _is_alive(record):
         raise UserError(
-            f"process {record['job_id']} is not one of this run, or hangs: its runs have ended, "
-            "end it by kill if it is yours"
+            f"process {record['job_id']} does not belong to this run, or hangs: its runs have "
+            "ended, kill it if it is yours"
         )
 
 
@@ -120,8 +120,8 @@ def _check_submitted(record: dict) -> None:
     folder = os.path.realpath(record["job_folder"])
     if any(os.path.dirname(os.path.realpath(line)) != folder for line in scripts.splitlines()):
         raise UserError(
-            f"job {record['job_id']} was not submitted from {record['run_folder']}: if it is to "
-            f"end, use scancel {record['job_id']}"
+            f"job {record['job_id']} was not submitted from {record['run_folder']}: to cancel "
+            f"it, use scancel {record['job_id']}"
         )
 
 
@@ -141,7 +141,9 @@ def cancel(folder: str | Path) -> None:
     record = last_submission(folder)
     states = live_states(record)
     if not states and record["cluster"] == "local" and process_start(record["job_id"]):
-        raise UserError(f"nothing to cancel: process {record['job_id']} is not one of this run")
+        raise UserError(
+            f"nothing to cancel: process {record['job_id']} does not belong to this run"
+        )
     if not states:
         raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
     runs = {Path(folder, name): job_id for name, job_id in record["runs"].items()}

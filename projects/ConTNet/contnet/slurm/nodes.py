@@ -113,10 +113,10 @@ def _choose(nodes: Sequence[Node], settings: ClusterSettings) -> list[Node]:
         )
     for name in wanted:
         if name not in known:
-            raise UserError(f"there is no partition {name}; there are {', '.join(known)}")
+            raise UserError(f"there is no partition {name}, only {', '.join(known)}")
     chosen = [node for node in nodes if node.partition in wanted]
     if not any(node.up for node in chosen):
-        raise UserError(f"partition {wanted[0]} takes no jobs now (sinfo shows it as not up)")
+        raise UserError(f"partition {wanted[0]} accepts no jobs now (sinfo shows it as not up)")
     return chosen
 
 
@@ -178,13 +178,13 @@ def check_request(
             f" (partition {chosen[0].partition} allows up to {limit:g})" if limit < 1e9 else ""
         )
         raise UserError(
-            f"how long may the job run? Add --timeout-hours{allowed}; one that is not done by "
-            "then saves and comes back"
+            f"how long may the job run? Add --timeout-hours{allowed}; a job that has not finished "
+            "by then saves and is requeued"
         )
     if settings.timeout_hours > limit:
         raise UserError(
             f"--timeout-hours is {settings.timeout_hours:g}, but partition {chosen[0].partition} "
-            f"allows {limit:g}; a job that is not done by then saves and comes back"
+            f"allows {limit:g}; a job that has not finished by then saves and is requeued"
         )
     return fit
 
@@ -214,6 +214,6 @@ def check_shared(path: str | Path, what: str) -> None:
     if private or kind in _PRIVATE_TYPES:
         where = f"under {private}" if private else f"on {point}, a {kind}"
         raise UserError(
-            f"{what} {path} is {where}, which every node has for itself: choose a folder that all "
-            "nodes share, or add --assume-shared if this one is"
+            f"{what} {path} is {where}, which is local to each node: choose a folder that all "
+            "nodes share, or add --assume-shared if they share this one"
         )

@@ -34,8 +34,8 @@ def _with_silent_ranks(failure: dict, ranks: dict[int, dict]) -> dict:
         return failure
     rank = ranks[silent[0][1]]
     reason = (
-        f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}) ended without a word: "
-        f"killed, perhaps for want of memory? Rank {failure['rank']} noticed: {failure['reason']}"
+        f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}) ended without a message: "
+        f"killed, perhaps out of memory? Rank {failure['rank']} reported: {failure['reason']}"
     )
     return {**failure, "rank": rank["rank"], "reason": reason}
 

@@ -185,11 +185,11 @@ def write_files(plan: Submission) -> None:
         plan.folder.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(
-            f"another submission into {plan.base} is going on: wait for it, then try again"
+            f"another submission into {plan.base} is in progress: wait for it, then try again"
         ) from error
     except OSError as error:
         reason = explain_os_error(error, plan.folder)
-        raise UserError(f"{plan.folder} cannot be made ({reason})") from error
+        raise UserError(f"{plan.folder} cannot be created ({reason})") from error
     if not plan.args.no_snapshot:
         try:
             take_snapshot(plan.folder / "code")
@@ -225,11 +225,13 @@ def send(plan: Submission) -> bool:
         shutil.rmtree(plan.folder)
         if not plan.args.resume_from:
             raise
-        went_back = f"the folder is back at {plan.args.resume_from}, later files are in {SET_ASIDE}"
+        went_back = (
+            f"the run is back at {plan.args.resume_from}, later checkpoints are in {SET_ASIDE}"
+        )
         raise UserError(f"{error}; {went_back}") from error
     kind = "job" if plan.cluster == "slurm" else "process"
     number = job_ids[0].partition("_")[0]
     say(f"submitted {kind} {number}; logs in {plan.folder}")
     _record(plan, job_ids)
-    say(f"how it does: python tools/submit.py --status {shlex.quote(str(plan.base))}")
+    say(f"status: python tools/submit.py --status {shlex.quote(str(plan.base))}")
     return not plan.args.watch or follow(plan.base)
