@@ -88,7 +88,9 @@ def test_cancel_of_a_sweep_sends_no_signal_to_a_process_without_mark(
     forge_process(no_slurm / "out" / "a", mine)
     values = {"process_start": process_start(foreign.pid), "runs": {"a": ""}}
     forge(no_slurm / "out", job_id=str(foreign.pid), **values)
-    assert f"process {foreign.pid} does not belong to this run" in error_of(capsys, "--cancel", "out")
+    assert f"process {foreign.pid} does not belong to this run" in error_of(
+        capsys, "--cancel", "out"
+    )
     assert foreign.poll() is None and mine.wait(30) < 0
 
 

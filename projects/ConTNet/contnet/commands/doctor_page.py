@@ -159,14 +159,14 @@ def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
         for (_, views), (image, truth) in zip(rows, _fed(cfg, batch), strict=True):
             views[f"fed {time + 1}, {image.shape[1]}x{image.shape[0]}"] = draw(image, truth)
     return Gallery(
-        "What the network is fed with",
+        "Network inputs",
         class_names,
         [
             ReportImage(Path(sample_name(record)).name, next(iter(views.values())), views)
             for record, views in rows
         ],
-        note=f"The first images of the training's order: as they are stored, and {_TIMES} times as "
-        "the network gets them, with augmentation.",
+        note=f"The first images in the order of training: as stored, and {_TIMES} times with "
+        "augmentation, as the network gets them.",
     )
 
 
@@ -199,10 +199,15 @@ def _describe(name: str, found: DatasetStatistics) -> list[Section]:
         by_count = sorted(found.classes.items(), key=lambda item: -item[1])
         charts[f"{found.counted} of each class"] = by_count
     for what, values, edges, bins in (
-        ("objects of an image", found.objects, _OBJECTS, _counts(_OBJECTS)),
-        ("sizes of objects (root of the box's area)", found.sizes, _SIZES, _bins(_SIZES, " px")),
-        ("width by height of objects", found.ratios, _RATIOS, _bins(_RATIOS)),
-        ("width by height of images", found.image_ratios, _RATIOS, _bins(_RATIOS)),
+        ("objects per image", found.objects, _OBJECTS, _counts(_OBJECTS)),
+        (
+            "sizes of objects (square root of the box's area)",
+            found.sizes,
+            _SIZES,
+            _bins(_SIZES, " px"),
+        ),
+        ("aspect ratios of objects (width / height)", found.ratios, _RATIOS, _bins(_RATIOS)),
+        ("aspect ratios of images (width / height)", found.image_ratios, _RATIOS, _bins(_RATIOS)),
     ):
         if values:
             charts[what] = list(zip(bins, count_in_bins(values, edges), strict=True))
@@ -217,7 +222,7 @@ def _find_alike(cfg: CfgNode, records: Mapping[str, Sequence[dict]], workers: in
         files = [{key: each[key] for key in keys if key in each} for each in dicts]
         images += [(name, each.get("image_id"), sample_name(each)) for each in dicts]
         prints += fingerprints(files, cfg.INPUT.MAX_PIXELS, name, workers)
-    heading, groups = "Images that look nearly alike", find_near_duplicates(prints)
+    heading, groups = "Near-duplicate images", find_near_duplicates(prints)
     if not groups:
         return Notes(heading, ["None were found."])
     rows = []
@@ -247,7 +252,7 @@ def _findings(found: Mapping[str, Findings], words: Mapping[str, Sequence[str]])
         for severity in severities
         for line in findings.lines(severity)
     ]
-    return Notes("What the doctor found", lines or ["Nothing."])
+    return Notes("Findings", lines or ["Nothing."])
 
 
 def write_doctor_page(
@@ -277,8 +282,8 @@ def write_doctor_page(
     if broken:
         sections.append(
             Notes(
-                "What is not shown",
-                [f"{name} has errors, so that it cannot be loaded" for name in broken],
+                "Not shown",
+                [f"{name} has errors and cannot be loaded" for name in broken],
             )
         )
     if class_names and cfg.DATASETS.TRAIN and not set(broken) & set(cfg.DATASETS.TRAIN):

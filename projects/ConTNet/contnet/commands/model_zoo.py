@@ -177,7 +177,7 @@ def _run() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/model_zoo.py; writes the page into this repository."""
     parser = argparse.ArgumentParser(
-        description=f"Writes {ZOO} anew from the configs and {RESULTS}; it has no other options."
+        description=f"Writes {ZOO} from the configs and {RESULTS}; it has no other options."
     )
     parser.parse_args(argv)
     return run_command(_run)
