@@ -75,7 +75,7 @@ def test_weights_of_another_function_are_refused(tmp_path, way, option):
     file = saved(tmp_path, key, value, leaf=source)
     model = checkpointer(leaf=target)
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    with pytest.raises(UserError, match=f"trained with {key} {value}, and the config has") as error:
+    with pytest.raises(UserError, match=f"trained with {key} {value}, but the config has") as error:
         getattr(model, method)(file)
     assert "\n" not in str(error.value)
     assert all(torch.equal(before[k], v) for k, v in model.model.state_dict().items())

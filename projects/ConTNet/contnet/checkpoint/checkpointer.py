@@ -189,7 +189,7 @@ class Checkpointer(DetectionCheckpointer):
                 try:
                     verify_file(written, path.name)
                 except UserError as error:
-                    reason = f"what was written is not what is read back: {error}"
+                    reason = f"the file differs from what was written: {error}"
                     raise UserError(f"checkpoint {path} cannot be written: {reason}") from error
 
     def _replace_temporary(self, new: Path | None, by: Path) -> None:
@@ -227,7 +227,7 @@ class Checkpointer(DetectionCheckpointer):
         self.warnings = weights.warnings
         self.file_classes = weights.classes
         if weights.is_ema and not ema:
-            self.logger.warning(f"{path} has EMA weights alone ({weights.key!r}), which are used")
+            self.logger.warning(f"{path} has only EMA weights ({weights.key!r}), which are used")
         return weights
 
     def load_backbone(self, path: str) -> None:
@@ -247,8 +247,8 @@ class Checkpointer(DetectionCheckpointer):
         load_weights(self.model, weights, whole=False, **options)
         if ema := [key for key in EMA_KEYS if key in weights.rest]:
             self.logger.warning(
-                f"{path} also has EMA weights ({ema[0]!r}), which are not used: for them "
-                "give the file that tools/convert_weights.py makes of it"
+                f"{path} also has EMA weights ({ema[0]!r}), which are not used: to use them, "
+                "convert the file with tools/convert_weights.py"
             )
 
     def load(

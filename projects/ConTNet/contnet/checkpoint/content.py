@@ -38,7 +38,7 @@ __all__ = ["read_content"]
 # the pickle of the content.
 _TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 4
-_STATE_DICT = "where the file was made, save model.state_dict() by torch.save, and give that file"
+_STATE_DICT = "where the file was made, save model.state_dict() with torch.save, and use that file"
 
 
 def _first_line(error: Exception) -> str:
@@ -59,16 +59,16 @@ def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserErro
     what = f"{path} is not a checkpoint of tensors and plain values"
     if isinstance(error, RunsCode):
         name = printable(str(error), 100)
-        return UserError(f"{what}: it wants to run code ({name}), do not use this file")
+        return UserError(f"{what}: it would run code ({name}), do not use this file")
     reason = _first_line(error)
     if names := sorted(left_out):
         return UserError(
-            f"{what}: it holds Python objects ({first_names(names)}), which are not built, since "
-            f"that could run code, and cannot be read without them ({reason}): {_STATE_DICT}"
+            f"{what}: it contains Python objects ({first_names(names)}), which are not loaded, "
+            f"since that could run code, and cannot be read without them ({reason}): {_STATE_DICT}"
         )
     if isinstance(error, pickle.UnpicklingError):
         return UserError(f"{what}: {reason}")
-    return UserError(f"{path} cannot be read, it may be cut short: {reason}")
+    return UserError(f"{path} cannot be read, it may be truncated: {reason}")
 
 
 # --- forms ---------------------------------------------------------------------------------------
@@ -78,12 +78,12 @@ def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
     """Refuses archives that torch.save has not made: of code, and those that unpack to more."""
     entries = archive.infolist()
     if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
-        raise UserError(f"{path} is a TorchScript archive, which holds code: {_STATE_DICT}")
+        raise UserError(f"{path} is a TorchScript archive, which contains code: {_STATE_DICT}")
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > size:
         raise UserError(
-            f"{path} unpacks to more than its {size} bytes, which no file of torch.save does: get "
-            "the file again, or from another source"
+            f"{path} unpacks to more than its {size} bytes, which no file of torch.save does: "
+            "download it again, or from another source"
         )
 
 
@@ -106,7 +106,7 @@ def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
 def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> object:
     kinds = _kinds_in(file, path)
     if "builtins.bytearray" in kinds:  # which PyTorch makes as long as the file says
-        raise pickle.UnpicklingError("it holds a bytearray")
+        raise pickle.UnpicklingError("it contains a bytearray")
     file.seek(0)
     # Of these, PyTorch takes those that it does not know itself.
     allowed = [
@@ -126,14 +126,14 @@ def _read_safetensors(file: BinaryIO, path: str) -> dict:
     except (SafetensorError, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 300)
         raise UserError(
-            f"{path} cannot be read, it may be cut short or no .safetensors file: {reason}"
+            f"{path} cannot be read, it may be truncated or not a .safetensors file: {reason}"
         ) from error
     # The file begins with the length of its header, which is JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} has metadata that are no JSON: {error}") from error
+        raise UserError(f"{path} has metadata that are not JSON: {error}") from error
     return {"model": tensors, METADATA: said}
 
 
@@ -169,7 +169,7 @@ def _read_pickled(file: BinaryIO, path: str, form: str, mmap: bool) -> object:
     except Exception as error:  # a damaged file may raise anything
         raise _refusal(path, error, left_out) from error
     if left_out and isinstance(content, Mapping) and not _holds_tensors(content):
-        raise _refusal(path, pickle.UnpicklingError("there are no tensors beside them"), left_out)
+        raise _refusal(path, pickle.UnpicklingError("it has no tensors besides them"), left_out)
     return content
 
 
@@ -194,10 +194,10 @@ def read_content(file: BinaryIO, path: str, mmap: bool = False) -> dict:
         return _read_safetensors(file, path)
     if not form:
         raise UserError(
-            f"{path} cannot be read, it may be cut short: it is no file of torch.save (since "
-            "PyTorch 0.2), no .safetensors and no .pkl"
+            f"{path} cannot be read, it may be truncated: it is not a torch.save file (since "
+            "PyTorch 0.2), a .safetensors or a .pkl file"
         )
     content = _read_pickled(file, path, form, mmap and start.startswith(b"PK"))
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint")
     return dict(content)

@@ -78,11 +78,11 @@ def convert(network: Network, to: str, head: str | int) -> Result:
     """
     form = TARGETS[to].get(network.family)
     if form is None:
-        raise UserError(f"--to {to} is for ConTNets, and it holds a {network.variant}")
+        raise UserError(f"--to {to} is for ConTNets, but it contains a {network.variant}")
     if form == "timm" and network.stride_in_1x1:
         raise UserError(
             "its strides are in the 1x1 convolutions (MODEL.RESNETS.STRIDE_IN_1X1 True), where "
-            "timm's and torchvision's ResNets cannot have them: leave --to timm out"
+            "timm's and torchvision's ResNets cannot have them: remove --to timm"
         )
     tensors, fresh = dict(network.tensors), {}
     if head != "keep":

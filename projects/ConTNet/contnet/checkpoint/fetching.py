@@ -109,10 +109,10 @@ def _reason(error: Exception) -> str:
 
 def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
     """The one line of a failure."""
-    advice = "where there is no network, give MODEL.WEIGHTS a file that was copied there"
+    advice = "without a network connection, copy the file and set MODEL.WEIGHTS to it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        advice = "caches are where FVCORE_CACHE, HF_HOME and TORCH_HOME say"
-    return UserError(f"{source} cannot be fetched ({reason or _reason(error)}): {advice}")
+        advice = "FVCORE_CACHE, HF_HOME and TORCH_HOME set the cache folders"
+    return UserError(f"{source} cannot be downloaded ({reason or _reason(error)}): {advice}")
 
 
 def _cached_file(url: str) -> Path:
@@ -152,12 +152,12 @@ def _receive(url: str, file: BinaryIO) -> str:
             while block := answer.read(2**20):
                 received += len(block)
                 if received > _LARGEST:
-                    raise ValueError(f"it has more than {_LARGEST >> 30} GiB")
+                    raise ValueError(f"it is larger than {_LARGEST >> 30} GiB")
                 digest.update(block)
                 file.write(block)
                 bar.update(len(block))
     if not received or total not in (None, received):
-        raise ValueError(f"it was cut short, {received} of {total} bytes came")
+        raise ValueError(f"it was truncated, {received} of {total} bytes arrived")
     return digest.hexdigest()
 
 
@@ -167,7 +167,7 @@ def _download(source: str, url: str, path: Path, digest: str) -> None:
         found = _receive(url, file)
         if not found.startswith(digest):
             raise UserError(
-                f"{source} is another file: the one that the server has begins its SHA-256 with "
+                f"{source} is another file: the SHA-256 of the server's file begins with "
                 f"{found[:16]}, give the right #sha256= or another address"
             )
 
@@ -198,7 +198,7 @@ def _fetch_url(source: str, url: str) -> Fetched:
 
 def _hub_reason(error: Exception, repo: str) -> str:
     if isinstance(error, GatedRepoError):
-        return f"{repo} is for those who have accepted its terms: run hf auth login"
+        return f"{repo} requires accepting its terms: run hf auth login"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no public repository {repo}"
     if isinstance(error, RevisionNotFoundError):
@@ -207,7 +207,7 @@ def _hub_reason(error: Exception, repo: str) -> str:
         return f"{repo} has no such file"
     if isinstance(error, LocalEntryNotFoundError):
         offline = os.environ.get("HF_HUB_OFFLINE")
-        why = f"HF_HUB_OFFLINE is {offline}" if offline else "the hub does not answer"
+        why = f"HF_HUB_OFFLINE is {offline}" if offline else "the hub does not respond"
         return f"{why}, and it is not in the hub's cache on this machine"
     return ""
 
@@ -268,12 +268,12 @@ def _fetch_hub(source: str, address: str) -> Fetched:
     match = _HUB_ADDRESS.fullmatch(address)
     if match is None:
         raise UserError(
-            f"MODEL.WEIGHTS {source} is no address of the hub: write hf://OWNER/REPOSITORY, with "
-            "/FILE behind it where it has several"
+            f"MODEL.WEIGHTS {source} is not an address of the hub: write hf://OWNER/REPOSITORY, "
+            "with /FILE if it has several"
         )
     repo, revision, file = match.groups()
     if ".." in address.replace("@", "/").split("/"):
-        raise UserError(f"MODEL.WEIGHTS {source} leads out of the hub's cache: leave .. out")
+        raise UserError(f"MODEL.WEIGHTS {source} leads out of the hub's cache: remove ..")
     names = (file,) if file else _HUB_FILES
     try:
         cached = _find_in_cache(repo, revision, names)
@@ -297,7 +297,7 @@ def _fetch_timm(source: str, name: str) -> Fetched:
         ) from error
     if config is None:
         near = nearest(name, timm.list_pretrained())
-        raise UserError(f"MODEL.WEIGHTS {source}: timm has no such network, the nearest is {near}")
+        raise UserError(f"MODEL.WEIGHTS {source}: timm has no such network; the nearest is {near}")
     if config.hf_hub_id:
         repo, _, revision = config.hf_hub_id.partition("@")
         names = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
@@ -305,7 +305,7 @@ def _fetch_timm(source: str, name: str) -> Fetched:
     elif isinstance(config.url, str) and config.url:
         fetched = _fetch_url(source, config.url)
     else:
-        raise UserError(f"MODEL.WEIGHTS {source}: no weights of it are published")
+        raise UserError(f"MODEL.WEIGHTS {source}: it has no published weights")
     facts = config.to_dict()
     pixels, classes = _pixels_of(facts), _classes_of(facts)
     return replace(fetched, maker="timm's config of it", pixels=pixels, classes=classes)
@@ -349,7 +349,7 @@ def fetch_weights(source: str) -> Fetched:
         raise _cannot(source, error) from error
     if not os.path.isfile(path):
         raise UserError(
-            f"MODEL.WEIGHTS {source} cannot be fetched: give a file by its path, or an address of "
-            "https://, hf://, timm:// or detectron2://"
+            f"MODEL.WEIGHTS {source} cannot be downloaded: give the path of a file, or an address "
+            "of https://, hf://, timm:// or detectron2://"
         )
     return Fetched(path)

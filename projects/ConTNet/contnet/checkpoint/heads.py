@@ -118,14 +118,16 @@ def compare_names(ours: Sequence[str], theirs: Sequence[str], path: str) -> str:
     new = [name for name in ours if name not in theirs]
     # Names that a spelling alone keeps apart.
     alike = {_simple(name): name for name in theirs if _simple(name)}
-    near = [f"{name} is {alike[_simple(name)]} there" for name in new if _simple(name) in alike]
+    near = [
+        f"{name} is {alike[_simple(name)]} there" for name in new if _simple(name) in alike
+    ]
     hint = f"; names must be equal ({first_names(near)})" if near else ""
     if not shared:
         return (
-            f"head: none of the {len(ours)} classes is among the {len(theirs)} of {path}, it "
+            f"head: none of the {len(ours)} classes is among the {len(theirs)} of {path}, so it "
             f"starts from random weights{hint}"
         )
-    line = f"head: {len(shared)} of {len(ours)} classes taken by name from {path}"
+    line = f"head: {len(shared)} of {len(ours)} classes copied by name from {path}"
     if new:
         line += f" ({first_names(shared)}), {len(new)} new: {first_names(new)}"
     return line + hint

@@ -116,7 +116,7 @@ def authors_name(ours: str) -> str:
 def _bare(checkpoint: Mapping) -> dict[str, Tensor]:
     state = checkpoint.get("model", checkpoint)
     if not isinstance(state, Mapping) or not state:
-        raise ValueError("not a ConTNet checkpoint: it holds no state dict")
+        raise ValueError("not a ConTNet checkpoint: it contains no state dict")
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"not a ConTNet checkpoint: its entry {odd[0]!r} is not a tensor")
     wrapped = all(name.startswith("module.") for name in state)
@@ -248,6 +248,6 @@ def convert_resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     stem = state.get("conv1.weight")
     if MARKS["timm"] not in state or stem is None or stem.shape[-2:] != (7, 7):
-        raise ValueError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
+        raise ValueError("not a ResNet like torchvision's: it has no conv1.weight of 7x7")
     counts = ".num_batches_tracked"
     return {detectron2_name(k): v for k, v in state.items() if not k.endswith(counts)}

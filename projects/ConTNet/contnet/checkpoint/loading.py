@@ -44,7 +44,7 @@ def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor
     converted, report = convert_state_dict(state)
     if left := report.unexpected:
         logger.warning(
-            f"{path}: {len(left)} tensors are no part of a ConTNet and are left out "
+            f"{path}: {len(left)} tensors do not belong to a ConTNet and are ignored "
             f"({first_names(left)})"
         )
     return converted
@@ -79,10 +79,10 @@ def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
             made.pop(f"{part}.bias", None)
     line = (
         f"{weights.path} is a detector of {weights.origin.maker}: {len(made)} tensors of its "
-        "pyramid and heads are translated"
+        "pyramid and heads are converted"
     )
     if left:
-        line += f", {len(left)} mean nothing here and are left out ({first_names(left)})"
+        line += f", {len(left)} have no counterpart here and are ignored ({first_names(left)})"
     logger.info(line)
     return made
 
@@ -128,13 +128,13 @@ def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: 
         value = state[name]
         if not value.is_floating_point():
             raise UserError(
-                f"{path}: {name} holds {value.dtype}, as of quantised weights, where "
-                f"{expected.dtype} is needed: give weights that are not quantised"
+                f"{path}: {name} is {value.dtype}, as in quantised weights, where "
+                f"{expected.dtype} is required: use weights that are not quantised"
             )
         if not value.isfinite().all():
             raise UserError(
-                f"{path}: {name} is not finite: the file is damaged, or its training had "
-                "diverged; give an earlier checkpoint, or copy the file again"
+                f"{path}: {name} is not finite: the file is damaged, or its training "
+                "diverged; use an earlier checkpoint, or copy the file again"
             )
 
 
@@ -158,11 +158,11 @@ def _advice(
 ) -> str:
     if not whole:
         return (
-            "give weights of this very backbone (variant and options), or allow it with "
+            "use weights of exactly this backbone (variant and options), or allow it with "
             f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(weights.path)}"
         )
     if not absent and set(misshapen) <= set(_head_names(model)):
-        return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
+        return "its head has another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
     if not absent:
         return "it is a checkpoint of another architecture, or of another number of classes"
     first = next(iter(weights.tensors))
@@ -203,7 +203,7 @@ def _backbone_prefix(model: nn.Module, path: str) -> str:
     try:
         return backbone_prefix(model)
     except ValueError as error:
-        raise UserError(f"{path} cannot begin this model: {error}") from error
+        raise UserError(f"{path} cannot initialise this model: {error}") from error
 
 
 def _takes_head(given: Mapping[str, Tensor]) -> bool:
@@ -278,8 +278,8 @@ def load_weights(
     path = weights.path
     if weights.odd:
         raise UserError(
-            f"{path} has entries among its tensors that are none ({first_names(weights.odd)}); "
-            f"{conversion_advice(path)}"
+            f"{path} has entries among its tensors that are not tensors "
+            f"({first_names(weights.odd)}); {conversion_advice(path)}"
         )
     if ours is not None:
         check_network(ours, weights, whole)

@@ -131,11 +131,11 @@ class Metadata:
             return None
         try:
             if not isinstance(said, Mapping):
-                raise TypeError(f"a {type(said).__name__} in the place of a dict")
+                raise TypeError(f"a {type(said).__name__} instead of a dict")
             written = said.get("format", _FORMAT)
             if isinstance(written, int) and written != _FORMAT:
                 raise UserError(
-                    f"{path} is of format {written}, this version reads {_FORMAT}: use the version "
+                    f"{path} has format {written}, this version reads {_FORMAT}: use the version "
                     "of contnet that wrote it, or a later one"
                 )
             found = msgspec.convert(said if "format" in said else _upgrade(said), cls)
@@ -253,8 +253,8 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
     ):
         if networks[0] != networks[1] and all(map(belongs, networks)):
             raise UserError(
-                f"{path} has weights of {networks[0]}, and the config builds {networks[1]}: set "
-                f"{key} (of a classifier MODEL.CLASSIFIER.NAME), or give other weights"
+                f"{path} has weights of {networks[0]}, but the config builds {networks[1]}: set "
+                f"{key} (for a classifier MODEL.CLASSIFIER.NAME), or use other weights"
             )
     keys = dict(_DECISIVE)
     # Patches that lie apart are another function where convolutions dilate, and the same elsewhere.
@@ -264,8 +264,8 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
         pair = [facts.options.get(option) for facts in (theirs, ours)]
         if None not in pair and pair[0] != pair[1]:
             raise UserError(
-                f"{path} was trained with {key} {pair[0]}, and the config has {pair[1]}: set {key} "
-                f"{pair[0]}, or give other weights"
+                f"{path} was trained with {key} {pair[0]}, but the config has {pair[1]}: set {key} "
+                f"{pair[0]}, or use other weights"
             )
 
 
@@ -352,16 +352,16 @@ def check_network(ours: Metadata, weights: _Weights, whole: bool) -> None:
     _check_decisive(ours, theirs, path)
     if unsaid := _unsaid(ours, theirs, origin):
         weights.warn(
-            f"{path} does not say all that it was trained with, so the config's settings are "
-            f"taken: {', '.join(unsaid)}"
+            f"{path} does not contain all settings of its training, so the config's are "
+            f"used: {', '.join(unsaid)}"
         )
     if changed := _differences(ours, theirs, whole):
-        weights.warn(f"{path} was trained with another setting: {'; '.join(changed)}")
+        weights.warn(f"{path} was trained with other settings: {'; '.join(changed)}")
     if weights.metadata is None and (keys := _keys_of(origin, ours)):
         maker = f" ({origin.maker})" if origin.maker else ""
         weights.warn(
-            f"{path}{maker} was trained with other pixels or strides than the config's, and gives "
-            f"wrong results so: set {' '.join(keys)}, or give other weights"
+            f"{path}{maker} was trained with other pixel values or strides than the config's, "
+            f"which gives wrong results: set {' '.join(keys)}, or use other weights"
         )
 
 
@@ -388,20 +388,20 @@ def check_class_names(
     if theirs is None or ours is None:
         who = "the data set does" if theirs else f"{path} does"
         weights.warn(
-            f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
-            "and of the weights' outputs mean the same"
+            f"{who} not name its classes: it is unknown whether the data's labels and the weights' "
+            "outputs mean the same classes"
         )
     elif subset and set(ours) <= set(theirs):
         return
     elif differing := describe_difference(ours, theirs):
-        advice = "give data that has these names in this order, or weights of a run on this data"
+        advice = "use data with these names in this order, or weights trained on this data"
         if isinstance(model, ImageClassifier):
             advice = (
-                "rename its class folders, or for a flat folder write the names in that order into "
+                "rename its class folders, or for a flat folder write the names in that order to "
                 "classes.txt in it"
             )
         raise UserError(
             f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
-            f"({differing}): {advice}; a new training takes the head's classes by name "
+            f"({differing}): {advice}; a new training copies the head's classes by name "
             "(docs/fine_tuning.md)"
         )

@@ -77,8 +77,8 @@ def last_checkpoint(output_dir: str | Path) -> Path:
     name = content.decode(errors="replace").strip()
     if not _FILE_NAME.fullmatch(name) or not name.isprintable():
         raise UserError(
-            f"{path} must hold the name of a checkpoint in its folder, not "
-            f"{printable(repr(name), 80)}: write one into it, or name a file by --resume-from"
+            f"{path} must contain the name of a checkpoint in its folder, not "
+            f"{printable(repr(name), 80)}: write one into it, or give a file with --resume-from"
         )
     return Path(output_dir, name)
 
@@ -100,7 +100,7 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
     path = last_checkpoint(output_dir)
     if not path.is_file():
         raise UserError(
-            f"{Path(output_dir, LAST_CHECKPOINT)} names {path.name}, which is not there: write the "
-            "name of a checkpoint of this folder into it"
+            f"{Path(output_dir, LAST_CHECKPOINT)} names {path.name}, which does not exist: write "
+            "the name of a checkpoint in this folder into it"
         )
     return path

@@ -83,11 +83,14 @@ def _check_single(weights: Weights) -> None:
     if not found:
         first = next(iter(weights.tensors))
         raise UserError(
-            f"it holds neither a ConTNet nor a ResNet, its first tensor is {printable(first, 200)}"
+            "it contains neither a ConTNet nor a ResNet, its first tensor is "
+            f"{printable(first, 200)}"
         )
     if len(found) > 1:
         names = ", ".join(prefix + MARKS[form] for form, prefix in found)
-        raise UserError(f"it holds several networks ({names}): leave one of them in the file")
+        raise UserError(
+            f"it contains several networks ({names}): keep only one of them in the file"
+        )
 
 
 def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
@@ -95,11 +98,11 @@ def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
     said = weights.metadata.options.get("pre_norm") if weights.metadata else None
     if said is None and asked is None:
         raise UserError(
-            "nothing in it shows whether its ConTNet was trained with pre_norm: add --pre-norm or "
+            "it does not show whether its ConTNet was trained with pre_norm: add --pre-norm or "
             "--no-pre-norm (the default of the authors and of this package)"
         )
     if said is not None and asked is not None and said != asked:
-        raise UserError(f"it says that its ConTNet has pre_norm {said}: leave the option out")
+        raise UserError(f"its metadata say that its ConTNet has pre_norm {said}: remove the option")
     return said if asked is None else asked
 
 
@@ -119,7 +122,7 @@ def _check_said(network: Network, weights: Weights) -> None:
     for name in ("network", "in_chans", "relative", "use_avgdown", "qkv_bias"):
         if name in found and said.get(name, found[name]) != found[name]:
             raise UserError(
-                f"it says that it has {name} {said[name]}, and its tensors are of {found[name]}: "
+                f"its metadata say {name} {said[name]}, but its tensors have {found[name]}: "
                 "do not use this file"
             )
 
@@ -135,8 +138,8 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
     lacking = [name for name in absent if name not in network.missing]
     if lacking and all(name.endswith(("running_mean", "running_var")) for name in lacking):
         raise UserError(
-            f"its {network.variant} has no running statistics, as with GroupNorm: give the file to "
-            "MODEL.WEIGHTS of a detector with the same norm as it is"
+            f"its {network.variant} has no running statistics, as with GroupNorm: use the file "
+            "unchanged as MODEL.WEIGHTS of a detector with the same norm"
         )
     if lacking or len(network.missing) == 1:
         raise UserError(
@@ -150,7 +153,7 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
                 f"{tuple(expected[name].shape)}"
             )
         if expected[name].is_floating_point() and not value.is_floating_point():
-            raise UserError(f"{network.origins[name]} holds {value.dtype}: it is quantised")
+            raise UserError(f"{network.origins[name]} is {value.dtype}: it is quantised")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{network.origins[name]} is not finite: the training had diverged")
 
@@ -193,9 +196,9 @@ def _resnet_variant(tensors: Mapping[str, Tensor]) -> str:
     variant = _RESNETS.get(("layer1.0.conv3.weight" in tensors, depths))
     stem = tensors.get("conv1.weight")
     if stem is None or stem.shape[-2:] != (7, 7):
-        raise UserError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
+        raise UserError("not a ResNet like torchvision's: it has no conv1.weight of 7x7")
     if variant is None:
-        raise UserError(f"no ResNet of torchvision's has {depths} blocks per stage")
+        raise UserError(f"no torchvision ResNet has {depths} blocks per stage")
     return variant
 
 
@@ -209,7 +212,7 @@ def _find_resnet(form: str, native: dict[str, Tensor]) -> Network:
         whole = timm.create_model(variant, num_classes=_whole_head(options)).state_dict()
     # An extra tensor, as that of a squeeze-and-excitation, means another function.
     if extra := [origins[name] for name in tensors if name not in whole]:
-        raise UserError(f"no plain {variant}, which has no {first_names(extra)}")
+        raise UserError(f"not a plain {variant}, which has no {first_names(extra)}")
     network = Network(
         "resnet", form, variant, options, native, tensors, origins, dropped=[], missing=[]
     )
@@ -235,7 +238,7 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
         network = _find_contnet(form, native)
         network.options["pre_norm"] = _pre_norm_of(weights, pre_norm)
     elif pre_norm is not None:
-        raise UserError("--pre-norm is an option of ConTNet, and this is a ResNet")
+        raise UserError("--pre-norm is an option of ConTNet, but this is a ResNet")
     else:
         network = _find_resnet(form, native)
         said = weights.metadata.options if weights.metadata else {}

@@ -75,7 +75,7 @@ class _Array(np.ndarray, metaclass=_Fixed):
         if (dtype := kind.plain()) is None:
             return
         if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise pickle.UnpicklingError("it holds an array of no shape")
+            raise pickle.UnpicklingError("it contains an array without a shape")
         super().__setstate__((1, tuple(shape), dtype, bool(fortran), _as_bytes(data)))
 
 
@@ -101,7 +101,7 @@ class _Encode(metaclass=_Fixed):
 
     def __new__(cls, text: str, encoding: str):
         if encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError(f"it holds bytes as {printable(str(encoding), 100)}")
+            raise pickle.UnpicklingError(f"it contains bytes as {printable(str(encoding), 100)}")
         return text.encode("latin1")
 
 
@@ -232,7 +232,7 @@ def without_attributes(content: object) -> object:
         if id(each) in seen or not isinstance(each, dict | list | tuple):
             continue
         if depth > _DEEPEST:
-            raise pickle.UnpicklingError(f"it is nested more than {_DEEPEST} deep")
+            raise pickle.UnpicklingError(f"it is nested more than {_DEEPEST} levels deep")
         seen.add(id(each))
         if isinstance(each, dict):
             getattr(each, "__dict__", {}).clear()

@@ -140,8 +140,8 @@ class Weights:
 def conversion_advice(path: str) -> str:
     """What may help with a file that does not fit."""
     return (
-        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of "
-        "a ConTNet or ResNet in it fit"
+        f"python tools/convert_weights.py {path} NEW.pth shows what it contains, and converts the "
+        "weights of a ConTNet or ResNet in it"
     )
 
 
@@ -189,7 +189,9 @@ def _fill(weights: Weights, state: Mapping) -> None:
         if tensor is None or not isinstance(name, str):
             weights.odd.append(str(name))
         elif short in weights.tensors:
-            raise UserError(f"{weights.path} holds {printable(short, 200)} twice, in two wrappers")
+            raise UserError(
+                f"{weights.path} contains {printable(short, 200)} twice, in two wrappers"
+            )
         else:
             weights.tensors[short], weights.origins[short] = tensor, name
     networks = locate_networks(weights.tensors)
@@ -249,7 +251,7 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
         weights.classes = origin.classes
     if not weights.tensors:
         raise UserError(
-            f"{source} holds no weights: it must be tensors by name alone, or have them as "
+            f"{source} contains no weights: it must be only tensors by name, or have them as "
             f"{' or '.join(map(repr, _MODEL_KEYS[:2]))}; {conversion_advice(source)}"
         )
     return weights

@@ -68,7 +68,7 @@ def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) ->
     if not path:
         raise ValueError(
             f"{name}: no weights are published with this package; build it with pretrained=False, "
-            'or name a converted file by pretrained_cfg_overlay={"file": ...}'
+            'or give a converted file as pretrained_cfg_overlay={"file": ...}'
         )
     return str(path)
 
@@ -84,16 +84,16 @@ def _describe_features(
     indices = [] if isinstance(out_indices, int) else [i % len(FEATURES) for i in out_indices]
     if indices != sorted(indices):
         raise ValueError(
-            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} gives features in the "
-            "order of the stages, name them in it or take feature_cls 'getter'"
+            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} returns features in "
+            "the order of the stages, list them in it or use feature_cls 'getter'"
         )
     # By hooks timm gets the inputs of convolutions, too, which are the taps "pre".
     if "hook" in names and model.taps == "pre":
         return
     if model.taps == "pre":
         raise ValueError(
-            f"feature_cls is {feature_cls!r}, which gives the outputs of stages, not taps='pre': "
-            "take feature_cls 'getter' or 'hook'"
+            f"feature_cls is {feature_cls!r}, which returns the outputs of stages, not taps='pre': "
+            "use feature_cls 'getter' or 'hook'"
         )
     model.feature_info = [
         {

@@ -70,7 +70,7 @@ def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "
         except Exception as error:  # a damaged file may raise anything
             reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
             raise UserError(
-                f"{path} cannot be read, it is damaged or cut short: {reason}"
+                f"{path} cannot be read, it is damaged or truncated: {reason}"
             ) from error
     file.seek(0)
     expected = digest or digest_in_name(path)
@@ -80,8 +80,8 @@ def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "
     file.seek(0)
     if not found.startswith(expected):
         raise UserError(
-            f"{path} is damaged: its SHA-256 begins with {found[: len(expected)]}, not as its "
-            f"{'address' if digest else 'name'} says; get it again, or rename it if it was changed "
+            f"{path} is damaged: its SHA-256 begins with {found[: len(expected)]}, not as in its "
+            f"{'address' if digest else 'name'}; download it again, or rename it if it was changed "
             "on purpose"
         )
     return found

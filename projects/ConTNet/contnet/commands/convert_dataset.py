@@ -55,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="class names in the order of their ids: data.yaml, or a file with one per line "
-        "(default: voc: those of all XML files, sorted; yolo: data.yaml or classes.txt in FOLDER or above)",
+        "(default: voc: those of all XML files, sorted; yolo: data.yaml or classes.txt in FOLDER "
+        "or above)",
     )
     common.add_argument(
         "--skip", action="store_true", help="exit status 0 even if something was left out"
