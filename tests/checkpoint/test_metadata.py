@@ -362,7 +362,7 @@ def test_a_conversion_keeps_what_its_source_says(tmp_path, convert, refuse):
     assert said["pixels"]["format"] == "RGB"
     assert "META_ARCHITECTURE" in said["config"]
     assert load(convert(path, "--head", "drop")[0])[1]["classes"] is None
-    assert "says that its ConTNet has pre_norm True" in refuse(path, "--no-pre-norm")
+    assert "say that its ConTNet has pre_norm True" in refuse(path, "--no-pre-norm")
 
 
 def test_a_conversion_does_not_say_more_than_its_source(tmp_path, convert, warnings):

@@ -158,5 +158,5 @@ def test_label_files_are_for_flat_folders(root):
     cfg = config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)", KEY, "3")
     with pytest.raises(UserError, match=r"DATASETS.REGISTER as \[name, label file"):
         check_datasets(cfg, ["mine"])
-    with pytest.raises(UserError, match=r"data set mine: .* need a label file"):
+    with pytest.raises(UserError, match=r"data set mine: .* require a label file"):
         config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)")

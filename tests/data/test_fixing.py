@@ -225,7 +225,7 @@ def test_damage_is_mended(data, expected, capsys, tmp_path, damage):
     data.file.write_text(json.dumps(data.content))
     before, out = data.file.read_bytes(), tmp_path / "out.json"
     assert _fix(data, out) == 0, capsys.readouterr()
-    assert "  mended" in capsys.readouterr().out
+    assert "  fixed" in capsys.readouterr().out
     assert data.file.read_bytes() == before
     _check(data, out, expected)
 

@@ -224,20 +224,23 @@ def _each(key: str, field: str, to: Callable[[object], object]) -> Callable[[Cop
 
 IDS = {
     "texts in one list": (_each("images", "id", str), "image_id are numbers, while"),
-    "texts in the other": (_each("annotations", "image_id", str), "image_id are texts, while"),
-    "classes": (_each("annotations", "category_id", str), "category_id are texts, while"),
+    "texts in the other": (_each("annotations", "image_id", str), "image_id are strings, while"),
+    "classes": (_each("annotations", "category_id", str), "category_id are strings, while"),
     "decimal points": (_each("images", "id", float), "1.0 with a decimal point"),
     "decimal points of classes": (_each("categories", "id", float), "1.0 with a decimal point"),
-    "texts of classes": (_each("categories", "id", str), 'not the text "1"'),
+    "texts of classes": (_each("categories", "id", str), 'not the string "1"'),
     "decimal points in objects": (_each("annotations", "image_id", float), "1.0 with a decimal"),
     "annotation ids": (_each("annotations", "id", float), "1.0 with a decimal point"),
     "nothing": (_each("images", "id", lambda value: None), "images without an id"),
     "texts as boxes": (
         _each("annotations", "bbox", lambda box: list(map(str, box))),
-        "but texts",
+        "but strings",
     ),
-    "texts as sizes": (_each("images", "width", str), "(the text "),
-    "no sizes": (_each("images", "height", lambda value: None), "width and height are no whole"),
+    "texts as sizes": (_each("images", "width", str), "(the string "),
+    "no sizes": (
+        _each("images", "height", lambda value: None),
+        "width and height are not integers",
+    ),
     "numbers as masks": (
         _each("annotations", "segmentation", lambda mask: mask[0]),
         "masks that are one list of numbers",
@@ -280,11 +283,11 @@ def _nfd(name: str) -> str:
 NAMES = {
     "backslashes": (
         rename_images(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
-        "in the place of /",
+        "instead of /",
     ),
     "a machine's prefix": (
         rename_images(lambda name: name, lambda name: f"/home/other/{name}"),
-        "a path before them",
+        "a leading path",
     ),
     "upper case": (rename_images(lambda name: name, str.upper), "upper or lower case"),
     "ending": (rename_images(lambda name: name, lambda name: name[:-3] + "png"), "another ending"),
@@ -340,7 +343,7 @@ def test_other_files_of_the_same_name_are_not_taken_for_an_image(data, other):
     Image.open(root / "2.jpg").save(root / other, format="PNG")
     data.image(0).unlink()
     (line,) = _lines(data)
-    assert "images that are missing (1 of 4" in line
+    assert "missing images (1 of 4" in line
 
 
 def test_another_folder_is_named(data):
@@ -361,7 +364,7 @@ FORMS = {
     "LabelMe": ({"shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
     "VIA": ({"a.jpg12": {"filename": "a.jpg", "regions": []}}, "VIA"),
     "CreateML": ([{"image": "a.jpg", "annotations": []}], "CreateML"),
-    "an empty list": ([], "'images' must be there"),
+    "an empty list": ([], "'images' must be a list"),
 }
 
 

@@ -164,7 +164,7 @@ def _drop_key(key):
 
 
 DAMAGES = {
-    "image": (_drop_image, [], "images that are missing"),
+    "image": (_drop_image, [], "missing images"),
     "cut JSON": (_cut_json, [], "is not valid JSON"),
     "no images": (_drop_key("images"), [], "has not the form of COCO instances"),
     "no categories": (_drop_key("categories"), [], "has not the form of COCO instances"),

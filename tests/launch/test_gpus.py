@@ -63,7 +63,7 @@ def test_more_processes_than_gpus():
 def test_one_gpu_for_several_processes(device):
     check_device_value(device, 1)
     check_device_value("cuda", 2)
-    with pytest.raises(UsageError, match=f"'{device}', .* 2 processes: write cuda"):
+    with pytest.raises(UsageError, match=f"'{device}', .* 2 processes: set it to cuda"):
         check_device_value(device, 2)
 
 

@@ -325,7 +325,7 @@ def test_a_job_that_nccl_says_has_lost_a_node_is_requeued(tmp_path, monkeypatch)
     process.start()
     process.join()
     assert process.exitcode == 0
-    reason = "a node does not answer any more; requeued"
+    reason = "a node does not respond; requeued"
     assert AttemptFolder(tmp_path, "4242", 0).read("exit")["reason"] == reason
     assert (tmp_path / "bin" / "calls").read_text() == "requeue 4242\n"
 

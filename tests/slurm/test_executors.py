@@ -196,7 +196,7 @@ def test_a_failing_setup_is_in_the_status(no_slurm, capsys):
     assert main(["--status", "out"]) == 0
     shown = capsys.readouterr().out
     assert "state    never started" in shown
-    assert "this set-up command failed: no-such-module" in shown
+    assert "the set-up command failed: no-such-module" in shown
 
 
 @pytest.mark.slow

@@ -118,9 +118,7 @@ def compare_names(ours: Sequence[str], theirs: Sequence[str], path: str) -> str:
     new = [name for name in ours if name not in theirs]
     # Names that a spelling alone keeps apart.
     alike = {_simple(name): name for name in theirs if _simple(name)}
-    near = [
-        f"{name} is {alike[_simple(name)]} there" for name in new if _simple(name) in alike
-    ]
+    near = [f"{name} is {alike[_simple(name)]} there" for name in new if _simple(name) in alike]
     hint = f"; names must be equal ({first_names(near)})" if near else ""
     if not shared:
         return (

@@ -102,7 +102,7 @@ class Findings:
             few = found.count * _HARMLESS <= objects
             if severity == _LOST:
                 severity = NOTE if few else ERROR
-                kind += " (training would leave these objects out)"
+                kind += " (training would skip these objects)"
             elif severity == _DOUBT:
                 severity = NOTE if few else WARNING
             kinds[severity, kind] = found

@@ -11,7 +11,7 @@ _TYPES = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     list: "a list",
     tuple: "a list",
 }

@@ -76,7 +76,7 @@ def _of_coco(file: Path, root: str, categories: dict[str, int]) -> Iterator[_Fou
         name = image.get("file_name")
         if not isinstance(name, str) or not isinstance(image.get("id"), (int, str)):
             raise UsageError(
-                f"{file}: each image must have a file_name, and a number or a text as id"
+                f"{file}: each image must have a file_name, and a number or a string as id"
             )
         yield Path(root or file.parent, name), name, image["id"]
 

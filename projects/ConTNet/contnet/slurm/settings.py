@@ -174,7 +174,7 @@ def _typed(each: Field, value: object, where: str) -> object:
     name = {
         list: "a list of strings",
         dict: "KEY: value lines",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
     }
     raise UsageError(f"{where} is {value!r}, it must be {name.get(kind, 'a number')}")

@@ -93,7 +93,7 @@ def register_datasets(cfg: CfgNode) -> None:
             _register(name, paths)
         elif (taken := _paths(name)) != paths:
             raise UsageError(
-                f"DATASETS.REGISTER: the name {name} is taken already, by "
+                f"DATASETS.REGISTER: the name {name} is already used by "
                 f"{taken[0] if taken else 'another data set'}: choose another"
             )
 

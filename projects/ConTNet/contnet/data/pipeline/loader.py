@@ -137,7 +137,7 @@ class TrainingBatchSampler(Sampler):
         if "images_seen" not in state:  # of the first versions, which counted batches
             batches = state["batches"] * state["batch_size"] * state["world_size"]
             self.start = state["start"] + batches
-            reason = "the checkpoint's version dealt them otherwise"
+            reason = "the checkpoint's version ordered them differently"
         else:
             self.start = state["images_seen"]
             here = self._order_state()
@@ -145,8 +145,8 @@ class TrainingBatchSampler(Sampler):
             reason = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
         if reason:
             logger.warning(
-                f"Resuming after {self.start} images, but their order is no longer that of the run "
-                f"that was cut ({reason})"
+                f"Resuming after {self.start} images, but their order is not that of the "
+                f"interrupted run ({reason})"
             )
 
 
@@ -209,7 +209,7 @@ def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
     except KeyError as error:
         raise UsageError(
             f"the records of DATASETS.TRAIN have no {error.args[0]} (those of labelled images have "
-            "none): set DATALOADER.ASPECT_RATIO_GROUPING False and SAMPLER_TRAIN TrainingSampler"
+            "none): set DATALOADER.ASPECT_RATIO_GROUPING False, SAMPLER_TRAIN TrainingSampler"
         ) from error
     return ImageOrder(len(dicts), seed, cfg.DATALOADER.GROUP_SIZE, landscape, repeats)
 
@@ -219,7 +219,7 @@ def _tell_of_groups(size: int, group_size: int) -> None:
     if group_size == 1 or size == group_size or not comm.is_main_process():
         return
     if size % group_size:
-        what = "groups of images of one aspect are split"
+        what = "groups of images of one orientation are split"
     else:
         what = "a batch may have landscape and portrait images, which are padded to a common size"
     logger.info(
@@ -264,8 +264,8 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
 
     def give_up(*_) -> NoReturn:
         raise UserError(
-            f"the data loader's workers gave no batch for {seconds} s (DATALOADER.TIMEOUT): they "
-            "are stopped, or the storage of the images does not answer"
+            f"the data loader's workers delivered no batch for {seconds} s (DATALOADER.TIMEOUT): "
+            "they are stuck, or the storage does not respond"
         )
 
     start, left, interval = time.monotonic(), 0.0, 0.0

@@ -254,7 +254,7 @@ class NamedErrors:
             return self.mapper(record)
         except UnreadableFile as error:
             raise UserError(
-                f"{error}: python tools/doctor.py with this config lists all such"
+                f"{error}: run python tools/doctor.py with this config for a full list"
             ) from error
         except UserError:  # of a user's own mapper
             raise
@@ -263,7 +263,7 @@ class NamedErrors:
                 raise
             raise UserError(
                 f"{sample_name(record)} cannot be loaded ({' '.join(_describe(error).split())}): "
-                "python tools/doctor.py with this config tells all that is wrong"
+                "run python tools/doctor.py with this config for details"
             ) from error
 
 

@@ -261,7 +261,7 @@ def _mark_crowds(fix: _Fix) -> None:
             continue
         if given is None or as_whole(given) in (0, 1) or isinstance(given, bool):
             item["iscrowd"] = int(as_whole(given) or given is True)
-            fix.done["iscrowd that was missing, a text or true/false: 0 or 1"] += 1
+            fix.done["iscrowd that was missing, a string or true/false: 0 or 1"] += 1
 
 
 def _clean_polygons(fix: _Fix) -> None:
