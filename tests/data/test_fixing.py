@@ -287,7 +287,7 @@ def test_a_wrong_folder_is_no_reason_to_drop_all(data, capsys, tmp_path):
     for image in data.content["images"]:
         (data.root / "train" / image["file_name"]).unlink()
     assert _fix(data, tmp_path / "out.json") == 1
-    assert "give the right folder" in capsys.readouterr().err
+    assert "check the folder" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
 

@@ -68,7 +68,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        path, what = tmp_path / "p\0.png", "no file can have this name"
+        path, what = tmp_path / "p\0.png", "invalid file name"
     _refused(path, what)
 
 

@@ -296,4 +296,4 @@ def test_city_of_another_kind(city, capsys):
         capsys, *_city_options("sem_seg"), "MODEL.META_ARCHITECTURE", "RetinaNet"
     )
     assert status == 1
-    assert any("it has label maps, but a RetinaNet needs objects" in line for line in lines)
+    assert any("it has label maps, but RetinaNet requires objects" in line for line in lines)

@@ -103,7 +103,7 @@ DAMAGE = {
     "empty class": (_empty_class, "class folders without images"),
     "class that train lacks": (_extra_class, "train (1 too many: n77)"),
     "hidden folder": (_hidden, "[.ipynb_checkpoints"),
-    "dead link": (_dead_link, "lead nowhere"),
+    "dead link": (_dead_link, "broken links"),
     "class that val lacks": (_lost_class, f"train (1 missing: {class_name(0)})"),
     "folders and images": (_mixed, "(stray.png"),
     "empty": (_nothing, "train is empty"),
@@ -262,7 +262,7 @@ def test_notes_of_macos_and_copies_of_notebooks_are_no_images(root, capsys):
     assert len(load_dataset_dicts(config(), ["imagenet_train"], train=True)) == before + 1
     status, said = run_doctor(capsys)
     assert status == 0, said
-    (note,) = [line for line in said if "left out" in line]
+    (note,) = [line for line in said if "ignored" in line]
     assert "._0.JPEG" in note and ".ipynb_checkpoints" in note
 
 

@@ -51,12 +51,12 @@ def _floats(data: Copy) -> None:
 PIXELS = {
     "missing": (_remove, "missing images"),
     "link to nowhere": (_dangling, "missing images"),
-    "folder": (_folder, "missing images"),
+    "folder": (_folder, "path is not a file"),
     "huge": (_huge, "more than INPUT.MAX_PIXELS 1500000"),
-    "floats": (_floats, "no whole numbers"),
+    "floats": (_floats, "not integers"),
     "truncated": (_truncate, "cannot be read"),
     "no image": (_no_image, "cannot be read"),
-    "other size": (_other_size, "another size"),
+    "other size": (_other_size, "size differs"),
     "turned by EXIF": (_turned(6, False), "EXIF orientation"),
 }
 

@@ -500,7 +500,7 @@ def test_an_evaluation_that_was_left(tmp_path, more):
     if more == DOUBLED:
         assert seen == [(0, 8), (1, 16)]
     else:
-        assert seen == [(2, 12), (3, 16)] and "left out" in said(folder)
+        assert seen == [(2, 12), (3, 16)] and "skipped" in said(folder)
     lines = metrics_of(folder)
     assert [line["images_seen"] for line in lines] == (
         [4, 8, 16] if more == DOUBLED else [4, 8, 12, 16]

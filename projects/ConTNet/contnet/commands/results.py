@@ -96,7 +96,7 @@ def _read_settings(run: Path) -> dict:
         if not isinstance(settings, dict):
             raise ValueError("it does not contain a config")
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
     except (ValueError, yaml.YAMLError) as error:
         reason = printable(" ".join(str(error).split()))
         warn_once(f"{path} cannot be read ({reason}): it is skipped")
@@ -142,7 +142,7 @@ def _read_config(run: Path) -> CfgNode | None:
     try:
         return load_checked_config(str(run / _CONFIG_FILE))
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
         return None
 
 

@@ -95,7 +95,7 @@ class _Evaluator(DatasetEvaluator, ABC):
             self._images[name] = self._compare(file, predict(file))
         except KeyError as error:  # from cityscapesscripts' table
             raise UserError(
-                f"{file}, or the files beside it: {error} is no class id of "
+                f"{file}, or the files beside it: {error} is not a class id of "
                 "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
             ) from error
 
@@ -142,7 +142,7 @@ def _read(file: Path, shape: Sequence[int]) -> np.ndarray:
     if pixels.shape != tuple(shape):
         raise UserError(
             f"{file} has the shape {pixels.shape}, predictions for it have {tuple(shape)}: the "
-            "image, its polygons and its label files must be of one size"
+            "image, its polygons and its label files must have the same size"
         )
     return pixels
 

@@ -101,7 +101,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
         line = f"{self._metadata.name} has no annotations: no metrics"
         if self.results_file.exists():  # proposals alone have no such form
             line += (
-                "; the detections, in the form of COCO's server, are in "
+                "; the detections, in the format of COCO's server, are in "
                 f"{self.results_file.absolute()}"
             )
         return [line]

@@ -65,7 +65,7 @@ def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[s
     if kind in ("coco", "cityscapes_instance"):
         limit = protocol["detections_per_image"] = cfg.TEST.DETECTIONS_PER_IMAGE
         if limit != _DETECTIONS:
-            deviations.append(f"{limit} detections of an image count, not {_DETECTIONS}")
+            deviations.append(f"{limit} detections per image count, not {_DETECTIONS}")
         if cfg.MODEL.META_ARCHITECTURE in _THRESHOLDS:
             node, usual = _THRESHOLDS[cfg.MODEL.META_ARCHITECTURE]
             score = protocol["score_threshold"] = cfg.MODEL[node].SCORE_THRESH_TEST

@@ -35,7 +35,7 @@ class _Files(DatasetEvaluator, ABC):
         self._folder = Path(folder, "server").absolute()
         self._things = MetadataCatalog.get(name).get("thing_classes")
         self.warnings = [
-            f"{name} has no truth here: no metrics; the files for Cityscapes' server are in "
+            f"{name} has no ground truth: no metrics; the files for Cityscapes' server are in "
             f"{self._folder}"
         ]
 

@@ -83,8 +83,8 @@ def share_classes(
     counts = (*Counter(ours).items(), *Counter(theirs).items())
     if double := [label for label, count in counts if count > 1]:
         raise UserError(
-            f"data set {name} has not the model's classes in their order, and names cannot match "
-            f"them, for several are called {double[0]}: give them different names"
+            f"data set {name} does not have the model's classes in their order, and they cannot be "
+            f"matched by name: several are called {double[0]}, give them different names"
         )
     if missing := [label for label in theirs if label not in ours]:
         raise UserError(
@@ -94,6 +94,6 @@ def share_classes(
     left = [label for label in ours if label not in theirs]
     logger.info(
         f"data set {name} has {len(theirs)} of the model's {len(ours)} classes, by name"
-        + (f"; detections of the others count for nothing: {first_names(left)}" if left else "")
+        + (f"; detections of the others are ignored: {first_names(left)}" if left else "")
     )
     return SharedClasses(evaluator, [list(ours).index(label) for label in theirs], len(ours))

@@ -100,7 +100,7 @@ class ReadableBatches:
 
     def _skip(self, images: list[dict]) -> None:
         for image in images:
-            logger.warning(f"Left out, and counted as missed: {image[_REASON]}")
+            logger.warning(f"Skipped, and counted as missed: {image[_REASON]}")
             self.skipped.append(sample_name(image))
         if hasattr(self.evaluator, "skip"):
             self.evaluator.skip(images)

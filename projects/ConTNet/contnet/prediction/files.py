@@ -240,17 +240,18 @@ def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
     for name in settings.classes:
         if name not in model.class_names:
             raise UsageError(
-                f"--classes has {name!r}, which {model.source} does not know, the nearest is "
+                f"--classes has {name!r}, which {model.source} does not have; the nearest is "
                 f"{nearest(name, model.class_names)!r}"
             )
     if settings.classes and model.task != "detection":
-        raise UsageError(f"--classes is for detectors, and {model.source} is of a {model.task}")
+        raise UsageError(f"--classes is for detectors, but {model.source} is a {model.task} model")
     ids = category_ids(model.class_names, settings.inputs.categories)
     if ids is None:
         missing = [name for name in model.class_names if name not in settings.inputs.categories]
         raise UsageError(
             f"the categories of the COCO file lack classes of {model.source} "
-            f"({first_names(missing)}): give one with the categories of the training, or with none"
+            f"({first_names(missing)}): use one with the categories of the training, or without "
+            "categories"
         )
     return ids
 
@@ -276,7 +277,7 @@ def _write(
         say(f"page {page}")
     if unreadable := [each.file.path for each in outcomes if each.unreadable]:
         raise UserError(
-            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read whole: "
+            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read completely: "
             f"{first_names(unreadable)}"
         )
 

@@ -85,7 +85,7 @@ def _expand(argument: str, root: str, categories: dict[str, int]) -> list[_Found
     path = Path(argument)
     if path.is_dir():
         if not (found := list(_in_folder(path))):
-            raise UsageError(f"{argument} has no images or videos in it")
+            raise UsageError(f"{argument} contains no images or videos")
         return found
     if path.exists():
         if path.suffix.lower() == ".json":

@@ -51,12 +51,12 @@ def _record_of(number: int, image: ImageLike) -> dict:
         return {"file_name": name, "pixels": image.copy()}
     if not isinstance(image, np.ndarray):
         raise UserError(
-            f"{name} is a {type(image).__name__}: give a path, an image of Pillow's or an array"
+            f"{name} is a {type(image).__name__}: give a path, a Pillow image or an array"
         )
     if image.dtype != np.uint8 or not (image.ndim == 2 or image.shape[2:] == (3,)):
         raise UserError(
             f"{name} is an array of {image.dtype} {image.shape}: give uint8 (H, W), or (H, W, 3) "
-            "in the order of RGB"
+            "in RGB order"
         )
     return {"file_name": name, "pixels": Image.fromarray(image)}
 
@@ -140,7 +140,7 @@ def find_weights(folder: Path) -> Path:
             return path
     if path := find_checkpoint(folder) or published_file(folder):
         return path
-    raise UserError(f"{folder} has no checkpoint: give the folder of a training, or a file")
+    raise UserError(f"{folder} has no checkpoint: give the folder of a run, or a file")
 
 
 def config_of(weights: Weights) -> CfgNode:
@@ -150,7 +150,7 @@ def config_of(weights: Weights) -> CfgNode:
     beside = Path(weights.path).parent / _CONFIG_FILE
     if beside.is_file():
         return load_checked_config(str(beside))
-    raise UsageError(f"{weights.path} does not say which config it belongs to: give --config-file")
+    raise UsageError(f"{weights.path} does not contain its config: add --config-file")
 
 
 def _choose_device(cfg: CfgNode, device: str) -> str:
@@ -176,7 +176,7 @@ def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predict
     architecture = cfg.MODEL.META_ARCHITECTURE
     if len(CLASS_KEYS.get(architecture, ())) != 1:
         raise UserError(
-            f"{weights.path} is of the architecture {architecture}, which is not predicted"
+            f"{weights.path} has the architecture {architecture}, which is not supported"
         )
     (key,) = CLASS_KEYS[architecture].values()
     cfg.MODEL.DEVICE = _choose_device(cfg, device)

@@ -27,7 +27,7 @@ _SAME = 0.5  # IoU from which two detections are of one object
 def check_tiles(model: Predictor, size: int, overlap: int) -> None:
     """Raises UsageError unless a model can look at tiles of such a size."""
     if model.task != "detection":
-        raise UsageError(f"tiles are for detectors, and {model.source} is of a {model.task}")
+        raise UsageError(f"tiles are for detectors, but {model.source} is a {model.task} model")
     if size < 16 or not 0 <= overlap < size:
         raise UsageError(
             f"tiles of {size} pixels that overlap by {overlap}: the size must be 16 or more, the "

@@ -87,12 +87,12 @@ def describe_kind(path: str | Path) -> str:
         status = os.stat(path)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return "a link that leads in a circle"
+            return "a circular link"
         if error.errno == errno.ENOENT:
-            return "a link that leads nowhere" if os.path.islink(path) else "missing"
+            return "a broken link" if os.path.islink(path) else "missing"
         return f"not to be reached ({error.strerror or error})"
     except ValueError:  # a null byte, or a letter that no name of a file can have
-        return "a name that no file can have"
+        return "an invalid file name"
     return _kind(status)
 
 
@@ -126,7 +126,7 @@ def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -
     except OSError:
         pass  # the opener says so, or makes the file
     except ValueError as error:
-        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from error
+        raise OSError(errno.EINVAL, "it is an invalid file name", str(path)) from error
     return open(path, mode, opener=opener, **kwargs)
 
 
@@ -154,13 +154,13 @@ def explain_os_error(error: OSError, path: str | Path) -> str:
     folder = Path(path).absolute().parent
     try:
         if error.errno == errno.ENOENT and not folder.is_dir():
-            return f"the folder {folder} is not there: was it moved or deleted?"
+            return f"the folder {folder} does not exist: was it moved or deleted?"
         if error.errno != errno.ENOSPC:
             return reason
         disk = os.statvfs(next(each for each in (folder, *folder.parents) if each.exists()))
     except OSError:
         return reason
-    files = ", but no file more" if disk.f_files and not disk.f_favail else ""
+    files = ", but no free inodes" if disk.f_files and not disk.f_favail else ""
     return f"{reason}: {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB are free there{files}"
 
 
