@@ -304,7 +304,7 @@ def test_versions_are_those_that_a_file_says(tmp_path):
 
 
 DAMAGED = {
-    "later": (_says(format=2), "of format 2"),
+    "later": (_says(format=2), "has format 2"),
     "text": ("contnet_ti", "are damaged"),
     "tensor": (torch.zeros(2), "are damaged"),
     "list": ([], "are damaged"),

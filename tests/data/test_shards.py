@@ -255,7 +255,7 @@ def test_other_content_is_refused(source, made, tmp_path, capsys):
     (tmp_path / "full" / "thesis.tex").write_text("")
     assert "contains other files, such as thesis.tex" in error(source, tmp_path / "full")
     assert os.listdir(tmp_path / "full") == ["thesis.tex"]
-    assert "lies in" in error(other, other / "shards")
+    assert "is inside" in error(other, other / "shards")
     (made / "train-000009.tar").unlink()
     assert "already contains shards" in error(made, tmp_path / "x")
     assert "--workers is 0" in error(source, tmp_path / "x", "--workers", "0", status=2)
@@ -409,8 +409,8 @@ PAIR = {"0.jpg": some_image(), "0.cls": b"0"}
 CONTENT = {
     "a class's own tar": ({"n01_1.JPEG": some_image()}, "1 of 1 images have no .cls file"),
     "label alone": ({**PAIR, "1.cls": b"0"}, "'1' has a .cls but no image"),
-    "no number": ({"0.jpg": some_image(), "0.cls": b"cat"}, "0.cls holds b'cat', it must be a l"),
-    "below 0": ({"0.jpg": some_image(), "0.cls": b"-1"}, "0.cls holds b'-1', it must be a l"),
+    "no number": ({"0.jpg": some_image(), "0.cls": b"cat"}, "0.cls contains b'cat', it must be a l"),
+    "below 0": ({"0.jpg": some_image(), "0.cls": b"-1"}, "0.cls contains b'-1', it must be a l"),
     "two images": ({**PAIR, "0.png": some_image()}, "the key '0' has two images"),
     "nothing": ({"readme": b"hello"}, "there are no images in"),
 }
@@ -444,7 +444,7 @@ def test_lost_shards_and_labels_are_told(made):
     lost = made / "train-000003.tar"
     lost.rename(made.parent / lost.name)
     _, errors, _ = read_all(made)
-    assert "hold 21 images of 24: run tools/make_shards.py again" in errors[0]
+    assert "contain only 21 of 24 images: run tools/make_shards.py again" in errors[0]
     (made.parent / lost.name).rename(lost)
     (made / "classes.txt").write_text("one\ntwo\n")
     _, errors, _ = read_all(made)

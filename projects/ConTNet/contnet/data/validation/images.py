@@ -135,7 +135,7 @@ def inspect_image(record: dict, rules: ImageRules) -> list[Finding]:
     """Decodes an image to be classified; what is wrong with it."""
     decoded, found = inspect_pixels(record, rules)
     if decoded and decoded.orientation != 1:
-        found.append(Finding(FACT, "rotated by EXIF"))
+        found.append(Finding(FACT, "turned by EXIF"))
     return found
 
 
