@@ -409,7 +409,10 @@ PAIR = {"0.jpg": some_image(), "0.cls": b"0"}
 CONTENT = {
     "a class's own tar": ({"n01_1.JPEG": some_image()}, "1 of 1 images have no .cls file"),
     "label alone": ({**PAIR, "1.cls": b"0"}, "'1' has a .cls but no image"),
-    "no number": ({"0.jpg": some_image(), "0.cls": b"cat"}, "0.cls contains b'cat', it must be a l"),
+    "no number": (
+        {"0.jpg": some_image(), "0.cls": b"cat"},
+        "0.cls contains b'cat', it must be a l",
+    ),
     "below 0": ({"0.jpg": some_image(), "0.cls": b"-1"}, "0.cls contains b'-1', it must be a l"),
     "two images": ({**PAIR, "0.png": some_image()}, "the key '0' has two images"),
     "nothing": ({"readme": b"hello"}, "there are no images in"),

@@ -124,7 +124,10 @@ DAMAGE = {
     "other file names": (_flat(official, _rename), f"{GROUND_TRUTH}: 1 [second.JPEG]"),
     "unlabelled": (_flat(lines, _3=None), "val_labels.txt: 1 [ILSVRC2012_val_00000003.JPEG]"),
     "unlabelled at Kaggle": (_flat(kaggle, _3=None), "csv: 1 [ILSVRC2012_val_00000003.JPEG]"),
-    "other class": (_flat(lines, _3="n77"), "not classes (3 classes: n00000001, ...): 1 [ILSVRC2012"),
+    "other class": (
+        _flat(lines, _3="n77"),
+        "not classes (3 classes: n00000001, ...): 1 [ILSVRC2012",
+    ),
     "one column": (_flat(_home("val_labels.txt", "a.JPEG\n")), "has the line ['a.JPEG'], it must"),
     "three columns": (_flat(_home("val_labels.csv", "a,b,c\n")), "has the line ['a', 'b', 'c']"),
     "two classes": (_flat(_home("val_labels.txt", "a b\na c\n")), "gives a two classes, b and c"),
