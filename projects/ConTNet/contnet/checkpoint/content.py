@@ -1,7 +1,7 @@
-"""Reads what a file of weights holds, whoever made it, and never runs code from it.
+"""Reads the contents of weight files from any source, and never runs code from them.
 
-Forms are recognised here and nowhere else: PyTorch's, .safetensors and .pkl. A file is open when it
-comes here, and is read from that: what is checked is what is loaded.
+Only this module recognises file formats: PyTorch's, .safetensors and .pkl. It gets an open file, so
+the file that is checked is the file that is loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STATE_DICT = "where the file was made, save model.state_dict() with torch.save,
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of what a library says, but for PyTorch's advice to load a file unsafely."""
+    """The first line of a library's error, without PyTorch's advice to load the file unsafely."""
     lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     line = printable(lines[0], 300) if lines else type(error).__name__
     return "it cannot be unpickled" if "weights_only" in line or "safe_globals" in line else line
@@ -52,9 +52,9 @@ def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserErro
     """The one line about a file that cannot be read.
 
     Args:
-        path: of the file.
-        error: what reading it has raised.
-        left_out: names of classes in it that are none of plain values.
+        path: path of the file.
+        error: the error that was raised while reading it.
+        left_out: names of classes in it that are not plain values.
     """
     what = f"{path} is not a checkpoint of tensors and plain values"
     if isinstance(error, RunsCode):
@@ -75,7 +75,7 @@ def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserErro
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
-    """Refuses archives that torch.save has not made: of code, and those that unpack to more."""
+    """Rejects archives not written by torch.save: TorchScript, and those that unpack to more."""
     entries = archive.infolist()
     if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
         raise UserError(f"{path} is a TorchScript archive, which contains code: {_STATE_DICT}")
@@ -88,7 +88,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
 
 
 def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
-    """What a file of torch.save asks for, by name, and the kind of each one's objects."""
+    """Names of the classes and functions in a torch.save file, with the kind of their objects."""
     if file.read(2) != b"PK":
         file.seek(0)
         return find_kinds(file, _LEGACY_PICKLES)
@@ -119,7 +119,7 @@ def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> ob
 
 
 def _read_safetensors(file: BinaryIO, path: str) -> dict:
-    """Tensors under "model", and under ``METADATA`` what the file says of itself."""
+    """Returns tensors under "model", and the file's metadata under ``METADATA``."""
     data = file.read()
     try:
         tensors = safetensors.torch.load(data)
@@ -138,7 +138,7 @@ def _read_safetensors(file: BinaryIO, path: str) -> dict:
 
 
 def _format(start: bytes, suffix: str) -> str:
-    """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
+    """Recognises a file's format by its first bytes, otherwise by its suffix."""
     if start.startswith((b"PK", _TORCH_MAGIC)):
         return "torch"
     if start[4:9] == b"\0\0\0\0{" or suffix == ".safetensors":
@@ -150,7 +150,7 @@ def _format(start: bytes, suffix: str) -> str:
 
 
 def _holds_tensors(content: Mapping) -> bool:
-    """Whether there are tensors in it, or in a dict in it."""
+    """Whether the content, or a dict in it, contains tensors."""
     values = [*content.values()]
     values += [value for part in values if isinstance(part, Mapping) for value in part.values()]
     return any(isinstance(value, Tensor | np.ndarray) for value in values)
@@ -174,18 +174,18 @@ def _read_pickled(file: BinaryIO, path: str, form: str, mmap: bool) -> object:
 
 
 def read_content(file: BinaryIO, path: str, mmap: bool = False) -> dict:
-    """Reads a dict of tensors and plain values; the file's form goes by its content.
+    """Reads a dict of tensors and plain values; the format is detected from the content.
 
-    Objects of classes that are none of these are empty dicts in it.
+    Objects of other classes become empty dicts.
 
     Args:
-        file: open, at its beginning; on the disk for ``mmap``.
-        path: its name.
-        mmap: read tensors when they are looked at, where the form has them as they are.
+        file: open file, at its beginning; for ``mmap`` it must be on the disk.
+        path: path of the file, for messages.
+        mmap: read tensors only when they are used, if the format allows it.
 
     Raises:
-        UserError: if it is not whole, is there to run code, has none but objects of other classes,
-            or is no dict.
+        UserError: if the file is incomplete, would run code, contains only objects of other
+            classes, or is not a dict.
     """
     start = file.read(len(_TORCH_MAGIC))
     file.seek(0)

@@ -1,7 +1,8 @@
-"""Fetches weights that MODEL.WEIGHTS names by an address, into the caches of the libraries.
+"""Downloads weights that MODEL.WEIGHTS gives as an address, into the libraries' caches.
 
-A file takes its name once it is whole and its hash is right. Later runs find it there, without a
-network, under the whole address: no server can give the file of another.
+A file gets its name once it is complete and its hash is correct. Later runs use the cached file,
+without a network connection. It is cached under its full address, so servers cannot replace each
+other's files.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ class Fetched:
     """A file of weights on this machine.
 
     Attributes:
-        path: of the file.
-        digest: its SHA-256 or the start of it, where the address says it.
-        maker: who says what its pixels are; "" if nobody does.
-        pixels: "format", "mean" and "std" of the channels, in units of 0 to 255.
-        classes: names of the classes, in order; None where nobody tells them.
+        path: path of the file.
+        digest: its SHA-256 or the start of it, if the address contains it.
+        maker: the source of ``pixels``; "" if they are unknown.
+        pixels: "format", "mean" and "std" of the channels, for values from 0 to 255.
+        classes: names of the classes, in order; None if they are unknown.
     """
 
     path: str
@@ -89,7 +90,7 @@ class Fetched:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows to servers of the web alone, and keeps to TLS."""
+    """Follows redirects only to http(s) addresses, and never from https to http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
@@ -108,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
-    """The one line of a failure."""
+    """The error of a failed download, in one line."""
     advice = "without a network connection, copy the file and set MODEL.WEIGHTS to it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         advice = "FVCORE_CACHE, HF_HOME and TORCH_HOME set the cache folders"
@@ -116,7 +117,7 @@ def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
 
 
 def _cached_file(url: str) -> Path:
-    """Where a URL's file is kept: in iopath's cache, in a folder of its own."""
+    """Path of a URL's file in iopath's cache, in its own folder."""
     name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-100:]
     key = hashlib.sha256(url.encode()).hexdigest()[:32]
     return Path(get_cache_dir(), "contnet", key, name.lstrip(".") or "weights")
@@ -143,7 +144,7 @@ def _digest_of(source: str, url: str, fragment: str) -> str:
 
 
 def _receive(url: str, file: BinaryIO) -> str:
-    """Writes what a server has, whole; its SHA-256."""
+    """Writes the complete file of a server; returns its SHA-256."""
     digest, received = hashlib.sha256(), 0
     with build_opener(_Redirects).open(Request(url), timeout=_TIMEOUT) as answer:
         length = answer.headers.get("Content-Length")
@@ -162,7 +163,7 @@ def _receive(url: str, file: BinaryIO) -> str:
 
 
 def _download(source: str, url: str, path: Path, digest: str) -> None:
-    """Fetches a file, which takes its name once it is whole and right."""
+    """Downloads a file, which gets its name once it is complete and verified."""
     with atomic_write(path) as file:
         found = _receive(url, file)
         if not found.startswith(digest):
@@ -213,7 +214,7 @@ def _hub_reason(error: Exception, repo: str) -> str:
 
 
 def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> str | None:
-    """The first of some files that is in the hub's cache; taken as it is, without a network."""
+    """The first of several files that is in the hub's cache; needs no network connection."""
     for name in names:
         if isinstance(cached := try_to_load_from_cache(repo, name, revision=revision), str):
             return cached
@@ -221,7 +222,7 @@ def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> s
 
 
 def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ...]) -> str:
-    """The first of some files that a repository has."""
+    """The first of several files that exists in a repository."""
     try:
         if cached := _find_in_cache(repo, revision, names):
             return cached
@@ -234,7 +235,7 @@ def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ..
 
 
 def _pixels_of(config: Mapping) -> dict[str, str | list[float]]:
-    """Pixel statistics of a config of timm's, whose units are 0 to 1."""
+    """Pixel statistics from a timm config, which are for values from 0 to 1."""
     mean, std = config.get("mean"), config.get("std")
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:
@@ -251,7 +252,7 @@ def _classes_of(config: Mapping) -> list[str] | None:
 
 
 def _read_hub_config(repo: str, revision: str | None, offline: bool) -> Mapping:
-    """What a repository's config says in timm's form; empty where it has none."""
+    """A repository's config in timm's format; empty if it has none."""
     try:
         find = _find_in_cache if offline else partial(_hub_file, "")
         file = find(repo, revision, (_HUB_CONFIG,))
@@ -315,16 +316,16 @@ def _fetch_timm(source: str, name: str) -> Fetched:
 
 
 def fetch_weights(source: str) -> Fetched:
-    """The file on this machine that MODEL.WEIGHTS stands for, fetched if need be.
+    """Returns the local file for MODEL.WEIGHTS; downloads it if necessary.
 
     Args:
-        source: a file; the folder of a published model; ``timm://NAME`` for weights that timm
-            knows; ``hf://OWNER/REPO[@REVISION]`` with a ``/FILE`` for the hub; a URL, with
-            ``#sha256=DIGEST`` to be checked; or an address of a scheme that was registered with
+        source: a file; the folder of a published model; ``timm://NAME`` for weights in timm;
+            ``hf://OWNER/REPO[@REVISION]``, optionally with ``/FILE``, for the hub; a URL, with
+            ``#sha256=DIGEST`` to check it; or an address with a scheme that is registered in
             Detectron2's ``PathManager``.
 
     Raises:
-        UserError: if it cannot be had, or the address has a password or a token.
+        UserError: if it cannot be downloaded, or the address contains a password or a token.
     """
     scheme, mark, address = source.partition("://")
     if not mark:

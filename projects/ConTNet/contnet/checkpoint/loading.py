@@ -1,4 +1,4 @@
-"""Loads weights into a model: names translated, values and facts checked, all of it or nothing."""
+"""Loads weights into a model: converts names, checks values and facts, loads all or nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor
 
 
 def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
-    """A file's network by the names of another form; as it is, if it is of another family."""
+    """A file's network with the names of another format; unchanged if it is of another family."""
     state = weights.network_tensors()
     if (weights.form, form) == ("authors", "contnet"):
         return _convert_authors(state, weights.path)
@@ -63,7 +63,7 @@ def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
 
 
 def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Pyramid and heads of a detector of others, by Detectron2's names."""
+    """Pyramid and heads of another library's detector, with Detectron2's names."""
     if not weights.origin.detector or isinstance(model, ImageClassifier | ConTNet):
         return {}
     rest = {
@@ -88,10 +88,10 @@ def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
 
 
 def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """A file's tensors by a model's names.
+    """Returns a file's tensors with a model's names.
 
     Raises:
-        UserError: if its network cannot be translated.
+        UserError: if its network cannot be converted.
     """
     own = model.state_dict()
     if weights.matching:
@@ -121,7 +121,7 @@ def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
 
 
 def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str) -> None:
-    """Refuses damaged and quantised weights, which would load without a word."""
+    """Rejects damaged and quantised weights, which would load silently."""
     for name, expected in own.items():
         if name not in state or not expected.is_floating_point():
             continue
@@ -139,7 +139,7 @@ def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: 
 
 
 def _frozen_statistics(model: nn.Module) -> set[str]:
-    """Names of the statistics that a FrozenBN fills in by itself, where a file has none."""
+    """Names of the statistics that a FrozenBN fills in itself if a file has none."""
     return {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
@@ -180,7 +180,7 @@ def _check_complete(
     whole: bool,
     allow_missing: bool,
 ) -> None:
-    """Logs how much of what is wanted is given, and refuses less than all."""
+    """Logs how many of the required tensors the file has; raises an error unless it has all."""
     misshapen = [name for name in wanted if name in state and name not in given]
     filled = _frozen_statistics(model) if weights.matching else ()
     absent = [name for name in wanted if name not in state and name not in filled]
@@ -207,7 +207,7 @@ def _backbone_prefix(model: nn.Module, path: str) -> str:
 
 
 def _takes_head(given: Mapping[str, Tensor]) -> bool:
-    """Whether what fits has parts that may tell classes apart."""
+    """Whether the matching tensors include parts that depend on the classes."""
     # Pyramids and proposals know no classes.
     return any(not name.startswith(("backbone.", "proposal_generator.")) for name in given)
 
@@ -220,7 +220,7 @@ def _fit_head(
     state: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
 ) -> Mapping[str, Tensor]:
-    """What is taken, once the names of classes have decided about the head."""
+    """The tensors to load, with the head's rows chosen by class names."""
     rows, path = class_rows(model), weights.path
     names, theirs = ours.classes if ours is not None else None, weights.classes
     rest = {name: value for name, value in given.items() if name not in rows}
@@ -257,23 +257,23 @@ def load_weights(
     allow_missing: bool = False,
     subset: bool = False,
 ) -> None:
-    """Loads what a file has into a model, which stays as it is if anything is wrong.
+    """Loads weights into a model, which is not changed if there is an error.
 
-    Where the file is not for the whole model and has other classes, the head takes the rows of
-    those that have the same name.
+    Unless ``whole`` is set, a head for other classes gets the rows of classes with the same name.
 
     Args:
-        model: to take the weights.
-        weights: of :func:`contnet.checkpoint.reading.read_weights`.
-        whole: the file must give every tensor of the model. Otherwise it must give every tensor of
-            the backbone (of a classifier: all but its head), and whatever else fits is taken, too.
-        ours: facts of the model, to compare with the file's; None to compare nothing.
+        model: the model.
+        weights: from :func:`contnet.checkpoint.reading.read_weights`.
+        whole: the file must have every tensor of the model. Otherwise, it must have every tensor of
+            the backbone (of a classifier: all but its head), and other tensors are loaded if they
+            fit.
+        ours: facts of the model, which are compared with the file's; None to compare nothing.
         allow_missing: accept a file without some of the backbone's tensors.
         subset: accept a whole file that has more classes than ``ours``.
 
     Raises:
         UserError: if tensors are missing, have another shape, are damaged or quantised, or were
-            trained in a network of another function or on other classes.
+            trained in a network that computes something else, or on other classes.
     """
     path = weights.path
     if weights.odd:

@@ -1,4 +1,4 @@
-"""Finds the network that a file of weights holds: which one, in whose names, and what else."""
+"""Finds the network in a file of weights: which one it is, its naming, and its options."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _COUNT = ".num_batches_tracked"
 
 @dataclass
 class Network:
-    """A network's weights as a file gives them.
+    """A network's weights in a file.
 
     Attributes:
         family: "contnet" or "resnet".
-        form: whose names the file has, one of ``FORMS[family]``.
+        form: naming scheme of the file, one of ``FORMS[family]``.
         variant: name for :func:`contnet.create_model` or ``timm.create_model``.
         options: its keyword arguments.
-        native: tensors by the form's names.
-        tensors: the same by the family's own names, those of its first form.
+        native: tensors by the names of ``form``.
+        tensors: tensors by the family's own names, those of its first form.
         origins: names in the file by the family's own names.
-        dropped: names in the file of what is no part of the network.
-        missing: the family's own names of what the file lacks, at most the head.
-        stride_in_1x1: of a ResNet, as MODEL.RESNETS.STRIDE_IN_1X1; None where nothing shows it.
+        dropped: names in the file that do not belong to the network.
+        missing: the family's own names of tensors that the file lacks, at most the head.
+        stride_in_1x1: for a ResNet, as MODEL.RESNETS.STRIDE_IN_1X1; None if it is unknown.
     """
 
     family: str
@@ -73,7 +73,7 @@ class Network:
 
 
 def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The classifier's tensors, by the family's own names; empty where there is none."""
+    """The classifier's tensors, by the family's own names; empty if there is none."""
     return {name: value for name, value in tensors.items() if name.startswith(HEADS[family])}
 
 
@@ -94,7 +94,7 @@ def _check_single(weights: Weights) -> None:
 
 
 def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
-    """Whether a ConTNet normalises first, as the file or else the user says: no tensor shows it."""
+    """The option pre_norm of a ConTNet, from the file or the user: no tensor shows it."""
     said = weights.metadata.options.get("pre_norm") if weights.metadata else None
     if said is None and asked is None:
         raise UserError(
@@ -107,7 +107,7 @@ def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
 
 
 def _check_said(network: Network, weights: Weights) -> None:
-    """Refuses a file whose tensors are not what it says, or not all that it says."""
+    """Rejects a file whose tensors do not match its metadata."""
     said = weights.metadata.options if weights.metadata else {}
     if network.family == "resnet":
         # An activation, for one, leaves no trace in tensors.
@@ -128,7 +128,7 @@ def _check_said(network: Network, weights: Weights) -> None:
 
 
 def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
-    """What is missing, and whether what is there has the network's shapes.
+    """Returns missing tensors, and checks the shapes of the others.
 
     Raises:
         UserError: if more than the head is missing, or a tensor has another shape.
@@ -159,7 +159,7 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:
-    """Classes of a head; 0 where there is none."""
+    """Number of classes of a head; 0 if there is none."""
     return next((len(value) for value in head.values() if value.ndim), 0)
 
 
@@ -224,12 +224,12 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
     """Finds the network in a file: a classifier's, or a detector's backbone.
 
     Args:
-        weights: of any of the forms.
-        pre_norm: of a ConTNet, which its tensors do not show; None if the file says it.
+        weights: weights in any of the naming schemes.
+        pre_norm: option of a ConTNet, which its tensors do not show; None if the file contains it.
 
     Raises:
-        UserError: if there is none, more than one, one that is not whole, or not the one that the
-            file says. The message does not name the file.
+        UserError: if there is no network, more than one, an incomplete one, or not the one in the
+            file's metadata. The message does not name the file.
     """
     _check_single(weights)
     form, native = weights.form, weights.network_tensors()

@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         Args:
             x: tokens (B, T, C) of the block's patches, each with one or more patches of this
                 encoder.
-            valid: bool (B, T), as returned by :func:`contnet.modeling.patches.margin_masks`, or None.
+            valid: bool (B, T), as from :func:`contnet.modeling.patches.margin_masks`, or None.
         """
         tokens = x.reshape(-1, self.patch_size * self.patch_size, x.shape[2])
         valid = mask_of_patches(valid, self.patch_size * self.patch_size)
