@@ -1,6 +1,6 @@
-"""The parts of a training's state, each restored from a checkpoint, or started anew with a line.
+"""Restores the parts of a training's state from a checkpoint, or starts them anew with a warning.
 
-A checkpoint may lack a part: of a run in which it was switched off, of an earlier version, of
+A checkpoint may lack a part if it was disabled in its run, or if it is from an earlier version or
 another trainer.
 """
 
@@ -59,7 +59,7 @@ _TRAINER = {
 
 
 def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file: str) -> None:
-    """Restores the average; one that the checkpoint does not have starts from its weights."""
+    """Restores the EMA; if the checkpoint has none, it starts from the checkpoint's weights."""
     if ema is None:
         if "ema" in content:
             logger.warning(f"{file} has an EMA, which is discarded: SOLVER.EMA.ENABLED is False")
@@ -117,7 +117,7 @@ def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> Non
 def _old_names(
     state: Mapping, before: Before, cfg: CfgNode, model: nn.Module
 ) -> Sequence[Sequence[str]] | None:
-    """The parameters in each group of a checkpoint's optimiser; None if nothing tells them."""
+    """Parameter names in each group of a checkpoint's optimiser; None if they are unknown."""
     groups = state["param_groups"]
     if all("param_names" in group for group in groups):
         return [group["param_names"] for group in groups]
@@ -135,7 +135,7 @@ def _old_names(
 def restore_optimizer(
     optimizer: Optimizer, model: nn.Module, cfg: CfgNode, state: Mapping, before: Before
 ) -> None:
-    """Restores what the optimiser remembers of each parameter; its settings stay the config's."""
+    """Restores the optimiser state of each parameter, but not the optimiser's settings."""
     saved = state.get("optimizer")
     names = _old_names(saved, before, cfg, model) if saved else None
     if names is None:
@@ -152,13 +152,13 @@ def restore_optimizer(
 
 
 def tell_of_rest(content: Mapping, state: Mapping, known: Sequence[str], file: str) -> None:
-    """Names what a checkpoint has and the run has not.
+    """Logs the parts of a checkpoint that the run does not use.
 
     Args:
-        content: of the checkpoint, without the model.
-        state: of the trainer.
+        content: content of the checkpoint, without the model.
+        state: state of the trainer.
         known: names of other objects that the run restores.
-        file: of the checkpoint.
+        file: file of the checkpoint.
     """
     left = [name for name in content if name not in _CONTENT and name not in known]
     left += [f"trainer.{name}" for name in state if name not in _TRAINER]

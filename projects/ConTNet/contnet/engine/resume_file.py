@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what becomes of those that are later."""
+"""Chooses the checkpoint to resume from, and moves later checkpoints aside."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """The checkpoint that a run goes on from.
+    """The checkpoint to resume from.
 
     Attributes:
-        path: "" where there is none.
-        warnings: why it is not the one that was to be expected, a line each.
-        last: as of :func:`last_name`, when it was chosen.
+        path: its path; "" if there is none.
+        warnings: why it is not the expected one, a line each.
+        last: value of :func:`last_name` when it was chosen.
     """
 
     path: str = ""
@@ -51,7 +51,7 @@ class ResumeFile:
 
 
 def _images(content: Mapping) -> int:
-    """Images that a checkpoint has seen, which batches of another size leave comparable."""
+    """Images that a checkpoint has seen, which is comparable for all batch sizes."""
     state = trainer_state(content)
     stream = state.get("stream")
     # The first versions did not count images: theirs are before all others.
@@ -61,7 +61,7 @@ def _images(content: Mapping) -> int:
 
 
 def _images_of(path: Path) -> int | None:
-    """The same of a file; None if it cannot be read."""
+    """Images that a file's checkpoint has seen; None if it cannot be read."""
     try:
         return _images(read_checkpoint(str(path)))
     except UserError:
@@ -69,7 +69,7 @@ def _images_of(path: Path) -> int | None:
 
 
 def _damage(path: Path, tensors: bool = True) -> str:
-    """What is wrong with a checkpoint, "" for nothing."""
+    """Describes the damage of a checkpoint; "" if it is undamaged."""
     if not path.is_file():
         return f"{path} does not exist"
     try:
@@ -83,12 +83,12 @@ def _damage(path: Path, tensors: bool = True) -> str:
 
 
 def _newest_whole(folder: Path, before: Path | None = None, tensors: bool = True) -> Path | None:
-    """The latest whole checkpoint of a folder, None if there is none.
+    """The latest undamaged checkpoint in a folder; None if there is none.
 
     Args:
-        folder: of the run.
-        before: only those that are earlier than this one.
-        tensors: verify them, too.
+        folder: folder of the run.
+        before: only consider checkpoints before this one.
+        tensors: verify tensors, too.
     """
     images = {path: _images_of(path) for path in checkpoint_files(folder) if path.stem != BEST}
     limit = None if before is None else images.pop(before, None)
@@ -106,7 +106,7 @@ def _newest_whole(folder: Path, before: Path | None = None, tensors: bool = True
 
 
 def last_name(output_dir: str | Path) -> str:
-    """What ``last_checkpoint`` names, "" if it is not there or names no checkpoint."""
+    """The name in ``last_checkpoint``; "" if it does not exist or names no checkpoint."""
     try:
         return last_checkpoint(output_dir).name
     except (OSError, UserError):
@@ -114,19 +114,19 @@ def last_name(output_dir: str | Path) -> str:
 
 
 def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = True) -> ResumeFile:
-    """The checkpoint that a run goes on from.
+    """Chooses the checkpoint to resume from.
 
-    It is the one that ``last_checkpoint`` names; if it is damaged or gone, the newest whole one
+    It is the one in ``last_checkpoint`` or, if that is damaged or missing, the newest undamaged one
     before it. Nothing is written.
 
     Args:
         output_dir: the run's folder.
-        file: one to go on from in its place.
-        tensors: verify tensors, too, and not only what is read beside them.
+        file: use this checkpoint instead.
+        tensors: verify tensors, too, not only the rest of the file.
 
     Raises:
-        UserError: if ``file``, or every checkpoint of the folder, is damaged; if the folder has
-            checkpoints, and nothing says which one is the last.
+        UserError: if ``file``, or every checkpoint in the folder, is damaged; if the folder has
+            checkpoints but no ``last_checkpoint``.
     """
     folder = Path(output_dir)
     named = last_name(folder)
@@ -165,7 +165,7 @@ def _without_last(folder: Path, tensors: bool) -> ResumeFile:
 
 
 def _adopt(folder: Path, file: Path, number: int, guard: WriteGuard) -> Path:
-    """Copies a checkpoint into a run's folder, unless it lies there under a name to resume from."""
+    """Copies a checkpoint into a run's folder, unless it is there under a name to resume from."""
     if file.parent.resolve() == folder.resolve() and file.stem != BEST:
         return folder / file.name
     path = folder / f"{numbered_name(number)}.pth"
@@ -180,15 +180,15 @@ def _adopt(folder: Path, file: Path, number: int, guard: WriteGuard) -> Path:
 
 
 def make_last(output_dir: str | Path, file: str, guard: WriteGuard = NO_GUARD) -> list[Path]:
-    """Makes a checkpoint the last one of a run, and sets aside those that are later, or damaged.
+    """Makes a checkpoint the last one of a run, and moves later or damaged ones aside.
 
     Args:
         output_dir: the run's folder.
-        file: a whole checkpoint; one of another folder is copied.
-        guard: is asked before anything is written.
+        file: an undamaged checkpoint; it is copied if it is in another folder.
+        guard: called before anything is written.
 
     Returns:
-        The checkpoints of the folder that stay, in the order of the images that they have seen.
+        The remaining checkpoints in the folder, in the order of images seen.
     """
     folder, content = Path(output_dir), read_checkpoint(file)
     path = _adopt(folder, Path(file), trainer_state(content)["iteration"], guard)

@@ -1,9 +1,9 @@
-"""Experiment trackers: TRACKERS sends a run's metrics and pictures to Weights & Biases or MLflow.
+"""Experiment trackers: TRACKERS sends a run's metrics and images to Weights & Biases or MLflow.
 
-Addresses, projects, experiments and keys are the trackers' own: their environment variables and
-logins. ``trackers.json`` in the run's folder keeps which run of a tracker it is, and how far that
-has come, so that a resumed run continues it and sends no iteration twice. Metrics are those of
-``metrics.json``: what a tracker has missed is sent when the run is resumed.
+Addresses, projects, experiments and keys are set by the trackers' own environment variables and
+logins. ``trackers.json`` in the run's folder has the tracker's run and its last iteration, so a
+resumed run continues it and sends no iteration twice. Metrics are those of ``metrics.json``:
+metrics that a tracker has missed are sent when the run is resumed.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ class _RunState(TypedDict, total=False):
 
 
 class _State(TypedDict, total=False):
-    """Of trackers.json."""
+    """The content of trackers.json."""
 
     config: str
     runs: dict[str, _RunState]
 
 
 class Tracker(ABC):
-    """A tracker's own interface to one run, new or continued.
+    """Interface to a tracker, for one new or resumed run.
 
     Attributes:
-        package: what must be installed.
+        package: the Python package that must be installed.
         run: the tracker's id of the run.
     """
 
@@ -75,26 +75,26 @@ class Tracker(ABC):
 
     @abstractmethod
     def __init__(self, run: str, name: str, folder: str, settings: Mapping[str, str]):
-        """Begins a run, or goes on with one.
+        """Starts or resumes a run.
 
         Args:
-            run: the id of the run to go on with; "" for a new one.
-            name: of a new run.
-            folder: of the run, for files of the tracker.
+            run: id of the run to resume; "" for a new one.
+            name: name of a new run.
+            folder: folder of the run, for files of the tracker.
             settings: the config, by keys with dots.
         """
 
     @abstractmethod
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Sends the metrics of an iteration, which come in rising order."""
+        """Sends the metrics of an iteration; iterations must be increasing."""
 
     @abstractmethod
     def log_pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Sends pictures by name, uint8 RGB (H, W, 3)."""
+        """Sends images by name, uint8 RGB (H, W, 3)."""
 
     @abstractmethod
     def close(self, finished: bool) -> None:
-        """Ends the run, or interrupts it."""
+        """Marks the run as finished, or as interrupted."""
 
 
 class WandbTracker(Tracker):
@@ -177,7 +177,7 @@ class MlflowTracker(Tracker):
 
 
 def _as_mlflow_name(key: str) -> str:
-    """A metric's name with the letters that MLflow takes."""
+    """A metric's name with only the characters that MLflow accepts."""
     return re.sub(r"[^\w\-. :/]", "_", key)
 
 
@@ -189,16 +189,16 @@ def _in_one_line(error: Exception) -> str:
 
 
 class TrackedRun:
-    """A run of a tracker, which is sent each iteration once.
+    """A run of a tracker; sends each iteration once.
 
     Args:
-        name: in ``TRACKERS``.
+        name: the tracker's name in ``TRACKERS``.
         cfg: the config.
-        state: of this tracker in trackers.json: its run, and the last iterations sent.
+        state: state of this tracker in trackers.json: its run, and the last iterations sent.
         save: writes trackers.json.
 
     Raises:
-        UserError: if the tracker does not begin.
+        UserError: if the tracker does not start.
     """
 
     def __init__(self, name: str, cfg: CfgNode, state: dict, save: Callable[[], None]):
@@ -221,11 +221,11 @@ class TrackedRun:
         save()
 
     def send_metrics(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Sends the metrics of an iteration, unless that or a later one has been sent."""
+        """Sends the metrics of an iteration, unless this or a later one has been sent."""
         self._send("metrics", self._tracker.log, iteration, values)
 
     def send_pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Sends pictures by name, likewise."""
+        """Sends images by name, unless those of this or a later iteration have been sent."""
         self._send("pictures", self._tracker.log_pictures, iteration, pictures)
 
     def _send(self, what: str, send: Callable, iteration: int, values: Mapping) -> None:
@@ -248,7 +248,7 @@ class TrackedRun:
             )
 
     def close(self, finished: bool) -> None:
-        """Ends the tracker's run, or says that it is interrupted."""
+        """Marks the tracker's run as finished, or as interrupted."""
         try:
             self._tracker.close(finished)
         except Exception as error:  # of which MLflow raises some
@@ -256,10 +256,10 @@ class TrackedRun:
 
 
 class TrackerWriter(EventWriter):
-    """Sends the metrics as metrics.json has them, first those that are there already.
+    """Sends the metrics in metrics.json, first those that are already there.
 
     Args:
-        runs: to send to.
+        runs: the trackers' runs.
         output_dir: the run's folder.
     """
 
@@ -278,7 +278,7 @@ class TrackerWriter(EventWriter):
         self._send((iteration, key, float(value)) for key, (value, iteration) in latest.items())
 
     def _send(self, values: Iterable[tuple[int, str, float]]) -> None:
-        """Sends what is later than what has been sent: iteration, key and value."""
+        """Sends metrics (iteration, key and value) after the last ones sent."""
         rows: dict[int, dict[str, float]] = {}
         for iteration, key, value in values:
             if iteration > self._last:
@@ -293,8 +293,8 @@ class TrackerPictures(HookBase):
     """Sends predictions after each evaluation, before its metrics, and ends the trackers' runs.
 
     Args:
-        runs: to send to; none on other processes than the main one.
-        period: of evaluations, in iterations.
+        runs: the trackers' runs; empty except on the main process.
+        period: period of evaluations, in iterations.
         function: draws the predictions, by name.
     """
 
@@ -321,10 +321,10 @@ class TrackerPictures(HookBase):
 
 
 def check_trackers(cfg: CfgNode) -> None:
-    """Checks that what TRACKERS names is installed.
+    """Checks that the packages for TRACKERS are installed.
 
     Raises:
-        UserError: if one is not.
+        UserError: if a package is not installed.
     """
     for name in cfg.TRACKERS:
         if importlib.util.find_spec(TRACKERS[name].package) is None:
@@ -334,17 +334,17 @@ def check_trackers(cfg: CfgNode) -> None:
 
 
 def build_trackers(cfg: CfgNode, start_iter: int, guard: WriteGuard = NO_GUARD) -> list[TrackedRun]:
-    """Begins the runs of TRACKERS, or goes on with those of trackers.json.
+    """Starts the runs of TRACKERS, or resumes those in trackers.json.
 
-    A training from the beginning with another config than before is a new run.
+    A training that starts from the beginning with another config is a new run.
 
     Args:
         cfg: the config.
         start_iter: the first iteration of this attempt.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
 
     Raises:
-        UserError: if one does not begin.
+        UserError: if a tracker does not start.
     """
     path = Path(cfg.OUTPUT_DIR, TRACKERS_FILE)
     config = hashlib.sha256(cfg.dump().encode()).hexdigest()
