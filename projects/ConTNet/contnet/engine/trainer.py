@@ -339,7 +339,7 @@ class Trainer(SimpleTrainer):
         return self.evaluation.results
 
     def _evaluate_best(self) -> dict:
-        """Evaluates the best weights of a training that ended early, unless results.json has them."""
+        """Evaluates the best weights after an early end, unless results.json has the results."""
         cfg, iteration = self.cfg, self.evaluation.best.get("iteration")
         file = str(Path(cfg.OUTPUT_DIR, f"{BEST}.pth"))
         known = [(each["weights"], each["iteration"]) for each in read_results(cfg.OUTPUT_DIR)]

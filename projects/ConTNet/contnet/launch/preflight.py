@@ -1,4 +1,4 @@
-"""What can be told to be wrong with a run before any process starts."""
+"""Checks a run before any process starts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _RECIPE_GPUS = 8
 
 
 def check_device(cfg: CfgNode, processes: Processes) -> None:
-    """Raises UserError unless this machine has the device, and as many as asked for."""
+    """Raises UserError unless this machine has the device, and enough of them."""
     device = cfg.MODEL.DEVICE
     check_device_value(device, processes.world_size)
     launcher = processes.environment.launcher
@@ -55,7 +55,7 @@ def check_device(cfg: CfgNode, processes: Processes) -> None:
 
 
 def _writable(folder: Path, make: bool) -> None:
-    """Makes sure that files can be written in a folder, or could, if it were made."""
+    """Checks that files can be written to a folder, which may not exist yet."""
     if make:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -72,11 +72,11 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
     """Checks the output folder.
 
     Args:
-        settings: of the run.
-        make: make the folder; otherwise nothing is written.
+        settings: settings of the run.
+        make: create the folder; otherwise nothing is written.
 
     Raises:
-        UserError: if it cannot be written, or holds another run.
+        UserError: if it cannot be written, or contains another run.
     """
     folder = Path(settings.cfg.OUTPUT_DIR)
     try:
@@ -96,9 +96,9 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
 
 
 def _check_not_in_use(settings: RunSettings) -> None:
-    """Raises UserError if another training writes into OUTPUT_DIR; an evaluation may go beside it.
+    """Raises UserError if another training writes into OUTPUT_DIR, unless this only evaluates.
 
-    Only where rank 0 will be: the others cannot tell its lease from another run's.
+    Only called on rank 0's machine: others cannot distinguish its lease from another run's.
     """
     processes = settings.processes
     if processes.environment.rank == processes.machine_rank == 0 and not settings.eval_only:
@@ -125,7 +125,7 @@ def _check_weights(settings: RunSettings) -> None:
 
 
 def _scaled(cfg: CfgNode, processes: int) -> str:
-    """How the recipe would look on so many processes; "" if it cannot be scaled."""
+    """Describes the recipe for this number of processes; "" if it cannot be scaled."""
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (
         _RECIPE_GPUS * solver.GRAD_ACCUM_STEPS
@@ -168,7 +168,7 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
 
 
 def _check_warmup(cfg: CfgNode) -> list[str]:
-    """A warning if the training ends before its warm-up."""
+    """Returns a warning if the training ends before its warm-up."""
     solver = cfg.SOLVER
     if solver.WARMUP_ITERS < solver.MAX_ITER:
         return []
@@ -186,7 +186,7 @@ def _datasets(settings: RunSettings) -> list[str]:
 
 
 def _check_truth(settings: RunSettings) -> None:
-    """Checks that a training's test sets can tell how good it is."""
+    """Checks that a training's test sets have annotations."""
     for name in () if settings.eval_only else settings.cfg.DATASETS.TEST:
         if not has_truth(settings.cfg, name):
             raise UserError(
@@ -196,17 +196,17 @@ def _check_truth(settings: RunSettings) -> None:
 
 
 def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
-    """Checks what does not depend on the machine: batch, data sets, metric, weights.
+    """Checks what does not depend on the machine: batch size, data sets, metric, weights.
 
     Args:
-        settings: of the run.
-        data: look into the data sets; not needed if that was done for the same ones before.
+        settings: settings of the run.
+        data: check the data sets; not needed if the same ones were checked before.
 
     Returns:
-        What the log of the run is to say of the data sets.
+        Lines about the data sets for the log of the run.
 
     Raises:
-        UserError: for the first thing that is wrong.
+        UserError: for the first error.
     """
     cfg, datasets = settings.cfg, _datasets(settings)
     if not datasets:
@@ -235,7 +235,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
 
 
 def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
-    """Training sets may have another place, but not other images or classes."""
+    """Checks training sets with another path: they must have the same images and classes."""
     images = (trainer_state(content).get("stream") or {}).get("images")
     found = len(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True))
     if images is not None and images != found:
@@ -249,15 +249,14 @@ def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
 
 
 def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
-    """The settings that a run goes on with, where there is a checkpoint.
+    """Returns the settings of a resumed run, if there is a checkpoint.
 
     Args:
-        settings: as they were given.
-        data: look into training sets whose files have another place than before.
+        settings: settings from the command line.
+        data: check training sets whose files have another path than before.
 
     Raises:
-        UserError: for settings that no resume can change, and a checkpoint that none can go on
-            from.
+        UserError: for settings that a resume cannot change, or a checkpoint without training state.
     """
     cfg, file = settings.cfg, settings.checkpoint.path
     if settings.eval_only or not file:
@@ -276,13 +275,13 @@ def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
 
 
 def check_run(settings: RunSettings) -> RunSettings:
-    """Checks device, output folder, weights and data sets; makes the output folder.
+    """Checks device, output folder, weights and data sets; creates the output folder.
 
     Returns:
-        The settings that the run has, with the notes and warnings of the checks.
+        The settings of the run, with the notes and warnings of the checks.
 
     Raises:
-        UserError: for the first thing that is wrong.
+        UserError: for the first error.
     """
     check_device(settings.cfg, settings.processes)
     _check_not_in_use(settings)

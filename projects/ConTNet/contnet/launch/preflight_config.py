@@ -1,4 +1,4 @@
-"""Checks of config values that depend on models: names of parts, and what a network can be."""
+"""Checks config values that depend on models: names of parts, and options of networks."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _defaults() -> CfgNode:
 
 
 def _check_unused(cfg: CfgNode) -> None:
-    """Refuses settings of detectors in a classifier's config, where they would do nothing."""
+    """Rejects settings of detectors in a classifier's config, where they have no effect."""
     name = cfg.MODEL.CLASSIFIER.NAME
     used = OPTION_KEYS if classifier_name(cfg) in VARIANTS else ()
     unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
@@ -283,13 +283,13 @@ def _check_trackers(cfg: CfgNode) -> None:
 
 
 def check_model_config(cfg: CfgNode) -> None:
-    """Checks values that depend on what models there are and what they can be.
+    """Checks values that depend on the available models and their options.
 
     Args:
-        cfg: of :func:`contnet.config.load_config`.
+        cfg: from :func:`contnet.config.load_config`.
 
     Raises:
-        UserError: for the first illegal value, naming its key and what is legal.
+        UserError: for the first illegal value, with its key and the legal values.
     """
     _check_choices(cfg)
     _check_network(cfg)
@@ -303,7 +303,7 @@ def check_model_config(cfg: CfgNode) -> None:
 
 
 def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file and overrides, and checks all that needs no data.
+    """Reads a config file and overrides, and checks everything that needs no data.
 
     The arguments and errors are those of :func:`contnet.config.load_config`.
 
@@ -316,7 +316,7 @@ def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def parse_checked_config(text: str, where: str) -> CfgNode:
-    """As :func:`load_checked_config`, of a config that lies in a file of weights.
+    """Like :func:`load_checked_config`, for a config from a weight file.
 
     The arguments and errors are those of :func:`contnet.config.parse_config`.
     """
