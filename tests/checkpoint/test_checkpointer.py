@@ -339,7 +339,7 @@ SAID = {
     "code": "could run code",
     "numbers for names": "contains no weights",
     "not finite": "backbone.bottom_up.stem.weight is not finite",
-    "quantised": "backbone.bottom_up.stem.weight holds torch.int8",
+    "quantised": "backbone.bottom_up.stem.weight is torch.int8",
 }
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_hash_is_named(fragment):
 
 FAILURES = {
     "absent": ("/none.pth", "", "the server says 404"),
-    "cut": ("/w.pth", "cut", "cut short"),
+    "cut": ("/w.pth", "cut", "truncated"),
     "to a file": ("/w.pth", "to file:///etc/passwd", "edirect"),
     "to FTP": ("/w.pth", "to ftp://127.0.0.1/w.pth", "edirect"),
     "to data": ("/w.pth", "to data:,x", "edirect"),

@@ -477,7 +477,7 @@ def test_images_without_labels_are_said(voc, yolo, convert):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["voc", "nowhere", "a.json"], "nowhere is no folder"),
+        (["voc", "nowhere", "a.json"], "nowhere is not a folder"),
         (["voc", "empty", "a.json"], "no XML files"),
         (["yolo", "empty", "a.json"], "no class names"),
         (["voc", "voc", "a.txt"], ".json"),

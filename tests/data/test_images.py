@@ -361,7 +361,7 @@ def test_missing_and_strange_images_are_named(picture, tmp_path):
         read_image({"file_name": str(tmp_path / "gone.jpg")})
     for values in (np.full((4, 4), 70000, np.int32), np.zeros((4, 4), np.float32)):
         Image.fromarray(values).save(tmp_path / "p.tif")
-        with pytest.raises(UserError, match=r"p.tif .*its pixels"):
+        with pytest.raises(UserError, match=r"p.tif .*its pixel values"):
             read_image({"file_name": str(tmp_path / "p.tif")})
 
 

@@ -79,7 +79,7 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
         if damaged:
             file.flush()  # the disk has room for the new one
             logger.warning(
-                f"{path} has {plural(damaged, 'damaged line')}: it is moved to "
+                f"{path} has {plural(damaged, 'damaged line')}: it is set aside as "
                 f"{set_aside(path)}, and written again without them"
             )
 

@@ -22,7 +22,7 @@ __all__ = ["EVALUATORS", "build_evaluator", "check_evaluator"]
 
 
 class _Several(DatasetEvaluators):
-    """Detectron2's, which also passes on images that are skipped, and warnings."""
+    """Detectron2's DatasetEvaluators, which also forwards skipped images, and warnings."""
 
     def skip(self, images: Sequence[dict]) -> None:
         for evaluator in self._evaluators:
@@ -87,10 +87,10 @@ def check_evaluator(name: str) -> None:
 
 
 def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
-    """The evaluator that fits a data set.
+    """Builds the evaluator of a data set.
 
     Raises:
-        UserError: if ``EVALUATORS`` has none for its kind, or that one cannot be made here.
+        UserError: if ``EVALUATORS`` has none for its kind, or it cannot be built.
     """
     check_evaluator(name)
     kind = MetadataCatalog.get(name).evaluator_type

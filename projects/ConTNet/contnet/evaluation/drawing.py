@@ -1,4 +1,4 @@
-"""Draws predictions, or the truth, into images, by Detectron2's Visualizer."""
+"""Draws predictions, or the ground truth, on images with Detectron2's Visualizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _colours(number: int) -> list[np.ndarray]:
 
 
 def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
-    """A small image and its prediction, several times as large."""
+    """Enlarges a small image and its prediction."""
     times = -(-_SMALLEST // max(image.shape[:2]))
     if times <= 1:
         return image, prediction
@@ -45,16 +45,16 @@ def _enlarge(image: np.ndarray, prediction: dict) -> tuple[np.ndarray, dict]:
 
 
 def draw_prediction(image: np.ndarray, prediction: dict, class_names: Sequence[str]) -> np.ndarray:
-    """An image with what a model has found in it, or with the truth.
+    """Draws a prediction, or the ground truth, on an image.
 
     Args:
         image: uint8 RGB (H, W, 3).
-        prediction: of :func:`contnet.evaluation.plain_outputs.plain_output`; the truth has no
+        prediction: from :func:`contnet.evaluation.plain_outputs.plain_output`; ground truth has no
             scores.
-        class_names: of the model.
+        class_names: class names of the model.
 
     Returns:
-        uint8 RGB, of the same size; a small image is several times as large.
+        uint8 RGB, of the same size; small images are enlarged.
     """
     from detectron2.utils.visualizer import Visualizer  # matplotlib writes into the user's home
 

@@ -1,4 +1,4 @@
-"""What a model gives for an image, as plain NumPy arrays."""
+"""Converts a model's output for an image to plain NumPy arrays."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def _detections(instances: Instances, class_names: Sequence[str], score: float) 
 
 
 def plain_output(output: dict, class_names: Sequence[str], score: float = 0.0) -> dict:
-    """The arrays of an output.
+    """Converts an output to arrays.
 
     Args:
-        output: of a model in evaluation mode: ``instances``, ``sem_seg`` or ``logits``.
-        class_names: in the order of the model's outputs.
-        score: the least score of a detection.
+        output: output of a model in evaluation mode: ``instances``, ``sem_seg`` or ``logits``.
+        class_names: class names in the order of the model's outputs.
+        score: minimum score of a detection.
 
     Returns:
-        Of detections, best first:
+        Detections, best first:
 
         - boxes: float32 (N, 4), left, top, right and bottom edge in pixels of the image;
         - scores: float32 (N,), from 0 to 1;
         - classes: int64 (N,), and names, a list of as many;
-        - masks: bool (N, H, W), of a model that has them.
+        - masks: bool (N, H, W), if the model has masks.
 
-        Of a segmentation ``semantic``: int64 (H, W), indices into ``class_names``. Of a
-        classification, for the best 5 classes: scores (probabilities), classes and names.
+        Segmentation: ``semantic``, int64 (H, W), indices into ``class_names``. Classification, for
+        the top 5 classes: scores (probabilities), classes and names.
     """
     if "instances" in output:
         return _detections(output["instances"], class_names, score)

@@ -1,4 +1,4 @@
-"""How the numbers of an evaluation were measured, and whether they are comparable with others'."""
+"""Describes how an evaluation was measured, and whether it is comparable with published ones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _THRESHOLDS = {
 
 
 def dataset_digest(records: Iterable[dict]) -> str:
-    """SHA-256 of a data set: names, sizes and truth of its images, in order; not of pixels.
+    """SHA-256 of a data set's image names, sizes and ground truth, in order; not of pixels.
 
     Args:
-        records: Detectron2's data set dicts. The folders that they name do not count.
+        records: Detectron2's data set dicts. Their folders are ignored.
     """
     digest = hashlib.sha256()
     for record in records:
@@ -42,17 +42,17 @@ def dataset_digest(records: Iterable[dict]) -> str:
 
 
 def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[str]) -> dict:
-    """What results.json says of how a data set was evaluated.
+    """Describes how a data set was evaluated, for results.json.
 
     Args:
-        cfg: TEST, SOLVER and the model's thresholds are read.
-        name: of the data set.
-        digest: of :func:`dataset_digest`.
-        warnings: what changes the metrics, a line each.
+        cfg: config, of which TEST, SOLVER and the model's thresholds are read.
+        name: name of the data set.
+        digest: from :func:`dataset_digest`.
+        warnings: warnings that concern the metrics, a line each.
 
     Returns:
-        ``standard``, whether others' numbers of this data set can be compared; ``deviations``, why
-        not, a line each; and ``protocol``, the settings.
+        ``standard``, whether results are comparable with published ones on this data set;
+        ``deviations``, the reasons if not, a line each; and ``protocol``, the settings.
     """
     solver, deviations = cfg.SOLVER, []
     protocol = {

@@ -1,9 +1,8 @@
-"""The losses of a model on a test set: without augmentation, and without a trace in the training.
+"""Losses of a model on a test set, without augmentation and without effects on the training.
 
-Detectron2's models give losses in training mode only. Here their backbones, norms and dropout stay
-in evaluation mode meanwhile, and the random state, running loss normalisers and the storage of
-metrics stay as they are. A model that samples candidates at random samples the same for an image
-each time.
+Detectron2's models return losses only in training mode. Here, their backbones, norms and dropout
+stay in evaluation mode, and the random state, running loss normalisers and the storage of metrics
+are not changed. Random sampling in a model is the same for an image each time.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _TRAINING_ONLY = (_NormBase, _DropoutNd, DropPath)
 
 
 def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
-    """The mapper of an evaluation, whose inputs also have the truth as the model learns it."""
+    """Builds an evaluation mapper whose inputs also have the ground truth, as in training."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=False)
     augmentations = keep_a_pixel(build_augmentation(cfg, is_train=False))
@@ -46,13 +45,13 @@ def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
 
 
 def _own_value(name: str, value: float, *_) -> float:
-    """In place of a dense detector's running mean of its positives: those of the image."""
+    """Replaces a dense detector's running mean of positives by the number in the image."""
     return value
 
 
 @contextlib.contextmanager
 def _giving_losses(model: nn.Module) -> Iterator[None]:
-    """While a model gives its losses, and is left as it was."""
+    """Context in which a model returns its losses; restores the model afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     for name, module in model.named_modules():
@@ -81,15 +80,15 @@ def _losses(model: nn.Module, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
 def mean_losses(
     cfg: CfgNode, model: nn.Module, batches: Iterable[Sequence[dict]]
 ) -> dict[str, float]:
-    """Means over images, the same on all processes.
+    """Computes mean losses over images, the same on all processes.
 
     Args:
-        cfg: MODEL.DEVICE is read.
-        model: of this process; stays as it is.
-        batches: inputs of this process with their truth, as :func:`build_loss_mapper` makes them.
+        cfg: config, of which MODEL.DEVICE is read.
+        model: model of this process; it is not changed.
+        batches: inputs of this process with ground truth, from :func:`build_loss_mapper`.
 
     Returns:
-        By name, with ``total_loss``; empty if there are no images.
+        Losses by name, with ``total_loss``; empty if there are no images.
     """
     sums, images = {}, 0
     with keeping_random_state(), torch.no_grad(), EventStorage():
