@@ -1,4 +1,4 @@
-"""Says how submitted runs do."""
+"""Describes the status of submitted runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _OUR_ERROR = f"{UserError.__name__}: "
 
 
 def last_metrics(folder: str | Path) -> dict:
-    """The newest line of a training's metrics, {} if there is none."""
+    """The latest line of a training's metrics; {} if there is none."""
     return next((line for line in reversed(read_metrics(folder)) if "total_loss" in line), {})
 
 
 def iterations_done(folder: str | Path) -> int:
-    """How many iterations a run has done, as its job or else metrics.json says."""
+    """Number of iterations that a run has done, from its job or else metrics.json."""
     status = read_status(folder) if Path(folder).is_dir() else {}
     return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
 
@@ -69,11 +69,11 @@ def _last_words(record: dict, lines: int = 10) -> list[str]:
 
 
 def describe_run(folder: str | Path, state: str = "") -> str:
-    """The state of a run in a few words.
+    """Describes the state of a run in a few words.
 
     Args:
-        folder: of the run.
-        state: SLURM's, if its job has not ended.
+        folder: folder of the run.
+        state: SLURM's state, if its job has not ended.
     """
     if state:
         return state.lower()
@@ -139,10 +139,10 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
 
 
 def print_status(folder: str | Path) -> None:
-    """Prints how the job of a run folder does, or those of a sweep's folder.
+    """Prints the status of a run folder's job, or of the jobs of a sweep's folder.
 
     Raises:
-        UserError: if nothing was submitted from the folder, or SLURM does not answer.
+        UserError: if nothing was submitted from the folder, or SLURM does not respond.
     """
     record = last_submission(folder)
     states = live_states(record)
@@ -172,11 +172,11 @@ def follow(folder: str | Path, poll: float = 5.0) -> bool:
     For the folder of a sweep, prints each change of a run's state instead.
 
     Args:
-        folder: of the run or sweep.
-        poll: seconds between two looks at the job's state.
+        folder: folder of the run or sweep.
+        poll: seconds between two checks of the job's state.
 
     Returns:
-        Whether all that was run has finished.
+        Whether all runs have finished.
     """
     try:
         return _follow(folder, poll)

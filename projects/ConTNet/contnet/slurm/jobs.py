@@ -1,4 +1,4 @@
-"""The jobs of submissions: which are alive, and how to end them."""
+"""The jobs of submissions: their states, and cancelling them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def live_states(record: dict) -> dict[str, str]:
     """The jobs of a submission that have not ended, with SLURM's name of their state.
 
     Raises:
-        UserError: if SLURM does not answer, or the job runs on another machine without SLURM.
+        UserError: if SLURM does not respond, or the job runs on another machine without SLURM.
     """
     job_id = record["job_id"]
     if record["cluster"] == "slurm":
@@ -85,7 +85,7 @@ def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def end_local(records: Sequence[dict]) -> None:
-    """Ends jobs of this machine: those that train save first, if the time allows."""
+    """Ends jobs on this machine; trainings save first, if there is time."""
     alive = [record for record in records if _is_alive(record)]
     for record in alive:
         os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
@@ -133,10 +133,10 @@ def _mark_cancelled(folder: str | Path) -> None:
 
 
 def cancel(folder: str | Path) -> None:
-    """Ends the jobs of a run folder, or of the folder of a sweep, and says which.
+    """Cancels the jobs of a run folder or of a sweep's folder, and prints which.
 
     Raises:
-        UserError: if there is none to end.
+        UserError: if there is no job to cancel.
     """
     record = last_submission(folder)
     states = live_states(record)

@@ -1,4 +1,4 @@
-"""Says what a submission is going to do, before it does."""
+"""Describes a submission before it is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 20  # files that are left out, or taken although git does not track the
 
 
 def describe(plan: Submission) -> None:
-    """Prints what a submission is going to run, and on what."""
+    """Prints what a submission will run, and on which machines."""
     args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
     where = "SLURM" if plan.cluster == "slurm" else "this machine"
     device = "GPU" if plan.gpus else "process"

@@ -1,4 +1,4 @@
-"""Facts of a cluster and of jobs on it: from options, or from a yaml found by name."""
+"""Settings of a cluster and of jobs on it, from options or a yaml file that is found by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _setting(default: object, unit: str, meaning: str, **more) -> object:
 
 @dataclass
 class ClusterSettings:
-    """Facts of a cluster and of jobs on it. Each field is an option, and a key of cluster files."""
+    """Settings of a cluster and its jobs. Each field is an option, and a key of cluster files."""
 
     partition: str = _setting("", "NAME", "partition, or several with commas")
     account: str = _setting("", "NAME", "account to charge")
@@ -198,16 +198,16 @@ def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
 
 
 def check_text(text: str, where: str, directive: bool = False) -> None:
-    """Checks what becomes a part of a line that sbatch or a shell reads.
+    """Checks a string that becomes part of a line that sbatch or a shell reads.
 
     Args:
-        text: of a setting, a path or a name.
-        where: what it is, for messages.
-        directive: whether it stands in an ``#SBATCH`` line, in which sbatch reads quotes and
-            backslashes otherwise than a shell does.
+        text: a setting, a path or a name.
+        where: its name, for messages.
+        directive: whether it is in an ``#SBATCH`` line, where sbatch reads quotes and backslashes
+            differently from a shell.
 
     Raises:
-        UsageError: if it could become more than its line, or more than a value in it.
+        UsageError: if it could add lines or values.
     """
     if printable(text, len(text), keep="" if directive else "\t") != text:
         raise UsageError(
@@ -241,12 +241,12 @@ def _check_texts(settings: ClusterSettings) -> None:
 
 
 def read_settings(args: argparse.Namespace) -> ClusterSettings:
-    """Merges options over the cluster file over the defaults.
+    """Merges options, the cluster file and the defaults, in this order of precedence.
 
     Setup commands of both are run, the file's first; options of sbatch and srun are merged.
 
     Args:
-        args: of a parser that :func:`add_cluster_options` was called with.
+        args: arguments of a parser with :func:`add_cluster_options`.
 
     Raises:
         UsageError: for a file that is missing, an unknown key, a value of a wrong type, and texts

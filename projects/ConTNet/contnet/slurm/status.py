@@ -1,4 +1,4 @@
-"""What a run's folder says about its job."""
+"""Reads the status of a run's job from the run's folder."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _with_silent_ranks(failure: dict, ranks: dict[int, dict]) -> dict:
 
 
 def read_status(run_folder: str | Path) -> dict:
-    """The state of a run's last attempt.
+    """Returns the state of a run's last attempt.
 
     Returns:
-        ``{}`` if no job has run here, or something else since; otherwise
+        ``{}`` if no job has run here, or the run was started without a job since; otherwise
 
         - cluster ("slurm", "local"), job_id, restart (from 0): the last attempt;
         - state: "starting", "running", "requeued", "stopped" (a signal ended it and it was not

@@ -1,4 +1,4 @@
-"""What tools/submit.py does: finds all that is wrong with a run, then gives it to SLURM."""
+"""The command tools/submit.py: checks a run, then submits it to SLURM."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line of tools/submit.py (this process's own by default).
 
     Raises:
-        UserError: for arguments that do not fit together.
+        UserError: for arguments that contradict each other.
     """
     args = build_parser().parse_intermixed_args(argv)
     check_run_options(args)
@@ -158,7 +158,7 @@ def _choose_cluster(args: argparse.Namespace) -> str:
 def _check_slurm(
     args: argparse.Namespace, settings: ClusterSettings, runs: Sequence[Run], base: Path
 ):
-    """What must be right for SLURM: the request, and folders that all nodes see."""
+    """Checks the requested resources, and that all nodes see the folders."""
     gpus = 0 if runs[0].cfg.MODEL.DEVICE == "cpu" else args.num_gpus
     if shutil.which("sinfo") is None and args.dry_run:
         print("SLURM is not on this machine: partitions and nodes are not checked")
@@ -259,8 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status, as of :func:`contnet.utils.command.run_command`: 0 if the run was submitted
-        (and, where it was followed, has finished).
+        The exit status, as in :func:`contnet.utils.command.run_command`: 0 if the run was submitted
+        (and, with ``--watch``, has finished).
     """
     silence_known_warnings()
     return run_command(lambda: _run(argv))

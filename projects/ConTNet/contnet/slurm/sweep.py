@@ -24,16 +24,16 @@ _LONGEST_NAME = 120
 
 @dataclass
 class RunArguments:
-    """What tells the runs of an array apart.
+    """The arguments of one run of an array.
 
     Attributes:
-        config_file: as it was typed.
+        config_file: config file as given.
         opts: KEY VALUE KEY VALUE.
-        resume: go on from the last checkpoint.
-        eval_only: evaluate.
-        own: what its line of ``--array`` and ``--sweep`` set, by key; also in ``opts``.
-        only: what ``--only`` sets, by key; also in ``opts``, at the end.
-        name: of the run's folder; "" for a run alone.
+        resume: resume from the last checkpoint.
+        eval_only: only evaluate.
+        own: settings from its line of ``--array`` and from ``--sweep``, by key; also in ``opts``.
+        only: settings from ``--only``, by key; also in ``opts``, at the end.
+        name: name of the run's folder; "" for a single run.
     """
 
     config_file: str
@@ -222,7 +222,7 @@ def _name_runs(runs: Sequence[RunArguments], swept: Sequence[str]) -> None:
 
 
 def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
-    """The runs that a command line of ``--array`` and ``--sweep`` asks for, or the one run.
+    """Expands ``--array`` and ``--sweep`` to a list of runs; without them, returns the single run.
 
     Args:
         args: config_file, opts, resume, eval_only, ``array`` (a file or ""), ``sweep`` and

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and which are there."""
+"""Atomic writing of files, and helpers to find and open files."""
 
 import contextlib
 import errno
@@ -102,13 +102,13 @@ def _kind(status: os.stat_result) -> str:
 
 
 def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -> IO:
-    """Opens a file as ``open`` does, and nothing that might make its reader wait for ever.
+    """Opens a regular file like ``open``; never blocks, for example on a pipe.
 
     Args:
-        path: of the file.
-        mode: as for ``open``.
-        flags: more of those that ``os.open`` takes.
-        **kwargs: as for ``open``, such as the encoding.
+        path: path of the file.
+        mode: as in ``open``.
+        flags: additional flags of ``os.open``.
+        **kwargs: as in ``open``, such as the encoding.
 
     Raises:
         OSError: if it cannot be opened, or is a pipe, a socket, a device or a folder.
@@ -224,7 +224,7 @@ def explaining_disk(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUARD) -> Iterator[IO]:
-    """Opens a file that takes its name only once it is complete and on the disk.
+    """Opens a file that gets its name only once it is complete and on the disk.
 
     A process that dies before that leaves ``<path>.tmp`` behind, which the next write replaces
     (``<path>.<writer>.tmp`` if the guard has a writer, which the next attempt of the run removes).
@@ -232,11 +232,11 @@ def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUAR
     Args:
         path: the final name; an older file of that name is replaced.
         mode: "wb" or "w".
-        guard: is asked before the file is begun and before it takes its name; if it raises, there
+        guard: called before the file is created and before it gets its name; if it raises, there
             is no new file, and nothing unfinished.
 
     Raises:
-        WriteError: if it cannot be written; the older file is there still.
+        WriteError: if it cannot be written; the older file is kept.
     """
     path = Path(path)
     name = f"{path.name}.{guard.writer}" if guard.writer else path.name

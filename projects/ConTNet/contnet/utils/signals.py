@@ -1,4 +1,4 @@
-"""Signals that end a process: who hears of them, and the exit status that tells of them."""
+"""Handling of signals that end a process, and their exit status."""
 
 from __future__ import annotations
 
