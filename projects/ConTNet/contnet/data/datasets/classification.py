@@ -1,4 +1,4 @@
-"""Data sets for image classification: where they lie and what is in them.
+"""Data sets for image classification: their location and content.
 
 A set is one folder in one of three layouts, told apart by what the folder holds:
 
@@ -50,7 +50,7 @@ _THREADS = 16  # that list folders; on network file systems they mostly wait
 
 @dataclass(frozen=True)
 class ClassificationSource:
-    """Where a set lies.
+    """The location of a data set.
 
     Attributes:
         image_dir: its folder.
@@ -67,7 +67,7 @@ class ClassificationSource:
 
 @dataclass
 class ClassificationSet:
-    """What is in a set.
+    """The content of a data set.
 
     Attributes:
         records: of all images, in order.
@@ -327,7 +327,7 @@ def _check_use(
 
 
 def read_set(source: ClassificationSource, findings: Findings) -> ClassificationSet:
-    """What a set holds; no image is opened.
+    """Lists the content of a data set, without opening images.
 
     Args:
         source: where it lies; the folder exists.

@@ -1,4 +1,4 @@
-"""Annotation files of COCO's form: reading one, and making Detectron2's records of its content.
+"""Reads annotation files in COCO format, and converts their content to Detectron2's records.
 
 The records equal what Detectron2's ``load_coco_json`` makes of the file. That one reads it again;
 here the content that was checked is used.

@@ -49,7 +49,7 @@ _CITYSCAPES = {
 
 
 def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSource | None:
-    """What the records of a data set are made from, which tells its kind.
+    """The source of a data set's records, whose class shows the data set's kind.
 
     Returns:
         None for a name that is not registered, and for a data set with a loader of its own.
@@ -108,7 +108,7 @@ def _register(name: str, paths: list[str]) -> None:
 
 
 def _paths(name: str) -> list[str]:
-    """The paths that a name stands for, as DATASETS.REGISTER gives them; none of others."""
+    """The paths of a name in DATASETS.REGISTER; none for other names."""
     match find_source(name):
         case ClassificationSource(image_dir, label_file):
             return [path for path in (label_file, image_dir) if path]

@@ -1,4 +1,4 @@
-"""Shards: tar files of labelled images, as the library WebDataset reads and writes them.
+"""Shards: tar files of labelled images in WebDataset's format.
 
 A folder holds ``NAME-000000.tar``, ``NAME-000001.tar`` and so on; each sample of a shard is two
 members, ``KEY.jpg`` (or another ending of images) and ``KEY.cls``, the label as a number in text.

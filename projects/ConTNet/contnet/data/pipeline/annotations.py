@@ -1,4 +1,4 @@
-"""Annotations are read once, for all processes of a machine and for later runs.
+"""A cache of parsed annotations, for all processes of a machine and for later runs.
 
 What Detectron2 would parse in every process becomes a file of records in DATASETS.CACHE_DIR, which
 the processes map. Its name has a digest of all that the records depend on: the bytes of every

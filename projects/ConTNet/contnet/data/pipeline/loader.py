@@ -1,4 +1,4 @@
-"""The loader of training batches: an endless, resumable sequence.
+"""The loader of training batches, an endless sequence that can be resumed.
 
 The order of images (:mod:`contnet.data.pipeline.order`) is one for the whole run. An optimiser step
 takes the next SOLVER.IMS_PER_BATCH images of it, and deals them to the processes and to the passes
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 class SeededDataset(Dataset):
-    """Loads (seed, position, index) triples, each under a random state of its own.
+    """Loads (seed, position, index) triples, each with its own random state.
 
     Args:
         dicts: Detectron2's data set dicts; a list is serialised, records are so already.
@@ -132,7 +132,7 @@ class TrainingBatchSampler(Sampler):
         return {"seed": self.seed, "images_seen": self.images_seen(steps), **self._order_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on after the images that another run has seen; warns if the order is another."""
+        """Continues after the images that another run has seen; warns if the order differs."""
         self.order = self.order.with_seed(state["seed"])
         if "images_seen" not in state:  # of the first versions, which counted batches
             batches = state["batches"] * state["batch_size"] * state["world_size"]
@@ -151,7 +151,7 @@ class TrainingBatchSampler(Sampler):
 
 
 def micro_batch_size(cfg: CfgNode, processes: int) -> int:
-    """Images that each process sees in one forward pass.
+    """Number of images per process and forward pass.
 
     Raises:
         UserError: if SOLVER.IMS_PER_BATCH does not divide over processes and passes.
@@ -300,7 +300,7 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
 
 
 def build_collator(cfg: CfgNode) -> Callable[[list[dict]], Sequence[dict]]:
-    """What makes a batch of inputs, in the worker: one tensor of images for a classifier."""
+    """Builds the function that collates inputs in a worker: one image tensor for a classifier."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return collate_images
     return trivial_batch_collator

@@ -280,7 +280,7 @@ class ClassificationMapper:
         self.max_pixels = cfg.INPUT.MAX_PIXELS
 
     def __call__(self, record: dict) -> dict:
-        """The record, with ``image``: uint8 (3, H, W), RGB."""
+        """Returns the record with ``image``, uint8 (3, H, W), RGB."""
         image = read_image(record, self.max_pixels)
         with without_pillow_limit():  # Pillow asks again when it crops
             return {**record, "image": torch.as_tensor(self.transform(image))}
