@@ -88,7 +88,7 @@ class Findings:
         self.add(NOTE, kind, example)
 
     def lost(self, kind: str, example: str) -> None:
-        """An object that Detectron2 would leave out; :meth:`settle` tells how grave it is."""
+        """Adds an object that Detectron2 would skip; :meth:`settle` decides the severity."""
         self.add(_LOST, kind, example)
 
     def doubt(self, kind: str, example: str) -> None:

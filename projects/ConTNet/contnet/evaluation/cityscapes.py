@@ -95,7 +95,7 @@ class _Evaluator(DatasetEvaluator, ABC):
             self._images[name] = self._compare(file, predict(file))
         except KeyError as error:  # from cityscapesscripts' table
             raise UserError(
-                f"{file}, or the files beside it: {error} is not a class id of "
+                f"{file}, or the files next to it: {error} is not a class id of "
                 "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
             ) from error
 

@@ -105,7 +105,7 @@ def _setup(settings: RunSettings, guard: WriteGuard) -> CfgNode:
 
 
 def _check_agreement(checkpoint: str) -> None:
-    """Raises UserError unless all processes go on from the same file, as they have each found."""
+    """Raises UserError unless all processes resume from the same file."""
     found = comm.all_gather(checkpoint)
     if others := [each for each in found if each != found[0]]:
         raise UserError(

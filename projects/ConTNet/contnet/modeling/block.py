@@ -44,8 +44,8 @@ def _convolve_at_stride_1(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     if type(conv).forward is not nn.Conv2d.forward:
         raise TypeError(
-            f"a {type(conv).__name__} is in the place of a convolution that taps='stage' runs at "
-            "stride 1 by its weight alone: take taps='pre', or the classifier"
+            f"a {type(conv).__name__} replaces a convolution that taps='stage' runs at "
+            "stride 1 with only its weight: use taps='pre', or the classifier"
         )
     return F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation)
 

@@ -60,7 +60,7 @@ def _find_job(env: DistributedEnvironment, run_folder: str) -> Job:
 
 
 class Attempt:
-    """Runs a job's training in this task, and decides at the end whether it goes on.
+    """Runs a job's training in this task, and decides at the end whether the job is requeued.
 
     The arguments are those of :class:`contnet.slurm.job.TrainingJob`.
     """
@@ -227,7 +227,7 @@ class Attempt:
         return 1 if self.folder.read("failure") else self._end(reason)
 
     def _end(self, reason: str) -> int:
-        """Requeues the job if it may go on; notes the decision; returns the exit status."""
+        """Requeues the job if it may continue; records the decision; returns the exit status."""
         with self._lock:
             if note := self.folder.read("exit"):
                 return note["status"]

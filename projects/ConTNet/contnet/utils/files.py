@@ -79,7 +79,7 @@ def _is_file(entry: os.DirEntry) -> bool:
 
 
 def describe_kind(path: str | Path) -> str:
-    """What there is in the place of a regular file, such as "a pipe"; "" for such a file.
+    """The kind of a path that is not a regular file, such as "a pipe"; "" for a regular file.
 
     Links are followed.
     """
@@ -131,7 +131,7 @@ def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -
 
 
 def set_aside(path: str | Path) -> Path:
-    """Moves a file into the folder ``set_aside`` beside it; its new path.
+    """Moves a file into the folder ``set_aside`` next to it; returns its new path.
 
     One of that name that is there already stays: the new one gets a number.
     """
@@ -202,7 +202,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def explaining_disk(folder: str | Path) -> Iterator[None]:
-    """While a run goes on: an error of the disk that nobody has explained becomes one line.
+    """Context of a run that turns disk errors into one-line messages.
 
     Args:
         folder: where the run writes, named where the system names no file.

@@ -103,7 +103,7 @@ def _stamp(content: ClassificationSet, samples_per_shard: int) -> dict:
 
 
 def _claim(target: Path, stamp: dict, names: Sequence[str]) -> None:
-    """Makes the target folder, or goes on in one that was begun with the same stamp."""
+    """Creates the target folder, or continues in one with the same stamp."""
     target.mkdir(parents=True, exist_ok=True)
     present = sorted(os.listdir(target))
     begun = read_manifest(str(target)) if MANIFEST_FILE in present else None

@@ -128,7 +128,7 @@ class TrainingBatchSampler(Sampler):
         }
 
     def state_dict(self, steps: int) -> dict:
-        """What a later run needs in order to go on after ``steps`` optimiser steps here."""
+        """The state from which a later run continues after ``steps`` optimiser steps here."""
         return {"seed": self.seed, "images_seen": self.images_seen(steps), **self._order_state()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -307,7 +307,7 @@ def build_collator(cfg: CfgNode) -> Callable[[list[dict]], Sequence[dict]]:
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether batches are pinned: a GPU copies from such memory while the main thread goes on."""
+    """Whether batches are pinned, so a GPU copies them while the main thread continues."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
