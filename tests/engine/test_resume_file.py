@@ -231,7 +231,7 @@ def test_a_damaged_file_is_not_gone_on_from(folder):
     flip(folder / "model_0000003.pth")
     with pytest.raises(UserError, match=r"model_0000003\.pth"):
         choose_checkpoint(folder, str(folder / "model_0000003.pth"))
-    with pytest.raises(UserError, match=r"missing\.pth is not there"):
+    with pytest.raises(UserError, match=r"missing\.pth does not exist"):
         choose_checkpoint(folder, str(folder / "missing.pth"))
 
 
