@@ -337,9 +337,9 @@ FILES = {
 SAID = {
     "command": "posix.system",
     "code": "could run code",
-    "numbers for names": "holds no weights",
+    "numbers for names": "contains no weights",
     "not finite": "backbone.bottom_up.stem.weight is not finite",
-    "quantised": "backbone.bottom_up.stem.weight holds torch.int8",
+    "quantised": "backbone.bottom_up.stem.weight is torch.int8",
 }
 
 
@@ -406,7 +406,7 @@ def test_arrays_that_are_no_weights(tmp_path, kind):
     kinds = {"text": "U", "objects": "O", "dates": "datetime64[D]"}
     content = {"model": {"a": np.array(values[kind], kinds[kind])}, "__author__": "us"}
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="holds no weights") as error:
+    with pytest.raises(UserError, match="contains no weights") as error:
         load(detector(), str(tmp_path / "w.pkl"))
     assert "\n" not in str(error.value)
 
@@ -427,7 +427,7 @@ def test_a_model_without_backbone_begins_from_nothing(tmp_path):
 
 
 def test_an_address_that_does_not_answer(tmp_path):
-    with pytest.raises(UserError, match="cannot be fetched"):
+    with pytest.raises(UserError, match="cannot be downloaded"):
         load(detector(), "http://127.0.0.1:9/weights.pth")
 
 

@@ -94,7 +94,7 @@ def test_leftovers_and_averages_that_are_not_loaded_are_told(tmp_path, said):
     state = {**make_oracle("contnet_ti", num_classes=CLASSES).state_dict(), "odd": torch.zeros(1)}
     torch.save({"model": state, "model_ema": state}, tmp_path / "a.pth")
     Checkpointer(build_model(config())).load_backbone(str(tmp_path / "a.pth"))
-    assert "1 tensors are no part of a ConTNet and are left out (odd)" in said()
+    assert "1 tensors do not belong to a ConTNet and are ignored (odd)" in said()
     assert "also has EMA weights ('model_ema')" in said()
 
 

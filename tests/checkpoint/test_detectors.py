@@ -76,7 +76,7 @@ def test_a_detector_of_the_zoo_loads_exactly_and_gives_rows_by_name(tmp_path, li
     own = checkpointer(leaf, *ZOO_KEYS, key, "2", classes=["tree", "person"])
     own.load_backbone(file)
     assert not own.warnings
-    assert any("1 of 2 classes taken by name" in line for line in lines())
+    assert any("1 of 2 classes copied by name" in line for line in lines())
     name = (
         "head.cls_score.bias" if kind == "retinanet" else "roi_heads.box_predictor.cls_score.bias"
     )

@@ -132,7 +132,7 @@ def test_rows_of_shared_classes_are_taken_by_name(tmp_path, caplog, kind, new):
     for name, value in state.items():  # and all the rest
         assert name.startswith(heads) or torch.equal(value, old_state[name]), name
     shared = sum(label in OLD for label in new)
-    assert f"{shared} of {len(new)} classes taken by name from {file}" in head_line(caplog)
+    assert f"{shared} of {len(new)} classes copied by name from {file}" in head_line(caplog)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_nothing_in_a_pickle_runs(kind, form):
     weights = {"w": np.ones(4) if form == "pkl" else TENSOR}
     found = read(FORMS[form]({"model": weights, "beside": NASTY[kind]}), f"w.{form}")
     if kind in CODE:
-        assert "it wants to run code" in found
+        assert "it would run code" in found
     elif kind in INERT:
         assert torch.equal(found.tensors["w"].float(), torch.ones(4)), found
 
@@ -412,4 +412,4 @@ def test_variables_of_pytorch_change_nothing_and_a_file_is_opened_once(forced):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[1:20:2] + lines[20:] == ["2"] * 20  # Python's open, and the system's in it
-    assert all("it wants to run code (builtins.exec)" in line for line in lines[:20:2])
+    assert all("it would run code (builtins.exec)" in line for line in lines[:20:2])

@@ -106,7 +106,7 @@ NAMED = {
     "one missing": "stages.1.0.conv.weight",
     "half a head": "head.bias",
     "not finite": "head.bias is not finite",
-    "quantised": "stem.weight holds torch.int8: it is quantised",
+    "quantised": "stem.weight is torch.int8: it is quantised",
     "two networks": "several networks (student.stem.weight, teacher.stem.weight)",
     "another variant's tensor": "stages.1.0.conv.weight has shape (3, 3)",
     "code": "could run code",

@@ -462,7 +462,7 @@ def test_what_is_put_right_is_said(voc, convert):
     (voc / "Annotations" / "0.xml").write_text(xml("0.jpg", SIZES[0], objects))
     status, content, said = convert("voc", voc)
     assert (status, found(content)) == (0, TRUTH)
-    assert "corners in another order, put right: 1" in said and "cut at the edge" in said
+    assert "boxes with swapped corners, corrected: 1" in said and "cut at the edge" in said
 
 
 def test_images_without_labels_are_said(voc, yolo, convert):
@@ -477,9 +477,9 @@ def test_images_without_labels_are_said(voc, yolo, convert):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["voc", "nowhere", "a.json"], "nowhere is no folder"),
+        (["voc", "nowhere", "a.json"], "nowhere is not a folder"),
         (["voc", "empty", "a.json"], "no XML files"),
-        (["yolo", "empty", "a.json"], "no names of classes"),
+        (["yolo", "empty", "a.json"], "no class names"),
         (["voc", "voc", "a.txt"], ".json"),
         (["voc", "voc", "there.json"], "--force"),
         (["voc", "voc", "a.json", "--images", "empty"], "no image could be converted"),

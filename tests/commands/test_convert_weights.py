@@ -71,7 +71,7 @@ def test_averaged_weights_are_taken_unless_told_otherwise(convert, tmp_path, opt
     found = {k: v for k, v in load(path)[0].items() if k in expected}
     assert_same(found, {k: v * factor for k, v in expected.items()})
     key = "'model'" if option else "'ema'"
-    assert any(line.startswith("source") and f"its {key}, left behind: " in line for line in lines)
+    assert any(line.startswith("source") and f"its {key}, not used: " in line for line in lines)
     assert load(path)[1]["conversion"]["source_key"] == key.strip("'")
 
 

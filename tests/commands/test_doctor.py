@@ -69,4 +69,4 @@ def test_built_in_names_keep_their_classes(data, capsys, monkeypatch):
     status, lines = _doctor(capsys, *options)
     assert status == 1
     assert any("other categories than coco_2017_val" in line for line in lines)
-    assert any("NOTE" in line and "COCO itself has 5000 and 36781" in line for line in lines)
+    assert any("NOTE" in line and "COCO has 5000 and 36781" in line for line in lines)

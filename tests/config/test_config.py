@@ -139,7 +139,7 @@ def test_poly_schedule_falls_to_zero():
 @pytest.mark.parametrize("width", [32, 80])
 def test_groups_of_one_channel_are_refused(width):
     opts = ["MODEL.FPN.OUT_CHANNELS", str(width)]
-    with pytest.raises(UserError, match="a multiple of 32 from 64"):
+    with pytest.raises(UserError, match="a multiple of 32, at least 64"):
         load_checked_config(str(CONFIGS / "fcos_contti.yaml"), opts)
     load_checked_config(str(CONFIGS / "fcos_contti.yaml"), [*opts, "MODEL.FCOS.NORM", ""])
 

@@ -197,7 +197,7 @@ def test_notes_and_facts_are_told_each_time(usable):
 def test_images_that_went_are_missed_each_time(usable):
     check_datasets(usable.cfg, ["drawn"])
     (usable.file.parent / "images" / "empty.jpg").unlink()
-    with pytest.raises(UserError, match="images that are missing"):
+    with pytest.raises(UserError, match="missing images"):
         check_datasets(usable.cfg, ["drawn"])
 
 
@@ -360,7 +360,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, caplog):
     drawn = Drawn(tmp_path, usable_content(), "DATASETS.CACHE_DIR", str(tmp_path / "file" / "x"))
     found = _begin(drawn)
     assert found == get_detection_dataset_dicts("drawn")
-    told = [each.getMessage() for each in caplog.records if "are not kept" in each.getMessage()]
+    told = [each.getMessage() for each in caplog.records if "are not cached" in each.getMessage()]
     assert f"{tmp_path / 'file' / 'x'} cannot be written (Not a directory)" in told[-1]
 
 

@@ -25,7 +25,7 @@ STRANGER = 12345
 
 def _told(caplog) -> list[str]:
     lines = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
-    return [line for line in lines if "are not kept" in line]
+    return [line for line in lines if "are not cached" in line]
 
 
 def _runs_without(drawn: Drawn, caplog, what: str) -> None:
@@ -138,7 +138,7 @@ def test_waiting_for_a_lock_is_told_and_ends(usable, caplog, capsys, monkeypatch
         holder.kill()
         holder.communicate()
     assert str(lock) in capsys.readouterr().err
-    assert f"{lock} is not used (another process has held it" in _told(caplog)[0]
+    assert f"{lock} is not used (another process has locked it" in _told(caplog)[0]
 
 
 def test_a_file_system_without_locks(usable, caplog, monkeypatch):

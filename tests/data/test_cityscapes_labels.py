@@ -227,6 +227,6 @@ def test_the_command_shows_progress_and_says_what_it_did(tmp_path):
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "{} label files written, {} were there already\n".format(*counts)
+        assert done.stdout == "{} label files written, {} already existed\n".format(*counts)
         assert "1/1" in done.stderr and "Warning" not in done.stderr
     assert os.listdir(tmp_path) == ["cityscapes"]

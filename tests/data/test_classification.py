@@ -120,7 +120,7 @@ def test_own_sets_decide_the_number_of_classes(root):
     assert count_classes(cfg, "mine_val") == 3
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'elsewhere']]"])
-    with pytest.raises(UserError, match="mine_train is taken"):
+    with pytest.raises(UserError, match="mine_train is already used"):
         register_datasets(other)
     with pytest.raises(UserError, match=r"labels of images, .*GeneralizedRCNN"):
         detector, _ = configure(DETECTOR, options)
@@ -152,11 +152,11 @@ def test_label_files_are_for_flat_folders(root):
     options = registered(root)
     entries = [["mine_val", str(root / "imagenet/val_labels.txt"), str(root / "imagenet/train")]]
     cfg = config(*options[2:], "DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "()", KEY, "3")
-    with pytest.raises(UserError, match="holds folders"):
+    with pytest.raises(UserError, match="contains folders"):
         check_datasets(cfg, ["mine_val"])
     entries = [["mine", str(root / "imagenet" / "val")]]
     cfg = config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)", KEY, "3")
     with pytest.raises(UserError, match=r"DATASETS.REGISTER as \[name, label file"):
         check_datasets(cfg, ["mine"])
-    with pytest.raises(UserError, match=r"data set mine: .* need a label file"):
+    with pytest.raises(UserError, match=r"data set mine: .* require a label file"):
         config("DATASETS.REGISTER", str(entries), "DATASETS.TRAIN", "('mine',)")

@@ -225,7 +225,7 @@ def test_damage_is_mended(data, expected, capsys, tmp_path, damage):
     data.file.write_text(json.dumps(data.content))
     before, out = data.file.read_bytes(), tmp_path / "out.json"
     assert _fix(data, out) == 0, capsys.readouterr()
-    assert "  mended" in capsys.readouterr().out
+    assert "  fixed" in capsys.readouterr().out
     assert data.file.read_bytes() == before
     _check(data, out, expected)
 
@@ -287,7 +287,7 @@ def test_a_wrong_folder_is_no_reason_to_drop_all(data, capsys, tmp_path):
     for image in data.content["images"]:
         (data.root / "train" / image["file_name"]).unlink()
     assert _fix(data, tmp_path / "out.json") == 1
-    assert "give the right folder" in capsys.readouterr().err
+    assert "check the folder" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
 

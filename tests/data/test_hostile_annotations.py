@@ -73,7 +73,7 @@ WRONG_COUNTS = {
     "that would overflow": [2**63 - 1, 2**63 - 1, SIDE * SIDE + 2],
     "of more than 64 bits": [10**30, -(10**30) + SIDE * SIDE],
     "true": [True, SIDE * SIDE - 1],
-    "no whole numbers": [0.5, SIDE * SIDE - 0.5],
+    "not integers": [0.5, SIDE * SIDE - 0.5],
     "lists": [[SIDE * SIDE]],
     "none": None,
 }

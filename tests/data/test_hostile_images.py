@@ -45,14 +45,14 @@ def _refused(path: Path, what: str) -> None:
 def test_other_formats_are_not_opened(tmp_path, ending):
     path = tmp_path / f"p.{ending}"
     Image.new("RGB", (32, 32)).save(path)
-    _refused(path.rename(tmp_path / "p.png"), "no kind that is read")
+    _refused(path.rename(tmp_path / "p.png"), "none of those supported")
 
 
 def test_ghostscript_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "p.png"
     Image.new("RGB", (32, 32)).save(path, "EPS")
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("it was run"))
-    _refused(path, "no kind that is read")
+    _refused(path, "none of those supported")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "circle", "device", "folder", "a null byte"])
@@ -68,7 +68,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        path, what = tmp_path / "p\0.png", "no file can have this name"
+        path, what = tmp_path / "p\0.png", "invalid file name"
     _refused(path, what)
 
 

@@ -82,7 +82,7 @@ def test_numbers_for_classes_are_not_guessed(root):
     numbers = {class_name(label): str(label) for label in range(3)}
     lines(root, {name: numbers[wnid] for name, wnid in classes.items()})
     shutil.rmtree(root / "imagenet" / "train")
-    with pytest.raises(UserError, match="numbers in place of class names"):
+    with pytest.raises(UserError, match="numbers instead of class names"):
         check_datasets(config(), ["imagenet_val"])
     (root / "imagenet" / "val" / "classes.txt").write_text("2\n1\n0\n")
     records = load(config(), "imagenet_val")

@@ -200,11 +200,11 @@ def test_names_are_not_taken_twice(drawn):
     register_datasets(cfg)
     register_datasets(cfg)
     other = load_config(LEAF, ["DATASETS.REGISTER", "[['mine_train', 'other.json', 'images']]"])
-    with pytest.raises(UserError, match=r"mine_train is taken .*train.json"):
+    with pytest.raises(UserError, match=r"mine_train is already used .*train.json"):
         register_datasets(other)
     for name in ("coco_2017_train", "cityscapes_fine_sem_seg_val"):
         built_in = load_config(LEAF, ["DATASETS.REGISTER", f"[['{name}', 'o.json', 'images']]"])
-        with pytest.raises(UserError, match=f"the name {name} is taken"):
+        with pytest.raises(UserError, match=f"the name {name} is already used"):
             register_datasets(built_in)
 
 

@@ -306,7 +306,7 @@ def test_a_set_that_lost_files_is_refused(tmp_path, lost):
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="no shapes data set"):
+    with pytest.raises(UserError, match="not a shapes data set"):
         make_shapes(tmp_path, TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

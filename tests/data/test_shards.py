@@ -253,11 +253,11 @@ def test_other_content_is_refused(source, made, tmp_path, capsys):
     assert "train-000009.tar" in said
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    assert "holds other things, such as thesis.tex" in error(source, tmp_path / "full")
+    assert "contains other files, such as thesis.tex" in error(source, tmp_path / "full")
     assert os.listdir(tmp_path / "full") == ["thesis.tex"]
-    assert "lies in" in error(other, other / "shards")
+    assert "is inside" in error(other, other / "shards")
     (made / "train-000009.tar").unlink()
-    assert "holds shards already" in error(made, tmp_path / "x")
+    assert "already contains shards" in error(made, tmp_path / "x")
     assert "--workers is 0" in error(source, tmp_path / "x", "--workers", "0", status=2)
     negative = error(source, tmp_path / "x", "--samples-per-shard=-1", status=2)
     assert "--samples-per-shard is -1" in negative
@@ -407,10 +407,13 @@ def test_broken_images_are_named_by_shard_and_key(made):
 
 PAIR = {"0.jpg": some_image(), "0.cls": b"0"}
 CONTENT = {
-    "a class's own tar": ({"n01_1.JPEG": some_image()}, "1 of 1 images have no .cls beside them"),
+    "a class's own tar": ({"n01_1.JPEG": some_image()}, "1 of 1 images have no .cls file"),
     "label alone": ({**PAIR, "1.cls": b"0"}, "'1' has a .cls but no image"),
-    "no number": ({"0.jpg": some_image(), "0.cls": b"cat"}, "0.cls holds b'cat', it must be a l"),
-    "below 0": ({"0.jpg": some_image(), "0.cls": b"-1"}, "0.cls holds b'-1', it must be a l"),
+    "no number": (
+        {"0.jpg": some_image(), "0.cls": b"cat"},
+        "0.cls contains b'cat', it must be a l",
+    ),
+    "below 0": ({"0.jpg": some_image(), "0.cls": b"-1"}, "0.cls contains b'-1', it must be a l"),
     "two images": ({**PAIR, "0.png": some_image()}, "the key '0' has two images"),
     "nothing": ({"readme": b"hello"}, "there are no images in"),
 }
@@ -444,7 +447,7 @@ def test_lost_shards_and_labels_are_told(made):
     lost = made / "train-000003.tar"
     lost.rename(made.parent / lost.name)
     _, errors, _ = read_all(made)
-    assert "hold 21 images of 24: run tools/make_shards.py again" in errors[0]
+    assert "contain only 21 of 24 images: run tools/make_shards.py again" in errors[0]
     (made.parent / lost.name).rename(lost)
     (made / "classes.txt").write_text("one\ntwo\n")
     _, errors, _ = read_all(made)
@@ -452,7 +455,7 @@ def test_lost_shards_and_labels_are_told(made):
     for text in ("one\none\ntwo\n", "one\n\ntwo\n", ""):
         (made / "classes.txt").write_text(text)
         _, errors, _ = read_all(made)
-        assert "classes.txt must hold one class a line" in errors[0]
+        assert "classes.txt must have one class per line" in errors[0]
     for encoding in ("utf-8", "utf-8-sig"):
         (made / "classes.txt").write_text("one\ntwo\nthree\n", encoding=encoding)
         assert not read_all(made)[1]

@@ -81,8 +81,8 @@ def _photo(root: Path) -> Path:
 def test_other_road_scenes_pass(city, capsys, task):
     status, lines = _doctor(capsys, *_city_options(task))
     assert status == 0, lines
-    assert any("NOTE   3 images, Cityscapes itself has 2975" in line for line in lines)
-    assert any("another size than Cityscapes' 2048x1024: 3 [town" in line for line in lines)
+    assert any("NOTE   3 images, Cityscapes has 2975" in line for line in lines)
+    assert any("whose size is not Cityscapes' 2048x1024: 3 [town" in line for line in lines)
     objects = task == "instance_seg"
     assert lines[-1] == f"0 errors, {6 if objects else 4} notes: training can start"
     assert any("classes without objects: 7 [bicycle; bus; " in line for line in lines) == objects
@@ -189,24 +189,24 @@ CITY = {
     "image is a link to nowhere": (
         "instance_seg",
         lambda root: (_photo(root).unlink(), _photo(root).symlink_to("nowhere.png")),
-        "images that are missing, or links to nowhere: 1",
+        "missing images, or broken links: 1",
     ),
     "stray file": (
         "instance_seg",
         lambda root: (_photo(root).parent / "Thumbs.db").write_text(""),
-        "files that are no images",
+        "files that are not images",
     ),
     "stray file among cities": (
         "instance_seg",
         lambda root: (root / "leftImg8bit" / "train" / "README").write_text(""),
-        "files that are no images",
+        "files that are not images",
     ),
     "cut polygons": ("instance_seg", _cut("polygons.json"), "polygon files that cannot be read"),
     "no sizes": ("sem_seg", _edit(imgWidth=None), "polygon files without imgWidth"),
-    "unknown class": ("instance_seg", _objects("cow", TRIANGLE), "that Cityscapes has not: 1"),
-    "two points": ("instance_seg", _objects("car", TRIANGLE[:2]), "no lists of 3 or more [x, y]"),
-    "NaN": ("instance_seg", _objects("car", [*TRIANGLE, [1, float("nan")]]), "no lists of 3"),
-    "text": ("instance_seg", _objects("car", [*TRIANGLE, [1, "x"]]), "no lists of 3 or more"),
+    "unknown class": ("instance_seg", _objects("cow", TRIANGLE), "that are not in Cityscapes: 1"),
+    "two points": ("instance_seg", _objects("car", TRIANGLE[:2]), "not lists of 3 or more [x, y]"),
+    "NaN": ("instance_seg", _objects("car", [*TRIANGLE, [1, float("nan")]]), "not lists of 3"),
+    "text": ("instance_seg", _objects("car", [*TRIANGLE, [1, "x"]]), "not lists of 3 or more"),
     "far": ("instance_seg", _objects("car", [*TRIANGLE, [999, 1]]), "reach far outside"),
     "cut image": (
         "sem_seg",
@@ -216,7 +216,7 @@ CITY = {
     "image of another size": (
         "instance_seg",
         lambda root: Image.new("RGB", (60, 32)).save(_photo(root)),
-        "images of another size than their polygons say: 1 [town_000000_000001",
+        "images whose size differs from that in their polygon file: 1 [town_000000_000001",
     ),
     "cut labels": ("sem_seg", _cut("labelTrainIds.png"), f"files that cannot be read: {REMAKE}"),
     "labels with a palette": ("sem_seg", _palette, f"8 bits (a palette?): {REMAKE}: 1"),
@@ -228,23 +228,23 @@ CITY = {
     "ids instead of train ids": (
         "sem_seg",
         _paint("labelTrainIds.png", 26),
-        f"values that they must not have: {REMAKE}: 1",
+        f"invalid values: {REMAKE}: 1",
     ),
-    "wrong ids": ("sem_seg", _paint("labelIds.png", 34), "labelIds.png files with values"),
+    "wrong ids": ("sem_seg", _paint("labelIds.png", 34), "labelIds.png files with invalid values"),
     "instance of no object": (
         "instance_seg",
         _paint("instanceIds.png", 7001),
-        "instanceIds.png files with values that they must not have",
+        "instanceIds.png files with invalid values",
     ),
     "labels of another size": (
         "sem_seg",
         _paint("labelTrainIds.png", 3, (32, 32)),
-        "labelTrainIds.png files of another size than their image: 1",
+        "labelTrainIds.png files whose size differs from their image's: 1",
     ),
     "instances of another size": (
         "instance_seg",
         _paint("instanceIds.png", 7, (32, 32)),
-        "instanceIds.png files of another size",
+        "instanceIds.png files whose size differs",
     ),
 }
 
@@ -288,7 +288,7 @@ def test_city_without_folders_is_told_where_its_layout_stands(city, capsys, monk
     monkeypatch.setenv("DETECTRON2_DATASETS", str(city.parent))
     shutil.rmtree(city / "gtFine")
     _, lines = _doctor(capsys, *_city_options("sem_seg"))
-    assert any("docs/cityscapes.md shows what belongs there" in line for line in lines)
+    assert any("docs/cityscapes.md shows the expected files" in line for line in lines)
 
 
 def test_city_of_another_kind(city, capsys):
@@ -296,4 +296,4 @@ def test_city_of_another_kind(city, capsys):
         capsys, *_city_options("sem_seg"), "MODEL.META_ARCHITECTURE", "RetinaNet"
     )
     assert status == 1
-    assert any("it has label maps, but a RetinaNet needs objects" in line for line in lines)
+    assert any("it has label maps, but RetinaNet requires objects" in line for line in lines)

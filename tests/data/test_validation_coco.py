@@ -94,7 +94,7 @@ STRUCTURE = {
     "text in a box": (_item("bbox", [1, 2, "3", 4]), "not 4 finite"),
     "no area": (_item("bbox", [5, 5, 0, 9]), "boxes without area"),
     "negative width": (_item("bbox", [50, 50, -20, 9]), "negative width or height"),
-    "outside": (_item("bbox", [5000, 5, 10, 10]), "boxes wholly outside their image"),
+    "outside": (_item("bbox", [5000, 5, 10, 10]), "boxes completely outside their image"),
     "corners": (_item("bbox", [100, 100, 900, 120]), "boxes far larger than their image"),
     "relative": (_every_box_relative, "all boxes lie between 0 and 1"),
     "crowds alone": (_all_crowds, "no object to train on"),
@@ -107,7 +107,7 @@ STRUCTURE = {
     "text in a polygon": (_item("segmentation", [[1, 2, "3", 4, 5, 6]]), "polygons that are no"),
     "NaN in a polygon": (
         _item("segmentation", [[1, 2, float("nan"), 4, 5, 6]]),
-        "polygons that are no lists",
+        "polygons that are not lists",
     ),
     "far polygon": (_item("segmentation", [[1, 2, 9000, 4, 5, 6]]), "reach far outside"),
     "mask is a text": (_item("segmentation", "mask"), "neither polygons nor run-length"),
@@ -138,7 +138,7 @@ def test_damaged_annotations(data, capsys, damage):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_drop("categories"), "'categories' must be there"),
+        (_drop("categories"), "'categories' must be a list"),
         (_set("categories", to=[]), "has no categories"),
         (_twice("categories"), "category id 1 occurs twice"),
         (_set("categories", 0, to={"id": "a", "name": "x"}), "each category must have"),
@@ -213,8 +213,8 @@ HARMLESS = {
     ),
     "box over the edge": (_item("bbox", [-9, -9, 20, 20]), "boxes that reach outside"),
     "polygon over the edge": (_item("segmentation", [[-3, 2, 30, 4, 5, 60]]), ""),
-    "EXIF, as annotated": (_turned(6, True), "annotations must be for the turned ones"),
-    "EXIF upside down": (_turned(3, False), "annotations must be for the turned ones"),
+    "EXIF, as annotated": (_turned(6, True), "annotations must be for the rotated images"),
+    "EXIF upside down": (_turned(3, False), "annotations must be for the rotated images"),
     "run-length masks": (_crowd_masks, ""),
     "link": (_linked, ""),
     **{f"mode {mode}": (_as_png(mode), "") for mode in ("L", "LA", "P", "RGBA")},
@@ -266,7 +266,7 @@ def test_evaluation_needs_areas_that_are_numbers(data, capsys, area):
     assert _doctor(capsys, *data.options())[0] == 0
     status, lines = _doctor(capsys, *data.options(), "DATASETS.TEST", "('train',)")
     assert status == 1
-    assert any("area is no number" in x for x in lines)
+    assert any("area is not a number" in x for x in lines)
 
 
 def _crowd_without_mask(data: Copy) -> None:
@@ -278,7 +278,7 @@ def _crowd_without_mask(data: Copy) -> None:
     ("change", "said"),
     [
         (_crowd_without_mask, "objects without a mask"),
-        (_two_points_of_many, "which evaluation takes wrongly"),
+        (_two_points_of_many, "which evaluation misreads"),
     ],
 )
 def test_evaluation_of_masks_needs_all_of_them(data, capsys, change, said):

@@ -103,12 +103,12 @@ DAMAGE = {
     "empty class": (_empty_class, "class folders without images"),
     "class that train lacks": (_extra_class, "train (1 too many: n77)"),
     "hidden folder": (_hidden, "[.ipynb_checkpoints"),
-    "dead link": (_dead_link, "lead nowhere"),
+    "dead link": (_dead_link, "broken links"),
     "class that val lacks": (_lost_class, f"train (1 missing: {class_name(0)})"),
     "folders and images": (_mixed, "(stray.png"),
     "empty": (_nothing, "train is empty"),
     "no label file": (_flat(), f"val_labels.csv, LOC_val_solution.csv, {GROUND_TRUTH}"),
-    "no meta.mat": (_flat(official, _home("meta.mat", None)), "whose meta.mat"),
+    "no meta.mat": (_flat(official, _home("meta.mat", None)), "its meta.mat"),
     "damaged meta.mat": (
         _flat(official, _home("meta.mat", b"MATLAB 5.0 MAT-file")),
         "meta.mat is not",
@@ -124,7 +124,10 @@ DAMAGE = {
     "other file names": (_flat(official, _rename), f"{GROUND_TRUTH}: 1 [second.JPEG]"),
     "unlabelled": (_flat(lines, _3=None), "val_labels.txt: 1 [ILSVRC2012_val_00000003.JPEG]"),
     "unlabelled at Kaggle": (_flat(kaggle, _3=None), "csv: 1 [ILSVRC2012_val_00000003.JPEG]"),
-    "other class": (_flat(lines, _3="n77"), "no class (3 classes: n00000001, ...): 1 [ILSVRC2012"),
+    "other class": (
+        _flat(lines, _3="n77"),
+        "not classes (3 classes: n00000001, ...): 1 [ILSVRC2012",
+    ),
     "one column": (_flat(_home("val_labels.txt", "a.JPEG\n")), "has the line ['a.JPEG'], it must"),
     "three columns": (_flat(_home("val_labels.csv", "a,b,c\n")), "has the line ['a', 'b', 'c']"),
     "two classes": (_flat(_home("val_labels.txt", "a b\na c\n")), "gives a two classes, b and c"),
@@ -262,7 +265,7 @@ def test_notes_of_macos_and_copies_of_notebooks_are_no_images(root, capsys):
     assert len(load_dataset_dicts(config(), ["imagenet_train"], train=True)) == before + 1
     status, said = run_doctor(capsys)
     assert status == 0, said
-    (note,) = [line for line in said if "left out" in line]
+    (note,) = [line for line in said if "ignored" in line]
     assert "._0.JPEG" in note and ".ipynb_checkpoints" in note
 
 

@@ -49,14 +49,14 @@ def _floats(data: Copy) -> None:
 
 
 PIXELS = {
-    "missing": (_remove, "images that are missing"),
-    "link to nowhere": (_dangling, "images that are missing"),
-    "folder": (_folder, "images that are missing"),
+    "missing": (_remove, "missing images"),
+    "link to nowhere": (_dangling, "missing images"),
+    "folder": (_folder, "path is not a file"),
     "huge": (_huge, "more than INPUT.MAX_PIXELS 1500000"),
-    "floats": (_floats, "no whole numbers"),
+    "floats": (_floats, "not integers"),
     "truncated": (_truncate, "cannot be read"),
     "no image": (_no_image, "cannot be read"),
-    "other size": (_other_size, "another size"),
+    "other size": (_other_size, "size differs"),
     "turned by EXIF": (_turned(6, False), "EXIF orientation"),
 }
 
@@ -92,7 +92,7 @@ def test_right_annotations_of_turned_images_are_not_blamed(data, capsys, kind, n
     _replace(data, Image.new("RGB", (150, 200)), *size, format=kind, exif=exif)
     status, lines = _doctor(capsys, *data.options())
     assert status == 0, lines
-    turned = [line for line in lines if "EXIF orientation turns" in line]
+    turned = [line for line in lines if "by their EXIF orientation" in line]
     assert len(turned) == (number != 1)
 
 

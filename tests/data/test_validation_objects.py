@@ -46,7 +46,7 @@ def test_more_than_one_crowd_in_twenty_is_no_accident(data, crowds, many):
     found = _check(data.content)
     assert found.lines(ERROR) == []
     assert len(found.lines(SUSPECT)) == many
-    assert f"leaves out {crowds} of 100 objects" in found.left_out
+    assert f"skips {crowds} of 100 objects" in found.left_out
 
 
 def test_many_crowds_are_an_error_of_the_doctor_and_a_warning_of_a_training(data, capsys):
@@ -60,7 +60,7 @@ def test_many_crowds_are_an_error_of_the_doctor_and_a_warning_of_a_training(data
     for _ in range(2):  # the second from what was kept of the first
         warnings, notes = check_datasets(cfg, ["train", "val"])
         assert [line for line in warnings if "data set train" in line and "are crowds" in line]
-        assert [line.startswith("data set train: training leaves out") for line in notes] == [True]
+        assert [line.startswith("data set train: training skips") for line in notes] == [True]
 
 
 def _left_out(data: Copy) -> None:
@@ -126,18 +126,21 @@ def _as_rle(change: Callable[[dict], None]) -> Callable[[dict], None]:
 
 
 WRONG = {
-    "0": (_area(lambda area, box: 0), "areas that are 0"),
+    "0": (_area(lambda area, box: 0), "areas of 0"),
     "above the box": (_area(lambda area, box: 2 * box[2] * box[3]), "areas above width x height"),
-    "half": (_area(lambda area, box: area / 2), "not those of the masks"),
-    "0, run-length": (_as_rle(_area(lambda area, box: 0)), "areas that are 0"),
-    "half, run-length": (_as_rle(_area(lambda area, box: area / 2)), "not those of the masks"),
-    "0, no mask": (_bare(_area(lambda area, box: 0)), "areas that are 0"),
+    "half": (_area(lambda area, box: area / 2), "areas that differ from the masks"),
+    "0, run-length": (_as_rle(_area(lambda area, box: 0)), "areas of 0"),
+    "half, run-length": (
+        _as_rle(_area(lambda area, box: area / 2)),
+        "areas that differ from the masks",
+    ),
+    "0, no mask": (_bare(_area(lambda area, box: 0)), "areas of 0"),
     "twice, no mask": (_bare(_area(lambda area, box: 2 * area)), "areas above width x height"),
     "a quarter, no mask": (_bare(_area(lambda area, box: area / 4)), "not width x height"),
     "relative, no mask": (_bare(_area(lambda area, box: 0.01)), "not width x height"),
-    "box beside its polygon": (_box(9, 9, 0, 0), "boxes that do not hold their mask"),
-    "box smaller than its polygon": (_box(5, 5, -10, -10), "boxes that do not hold their mask"),
-    "box beside its runs": (_as_rle(_box(9, 9, 0, 0)), "boxes that do not hold their mask"),
+    "box beside its polygon": (_box(9, 9, 0, 0), "boxes that do not contain their mask"),
+    "box smaller than its polygon": (_box(5, 5, -10, -10), "boxes that do not contain their mask"),
+    "box beside its runs": (_as_rle(_box(9, 9, 0, 0)), "boxes that do not contain their mask"),
     "box far larger": (_box(-40, -40, 99, 99), "boxes far larger than their mask"),
 }
 
@@ -171,7 +174,7 @@ def test_one_wrong_area_of_a_thousand_is_a_note(data):
     data.item["area"] = 0
     found = _check(data.content)
     assert len(found.lines(WARNING)) == 0
-    assert [line for line in found.lines(NOTE) if "areas that are 0: APs" in line]
+    assert [line for line in found.lines(NOTE) if "areas of 0: APs" in line]
 
 
 def test_crowds_have_any_area(data):
@@ -191,7 +194,7 @@ def test_what_changes_numbers_is_a_warning_of_a_run(data):
     warnings = " ".join(_check(data.content).lines(WARNING))
     assert "annotation id 0" in warnings
     assert f"{data.content['categories'][1]['name']} (ids 1, 2)" in warnings
-    assert "areas that are 0" in warnings
+    assert "areas of 0" in warnings
     trained = _check(data.content, DatasetUse(True, False, masks=False, bitmasks=False))
     assert len(trained.lines(WARNING)) == 1  # the classes'
 
@@ -203,7 +206,7 @@ def test_a_set_without_truth_can_be_evaluated_on(data, capsys):
     evaluated = [*options, "DATASETS.TRAIN", "('val',)", "DATASETS.TEST", "('train',)"]
     status, lines = _doctor(capsys, *evaluated)
     assert status == 0
-    assert any("no truth" in line for line in lines)
+    assert any("no ground truth" in line for line in lines)
 
 
 # --- what misleads -------------------------------------------------------------------------------
@@ -224,20 +227,23 @@ def _each(key: str, field: str, to: Callable[[object], object]) -> Callable[[Cop
 
 IDS = {
     "texts in one list": (_each("images", "id", str), "image_id are numbers, while"),
-    "texts in the other": (_each("annotations", "image_id", str), "image_id are texts, while"),
-    "classes": (_each("annotations", "category_id", str), "category_id are texts, while"),
+    "texts in the other": (_each("annotations", "image_id", str), "image_id are strings, while"),
+    "classes": (_each("annotations", "category_id", str), "category_id are strings, while"),
     "decimal points": (_each("images", "id", float), "1.0 with a decimal point"),
     "decimal points of classes": (_each("categories", "id", float), "1.0 with a decimal point"),
-    "texts of classes": (_each("categories", "id", str), 'not the text "1"'),
+    "texts of classes": (_each("categories", "id", str), 'not the string "1"'),
     "decimal points in objects": (_each("annotations", "image_id", float), "1.0 with a decimal"),
     "annotation ids": (_each("annotations", "id", float), "1.0 with a decimal point"),
     "nothing": (_each("images", "id", lambda value: None), "images without an id"),
     "texts as boxes": (
         _each("annotations", "bbox", lambda box: list(map(str, box))),
-        "but texts",
+        "but strings",
     ),
-    "texts as sizes": (_each("images", "width", str), "(the text "),
-    "no sizes": (_each("images", "height", lambda value: None), "width and height are no whole"),
+    "texts as sizes": (_each("images", "width", str), "(the string "),
+    "no sizes": (
+        _each("images", "height", lambda value: None),
+        "width and height are not integers",
+    ),
     "numbers as masks": (
         _each("annotations", "segmentation", lambda mask: mask[0]),
         "masks that are one list of numbers",
@@ -280,11 +286,11 @@ def _nfd(name: str) -> str:
 NAMES = {
     "backslashes": (
         rename_images(lambda name: f"a/{name}", lambda name: f"a\\{name}"),
-        "in the place of /",
+        "instead of /",
     ),
     "a machine's prefix": (
         rename_images(lambda name: name, lambda name: f"/home/other/{name}"),
-        "a path before them",
+        "a leading path",
     ),
     "upper case": (rename_images(lambda name: name, str.upper), "upper or lower case"),
     "ending": (rename_images(lambda name: name, lambda name: name[:-3] + "png"), "another ending"),
@@ -340,7 +346,7 @@ def test_other_files_of_the_same_name_are_not_taken_for_an_image(data, other):
     Image.open(root / "2.jpg").save(root / other, format="PNG")
     data.image(0).unlink()
     (line,) = _lines(data)
-    assert "images that are missing (1 of 4" in line
+    assert "missing images (1 of 4" in line
 
 
 def test_another_folder_is_named(data):
@@ -361,7 +367,7 @@ FORMS = {
     "LabelMe": ({"shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
     "VIA": ({"a.jpg12": {"filename": "a.jpg", "regions": []}}, "VIA"),
     "CreateML": ([{"image": "a.jpg", "annotations": []}], "CreateML"),
-    "an empty list": ([], "'images' must be there"),
+    "an empty list": ([], "'images' must be a list"),
 }
 
 
@@ -379,7 +385,7 @@ TEXTS = {
     "gzip": (lambda text: gzip.compress(text), "gzip"),
     "zip": (lambda text: b"PK\x03\x04" + text, "zip"),
     "XML": (lambda text: b"<annotation></annotation>", "XML"),
-    "JSON lines": (lambda text: b'{"a": 1}\n{"a": 2}\n', "one a line"),
+    "JSON lines": (lambda text: b'{"a": 1}\n{"a": 2}\n', "one per line"),
     "nothing": (lambda text: b"", "empty"),
 }
 

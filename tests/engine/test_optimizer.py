@@ -219,7 +219,7 @@ def test_no_clipping_unless_enabled():
 
 def test_layer_decay_needs_layer_groups():
     cfg = _cfg("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "SOLVER.LAYER_DECAY", 0.7)
-    with pytest.raises(UserError, match="ResNet declares no layer groups"):
+    with pytest.raises(UserError, match="ResNet has no layer groups"):
         build_optimizer(cfg, _detector(cfg))
     with pytest.raises(UserError, match="Linear has no backbone"):
         build_optimizer(cfg, nn.Linear(1, 1))

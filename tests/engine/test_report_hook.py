@@ -34,7 +34,7 @@ def test_a_page_that_cannot_be_written_ends_no_training(imagenet_here, tmp_path)
     (tmp_path / "report.html").mkdir()
     assert train(tmp_path, "REPORT.ENABLED", "True") == 0
     log = (tmp_path / "log.txt").read_text()
-    assert f"page is not refreshed: {tmp_path / 'report.html'} cannot be written" in log
+    assert f"page is not updated: {tmp_path / 'report.html'} cannot be written" in log
     assert (tmp_path / "model_final.pth").exists()
 
 

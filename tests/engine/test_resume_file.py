@@ -231,7 +231,7 @@ def test_a_damaged_file_is_not_gone_on_from(folder):
     flip(folder / "model_0000003.pth")
     with pytest.raises(UserError, match=r"model_0000003\.pth"):
         choose_checkpoint(folder, str(folder / "model_0000003.pth"))
-    with pytest.raises(UserError, match=r"missing\.pth is not there"):
+    with pytest.raises(UserError, match=r"missing\.pth does not exist"):
         choose_checkpoint(folder, str(folder / "missing.pth"))
 
 
@@ -277,7 +277,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(uncut, tmp_path):
     assert same_end(folder, uncut) and names(folder) == names(uncut)
     assert {"model_final.pth"} <= set(names(folder / "set_aside"))
     log = (folder / "log.txt").read_text()
-    (line,) = [line for line in log.splitlines() if "newest whole one before it" in line]
+    (line,) = [line for line in log.splitlines() if "newest complete one before it" in line]
     assert "WARNING" in line and "model_final.pth" in line and "model_0000003.pth" in line
 
 

@@ -224,7 +224,7 @@ def test_a_refusal_leaves_the_folder_alone(cut, imagenet_root, capsys, change):
 def test_weights_without_a_training_are_refused(cut, capsys):
     torch.save({"model": checkpoint(cut, "model_0000003.pth")["model"]}, cut / "model_0000003.pth")
     assert main(arguments(cut, "--resume")) == 1
-    assert "without the state of a training" in capsys.readouterr().err
+    assert "without the training state" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -328,7 +328,7 @@ def test_a_loss_scaler(cut, caplog, saved):
     assert ("no loss scaler" in caplog.text) != saved
     caplog.clear()
     trainer_of(cut, *amp, "SOLVER.AMP.DTYPE", "bfloat16")
-    assert ("loss scaler, which ends here" in caplog.text) == saved
+    assert ("loss scaler, which is discarded" in caplog.text) == saved
 
 
 def without_stream(content):
@@ -338,7 +338,7 @@ def without_stream(content):
 
 def without_optimizer(content):
     del content["trainer"]["optimizer"]
-    return "no optimiser's state"
+    return "no optimiser state"
 
 
 def without_scaler(content):
@@ -500,7 +500,7 @@ def test_an_evaluation_that_was_left(tmp_path, more):
     if more == DOUBLED:
         assert seen == [(0, 8), (1, 16)]
     else:
-        assert seen == [(2, 12), (3, 16)] and "left out" in said(folder)
+        assert seen == [(2, 12), (3, 16)] and "skipped" in said(folder)
     lines = metrics_of(folder)
     assert [line["images_seen"] for line in lines] == (
         [4, 8, 16] if more == DOUBLED else [4, 8, 12, 16]

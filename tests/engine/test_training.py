@@ -299,7 +299,7 @@ def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("--eval-only", "MODEL.CONTNET.PRE_NORM False, and the config has True"),
+        ("--eval-only", "MODEL.CONTNET.PRE_NORM False, but the config has True"),
         ("--resume", "MODEL.CONTNET.PRE_NORM False -> True"),
     ],
 )

@@ -301,7 +301,7 @@ def strange(file):
 DAMAGES = [(os.remove, "prepare_cityscapes"), (cut, "cannot be read"), (shrink, "has the shape")]
 
 
-@pytest.mark.parametrize(("damage", "message"), [*DAMAGES, (strange, "is no class id")])
+@pytest.mark.parametrize(("damage", "message"), [*DAMAGES, (strange, "is not a class id")])
 @pytest.mark.parametrize("kind", ["labelIds", "instanceIds"])
 def test_damaged_truth_is_named(own_root, damage, message, kind, capsys):
     image = images_of(own_root)[0]

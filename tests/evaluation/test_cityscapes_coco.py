@@ -81,5 +81,5 @@ def test_cocos_annotations_follow_the_data(own_root, tmp_path):
 def test_other_kinds_have_no_evaluator(cityscapes_root):
     cfg = load_config(str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml"))
     assert "voc_2007_val" in DatasetCatalog.list()
-    with pytest.raises(UserError, match="no evaluator here"):
+    with pytest.raises(UserError, match="has no evaluator"):
         build_evaluator(cfg, "voc_2007_val")

@@ -104,7 +104,7 @@ def check_instances(folder: Path, image: Path, output: dict) -> None:
 
 def test_boxes_alone_have_no_form(own_root, test_split):
     cfg = config(own_root, "instance_seg", "MODEL.MASK_ON", "False")
-    with pytest.raises(UserError, match="takes no boxes"):
+    with pytest.raises(UserError, match="accepts no boxes"):
         build_evaluator(cfg, "cityscapes_fine_instance_seg_test")
 
 

@@ -60,7 +60,7 @@ def _error(capsys, *argv: str, status: int = 1) -> str:
         (["--resum"], ["--resum"]),
         (["--eval-only"], ["MODEL.WEIGHTS", "--resume"]),
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "cuda or cpu"]),
-        (["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"], ["'cuda:1'", "write cuda"]),
+        (["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"], ["'cuda:1'", "set it to cuda"]),
         (["OUTPUT_DIR", "/dev/null/run"], ["OUTPUT_DIR /dev/null/run", "choose another"]),
         (["OUTPUT_DIR", "file"], ["OUTPUT_DIR file", "choose another"]),
         (["TEST.BEST_METRIC", "segm/AP"], ["'segm/AP'", "bbox/AP, bbox/AP50"]),
@@ -164,10 +164,10 @@ def _drop_key(key):
 
 
 DAMAGES = {
-    "image": (_drop_image, [], "images that are missing"),
+    "image": (_drop_image, [], "missing images"),
     "cut JSON": (_cut_json, [], "is not valid JSON"),
-    "no images": (_drop_key("images"), [], "has not the form of COCO instances"),
-    "no categories": (_drop_key("categories"), [], "has not the form of COCO instances"),
+    "no images": (_drop_key("images"), [], "is not in COCO format"),
+    "no categories": (_drop_key("categories"), [], "is not in COCO format"),
     "classes": (lambda root: None, ["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "has 80 classes"),
 }
 

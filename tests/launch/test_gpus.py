@@ -63,7 +63,7 @@ def test_more_processes_than_gpus():
 def test_one_gpu_for_several_processes(device):
     check_device_value(device, 1)
     check_device_value("cuda", 2)
-    with pytest.raises(UsageError, match=f"'{device}', .* 2 processes: write cuda"):
+    with pytest.raises(UsageError, match=f"'{device}', .* 2 processes: set it to cuda"):
         check_device_value(device, 2)
 
 
@@ -102,7 +102,7 @@ def test_ranks_that_share_a_gpu_are_named(tmp_path):
         process.join()
         *distinct, shared = (tmp_path / str(rank)).read_text().split("\n")
         assert distinct == ["", ""]
-        assert shared.startswith(f"ranks 0 and 2 on {socket.gethostname()} have one and the same ")
+        assert shared.startswith(f"ranks 0 and 2 on {socket.gethostname()} use the same GPU ")
         assert "(GPU-a): give each process its own" in shared
 
 

@@ -94,7 +94,7 @@ class TakeOver(LauncherHook):
 
 def test_a_training_whose_folder_was_taken_writes_nothing_more(tmp_path):
     settings, launcher = short_settings(tmp_path / "run"), TakeOver()
-    with pytest.raises(UserError, match="another process has begun to write"):
+    with pytest.raises(UserError, match="another process writes"):
         run(settings, launcher)
     after = contents(tmp_path / "run")
     written = {name for name, content in after.items() if content != launcher.files.get(name)}

@@ -118,7 +118,7 @@ def test_windows_are_averaged():
     [
         (_window_options([64, 64], [65, 64]), "would leave gaps"),
         (_window_options([64], [64]), "a height and a width"),
-        (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['res5']"], "PSPHead takes two"),
+        (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['res5']"], "PSPHead requires two"),
         (["MODEL.PSP_HEAD.DROPOUT", "1.0"], "PSP_HEAD.DROPOUT"),
     ],
 )
@@ -130,7 +130,7 @@ def test_wrong_settings_are_one_line(opts, message):
 def test_batch_norm_over_one_pixel_is_refused_before_training(tmp_path, capsys):
     options = ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "1", "OUTPUT_DIR", str(tmp_path)]
     assert main(["--config-file", LEAF, *options]) == 2
-    assert "needs 2 images at a time" in capsys.readouterr().err
+    assert "needs at least 2 images per pass" in capsys.readouterr().err
 
 
 def test_training_images_are_scaled_then_cropped_with_their_labels(tmp_path):

@@ -176,7 +176,7 @@ def test_status(tmp_path):
     _heartbeat(folder, 0, ended="failed")
     status = read_status(tmp_path)
     assert status["state"] == "failed" and status["failure"]["rank"] == 1
-    assert "rank 1 (process 8 on h) ended without a word" in status["failure"]["reason"]
+    assert "rank 1 (process 8 on h) ended without a message" in status["failure"]["reason"]
 
 
 class _Broken(Dataset):
@@ -228,7 +228,7 @@ def test_a_silent_run(tmp_path, monkeypatch):
     later = time.time() + 1000
     monkeypatch.setattr("time.time", lambda: later)
     assert read_status(tmp_path)["state"] == "silent"
-    assert describe_run(tmp_path).startswith("ended without a word")
+    assert describe_run(tmp_path).startswith("ended without a message")
 
 
 def test_stale_notes_are_not_this_attempts(tmp_path):
@@ -325,7 +325,7 @@ def test_a_job_that_nccl_says_has_lost_a_node_is_requeued(tmp_path, monkeypatch)
     process.start()
     process.join()
     assert process.exitcode == 0
-    reason = "a node does not answer any more; requeued"
+    reason = "a node does not respond; requeued"
     assert AttemptFolder(tmp_path, "4242", 0).read("exit")["reason"] == reason
     assert (tmp_path / "bin" / "calls").read_text() == "requeue 4242\n"
 
@@ -372,7 +372,7 @@ finally:
 @pytest.mark.parametrize(
     ("state", "interface", "number", "status", "said"),
     [
-        (None, "", signal.SIGUSR2, 1, "nothing here can start the training again"),
+        (None, "", signal.SIGUSR2, 1, "without SLURM, nothing can restart the training"),
         ("RUNNING", "ib0", signal.SIGTERM, 0, "; requeued"),  # clusters that send nothing else
     ],
 )

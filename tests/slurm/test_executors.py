@@ -99,7 +99,7 @@ def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, c
     environment = {"PYTHONPATH": str(project), "DETECTRON2_DATASETS": str(coco_root)}
     done = run_tool("submit.py", "--config-file", LEAF, *QUICK, *options, **environment)
     assert done.returncode == 0, done.stderr
-    assert "there is no sbatch here: running on this machine" in done.stdout
+    assert "sbatch not found: running on this machine" in done.stdout
     (project / "contnet" / "__init__.py").write_text("raise RuntimeError('edited')\n")
     status = main(["--status", "out", "--watch"])
     followed = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_a_failing_setup_is_in_the_status(no_slurm, capsys):
     assert main(["--status", "out"]) == 0
     shown = capsys.readouterr().out
     assert "state    never started" in shown
-    assert "this set-up command failed: no-such-module" in shown
+    assert "the set-up command failed: no-such-module" in shown
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_cancel_ends_only_processes_of_the_run(no_slurm, sleeper, capsys):
     for foreign in (sleeper(), sleeper(**{RUN_VARIABLE: str(other)})):
         forge_process(out, foreign)
         said = error_of(capsys, "--cancel", "out")
-        assert f"process {foreign.pid} is not one of this run" in said
+        assert f"process {foreign.pid} does not belong to this run" in said
         assert foreign.poll() is None
     # One whose number was another's before.
     own = sleeper(**{RUN_VARIABLE: str(out)})
@@ -88,7 +88,9 @@ def test_cancel_of_a_sweep_sends_no_signal_to_a_process_without_mark(
     forge_process(no_slurm / "out" / "a", mine)
     values = {"process_start": process_start(foreign.pid), "runs": {"a": ""}}
     forge(no_slurm / "out", job_id=str(foreign.pid), **values)
-    assert f"process {foreign.pid} is not one of this run" in error_of(capsys, "--cancel", "out")
+    assert f"process {foreign.pid} does not belong to this run" in error_of(
+        capsys, "--cancel", "out"
+    )
     assert foreign.poll() is None and mine.wait(30) < 0
 
 
@@ -148,7 +150,7 @@ def test_watch_reads_only_logs_of_the_run(no_slurm, capsys, kind):
     shown, said = capsys.readouterr()
     assert status == 1 and "a secret" not in shown
     if kind != "elsewhere":  # where the log of that name is looked for in the run's folder
-        assert said.startswith("error: ") and "is no log of this run" in said
+        assert said.startswith("error: ") and "is not a log of this run" in said
 
 
 def test_a_folder_that_was_moved_or_linked_has_its_logs(no_slurm, capsys):

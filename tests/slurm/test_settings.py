@@ -68,7 +68,7 @@ def test_paths_of_a_cluster_file_are_written_out(slurm, here, monkeypatch, tmp_p
         ("srun: {chdir: $NOT_SET}", "srun chdir is '$NOT_SET', but the environment variable"),
         ("partitoin: gpu", "no key partitoin, the nearest is partition"),
         ("mem_gb: lots", "mem_gb is 'lots', it must be a number"),
-        ("setup: {a: b}", "setup is {'a': 'b'}, it must be a list of texts"),
+        ("setup: {a: b}", "setup is {'a': 'b'}, it must be a list of strings"),
         ("sbatch: {nodes: 3}", "--num-nodes"),
         ("partition: !!python/object/apply:os.getcwd []", "cannot be read"),
         ("mem_gb: 0x" + "f" * 5000, "cannot be read"),
@@ -134,7 +134,7 @@ def test_entries_of_sbatch_and_srun_are_options(here, name, entry):
 @pytest.mark.parametrize("text", ["a\\' --wrap=reboot '", 'a" --uid=0', "a\\"])
 def test_sbatch_reads_quotes_in_its_own_way(here, key, text):
     for option in ([f"--{key.replace('_', '-')}", text], ["--sbatch", f"comment={text}"]):
-        with pytest.raises(UsageError, match="sbatch takes no"):
+        with pytest.raises(UsageError, match="sbatch accepts no"):
             settings_of(*option)
     with pytest.raises(UsageError, match="--sbatch wrap"):
         settings_of("--sbatch", "wrap=reboot")

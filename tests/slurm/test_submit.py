@@ -60,7 +60,7 @@ def test_sbatch_text(slurm, here):
     script = "\n".join(lines[lines.index("# setup") : lines.index("# command")])
     done = subprocess.run(["bash", "-c", script + "\necho on"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "this set-up command failed: module load cuda" in done.stderr
+    assert "the set-up command failed: module load cuda" in done.stderr
 
 
 def test_a_job_on_cpus_asks_for_no_gpus(slurm):
@@ -157,7 +157,7 @@ def test_dry_run_without_slurm(no_slurm, capsys):
     assert "#SBATCH --gpus-per-node=2" in shown
     assert "are not checked" in shown
     assert "no --cpus-per-gpu: each process and its loader workers" in shown
-    assert "requeued at most 20 times, given up after 1800 s" in shown
+    assert "requeued at most 20 times, ended after 1800 s" in shown
     assert "on network ib0" in shown
     assert main([*argv, "--cpus-per-gpu", "5", "DATALOADER.NUM_WORKERS", "4"]) == 0
     assert "no --cpus-per-gpu" not in capsys.readouterr().out
@@ -169,10 +169,10 @@ def test_dry_run_without_slurm(no_slurm, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--machine-rank", "1"], ["--machine-rank", "leave it out"]),
-        (["--dist-url", "tcp://a:1"], ["--dist-url", "leave it out"]),
+        (["--machine-rank", "1"], ["--machine-rank", "remove it"]),
+        (["--dist-url", "tcp://a:1"], ["--dist-url", "remove it"]),
         (["--partition", "gpux"], ["no partition gpux", "gpu, old, cpu, closed"]),
-        (["--partition", "closed"], ["closed takes no jobs"]),
+        (["--partition", "closed"], ["closed accepts no jobs"]),
         (
             ["--partition", "old", "--num-gpus", "8", "SOLVER.IMS_PER_BATCH", "8"],
             ["old has 8 GPUs", "at most 4", "partition closed, gpu has"],
@@ -182,8 +182,8 @@ def test_dry_run_without_slurm(no_slurm, capsys):
         (["--partition", "old", "--timeout-hours", "13"], ["--timeout-hours is 13", "allows 12"]),
         (["--timeout-hours", "0"], ["Add --timeout-hours", "up to 48"]),
         (["--timeout-hours", "-1"], ["--timeout-hours is -1.0", "at least 0"]),
-        (["--timeout-hours", "0.02"], ["--signal-delay 180 s leaves nothing"]),
-        (["OUTPUT_DIR", "50%j"], ["50%j has a % in it"]),
+        (["--timeout-hours", "0.02"], ["--signal-delay 180 s leaves no time"]),
+        (["OUTPUT_DIR", "50%j"], ["50%j contains a %"]),
         (["--mem-gb", "600"], ["--mem-gb 600", "at most 500 GB"]),
         (["--cpus-per-gpu", "65"], ["65 cores", "at most 64"]),
         (["--sbatch", "array=1-2"], ["--sbatch array", "--sweep"]),
@@ -207,7 +207,7 @@ def test_dry_run_without_slurm(no_slurm, capsys):
         (["--sweep", "SEED=1", "--only", "SEED=1", ""], ["''", "pairs"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "'a"], ["No closing quotation"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "SEED 2"], ["SEED is set by --sweep"]),
-        (["--sweep", "SEED=1", "--only", "SEED=1", "OUTPUT_DIR a"], ["OUTPUT_DIR of its own"]),
+        (["--sweep", "SEED=1", "--only", "SEED=1", "OUTPUT_DIR a"], ["its own OUTPUT_DIR"]),
         (["--sweep", "SEED=1", "--only", "SEED=1", "LOG_PERIODS 2"], ["run 1 of 1", "LOG_PERIOD"]),
         (["--num-gpus"], ["--num-gpus"]),
     ],

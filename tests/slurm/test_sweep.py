@@ -73,8 +73,8 @@ def test_an_array_that_is_no_file(slurm, here, capsys):
         ("--num-gpus 4", "runs.txt, line 1"),
         ("SOLVER.BASE_LR", "runs.txt, line 1"),
         ("'SOLVER.BASE_LR", "runs.txt, line 1"),
-        ("OUTPUT_DIR x", "OUTPUT_DIR of its own"),
-        ("SEED 1\nSEED 1", "runs 1 and 2 of 2 do not differ"),
+        ("OUTPUT_DIR x", "its own OUTPUT_DIR"),
+        ("SEED 1\nSEED 1", "runs 1 and 2 of 2 are the same"),
     ],
 )
 def test_wrong_lines(slurm, here, capsys, line, said):

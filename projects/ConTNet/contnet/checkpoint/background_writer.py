@@ -1,6 +1,6 @@
-"""What lets a training go on while its checkpoint is written.
+"""Writes checkpoints in the background, while the training continues.
 
-A :class:`HostCopy` copies the state into buffers that are kept from one save to the next, and a
+A :class:`HostCopy` copies the state into buffers that are reused by later saves, and a
 :class:`BackgroundWriter` writes files in a thread.
 """
 
@@ -50,9 +50,9 @@ class _Unpickler(pickle.Unpickler):
 class HostCopy:
     """A deep copy, in host memory, of nested Python objects with tensors.
 
-    Storages are copied whole, so tensors that share one, or lie in it in another order, still do.
-    Those of a GPU go to page-locked memory in the order of its stream: neither does this process
-    wait for the copy, nor can a later step overtake it. Those of the host can be left to a thread.
+    Whole storages are copied, so tensors that share a storage still do. GPU storages are copied to
+    page-locked memory on the current stream: this process does not wait for the copy, and a later
+    step cannot overtake it. A thread can copy those in host memory.
     """
 
     def __init__(self):
@@ -69,12 +69,11 @@ class HostCopy:
         self._copied: torch.cuda.Event | None = None
 
     def take(self, data: object, deferred: Iterable[Tensor] = ()) -> None:
-        """Copies ``data``, over what was copied before; buffers of the same size are used again.
+        """Copies ``data`` and replaces the previous copy; buffers of the same size are reused.
 
         Args:
-            data: what pickle takes. Tensors that are no plain dense ones are copied by it.
-            deferred: of its tensors, those that stay as they are until :meth:`finish` has copied
-                them.
+            data: an object that pickle supports. Pickle copies tensors that are not dense.
+            deferred: those of its tensors that do not change until :meth:`finish` has copied them.
         """
         self._forget()
         self._deferred = {t.untyped_storage()._cdata for t in deferred if t.device.type == "cpu"}
@@ -89,13 +88,13 @@ class HostCopy:
         self._numbers, self._storages, self._deferred = {}, {}, set()
 
     def finish(self) -> None:
-        """Copies what :meth:`take` has left; another thread may do so."""
+        """Copies the tensors that :meth:`take` has deferred; may be called by another thread."""
         for source, copy in self._rest:
             _bytes(copy).copy_(_bytes(source))
         self._rest = []
 
     def read(self) -> object:
-        """The copied data, made anew but for its tensors; waits until a GPU has delivered them."""
+        """Returns the copied data; waits until a GPU has copied its tensors."""
         if self._copied is not None:
             self._copied.synchronize()
         return _Unpickler(io.BytesIO(self._pickled), self._tensors).load()
@@ -129,9 +128,9 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """Runs functions in a thread, one after the other; none after one that has failed.
+    """Runs functions in a thread, one after the other, until one has failed.
 
-    The interpreter does not end before the thread has.
+    The interpreter does not exit before the thread ends.
     """
 
     def __init__(self):
@@ -139,7 +138,7 @@ class BackgroundWriter:
         self._tasks: list[Future] = []
 
     def submit(self, function: Callable, *args: object) -> Future:
-        """Has ``function(*args)`` called after all that was submitted before."""
+        """Calls ``function(*args)`` in the thread, after all earlier submissions."""
         before = self._tasks[-1] if self._tasks else None
         self._tasks.append(self._executor.submit(self._run, before, function, *args))
         return self._tasks[-1]
@@ -151,14 +150,14 @@ class BackgroundWriter:
         function(*args)
 
     def check(self) -> None:
-        """Raises what a function has raised so far, once; does not wait."""
+        """Raises the error of a function that has failed, once; does not wait."""
         done = [task for task in self._tasks if task.done()]  # asked once: others end meanwhile
         if any(task.exception() for task in done):
             self.wait()
         self._tasks = [task for task in self._tasks if task not in done]
 
     def wait(self) -> None:
-        """Returns when all is done; raises what a function has raised, once."""
+        """Waits for all functions; raises the error of one that has failed, once."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.result()

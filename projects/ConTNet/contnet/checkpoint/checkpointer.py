@@ -33,32 +33,32 @@ _TEMPORARY = "temporary"  # key of a checkpoint that goes when the next one is t
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, made atomic and strict.
+    """Detectron2's checkpointer, but atomic and strict.
 
-    A file takes its name once it is complete and verified, and ``last_checkpoint`` names it after
+    A file gets its name once it is complete and verified; ``last_checkpoint`` is updated after
     that.
 
     Args:
         model: the model, or a DistributedDataParallel of it.
         save_dir: where checkpoints are saved and looked for.
         allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
-        keep: the numbered checkpoints that stay, those of the latest iterations; model_final.pth
-            and model_best.pth always do.
+        keep: number of latest numbered checkpoints that are kept; model_final.pth and
+            model_best.pth are always kept.
         background: return from :meth:`save` once the state is copied, and write it in a thread.
-            Takes host memory of the size of a checkpoint (for a GPU up to twice, for page-locked
-            memory is rounded up). Whoever ends the training calls :meth:`wait`.
-        model_optimizer: in the background, the optimiser in whose step alone its parameters and
-            its state change: the thread copies these, too, and the next step waits until it has.
-        metadata: facts of the model, which checkpoints carry and files are compared with; None to
-            save and compare nothing.
-        guard: is asked before anything is written or removed.
+            This needs host memory of the size of a checkpoint (for a GPU up to twice that, since
+            page-locked memory is rounded up). Call :meth:`wait` at the end of the training.
+        model_optimizer: with ``background``, the optimiser whose parameters and state change only
+            in its step: the thread copies these, too, and the next step waits for the copy.
+        metadata: facts of the model, which are saved in checkpoints and compared with files; None
+            to save and compare nothing.
+        guard: called before anything is written or removed.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
 
     Attributes:
-        earlier: numbered checkpoints of before a resume, in the order of what they have seen. Their
-            numbers may be above later ones, where a run goes on with a larger batch.
-        warnings: what was said of the last file that changes results, a line each.
-        file_classes: names of the last file's classes, in order; None where nothing tells them.
+        earlier: numbered checkpoints from before a resume, in the order of images seen. Their
+            numbers may be above later ones, if a run is resumed with a larger batch.
+        warnings: warnings about the last file that concern results, a line each.
+        file_classes: names of the last file's classes, in order; None if they are unknown.
     """
 
     def __init__(
@@ -95,22 +95,22 @@ class Checkpointer(DetectionCheckpointer):
     def save(
         self, name: str, *, iteration: int | None = None, temporary: bool = False, **kwargs
     ) -> None:
-        """Saves model and checkpointables to ``<name>.pth``, then drops the earliest ones.
+        """Saves model and checkpointables to ``<name>.pth``, then deletes the oldest checkpoints.
 
-        In the background, files are written in the order of the calls, and one of another iteration
-        waits for all before.
+        In the background, files are written in the order of the calls; a file of another iteration
+        waits for all earlier ones.
 
         Args:
-            name: ``BEST`` is not what a resume goes on from; any other is.
-            iteration: calls with the same one, and without kwargs, save the same state, which need
-                be copied only once.
-            temporary: the file goes once another one of a later state is there, and ``keep`` does
-                not count it. The file says so of itself.
-            **kwargs: more to save.
+            name: name of the file; a resume uses the last one, except ``BEST``.
+            iteration: calls with the same iteration, and without kwargs, save the same state, which
+                is copied only once.
+            temporary: delete the file once there is one with a later state; ``keep`` does not count
+                it. The file is marked as temporary.
+            **kwargs: more data to save.
 
         Raises:
             UserError: if this file, or an earlier one in the background, cannot be written; the
-                last checkpoint stays what it was.
+                last checkpoint is not changed.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -131,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
         self._writer.submit(self._write, path, self._host_copy.read, temporary)
 
     def _deferred_tensors(self) -> Iterator[Tensor]:
-        """What may be copied until the optimiser's next step."""
+        """The tensors that may be copied until the optimiser's next step."""
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
                 yield from group["params"]
@@ -148,10 +148,10 @@ class Checkpointer(DetectionCheckpointer):
         self._writer.check()
 
     def wait(self) -> None:
-        """Returns when no file is being written any more.
+        """Waits until all files are written.
 
         Raises:
-            UserError: if one could not be written.
+            UserError: if a file could not be written.
         """
         self._writer.wait()
 
@@ -189,7 +189,7 @@ class Checkpointer(DetectionCheckpointer):
                 try:
                     verify_file(written, path.name)
                 except UserError as error:
-                    reason = f"what was written is not what is read back: {error}"
+                    reason = f"the file differs from what was written: {error}"
                     raise UserError(f"checkpoint {path} cannot be written: {reason}") from error
 
     def _replace_temporary(self, new: Path | None, by: Path) -> None:
@@ -227,28 +227,28 @@ class Checkpointer(DetectionCheckpointer):
         self.warnings = weights.warnings
         self.file_classes = weights.classes
         if weights.is_ema and not ema:
-            self.logger.warning(f"{path} has EMA weights alone ({weights.key!r}), which are used")
+            self.logger.warning(f"{path} has only EMA weights ({weights.key!r}), which are used")
         return weights
 
     def load_backbone(self, path: str) -> None:
-        """Starts from weights that must give every tensor of the backbone.
+        """Loads initial weights, which must include every tensor of the backbone.
 
         Args:
-            path: a file or URL of any form that docs/weights.md lists. Of a run of ours the rest of
-                the model is taken, too, where it fits. The last weights count, an EMA only where
-                there are no others.
+            path: a file or URL in any format that docs/weights.md lists. From our own runs, the
+                rest of the model is loaded, too, if it fits. The last weights are used, an EMA only
+                if there are no others.
 
         Raises:
-            UserError: if the file cannot be read, gives not all of the backbone's tensors, or says
-                that they are of a network of another function.
+            UserError: if the file cannot be read, lacks tensors of the backbone, or is of a network
+                that computes something else.
         """
         weights = self._read(path)
         options = {"ours": self.metadata, "allow_missing": self.allow_missing}
         load_weights(self.model, weights, whole=False, **options)
         if ema := [key for key in EMA_KEYS if key in weights.rest]:
             self.logger.warning(
-                f"{path} also has EMA weights ({ema[0]!r}), which are not used: for them "
-                "give the file that tools/convert_weights.py makes of it"
+                f"{path} also has EMA weights ({ema[0]!r}), which are not used: to use them, "
+                "convert the file with tools/convert_weights.py"
             )
 
     def load(
@@ -259,19 +259,19 @@ class Checkpointer(DetectionCheckpointer):
         ema: bool = False,
         subset: bool = False,
     ) -> dict:
-        """Loads a checkpoint that must give every tensor of the model.
+        """Loads a checkpoint, which must contain every tensor of the model.
 
         Args:
             path: a file or URL.
-            checkpointables: names of those to load, too; None for all.
+            checkpointables: names of the checkpointables to load; None for all.
             ema: load the EMA of the weights.
-            subset: the file may have more classes than the data, which a caller then maps.
+            subset: accept a file with more classes than the data; the caller maps them.
 
         Returns:
-            All that the checkpoint holds beside the weights.
+            The other contents of the checkpoint.
 
         Raises:
-            UserError: if the file cannot be read, has no EMA that was asked for, is one of another
+            UserError: if the file cannot be read, has no EMA although ``ema`` is set, has another
                 architecture, or was trained on other classes.
         """
         weights = self._read(path, ema)
@@ -286,7 +286,7 @@ class Checkpointer(DetectionCheckpointer):
         return weights.rest
 
     def remove_leftovers(self) -> None:
-        """Deletes what a killed training left half written."""
+        """Deletes incomplete files of a killed training."""
         self.wait()
         self.guard.check()  # those of a later attempt are still being written
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):

@@ -1,7 +1,7 @@
-"""Reads what a file of weights holds, whoever made it, and never runs code from it.
+"""Reads the contents of weight files from any source, and never runs code from them.
 
-Forms are recognised here and nowhere else: PyTorch's, .safetensors and .pkl. A file is open when it
-comes here, and is read from that: what is checked is what is loaded.
+Only this module recognises file formats: PyTorch's, .safetensors and .pkl. It gets an open file, so
+the file that is checked is the file that is loaded.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ __all__ = ["read_content"]
 # the pickle of the content.
 _TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 4
-_STATE_DICT = "where the file was made, save model.state_dict() by torch.save, and give that file"
+_STATE_DICT = "where the file was made, save model.state_dict() with torch.save, and use that file"
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of what a library says, but for PyTorch's advice to load a file unsafely."""
+    """The first line of a library's error, without PyTorch's advice to load the file unsafely."""
     lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     line = printable(lines[0], 300) if lines else type(error).__name__
     return "it cannot be unpickled" if "weights_only" in line or "safe_globals" in line else line
@@ -52,43 +52,43 @@ def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserErro
     """The one line about a file that cannot be read.
 
     Args:
-        path: of the file.
-        error: what reading it has raised.
-        left_out: names of classes in it that are none of plain values.
+        path: path of the file.
+        error: the error that was raised while reading it.
+        left_out: names of classes in it that are not plain values.
     """
     what = f"{path} is not a checkpoint of tensors and plain values"
     if isinstance(error, RunsCode):
         name = printable(str(error), 100)
-        return UserError(f"{what}: it wants to run code ({name}), do not use this file")
+        return UserError(f"{what}: it would run code ({name}), do not use this file")
     reason = _first_line(error)
     if names := sorted(left_out):
         return UserError(
-            f"{what}: it holds Python objects ({first_names(names)}), which are not built, since "
-            f"that could run code, and cannot be read without them ({reason}): {_STATE_DICT}"
+            f"{what}: it contains Python objects ({first_names(names)}), which are not loaded, "
+            f"since that could run code, and cannot be read without them ({reason}): {_STATE_DICT}"
         )
     if isinstance(error, pickle.UnpicklingError):
         return UserError(f"{what}: {reason}")
-    return UserError(f"{path} cannot be read, it may be cut short: {reason}")
+    return UserError(f"{path} cannot be read, it may be truncated: {reason}")
 
 
 # --- forms ---------------------------------------------------------------------------------------
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
-    """Refuses archives that torch.save has not made: of code, and those that unpack to more."""
+    """Rejects archives not written by torch.save: TorchScript, and those that unpack to more."""
     entries = archive.infolist()
     if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
-        raise UserError(f"{path} is a TorchScript archive, which holds code: {_STATE_DICT}")
+        raise UserError(f"{path} is a TorchScript archive, which contains code: {_STATE_DICT}")
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if packed or sum(entry.file_size for entry in entries) > size:
         raise UserError(
-            f"{path} unpacks to more than its {size} bytes, which no file of torch.save does: get "
-            "the file again, or from another source"
+            f"{path} unpacks to more than its {size} bytes, which no file of torch.save does: "
+            "download it again, or from another source"
         )
 
 
 def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
-    """What a file of torch.save asks for, by name, and the kind of each one's objects."""
+    """Names of the classes and functions in a torch.save file, with the kind of their objects."""
     if file.read(2) != b"PK":
         file.seek(0)
         return find_kinds(file, _LEGACY_PICKLES)
@@ -106,7 +106,7 @@ def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
 def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> object:
     kinds = _kinds_in(file, path)
     if "builtins.bytearray" in kinds:  # which PyTorch makes as long as the file says
-        raise pickle.UnpicklingError("it holds a bytearray")
+        raise pickle.UnpicklingError("it contains a bytearray")
     file.seek(0)
     # Of these, PyTorch takes those that it does not know itself.
     allowed = [
@@ -119,26 +119,26 @@ def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> ob
 
 
 def _read_safetensors(file: BinaryIO, path: str) -> dict:
-    """Tensors under "model", and under ``METADATA`` what the file says of itself."""
+    """Returns tensors under "model", and the file's metadata under ``METADATA``."""
     data = file.read()
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 300)
         raise UserError(
-            f"{path} cannot be read, it may be cut short or no .safetensors file: {reason}"
+            f"{path} cannot be read, it may be truncated or not a .safetensors file: {reason}"
         ) from error
     # The file begins with the length of its header, which is JSON.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         said = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} has metadata that are no JSON: {error}") from error
+        raise UserError(f"{path} has metadata that are not JSON: {error}") from error
     return {"model": tensors, METADATA: said}
 
 
 def _format(start: bytes, suffix: str) -> str:
-    """Recognises a file by its first bytes; what cannot be told from them, by its suffix."""
+    """Recognises a file's format by its first bytes, otherwise by its suffix."""
     if start.startswith((b"PK", _TORCH_MAGIC)):
         return "torch"
     if start[4:9] == b"\0\0\0\0{" or suffix == ".safetensors":
@@ -150,7 +150,7 @@ def _format(start: bytes, suffix: str) -> str:
 
 
 def _holds_tensors(content: Mapping) -> bool:
-    """Whether there are tensors in it, or in a dict in it."""
+    """Whether the content, or a dict in it, contains tensors."""
     values = [*content.values()]
     values += [value for part in values if isinstance(part, Mapping) for value in part.values()]
     return any(isinstance(value, Tensor | np.ndarray) for value in values)
@@ -169,23 +169,23 @@ def _read_pickled(file: BinaryIO, path: str, form: str, mmap: bool) -> object:
     except Exception as error:  # a damaged file may raise anything
         raise _refusal(path, error, left_out) from error
     if left_out and isinstance(content, Mapping) and not _holds_tensors(content):
-        raise _refusal(path, pickle.UnpicklingError("there are no tensors beside them"), left_out)
+        raise _refusal(path, pickle.UnpicklingError("it has no tensors besides them"), left_out)
     return content
 
 
 def read_content(file: BinaryIO, path: str, mmap: bool = False) -> dict:
-    """Reads a dict of tensors and plain values; the file's form goes by its content.
+    """Reads a dict of tensors and plain values; the format is detected from the content.
 
-    Objects of classes that are none of these are empty dicts in it.
+    Objects of other classes become empty dicts.
 
     Args:
-        file: open, at its beginning; on the disk for ``mmap``.
-        path: its name.
-        mmap: read tensors when they are looked at, where the form has them as they are.
+        file: open file, at its beginning; for ``mmap`` it must be on the disk.
+        path: path of the file, for messages.
+        mmap: read tensors only when they are used, if the format allows it.
 
     Raises:
-        UserError: if it is not whole, is there to run code, has none but objects of other classes,
-            or is no dict.
+        UserError: if the file is incomplete, would run code, contains only objects of other
+            classes, or is not a dict.
     """
     start = file.read(len(_TORCH_MAGIC))
     file.seek(0)
@@ -194,10 +194,10 @@ def read_content(file: BinaryIO, path: str, mmap: bool = False) -> dict:
         return _read_safetensors(file, path)
     if not form:
         raise UserError(
-            f"{path} cannot be read, it may be cut short: it is no file of torch.save (since "
-            "PyTorch 0.2), no .safetensors and no .pkl"
+            f"{path} cannot be read, it may be truncated: it is not a torch.save file (since "
+            "PyTorch 0.2), a .safetensors or a .pkl file"
         )
     content = _read_pickled(file, path, form, mmap and start.startswith(b"PK"))
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint")
     return dict(content)

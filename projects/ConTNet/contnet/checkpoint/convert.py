@@ -1,4 +1,4 @@
-"""Weights of one form turned into another, and the two compared by what they compute."""
+"""Converts weights between formats, and compares the outputs of source and result."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ EXPORTS = {
 
 @dataclass
 class Result:
-    """Weights in the form asked for.
+    """Converted weights.
 
     Attributes:
-        form: one of the family's ``FORMS``.
-        variant, options: as those of :class:`Network`, with the new head's classes.
-        tensors: by the form's names.
-        mapped: names in the file beside names in the result.
-        new: names in the result that no tensor of the file gave.
-        left: names in the file of tensors of the network that the result does without.
+        form: the format, one of the family's ``FORMS``.
+        variant, options: as in :class:`Network`, with the new head's classes.
+        tensors: tensors by the format's names.
+        mapped: pairs of names in the file and in the result.
+        new: names in the result without a tensor in the file.
+        left: names in the file of the network's tensors that are not in the result.
     """
 
     form: str
@@ -55,7 +55,7 @@ class Result:
 
 
 def _new_head(network: Network, classes: int) -> dict[str, Tensor]:
-    """A random head, always the same one, as the network's own initialisation makes it."""
+    """A random head from the network's initialisation, with a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         if network.family == "contnet":
@@ -66,23 +66,23 @@ def _new_head(network: Network, classes: int) -> dict[str, Tensor]:
 
 
 def convert(network: Network, to: str, head: str | int) -> Result:
-    """Brings a network's weights into another form.
+    """Converts a network's weights to another format.
 
     Args:
-        network: is left as it is.
+        network: the network; it is not changed.
         to: "detectron2", "timm" or "authors".
-        head: "keep", "drop", or the number of classes of a new one.
+        head: "keep", "drop", or the number of classes of a new head.
 
     Raises:
-        UserError: if there is no such form of this network.
+        UserError: if this network does not exist in that format.
     """
     form = TARGETS[to].get(network.family)
     if form is None:
-        raise UserError(f"--to {to} is for ConTNets, and it holds a {network.variant}")
+        raise UserError(f"--to {to} is for ConTNets, but it contains a {network.variant}")
     if form == "timm" and network.stride_in_1x1:
         raise UserError(
             "its strides are in the 1x1 convolutions (MODEL.RESNETS.STRIDE_IN_1X1 True), where "
-            "timm's and torchvision's ResNets cannot have them: leave --to timm out"
+            "timm's and torchvision's ResNets cannot have them: remove --to timm"
         )
     tensors, fresh = dict(network.tensors), {}
     if head != "keep":
@@ -111,13 +111,13 @@ def convert(network: Network, to: str, head: str | int) -> Result:
 def largest_difference(
     network: Network, result: Result, size: tuple[int, int], with_logits: bool
 ) -> tuple[float, float]:
-    """Runs source and result on a random image, each by its own names in its own library.
+    """Runs source and result on a random image, each in its own library.
 
     Args:
         network: the source.
-        result: what became of it, as read back.
+        result: the converted network, read back from the file.
         size: (height, width) of the image, in pixels.
-        with_logits: compare the logits too, not the last map alone.
+        with_logits: compare the logits too, not only the last map.
 
     Returns:
         The largest difference, and the largest output of the source.

@@ -1,7 +1,7 @@
-"""Detectors of torchvision and MMDetection, translated to Detectron2's names and layouts.
+"""Converts detectors of torchvision and MMDetection to Detectron2's names and layouts.
 
-Their backbones are ResNets by torchvision's names, which ``key_mapping`` translates; here are the
-pyramids and heads. What would compute something else in Detectron2 is left out.
+Their backbones are ResNets with torchvision's names, which ``key_mapping`` converts; this module
+converts the pyramids and heads. Parts that would compute something else in Detectron2 are dropped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _TABLES = {
 
 
 def detector_of(names: Collection[str]) -> str:
-    """Whose detector has tensors of these names: "torchvision", "mmdetection", or "" of no one."""
+    """The library of a detector with these tensor names: "torchvision", "mmdetection", or ""."""
     for who, mark in _MARKS.items():
         if any(mark.fullmatch(name) for name in names):
             return who
@@ -84,7 +84,7 @@ def detector_of(names: Collection[str]) -> str:
 
 
 def _number(name: str, names: Collection[str]) -> str:
-    """A name with Detectron2's numbers in the place of theirs."""
+    """Replaces their numbers in a name by Detectron2's."""
     laterals = {m[0] for k in names if (m := re.search(r"(inner_blocks|lateral_convs)\.\d", k))}
     normed = any(re.search(r"\.gn\.|_head\.conv\.\d+\.1\.", other) for other in names)
 
@@ -112,7 +112,7 @@ def _rename(name: str, who: str, names: Collection[str]) -> str:
 
 
 def _swap_anchors(value: Tensor) -> Tensor:
-    """Anchors by ratios, and then by sizes, where they go by sizes and then by ratios."""
+    """Reorders anchors from sizes, then ratios, to ratios, then sizes."""
     rows = value.unflatten(0, (_RATIOS, -1))
     return rows.transpose(0, 1).flatten(0, 1)
 
@@ -193,14 +193,14 @@ def _unlike(who: str, tensors: Mapping[str, Tensor]) -> list[str]:
 def translate_detector(
     tensors: Mapping[str, Tensor], who: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Translates pyramid and heads; the backbone is not looked at.
+    """Converts the pyramid and the heads, not the backbone.
 
     Args:
-        tensors: of the file, by its names.
-        who: of :func:`detector_of`.
+        tensors: tensors of the file, by its names.
+        who: the library, from :func:`detector_of`.
 
     Returns:
-        Tensors by Detectron2's names, and the file's names of those that have no counterpart.
+        Tensors by Detectron2's names, and the file's names of tensors without a counterpart.
     """
     names = {name: _rename(name, who, tensors) for name in tensors}
     found = {ours: tensors[name] for name, ours in names.items() if ours}
@@ -221,7 +221,7 @@ def translate_detector(
 
 
 def detector_classes(tensors: Mapping[str, Tensor], who: str, rest: Mapping) -> list[str] | None:
-    """Names of a detector's classes, without the background; None where nothing tells them."""
+    """Names of a detector's classes, without the background; None if they are unknown."""
     if who == "torchvision":
         names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         rows = len(tensors.get("roi_heads.box_predictor.cls_score.bias", ()))

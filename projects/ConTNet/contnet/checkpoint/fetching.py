@@ -1,7 +1,8 @@
-"""Fetches weights that MODEL.WEIGHTS names by an address, into the caches of the libraries.
+"""Downloads weights that MODEL.WEIGHTS gives as an address, into the libraries' caches.
 
-A file takes its name once it is whole and its hash is right. Later runs find it there, without a
-network, under the whole address: no server can give the file of another.
+A file gets its name once it is complete and its hash is correct. Later runs use the cached file,
+without a network connection. It is cached under its full address, so servers cannot replace each
+other's files.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ class Fetched:
     """A file of weights on this machine.
 
     Attributes:
-        path: of the file.
-        digest: its SHA-256 or the start of it, where the address says it.
-        maker: who says what its pixels are; "" if nobody does.
-        pixels: "format", "mean" and "std" of the channels, in units of 0 to 255.
-        classes: names of the classes, in order; None where nobody tells them.
+        path: path of the file.
+        digest: its SHA-256 or the start of it, if the address contains it.
+        maker: the source of ``pixels``; "" if they are unknown.
+        pixels: "format", "mean" and "std" of the channels, for values from 0 to 255.
+        classes: names of the classes, in order; None if they are unknown.
     """
 
     path: str
@@ -89,7 +90,7 @@ class Fetched:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows to servers of the web alone, and keeps to TLS."""
+    """Follows redirects only to http(s) addresses, and never from https to http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
@@ -108,15 +109,15 @@ def _reason(error: Exception) -> str:
 
 
 def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
-    """The one line of a failure."""
-    advice = "where there is no network, give MODEL.WEIGHTS a file that was copied there"
+    """The error of a failed download, in one line."""
+    advice = "without a network connection, copy the file and set MODEL.WEIGHTS to it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        advice = "caches are where FVCORE_CACHE, HF_HOME and TORCH_HOME say"
-    return UserError(f"{source} cannot be fetched ({reason or _reason(error)}): {advice}")
+        advice = "FVCORE_CACHE, HF_HOME and TORCH_HOME set the cache folders"
+    return UserError(f"{source} cannot be downloaded ({reason or _reason(error)}): {advice}")
 
 
 def _cached_file(url: str) -> Path:
-    """Where a URL's file is kept: in iopath's cache, in a folder of its own."""
+    """Path of a URL's file in iopath's cache, in its own folder."""
     name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-100:]
     key = hashlib.sha256(url.encode()).hexdigest()[:32]
     return Path(get_cache_dir(), "contnet", key, name.lstrip(".") or "weights")
@@ -143,7 +144,7 @@ def _digest_of(source: str, url: str, fragment: str) -> str:
 
 
 def _receive(url: str, file: BinaryIO) -> str:
-    """Writes what a server has, whole; its SHA-256."""
+    """Writes the complete file of a server; returns its SHA-256."""
     digest, received = hashlib.sha256(), 0
     with build_opener(_Redirects).open(Request(url), timeout=_TIMEOUT) as answer:
         length = answer.headers.get("Content-Length")
@@ -152,22 +153,22 @@ def _receive(url: str, file: BinaryIO) -> str:
             while block := answer.read(2**20):
                 received += len(block)
                 if received > _LARGEST:
-                    raise ValueError(f"it has more than {_LARGEST >> 30} GiB")
+                    raise ValueError(f"it is larger than {_LARGEST >> 30} GiB")
                 digest.update(block)
                 file.write(block)
                 bar.update(len(block))
     if not received or total not in (None, received):
-        raise ValueError(f"it was cut short, {received} of {total} bytes came")
+        raise ValueError(f"it was truncated, {received} of {total} bytes arrived")
     return digest.hexdigest()
 
 
 def _download(source: str, url: str, path: Path, digest: str) -> None:
-    """Fetches a file, which takes its name once it is whole and right."""
+    """Downloads a file, which gets its name once it is complete and verified."""
     with atomic_write(path) as file:
         found = _receive(url, file)
         if not found.startswith(digest):
             raise UserError(
-                f"{source} is another file: the one that the server has begins its SHA-256 with "
+                f"{source} is another file: the SHA-256 of the server's file begins with "
                 f"{found[:16]}, give the right #sha256= or another address"
             )
 
@@ -198,7 +199,7 @@ def _fetch_url(source: str, url: str) -> Fetched:
 
 def _hub_reason(error: Exception, repo: str) -> str:
     if isinstance(error, GatedRepoError):
-        return f"{repo} is for those who have accepted its terms: run hf auth login"
+        return f"{repo} requires accepting its terms: run hf auth login"
     if isinstance(error, RepositoryNotFoundError):
         return f"the hub has no public repository {repo}"
     if isinstance(error, RevisionNotFoundError):
@@ -207,13 +208,13 @@ def _hub_reason(error: Exception, repo: str) -> str:
         return f"{repo} has no such file"
     if isinstance(error, LocalEntryNotFoundError):
         offline = os.environ.get("HF_HUB_OFFLINE")
-        why = f"HF_HUB_OFFLINE is {offline}" if offline else "the hub does not answer"
+        why = f"HF_HUB_OFFLINE is {offline}" if offline else "the hub does not respond"
         return f"{why}, and it is not in the hub's cache on this machine"
     return ""
 
 
 def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> str | None:
-    """The first of some files that is in the hub's cache; taken as it is, without a network."""
+    """The first of several files that is in the hub's cache; needs no network connection."""
     for name in names:
         if isinstance(cached := try_to_load_from_cache(repo, name, revision=revision), str):
             return cached
@@ -221,7 +222,7 @@ def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> s
 
 
 def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ...]) -> str:
-    """The first of some files that a repository has."""
+    """The first of several files that exists in a repository."""
     try:
         if cached := _find_in_cache(repo, revision, names):
             return cached
@@ -234,7 +235,7 @@ def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ..
 
 
 def _pixels_of(config: Mapping) -> dict[str, str | list[float]]:
-    """Pixel statistics of a config of timm's, whose units are 0 to 1."""
+    """Pixel statistics from a timm config, which are for values from 0 to 1."""
     mean, std = config.get("mean"), config.get("std")
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:
@@ -251,7 +252,7 @@ def _classes_of(config: Mapping) -> list[str] | None:
 
 
 def _read_hub_config(repo: str, revision: str | None, offline: bool) -> Mapping:
-    """What a repository's config says in timm's form; empty where it has none."""
+    """A repository's config in timm's format; empty if it has none."""
     try:
         find = _find_in_cache if offline else partial(_hub_file, "")
         file = find(repo, revision, (_HUB_CONFIG,))
@@ -268,12 +269,12 @@ def _fetch_hub(source: str, address: str) -> Fetched:
     match = _HUB_ADDRESS.fullmatch(address)
     if match is None:
         raise UserError(
-            f"MODEL.WEIGHTS {source} is no address of the hub: write hf://OWNER/REPOSITORY, with "
-            "/FILE behind it where it has several"
+            f"MODEL.WEIGHTS {source} is not an address of the hub: write hf://OWNER/REPOSITORY, "
+            "with /FILE if it has several"
         )
     repo, revision, file = match.groups()
     if ".." in address.replace("@", "/").split("/"):
-        raise UserError(f"MODEL.WEIGHTS {source} leads out of the hub's cache: leave .. out")
+        raise UserError(f"MODEL.WEIGHTS {source} leads out of the hub's cache: remove ..")
     names = (file,) if file else _HUB_FILES
     try:
         cached = _find_in_cache(repo, revision, names)
@@ -297,7 +298,7 @@ def _fetch_timm(source: str, name: str) -> Fetched:
         ) from error
     if config is None:
         near = nearest(name, timm.list_pretrained())
-        raise UserError(f"MODEL.WEIGHTS {source}: timm has no such network, the nearest is {near}")
+        raise UserError(f"MODEL.WEIGHTS {source}: timm has no such network; the nearest is {near}")
     if config.hf_hub_id:
         repo, _, revision = config.hf_hub_id.partition("@")
         names = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
@@ -305,7 +306,7 @@ def _fetch_timm(source: str, name: str) -> Fetched:
     elif isinstance(config.url, str) and config.url:
         fetched = _fetch_url(source, config.url)
     else:
-        raise UserError(f"MODEL.WEIGHTS {source}: no weights of it are published")
+        raise UserError(f"MODEL.WEIGHTS {source}: it has no published weights")
     facts = config.to_dict()
     pixels, classes = _pixels_of(facts), _classes_of(facts)
     return replace(fetched, maker="timm's config of it", pixels=pixels, classes=classes)
@@ -315,16 +316,16 @@ def _fetch_timm(source: str, name: str) -> Fetched:
 
 
 def fetch_weights(source: str) -> Fetched:
-    """The file on this machine that MODEL.WEIGHTS stands for, fetched if need be.
+    """Returns the local file for MODEL.WEIGHTS; downloads it if necessary.
 
     Args:
-        source: a file; the folder of a published model; ``timm://NAME`` for weights that timm
-            knows; ``hf://OWNER/REPO[@REVISION]`` with a ``/FILE`` for the hub; a URL, with
-            ``#sha256=DIGEST`` to be checked; or an address of a scheme that was registered with
+        source: a file; the folder of a published model; ``timm://NAME`` for weights in timm;
+            ``hf://OWNER/REPO[@REVISION]``, optionally with ``/FILE``, for the hub; a URL, with
+            ``#sha256=DIGEST`` to check it; or an address with a scheme that is registered in
             Detectron2's ``PathManager``.
 
     Raises:
-        UserError: if it cannot be had, or the address has a password or a token.
+        UserError: if it cannot be downloaded, or the address contains a password or a token.
     """
     scheme, mark, address = source.partition("://")
     if not mark:
@@ -349,7 +350,7 @@ def fetch_weights(source: str) -> Fetched:
         raise _cannot(source, error) from error
     if not os.path.isfile(path):
         raise UserError(
-            f"MODEL.WEIGHTS {source} cannot be fetched: give a file by its path, or an address of "
-            "https://, hf://, timm:// or detectron2://"
+            f"MODEL.WEIGHTS {source} cannot be downloaded: give the path of a file, or an address "
+            "of https://, hf://, timm:// or detectron2://"
         )
     return Fetched(path)

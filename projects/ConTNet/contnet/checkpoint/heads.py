@@ -1,4 +1,4 @@
-"""Heads for other classes: what a file knows of a class goes to the class of the same name."""
+"""Heads for other classes: copies the weights of each class to the class of the same name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["ClassRows", "class_rows", "compare_names", "match_rows"]
 
 @dataclass(frozen=True)
 class ClassRows:
-    """How the first dimension of a head's tensor is divided: groups x classes x width, then more.
+    """Layout of the first dimension of a head's tensor: groups x classes x width, then extra rows.
 
     Attributes:
-        groups: the anchors of a place, each with its own rows for all classes.
-        width: rows of a class in a group.
-        extra: rows behind those of the classes, the background's.
+        groups: number of anchors per location, each with its own rows for all classes.
+        width: rows per class in a group.
+        extra: rows after those of the classes, for the background.
     """
 
     groups: int = 1
@@ -33,11 +33,11 @@ class ClassRows:
     extra: int = 0
 
     def length(self, classes: int) -> int:
-        """Rows of a tensor for so many classes."""
+        """Number of rows of a tensor for a number of classes."""
         return self.groups * classes * self.width + self.extra
 
     def _split(self, tensor: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Views of the classes' rows (groups, classes, width, ...) and of those behind them."""
+        """Views of the classes' rows (groups, classes, width, ...) and of the extra rows."""
         count = self.length(classes) - self.extra
         shape = (self.groups, classes, self.width, *tensor.shape[1:])
         return tensor[:count].view(shape), tensor[count:]
@@ -45,13 +45,13 @@ class ClassRows:
     def take(
         self, fresh: Tensor, trained: Tensor, pairs: Sequence[tuple[int, int]], sizes: Sequence[int]
     ) -> Tensor:
-        """A copy of ``fresh`` with the trained rows of some classes, and of the background.
+        """Returns a copy of ``fresh`` with the trained rows of some classes, and of the background.
 
         Args:
-            fresh: for the new classes.
-            trained: for the file's.
-            pairs: numbers of classes that are the same, new and old.
-            sizes: how many classes there are, new and old.
+            fresh: the tensor for the new classes.
+            trained: the tensor for the file's classes.
+            pairs: indices of the same class, new and old.
+            sizes: numbers of classes, new and old.
         """
         made = fresh.clone()
         rows, extra = self._split(made, sizes[0])
@@ -72,7 +72,7 @@ def _rows_of_boxes(module: FastRCNNOutputLayers) -> dict[str, ClassRows]:
 
 
 def _parts(model: nn.Module) -> dict[str, ClassRows]:
-    """The layers of a model that tell classes apart, by name."""
+    """The layers of a model that depend on its classes, by name."""
     found = {}
     classes = {m.num_classes for m in model.modules() if isinstance(m, ROIHeads)}
     for name, module in model.named_modules():
@@ -113,7 +113,7 @@ def _simple(name: str) -> str:
 
 
 def compare_names(ours: Sequence[str], theirs: Sequence[str], path: str) -> str:
-    """One line about what a head takes from a file by the names of classes."""
+    """Returns a log line about the classes that a head copies from a file by name."""
     shared = [name for name in ours if name in theirs]
     new = [name for name in ours if name not in theirs]
     # Names that a spelling alone keeps apart.
@@ -122,10 +122,10 @@ def compare_names(ours: Sequence[str], theirs: Sequence[str], path: str) -> str:
     hint = f"; names must be equal ({first_names(near)})" if near else ""
     if not shared:
         return (
-            f"head: none of the {len(ours)} classes is among the {len(theirs)} of {path}, it "
+            f"head: none of the {len(ours)} classes is among the {len(theirs)} of {path}, so it "
             f"starts from random weights{hint}"
         )
-    line = f"head: {len(shared)} of {len(ours)} classes taken by name from {path}"
+    line = f"head: {len(shared)} of {len(ours)} classes copied by name from {path}"
     if new:
         line += f" ({first_names(shared)}), {len(new)} new: {first_names(new)}"
     return line + hint
@@ -138,17 +138,17 @@ def match_rows(
     ours: Sequence[str],
     theirs: Sequence[str],
 ) -> dict[str, Tensor]:
-    """The tensors of a head with a file's rows for classes of the same name.
+    """Copies the file's rows of a head for classes with the same name.
 
     Args:
-        rows: of :func:`class_rows`.
-        own: the model's tensors, fresh.
-        state: the file's, by the model's names.
+        rows: from :func:`class_rows`.
+        own: the model's initial tensors.
+        state: the file's tensors, by the model's names.
         ours: names of the model's classes, in order.
-        theirs: names of the file's.
+        theirs: names of the file's classes, in order.
 
     Returns:
-        Tensors of which a row came from the file; the others are not among them.
+        The tensors with at least one row from the file.
     """
     numbers: dict[str, int] = {}
     for number, name in enumerate(theirs):

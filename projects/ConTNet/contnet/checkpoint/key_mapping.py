@@ -1,4 +1,4 @@
-"""Translates classification checkpoints to our key names: the authors', and those of ResNets.
+"""Converts classification checkpoints (the authors' and ResNets) to our key names.
 
 The authors' files are ``{"model": state_dict, ...}`` of a DistributedDataParallel (keys start with
 ``module.``) or bare state dicts. Their variant and options are found from keys and shapes, but for
@@ -71,12 +71,12 @@ _LEAVES = {"row_table": "pe.0", "col_table": "pe.1", "bias_table": "relative_pos
 
 @dataclass
 class ConversionReport:
-    """What became of a checkpoint's tensors.
+    """What a conversion did with a checkpoint's tensors.
 
     Attributes:
-        mapped: their name to ours.
+        mapped: our names by their names.
         dropped: their tensors that our network computes instead of loading.
-        missing: their names of tensors that a whole network has and the checkpoint lacks.
+        missing: their names of tensors that the checkpoint lacks.
         unexpected: the checkpoint's names that the network does not have.
         variant: name for :func:`contnet.create_model`.
         options: its keyword arguments, as far as keys and shapes show them.
@@ -116,7 +116,7 @@ def authors_name(ours: str) -> str:
 def _bare(checkpoint: Mapping) -> dict[str, Tensor]:
     state = checkpoint.get("model", checkpoint)
     if not isinstance(state, Mapping) or not state:
-        raise ValueError("not a ConTNet checkpoint: it holds no state dict")
+        raise ValueError("not a ConTNet checkpoint: it contains no state dict")
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"not a ConTNet checkpoint: its entry {odd[0]!r} is not a tensor")
     wrapped = all(name.startswith("module.") for name in state)
@@ -153,7 +153,7 @@ def _options_of(state: Mapping[str, Tensor]) -> dict:
 
 
 def _said_of(checkpoint: Mapping) -> dict:
-    """What tensors do not show and a file of ours says, the option ``pre_norm``."""
+    """The option ``pre_norm`` in a file of ours, which tensors do not show."""
     said = checkpoint.get("contnet")
     options = said.get("options") if isinstance(said, Mapping) else None
     given = options.get("pre_norm") if isinstance(options, Mapping) else None
@@ -163,18 +163,18 @@ def _said_of(checkpoint: Mapping) -> dict:
 
 
 def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], ConversionReport]:
-    """Translates a checkpoint of the authors' code to our names.
+    """Converts a checkpoint of the authors' code to our names.
 
     Args:
         checkpoint: a state dict, or a dict that has one under ``model``; names may start with
-            ``module.``. It is left as it is.
+            ``module.``. It is not changed.
 
     Returns:
         The state dict for ``create_model(report.variant, **report.options)``, which loads it
-        strictly if nothing but the head is missing, and the report.
+        strictly if at most the head is missing, and the report.
 
     Raises:
-        ValueError: if it is no ConTNet checkpoint, or a tensor has not its network's shape.
+        ValueError: if it is not a ConTNet checkpoint, or a tensor has a wrong shape.
     """
     state = _bare(checkpoint)
     report = ConversionReport(variant=_variant_of(state), options=_options_of(state))
@@ -201,10 +201,10 @@ def convert_state_dict(checkpoint: Mapping) -> tuple[dict[str, Tensor], Conversi
 
 
 def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translates a state dict of ours back to the authors' names (bare, without ``module.``).
+    """Converts our state dict back to the authors' names (without ``module.``).
 
     Raises:
-        ValueError: if it is not a state dict of a ConTNet of ours.
+        ValueError: if it is not a state dict of our ConTNet.
     """
     if "stem.weight" not in ours:
         raise ValueError("not a state dict of contnet.create_model: it has no stem.weight")
@@ -234,20 +234,20 @@ def torchvision_name(name: str) -> str:
 
 
 def convert_resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translates a ResNet of torchvision or timm to the names of Detectron2's.
+    """Converts a ResNet of torchvision or timm to Detectron2's names.
 
     Args:
-        state: its state dict, which is left as it is.
+        state: its state dict, which is not changed.
 
     Returns:
         The tensors without ``num_batches_tracked``, which Detectron2's frozen norms do not have;
         the head is ``linear``.
 
     Raises:
-        ValueError: if it is no such ResNet, or one with another stem.
+        ValueError: if it is not such a ResNet, or has another stem.
     """
     stem = state.get("conv1.weight")
     if MARKS["timm"] not in state or stem is None or stem.shape[-2:] != (7, 7):
-        raise ValueError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
+        raise ValueError("not a ResNet like torchvision's: it has no conv1.weight of 7x7")
     counts = ".num_batches_tracked"
     return {detectron2_name(k): v for k, v in state.items() if not k.endswith(counts)}

@@ -1,4 +1,4 @@
-"""Loads weights into a model: names translated, values and facts checked, all of it or nothing."""
+"""Loads weights into a model: converts names, checks values and facts, loads all or nothing."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor
     converted, report = convert_state_dict(state)
     if left := report.unexpected:
         logger.warning(
-            f"{path}: {len(left)} tensors are no part of a ConTNet and are left out "
+            f"{path}: {len(left)} tensors do not belong to a ConTNet and are ignored "
             f"({first_names(left)})"
         )
     return converted
 
 
 def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
-    """A file's network by the names of another form; as it is, if it is of another family."""
+    """A file's network with the names of another format; unchanged if it is of another family."""
     state = weights.network_tensors()
     if (weights.form, form) == ("authors", "contnet"):
         return _convert_authors(state, weights.path)
@@ -63,7 +63,7 @@ def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
 
 
 def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Pyramid and heads of a detector of others, by Detectron2's names."""
+    """Pyramid and heads of another library's detector, with Detectron2's names."""
     if not weights.origin.detector or isinstance(model, ImageClassifier | ConTNet):
         return {}
     rest = {
@@ -79,19 +79,19 @@ def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
             made.pop(f"{part}.bias", None)
     line = (
         f"{weights.path} is a detector of {weights.origin.maker}: {len(made)} tensors of its "
-        "pyramid and heads are translated"
+        "pyramid and heads are converted"
     )
     if left:
-        line += f", {len(left)} mean nothing here and are left out ({first_names(left)})"
+        line += f", {len(left)} have no counterpart here and are ignored ({first_names(left)})"
     logger.info(line)
     return made
 
 
 def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """A file's tensors by a model's names.
+    """Returns a file's tensors with a model's names.
 
     Raises:
-        UserError: if its network cannot be translated.
+        UserError: if its network cannot be converted.
     """
     own = model.state_dict()
     if weights.matching:
@@ -121,25 +121,25 @@ def _name_as_in(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
 
 
 def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str) -> None:
-    """Refuses damaged and quantised weights, which would load without a word."""
+    """Rejects damaged and quantised weights, which would load silently."""
     for name, expected in own.items():
         if name not in state or not expected.is_floating_point():
             continue
         value = state[name]
         if not value.is_floating_point():
             raise UserError(
-                f"{path}: {name} holds {value.dtype}, as of quantised weights, where "
-                f"{expected.dtype} is needed: give weights that are not quantised"
+                f"{path}: {name} is {value.dtype}, as in quantised weights, where "
+                f"{expected.dtype} is required: use weights that are not quantised"
             )
         if not value.isfinite().all():
             raise UserError(
-                f"{path}: {name} is not finite: the file is damaged, or its training had "
-                "diverged; give an earlier checkpoint, or copy the file again"
+                f"{path}: {name} is not finite: the file is damaged, or its training "
+                "diverged; use an earlier checkpoint, or copy the file again"
             )
 
 
 def _frozen_statistics(model: nn.Module) -> set[str]:
-    """Names of the statistics that a FrozenBN fills in by itself, where a file has none."""
+    """Names of the statistics that a FrozenBN fills in itself if a file has none."""
     return {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
@@ -158,11 +158,11 @@ def _advice(
 ) -> str:
     if not whole:
         return (
-            "give weights of this very backbone (variant and options), or allow it with "
+            "use weights of exactly this backbone (variant and options), or allow it with "
             f"MODEL.ALLOW_MISSING_WEIGHTS True; {conversion_advice(weights.path)}"
         )
     if not absent and set(misshapen) <= set(_head_names(model)):
-        return "its head is for another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
+        return "its head has another number of classes than MODEL.CLASSIFIER.NUM_CLASSES"
     if not absent:
         return "it is a checkpoint of another architecture, or of another number of classes"
     first = next(iter(weights.tensors))
@@ -180,7 +180,7 @@ def _check_complete(
     whole: bool,
     allow_missing: bool,
 ) -> None:
-    """Logs how much of what is wanted is given, and refuses less than all."""
+    """Logs how many of the required tensors the file has; raises an error unless it has all."""
     misshapen = [name for name in wanted if name in state and name not in given]
     filled = _frozen_statistics(model) if weights.matching else ()
     absent = [name for name in wanted if name not in state and name not in filled]
@@ -203,11 +203,11 @@ def _backbone_prefix(model: nn.Module, path: str) -> str:
     try:
         return backbone_prefix(model)
     except ValueError as error:
-        raise UserError(f"{path} cannot begin this model: {error}") from error
+        raise UserError(f"{path} cannot initialise this model: {error}") from error
 
 
 def _takes_head(given: Mapping[str, Tensor]) -> bool:
-    """Whether what fits has parts that may tell classes apart."""
+    """Whether the matching tensors include parts that depend on the classes."""
     # Pyramids and proposals know no classes.
     return any(not name.startswith(("backbone.", "proposal_generator.")) for name in given)
 
@@ -220,7 +220,7 @@ def _fit_head(
     state: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
 ) -> Mapping[str, Tensor]:
-    """What is taken, once the names of classes have decided about the head."""
+    """The tensors to load, with the head's rows chosen by class names."""
     rows, path = class_rows(model), weights.path
     names, theirs = ours.classes if ours is not None else None, weights.classes
     rest = {name: value for name, value in given.items() if name not in rows}
@@ -257,29 +257,29 @@ def load_weights(
     allow_missing: bool = False,
     subset: bool = False,
 ) -> None:
-    """Loads what a file has into a model, which stays as it is if anything is wrong.
+    """Loads weights into a model, which is not changed if there is an error.
 
-    Where the file is not for the whole model and has other classes, the head takes the rows of
-    those that have the same name.
+    Unless ``whole`` is set, a head for other classes gets the rows of classes with the same name.
 
     Args:
-        model: to take the weights.
-        weights: of :func:`contnet.checkpoint.reading.read_weights`.
-        whole: the file must give every tensor of the model. Otherwise it must give every tensor of
-            the backbone (of a classifier: all but its head), and whatever else fits is taken, too.
-        ours: facts of the model, to compare with the file's; None to compare nothing.
+        model: the model.
+        weights: from :func:`contnet.checkpoint.reading.read_weights`.
+        whole: the file must have every tensor of the model. Otherwise, it must have every tensor of
+            the backbone (of a classifier: all but its head), and other tensors are loaded if they
+            fit.
+        ours: facts of the model, which are compared with the file's; None to compare nothing.
         allow_missing: accept a file without some of the backbone's tensors.
         subset: accept a whole file that has more classes than ``ours``.
 
     Raises:
         UserError: if tensors are missing, have another shape, are damaged or quantised, or were
-            trained in a network of another function or on other classes.
+            trained in a network that computes something else, or on other classes.
     """
     path = weights.path
     if weights.odd:
         raise UserError(
-            f"{path} has entries among its tensors that are none ({first_names(weights.odd)}); "
-            f"{conversion_advice(path)}"
+            f"{path} has entries among its tensors that are not tensors "
+            f"({first_names(weights.odd)}); {conversion_advice(path)}"
         )
     if ours is not None:
         check_network(ours, weights, whole)

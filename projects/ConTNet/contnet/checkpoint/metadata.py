@@ -1,7 +1,8 @@
-"""What a checkpoint says of itself, and what must agree before a model takes its weights.
+"""Metadata of checkpoints, which must match a model before it loads the weights.
 
-Tensors do not show everything that a network's function depends on: ``pre_norm``, for one, leaves
-no trace in names and shapes. Every checkpoint and converted file has these facts under "contnet".
+Tensors do not show everything that a network's function depends on: ``pre_norm``, for example,
+does not change names and shapes. All checkpoints and converted files have these facts under
+"contnet".
 """
 
 from __future__ import annotations
@@ -93,13 +94,13 @@ class Metadata:
     Attributes:
         network: name of the backbone or of the classifier's network, such as "contnet_m".
         options: its options, for a ConTNet as arguments of :func:`contnet.create_model`.
-        norm: the norm of the backbone, as MODEL.CONTNET.NORM names it; "" where that is not known.
-        classes: names of the classes of the head, in order; None where nothing tells them.
-        pixels: what the network's input is: "format", "mean" and "std" of its channels.
-        config: the config of the run, as yaml; "" for a file that no run has written.
-        versions: of the packages that wrote the file; none where it does not say.
-        conversion: of a converted file: its form, and the name, SHA-256 and key of its source.
-        format: version of this form.
+        norm: the norm of the backbone, as in MODEL.CONTNET.NORM; "" if it is unknown.
+        classes: names of the head's classes, in order; None if they are unknown.
+        pixels: "format", "mean" and "std" of the network's input channels.
+        config: the config of the run, as yaml; "" for a file that was not written by a run.
+        versions: versions of the packages that wrote the file; empty if they are unknown.
+        conversion: for a converted file: its format, and the name, SHA-256 and key of its source.
+        format: version of the metadata format.
     """
 
     network: str
@@ -113,16 +114,16 @@ class Metadata:
     format: int = _FORMAT
 
     def state(self) -> dict:
-        """Plain values, for a file."""
+        """Returns plain values, for a file."""
         return asdict(self)
 
     @classmethod
     def read(cls, said: object, path: str) -> Metadata | None:
-        """The facts of a file; None where it states none.
+        """Reads the metadata of a file; returns None if it has none.
 
         Args:
-            said: what the file has under ``METADATA``.
-            path: of the file, for messages.
+            said: the file's entry ``METADATA``.
+            path: path of the file, for messages.
 
         Raises:
             UserError: if a later version wrote them, or they are damaged.
@@ -131,11 +132,11 @@ class Metadata:
             return None
         try:
             if not isinstance(said, Mapping):
-                raise TypeError(f"a {type(said).__name__} in the place of a dict")
+                raise TypeError(f"a {type(said).__name__} instead of a dict")
             written = said.get("format", _FORMAT)
             if isinstance(written, int) and written != _FORMAT:
                 raise UserError(
-                    f"{path} is of format {written}, this version reads {_FORMAT}: use the version "
+                    f"{path} has format {written}, this version reads {_FORMAT}: use the version "
                     "of contnet that wrote it, or a later one"
                 )
             found = msgspec.convert(said if "format" in said else _upgrade(said), cls)
@@ -150,7 +151,7 @@ class Metadata:
 
 
 class _Weights(Protocol):
-    """What is compared of :class:`contnet.checkpoint.reading.Weights`."""
+    """The attributes of :class:`contnet.checkpoint.reading.Weights` that are compared."""
 
     path: str
     form: str
@@ -161,7 +162,7 @@ class _Weights(Protocol):
 
 
 def _upgrade(said: Mapping) -> dict:
-    """What tools/convert_weights.py of the first version says, in the present form."""
+    """Upgrades the metadata of the first version of tools/convert_weights.py."""
     options = dict(said.get("options") or {})
     if options.get("pre_norm") is not True:  # False was taken for granted
         options.pop("pre_norm", None)
@@ -189,7 +190,7 @@ def _describe_classifier(cfg: CfgNode) -> dict:
 
 
 def _resnet_name(depth: int, groups: int, width: int) -> str:
-    """timm's name of a ResNet of Detectron2's."""
+    """timm's name of a Detectron2 ResNet."""
     if groups > 1:
         return f"resnext{depth}_{groups}x{width}d"
     return f"resnet{depth}" if width == 64 else f"wide_resnet{depth}_{width // 64}"
@@ -221,11 +222,11 @@ def _describe_backbone(cfg: CfgNode) -> dict:
 
 
 def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
-    """The facts of the model that a config builds.
+    """Returns the metadata of the model that a config builds.
 
     Args:
-        cfg: of the run.
-        classes: names of the data's classes, in order; None where nothing tells them.
+        cfg: config of the run.
+        classes: names of the data's classes, in order; None if they are unknown.
     """
     classifies = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
     return Metadata(
@@ -245,7 +246,7 @@ def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
 
 
 def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
-    """Refuses weights of a network of another function."""
+    """Rejects weights of a network that computes something else."""
     networks = (theirs.network, ours.network)
     for belongs, key in (
         (VARIANTS.__contains__, "MODEL.CONTNET.VARIANT"),
@@ -253,8 +254,8 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
     ):
         if networks[0] != networks[1] and all(map(belongs, networks)):
             raise UserError(
-                f"{path} has weights of {networks[0]}, and the config builds {networks[1]}: set "
-                f"{key} (of a classifier MODEL.CLASSIFIER.NAME), or give other weights"
+                f"{path} has weights of {networks[0]}, but the config builds {networks[1]}: set "
+                f"{key} (for a classifier MODEL.CLASSIFIER.NAME), or use other weights"
             )
     keys = dict(_DECISIVE)
     # Patches that lie apart are another function where convolutions dilate, and the same elsewhere.
@@ -264,8 +265,8 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
         pair = [facts.options.get(option) for facts in (theirs, ours)]
         if None not in pair and pair[0] != pair[1]:
             raise UserError(
-                f"{path} was trained with {key} {pair[0]}, and the config has {pair[1]}: set {key} "
-                f"{pair[0]}, or give other weights"
+                f"{path} was trained with {key} {pair[0]}, but the config has {pair[1]}: set {key} "
+                f"{pair[0]}, or use other weights"
             )
 
 
@@ -283,7 +284,7 @@ def _same_value(ours: object, theirs: object) -> bool:
 
 
 def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
-    """What weights can be used with, though they were trained with something else."""
+    """Settings that differ from those of the weights' training, but do not prevent their use."""
     pairs = {"network": (theirs.network, ours.network)}
     for name in _ADVISABLE:
         pairs[name] = (theirs.options.get(name), ours.options.get(name))
@@ -305,7 +306,7 @@ def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
 
 
 def _unsaid(ours: Metadata, theirs: Metadata, origin: Origin) -> list[str]:
-    """The settings of a config that a file says nothing about, and tensors neither."""
+    """The settings of a config that neither the file's metadata nor its tensors show."""
     keys = [
         f"{_DECISIVE[name]} {ours.options[name]}"
         for name in ("pre_norm", "stride_in_1x1")
@@ -319,7 +320,7 @@ def _unsaid(ours: Metadata, theirs: Metadata, origin: Origin) -> list[str]:
 
 
 def _keys_of(origin: Origin, ours: Metadata) -> list[str]:
-    """The keys of a config to set, with their values, for a file of another maker."""
+    """The config keys to set, with their values, for a file from another library."""
     pairs = {
         key: (origin.pixels.get(name), ours.pixels.get(name)) for name, key in _PIXEL_KEYS.items()
     }
@@ -332,14 +333,14 @@ def _keys_of(origin: Origin, ours: Metadata) -> list[str]:
 
 
 def check_network(ours: Metadata, weights: _Weights, whole: bool) -> None:
-    """Compares what is known of a file's network with the one that shall take its weights.
+    """Compares a file's network with the model that will load its weights.
 
-    What the file and its maker leave open is a warning.
+    Warns of settings that are unknown.
 
     Args:
-        ours: of the model.
+        ours: metadata of the model.
         weights: :class:`contnet.checkpoint.reading.Weights` of the file.
-        whole: the file must give all of the model, not the backbone alone.
+        whole: the file must have the whole model, not only the backbone.
 
     Raises:
         UserError: for weights of another variant, or an option that changes the function.
@@ -352,16 +353,16 @@ def check_network(ours: Metadata, weights: _Weights, whole: bool) -> None:
     _check_decisive(ours, theirs, path)
     if unsaid := _unsaid(ours, theirs, origin):
         weights.warn(
-            f"{path} does not say all that it was trained with, so the config's settings are "
-            f"taken: {', '.join(unsaid)}"
+            f"{path} does not contain all settings of its training, so the config's are "
+            f"used: {', '.join(unsaid)}"
         )
     if changed := _differences(ours, theirs, whole):
-        weights.warn(f"{path} was trained with another setting: {'; '.join(changed)}")
+        weights.warn(f"{path} was trained with other settings: {'; '.join(changed)}")
     if weights.metadata is None and (keys := _keys_of(origin, ours)):
         maker = f" ({origin.maker})" if origin.maker else ""
         weights.warn(
-            f"{path}{maker} was trained with other pixels or strides than the config's, and gives "
-            f"wrong results so: set {' '.join(keys)}, or give other weights"
+            f"{path}{maker} was trained with other pixel values or strides than the config's, "
+            f"which gives wrong results: set {' '.join(keys)}, or use other weights"
         )
 
 
@@ -372,12 +373,12 @@ def check_class_names(
     weights: _Weights,
     subset: bool = False,
 ) -> None:
-    """Compares names of classes, for labels are numbers that mean nothing without them.
+    """Compares class names, since labels are only numbers.
 
     Args:
-        model: that shall take the head of the file.
-        ours: names of the data's classes, in order; None where nothing tells them.
-        theirs: those of the file.
+        model: the model that will load the file's head.
+        ours: names of the data's classes, in order; None if they are unknown.
+        theirs: names of the file's classes, in order; None if they are unknown.
         weights: :class:`contnet.checkpoint.reading.Weights` of the file.
         subset: the data may have some of the file's classes, in any order.
 
@@ -388,20 +389,20 @@ def check_class_names(
     if theirs is None or ours is None:
         who = "the data set does" if theirs else f"{path} does"
         weights.warn(
-            f"{who} not name its classes: nothing shows whether the numbers of the data's labels "
-            "and of the weights' outputs mean the same"
+            f"{who} not name its classes: it is unknown whether the data's labels and the weights' "
+            "outputs mean the same classes"
         )
     elif subset and set(ours) <= set(theirs):
         return
     elif differing := describe_difference(ours, theirs):
-        advice = "give data that has these names in this order, or weights of a run on this data"
+        advice = "use data with these names in this order, or weights trained on this data"
         if isinstance(model, ImageClassifier):
             advice = (
-                "rename its class folders, or for a flat folder write the names in that order into "
+                "rename its class folders, or for a flat folder write the names in that order to "
                 "classes.txt in it"
             )
         raise UserError(
             f"the data's {len(ours)} classes are not the {len(theirs)} that {path} was trained on "
-            f"({differing}): {advice}; a new training takes the head's classes by name "
+            f"({differing}): {advice}; a new training copies the head's classes by name "
             "(docs/fine_tuning.md)"
         )

@@ -1,4 +1,4 @@
-"""The names of a run's checkpoints, as Checkpointer.save takes them: files without their .pth."""
+"""Names of a run's checkpoints, as for Checkpointer.save: file names without .pth."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _FILE_NAME = re.compile(r"[^/\uFFFD]+\.pth")
 
 
 def numbered_name(iteration: int) -> str:
-    """The checkpoint after an iteration, counted from 0, that is not the last one."""
+    """Name of the checkpoint after an iteration, counted from 0, other than the last one."""
     return f"model_{iteration:07d}"
 
 
 def iteration_of(name: str) -> int | None:
-    """The iteration that a checkpoint's name has, None if it has none."""
+    """The iteration in a checkpoint's name; None if there is none."""
     match = _NUMBERED.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -58,16 +58,16 @@ def checkpoint_files(output_dir: str | Path) -> list[Path]:
 
 
 def has_last_checkpoint(output_dir: str | Path) -> bool:
-    """Whether a run has a file that says what a resume would go on from."""
+    """Whether a run has the file that names the checkpoint to resume from."""
     return Path(output_dir, LAST_CHECKPOINT).exists()
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """The file that a resume would go on from, which may not be there.
+    """The checkpoint to resume from, which may not exist.
 
     Raises:
-        OSError: if the run has none.
-        UserError: if what should name it is not the name of a file in that folder.
+        OSError: if the run has no file that names it.
+        UserError: if that file does not contain the name of a file in the run's folder.
     """
     path = Path(output_dir, LAST_CHECKPOINT)
     if not path.is_file() and path.exists():
@@ -77,30 +77,30 @@ def last_checkpoint(output_dir: str | Path) -> Path:
     name = content.decode(errors="replace").strip()
     if not _FILE_NAME.fullmatch(name) or not name.isprintable():
         raise UserError(
-            f"{path} must hold the name of a checkpoint in its folder, not "
-            f"{printable(repr(name), 80)}: write one into it, or name a file by --resume-from"
+            f"{path} must contain the name of a checkpoint in its folder, not "
+            f"{printable(repr(name), 80)}: write one into it, or give a file with --resume-from"
         )
     return Path(output_dir, name)
 
 
 def published_file(folder: str | Path) -> Path | None:
-    """The weights of a folder that tools/publish.py has written; None in other folders."""
+    """The weights in a folder of tools/publish.py; None in other folders."""
     files = [Path(folder, name) for name in file_names(folder) if name.endswith(".safetensors")]
     return files[0] if len(files) == 1 else None
 
 
 def find_checkpoint(output_dir: str | Path) -> Path | None:
-    """The file that a resume would go on from, None if the run has none.
+    """The checkpoint to resume from; None if the run has none.
 
     Raises:
-        UserError: if it is not there.
+        UserError: if it does not exist.
     """
     if not has_last_checkpoint(output_dir):
         return None
     path = last_checkpoint(output_dir)
     if not path.is_file():
         raise UserError(
-            f"{Path(output_dir, LAST_CHECKPOINT)} names {path.name}, which is not there: write the "
-            "name of a checkpoint of this folder into it"
+            f"{Path(output_dir, LAST_CHECKPOINT)} names {path.name}, which does not exist: write "
+            "the name of a checkpoint in this folder into it"
         )
     return path

@@ -1,4 +1,4 @@
-"""Finds the network that a file of weights holds: which one, in whose names, and what else."""
+"""Finds the network in a file of weights: which one it is, its naming, and its options."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _COUNT = ".num_batches_tracked"
 
 @dataclass
 class Network:
-    """A network's weights as a file gives them.
+    """A network's weights in a file.
 
     Attributes:
         family: "contnet" or "resnet".
-        form: whose names the file has, one of ``FORMS[family]``.
+        form: naming scheme of the file, one of ``FORMS[family]``.
         variant: name for :func:`contnet.create_model` or ``timm.create_model``.
         options: its keyword arguments.
-        native: tensors by the form's names.
-        tensors: the same by the family's own names, those of its first form.
+        native: tensors by the names of ``form``.
+        tensors: tensors by the family's own names, those of its first form.
         origins: names in the file by the family's own names.
-        dropped: names in the file of what is no part of the network.
-        missing: the family's own names of what the file lacks, at most the head.
-        stride_in_1x1: of a ResNet, as MODEL.RESNETS.STRIDE_IN_1X1; None where nothing shows it.
+        dropped: names in the file that do not belong to the network.
+        missing: the family's own names of tensors that the file lacks, at most the head.
+        stride_in_1x1: for a ResNet, as MODEL.RESNETS.STRIDE_IN_1X1; None if it is unknown.
     """
 
     family: str
@@ -73,7 +73,7 @@ class Network:
 
 
 def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The classifier's tensors, by the family's own names; empty where there is none."""
+    """The classifier's tensors, by the family's own names; empty if there is none."""
     return {name: value for name, value in tensors.items() if name.startswith(HEADS[family])}
 
 
@@ -83,28 +83,31 @@ def _check_single(weights: Weights) -> None:
     if not found:
         first = next(iter(weights.tensors))
         raise UserError(
-            f"it holds neither a ConTNet nor a ResNet, its first tensor is {printable(first, 200)}"
+            "it contains neither a ConTNet nor a ResNet, its first tensor is "
+            f"{printable(first, 200)}"
         )
     if len(found) > 1:
         names = ", ".join(prefix + MARKS[form] for form, prefix in found)
-        raise UserError(f"it holds several networks ({names}): leave one of them in the file")
+        raise UserError(
+            f"it contains several networks ({names}): keep only one of them in the file"
+        )
 
 
 def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
-    """Whether a ConTNet normalises first, as the file or else the user says: no tensor shows it."""
+    """The option pre_norm of a ConTNet, from the file or the user: no tensor shows it."""
     said = weights.metadata.options.get("pre_norm") if weights.metadata else None
     if said is None and asked is None:
         raise UserError(
-            "nothing in it shows whether its ConTNet was trained with pre_norm: add --pre-norm or "
+            "it does not show whether its ConTNet was trained with pre_norm: add --pre-norm or "
             "--no-pre-norm (the default of the authors and of this package)"
         )
     if said is not None and asked is not None and said != asked:
-        raise UserError(f"it says that its ConTNet has pre_norm {said}: leave the option out")
+        raise UserError(f"its metadata say that its ConTNet has pre_norm {said}: remove the option")
     return said if asked is None else asked
 
 
 def _check_said(network: Network, weights: Weights) -> None:
-    """Refuses a file whose tensors are not what it says, or not all that it says."""
+    """Rejects a file whose tensors do not match its metadata."""
     said = weights.metadata.options if weights.metadata else {}
     if network.family == "resnet":
         # An activation, for one, leaves no trace in tensors.
@@ -119,13 +122,13 @@ def _check_said(network: Network, weights: Weights) -> None:
     for name in ("network", "in_chans", "relative", "use_avgdown", "qkv_bias"):
         if name in found and said.get(name, found[name]) != found[name]:
             raise UserError(
-                f"it says that it has {name} {said[name]}, and its tensors are of {found[name]}: "
+                f"its metadata say {name} {said[name]}, but its tensors have {found[name]}: "
                 "do not use this file"
             )
 
 
 def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
-    """What is missing, and whether what is there has the network's shapes.
+    """Returns missing tensors, and checks the shapes of the others.
 
     Raises:
         UserError: if more than the head is missing, or a tensor has another shape.
@@ -135,8 +138,8 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
     lacking = [name for name in absent if name not in network.missing]
     if lacking and all(name.endswith(("running_mean", "running_var")) for name in lacking):
         raise UserError(
-            f"its {network.variant} has no running statistics, as with GroupNorm: give the file to "
-            "MODEL.WEIGHTS of a detector with the same norm as it is"
+            f"its {network.variant} has no running statistics, as with GroupNorm: use the file "
+            "unchanged as MODEL.WEIGHTS of a detector with the same norm"
         )
     if lacking or len(network.missing) == 1:
         raise UserError(
@@ -150,13 +153,13 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
                 f"{tuple(expected[name].shape)}"
             )
         if expected[name].is_floating_point() and not value.is_floating_point():
-            raise UserError(f"{network.origins[name]} holds {value.dtype}: it is quantised")
+            raise UserError(f"{network.origins[name]} is {value.dtype}: it is quantised")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{network.origins[name]} is not finite: the training had diverged")
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:
-    """Classes of a head; 0 where there is none."""
+    """Number of classes of a head; 0 if there is none."""
     return next((len(value) for value in head.values() if value.ndim), 0)
 
 
@@ -193,9 +196,9 @@ def _resnet_variant(tensors: Mapping[str, Tensor]) -> str:
     variant = _RESNETS.get(("layer1.0.conv3.weight" in tensors, depths))
     stem = tensors.get("conv1.weight")
     if stem is None or stem.shape[-2:] != (7, 7):
-        raise UserError("not a ResNet of torchvision's form: it has no conv1.weight of 7x7")
+        raise UserError("not a ResNet like torchvision's: it has no conv1.weight of 7x7")
     if variant is None:
-        raise UserError(f"no ResNet of torchvision's has {depths} blocks per stage")
+        raise UserError(f"no torchvision ResNet has {depths} blocks per stage")
     return variant
 
 
@@ -209,7 +212,7 @@ def _find_resnet(form: str, native: dict[str, Tensor]) -> Network:
         whole = timm.create_model(variant, num_classes=_whole_head(options)).state_dict()
     # An extra tensor, as that of a squeeze-and-excitation, means another function.
     if extra := [origins[name] for name in tensors if name not in whole]:
-        raise UserError(f"no plain {variant}, which has no {first_names(extra)}")
+        raise UserError(f"not a plain {variant}, which has no {first_names(extra)}")
     network = Network(
         "resnet", form, variant, options, native, tensors, origins, dropped=[], missing=[]
     )
@@ -221,12 +224,12 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
     """Finds the network in a file: a classifier's, or a detector's backbone.
 
     Args:
-        weights: of any of the forms.
-        pre_norm: of a ConTNet, which its tensors do not show; None if the file says it.
+        weights: weights in any of the naming schemes.
+        pre_norm: option of a ConTNet, which its tensors do not show; None if the file contains it.
 
     Raises:
-        UserError: if there is none, more than one, one that is not whole, or not the one that the
-            file says. The message does not name the file.
+        UserError: if there is no network, more than one, an incomplete one, or not the one in the
+            file's metadata. The message does not name the file.
     """
     _check_single(weights)
     form, native = weights.form, weights.network_tensors()
@@ -235,7 +238,7 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
         network = _find_contnet(form, native)
         network.options["pre_norm"] = _pre_norm_of(weights, pre_norm)
     elif pre_norm is not None:
-        raise UserError("--pre-norm is an option of ConTNet, and this is a ResNet")
+        raise UserError("--pre-norm is an option of ConTNet, but this is a ResNet")
     else:
         network = _find_resnet(form, native)
         said = weights.metadata.options if weights.metadata else {}

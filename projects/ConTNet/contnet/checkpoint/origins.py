@@ -1,4 +1,4 @@
-"""What is known of files of others that do not say it themselves, by who made them."""
+"""Facts about weight files of other libraries, by their origin."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Origin:
     """Facts about a file.
 
     Attributes:
-        maker: who made it, for messages; "" if that is not known.
-        detector: whose names its pyramid and heads have, as of :func:`detector_of`.
+        maker: who made it, for messages; "" if unknown.
+        detector: library of its pyramid and heads, from :func:`detector_of`.
         pixels: "format", "mean" and "std" of the channels, as in :class:`Metadata`.
-        stride_in_1x1: of a ResNet; None where that is not known.
-        classes: names of the classes, in order; None where nothing tells them.
+        stride_in_1x1: for a ResNet; None if unknown.
+        classes: names of the classes, in order; None if unknown.
     """
 
     maker: str = ""
@@ -60,7 +60,7 @@ def _grouped(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _zoo_classes(tensors: Mapping[str, Tensor]) -> list[str] | None:
-    """Names of the classes of a detector of Detectron2's zoo, by their number."""
+    """Class names of a detector from Detectron2's model zoo, by their number."""
     number = 0
     for name, value in tensors.items():
         if re.fullmatch(r"roi_heads\.box_predictor\.(\d\.)?cls_score\.bias", name):
@@ -75,7 +75,7 @@ def _zoo_classes(tensors: Mapping[str, Tensor]) -> list[str] | None:
 
 
 def _own_pixels(tensors: Mapping[str, Tensor]) -> dict:
-    """The statistics that old detectors of Detectron2 carry among their weights."""
+    """The pixel statistics in the weights of old Detectron2 detectors."""
     mean, std = (tensors.get(name) for name in ("pixel_mean", "pixel_std"))
     if mean is None or std is None or mean.numel() != 3 or std.numel() != 3:
         return {}
@@ -101,13 +101,13 @@ def _find_zoo(author: str, tensors: Mapping[str, Tensor], source: str) -> Origin
 def find_origin(
     content: Mapping, tensors: Mapping[str, Tensor], rest: Mapping, matching: str, source: str
 ) -> Origin:
-    """Finds out what is known of a file.
+    """Finds the known facts about a file.
 
     Args:
-        content: all of it.
+        content: its whole content.
         tensors: its weights by name.
-        rest: what else it holds.
-        matching: as of :class:`contnet.checkpoint.reading.Weights`.
+        rest: its other entries.
+        matching: as in :class:`contnet.checkpoint.reading.Weights`.
         source: its path or URL.
     """
     author = content.get("__author__")

@@ -1,8 +1,8 @@
-"""What a pickle of weights may be made of, which is all that reading one ever calls.
+"""Safe unpickling of weights: only what is allowed here is ever called.
 
-Tensors, plain values and numpy's arrays of numbers and texts are built; the latter here and not by
-numpy, which trusts what a pickle says of an array's memory. An object of any other class becomes an
-empty dict with the items that it has as a dict, or a list, and its class is not imported.
+Tensors, plain values and numpy arrays of numbers and strings are built. The arrays are built here,
+not by numpy, which trusts a pickle's data about an array's memory. An object of any other class
+becomes a dict or list with its items, and its class is not imported.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _PLAIN_TYPE = re.compile(r"[<>=|]?(?:[?bhilqBHILQefdFD]|[biufcSU]\d{1,9})")
 
 
 class RunsCode(pickle.UnpicklingError):
-    """The pickle asks for what runs code."""
+    """The pickle would run code."""
 
 
 class _Fixed(type):
-    """Classes that a pickle, which may set attributes of what it names, cannot change."""
+    """Metaclass of classes whose attributes a pickle cannot set."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise pickle.UnpicklingError(f"it sets {printable(name, 100)} of a class")
@@ -55,7 +55,7 @@ class _Type(metaclass=_Fixed):
         self.order = state[1]
 
     def plain(self) -> np.dtype | None:
-        """numpy's own; None for types of objects, and others that have no place here."""
+        """The numpy dtype; None for object types and others that are not supported."""
         code = f"{self.order}{self.code}"
         return np.dtype(code) if _PLAIN_TYPE.fullmatch(code) else None
 
@@ -65,7 +65,7 @@ def _as_bytes(data: object) -> bytes:
 
 
 class _Array(np.ndarray, metaclass=_Fixed):
-    """An array; one of objects stays empty."""
+    """An array; an array of objects stays empty."""
 
     def __new__(cls, *_: object):
         return super().__new__(cls, 0, "S1")
@@ -75,12 +75,12 @@ class _Array(np.ndarray, metaclass=_Fixed):
         if (dtype := kind.plain()) is None:
             return
         if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise pickle.UnpicklingError("it holds an array of no shape")
+            raise pickle.UnpicklingError("it contains an array without a shape")
         super().__setstate__((1, tuple(shape), dtype, bool(fortran), _as_bytes(data)))
 
 
 class _Buffer(metaclass=_Fixed):
-    """An array as pickles have it since protocol 5."""
+    """An array in pickles of protocol 5 or later."""
 
     def __new__(cls, data: object, kind: _Type, shape: tuple, order: str):
         array = _Array()
@@ -97,11 +97,11 @@ class _Scalar(metaclass=_Fixed):
 
 
 class _Encode(metaclass=_Fixed):
-    """Bytes as pickles had them before protocol 3."""
+    """Bytes in pickles before protocol 3."""
 
     def __new__(cls, text: str, encoding: str):
         if encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError(f"it holds bytes as {printable(str(encoding), 100)}")
+            raise pickle.UnpicklingError(f"it contains bytes as {printable(str(encoding), 100)}")
         return text.encode("latin1")
 
 
@@ -136,14 +136,14 @@ def _full_name(module: str, name: str) -> str:
 
 
 class _Finder(pickle.Unpickler):
-    """Finds what a pickle asks for and does with it, and builds nothing of it."""
+    """Finds the classes and functions that a pickle uses, and how, without building objects."""
 
     def __init__(self, file: BinaryIO, found: dict[str, type | None]):
         super().__init__(file, encoding="latin1")
         self.found = found
 
     def persistent_load(self, _: object) -> None:
-        """The values of a tensor, which are elsewhere in the file."""
+        """The values of a tensor, which are stored elsewhere in the file."""
 
     def find_class(self, module: str, name: str) -> type:
         found, full = self.found, _full_name(module, name)
@@ -172,18 +172,18 @@ class _Finder(pickle.Unpickler):
 
 
 def find_kinds(file: BinaryIO, pickles: int = 1) -> dict[str, type | None]:
-    """What pickles ask for, by name, and the kind of each one's objects.
+    """Names of the classes and functions that pickles use, with the kind of their objects.
 
-    PyTorch puts items into dicts and lists of Python's own alone, and sets no state of a dict that
-    is none itself.
+    PyTorch adds items only to Python's own dicts and lists, and sets no state of a dict that is not
+    itself a dict.
 
     Args:
-        file: open, at the first of them.
-        pickles: how many there are, one behind the other.
+        file: open file, at the first pickle.
+        pickles: number of consecutive pickles.
 
     Raises:
-        RunsCode: if one of them is there to run code.
-        Exception: of any kind for what is no pickle, or a damaged one.
+        RunsCode: if a pickle would run code.
+        Exception: of any kind if a pickle is damaged, or the file is not a pickle.
     """
     start = file.tell()
     size = file.seek(0, 2)
@@ -200,13 +200,12 @@ def find_kinds(file: BinaryIO, pickles: int = 1) -> dict[str, type | None]:
 
 
 def make_stand_in(name: str, kind: type | None, left_out: set[str]) -> type:
-    """A class that stands for another one.
+    """Creates a class that replaces another one.
 
     Args:
-        name: of the other one.
-        kind: what its objects are, empty at first: dicts, lists, or None for objects without
-            anything.
-        left_out: takes the name once there is such an object.
+        name: name of the other class.
+        kind: base of its objects, which are empty at first: dict, list, or None.
+        left_out: gets the name once an object is created.
     """
 
     class StandIn(metaclass=_Fixed):
@@ -215,16 +214,16 @@ def make_stand_in(name: str, kind: type | None, left_out: set[str]) -> type:
             return kind() if kind else super().__new__(cls)
 
         def __setstate__(self, state: object) -> None:
-            """Takes nothing."""
+            """Ignores the state."""
 
     return StandIn
 
 
 def without_attributes(content: object) -> object:
-    """Takes away what a pickle has set of its dicts beside their items, and so may hide methods.
+    """Removes attributes that a pickle has set on its dicts, which could hide methods.
 
     Raises:
-        pickle.UnpicklingError: if it is nested deeper than Python can follow.
+        pickle.UnpicklingError: if it is nested too deeply for Python.
     """
     seen, left = set(), [(content, 0)]
     while left:
@@ -232,7 +231,7 @@ def without_attributes(content: object) -> object:
         if id(each) in seen or not isinstance(each, dict | list | tuple):
             continue
         if depth > _DEEPEST:
-            raise pickle.UnpicklingError(f"it is nested more than {_DEEPEST} deep")
+            raise pickle.UnpicklingError(f"it is nested more than {_DEEPEST} levels deep")
         seen.add(id(each))
         if isinstance(each, dict):
             getattr(each, "__dict__", {}).clear()
@@ -252,15 +251,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(file: BinaryIO, left_out: set[str]) -> object:
-    """Reads a pickle that torch.save has not written.
+    """Reads a pickle that was not written by torch.save.
 
     Args:
-        file: open, at its beginning.
-        left_out: takes the names of classes whose objects are left out.
+        file: open file, at its beginning.
+        left_out: gets the names of classes whose objects are dropped.
 
     Raises:
-        RunsCode: if it asks for what runs code.
-        Exception: of any kind for what is no pickle, or a damaged one.
+        RunsCode: if it would run code.
+        Exception: of any kind if it is damaged, or not a pickle.
     """
     kinds = find_kinds(file)
     file.seek(0)

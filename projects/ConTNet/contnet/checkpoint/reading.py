@@ -1,6 +1,6 @@
-"""Reads files of weights: what they hold, and what is known of it.
+"""Reads weight files, with what is known about them.
 
-A file of whatever form (ours, the authors', torchvision's, timm's, Detectron2's) is opened once and
+A file in any format (ours, the authors', torchvision's, timm's, Detectron2's) is opened once and
 becomes :class:`Weights`.
 """
 
@@ -57,7 +57,7 @@ _EXPANDED = 2**26
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    """The file, opened once: what is checked of it is what is loaded."""
+    """Opens the file once, so that what is checked is what is loaded."""
     try:
         with open_regular(path) as file:
             yield file
@@ -66,15 +66,15 @@ def _open(path: str) -> Iterator[BinaryIO]:
 
 
 def read_checkpoint(path: str) -> dict:
-    """Reads a checkpoint that is on the disk, its tensors only when they are looked at.
+    """Reads a checkpoint from the disk; its tensors are read only when they are used.
 
-    Of the file, all but the tensors is verified.
+    The tensors are not verified, the rest of the file is.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        UserError: as :func:`contnet.checkpoint.content.read_content`.
+        UserError: as in :func:`contnet.checkpoint.content.read_content`.
     """
     with _open(path) as file:
         verify_file(file, path, tensors=False)
@@ -89,22 +89,22 @@ class Weights:
     """The tensors of a file, and what is known about them.
 
     Attributes:
-        path: of the file, for messages.
-        tensors: by the names in the file, without the prefixes of wrappers.
-        origins: the names in the file of these names.
-        odd: names in the file of entries among the tensors that are none.
-        key: where in the file they were; "" where the file holds nothing else.
+        path: path of the file, for messages.
+        tensors: tensors by the names in the file, without the prefixes of wrappers.
+        origins: full names in the file by these names.
+        odd: names in the file of entries among the tensors that are not tensors.
+        key: the file's key of the tensors; "" if the file contains nothing else.
         is_ema: whether they are an exponential moving average.
-        rest: what else the file holds.
-        metadata: what the file says of itself; None where it says nothing of its network.
-        classes: names of the classes that it was trained on, in order; None where nothing tells.
-        origin: what is known of the file by who made it.
-        form: whose names the one network in it has, a key of ``MARKS``; "" for an unknown network.
-        prefix: of this network's names in ``tensors``.
-        matching: "" where names are exact; "detectron2" or "caffe2" where Detectron2 finds out by
-            similarity which tensor is which.
-        sha256: of the file, if it was asked for.
-        warnings: what was said of it that changes results, a line each.
+        rest: the other entries of the file.
+        metadata: metadata in the file; None if it has none about its network.
+        classes: names of the classes that it was trained on, in order; None if they are unknown.
+        origin: facts about the file from its origin.
+        form: naming scheme of the single network in it, a key of ``MARKS``; "" if it is unknown.
+        prefix: prefix of this network's names in ``tensors``.
+        matching: "" if names are exact; "detectron2" or "caffe2" if Detectron2 matches tensors by
+            similar names.
+        sha256: SHA-256 of the file, if requested.
+        warnings: warnings about the file that concern results, a line each.
     """
 
     path: str
@@ -124,12 +124,12 @@ class Weights:
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, line: str) -> None:
-        """Says what changes results, in the log and in ``warnings``."""
+        """Logs a warning that concerns results, and adds it to ``warnings``."""
         logger.warning(line)
         self.warnings.append(line)
 
     def network_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the one network of a known form, by the names of that form."""
+        """Tensors of the single known network, by the names of its naming scheme."""
         return {
             name.removeprefix(self.prefix): value
             for name, value in self.tensors.items()
@@ -138,10 +138,10 @@ class Weights:
 
 
 def conversion_advice(path: str) -> str:
-    """What may help with a file that does not fit."""
+    """Returns advice for a file that does not fit."""
     return (
-        f"python tools/convert_weights.py {path} NEW.pth says what it holds, and makes weights of "
-        "a ConTNet or ResNet in it fit"
+        f"python tools/convert_weights.py {path} NEW.pth shows what it contains, and converts the "
+        "weights of a ConTNet or ResNet in it"
     )
 
 
@@ -155,7 +155,7 @@ def _pick(content: Mapping, prefer_ema: bool) -> tuple[Mapping, str]:
 
 
 def _matching(content: Mapping, state: Mapping) -> str:
-    """How names are matched; the model zoos of pycls, Detectron2 and Caffe2 leave that open."""
+    """How names are matched; files of pycls, Detectron2 and Caffe2 need Detectron2's heuristics."""
     if "model_state" in content or content.get("matching_heuristics") is True:
         return "detectron2"
     arrays = any(isinstance(value, np.ndarray) for value in state.values())
@@ -164,7 +164,7 @@ def _matching(content: Mapping, state: Mapping) -> str:
 
 
 def _as_tensor(value: object) -> Tensor | None:
-    """A tensor with values of its own, and nothing else about it; None for anything else."""
+    """Returns a plain tensor with its own values; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.array(value))
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
@@ -189,7 +189,9 @@ def _fill(weights: Weights, state: Mapping) -> None:
         if tensor is None or not isinstance(name, str):
             weights.odd.append(str(name))
         elif short in weights.tensors:
-            raise UserError(f"{weights.path} holds {printable(short, 200)} twice, in two wrappers")
+            raise UserError(
+                f"{weights.path} contains {printable(short, 200)} twice, in two wrappers"
+            )
         else:
             weights.tensors[short], weights.origins[short] = tensor, name
     networks = locate_networks(weights.tensors)
@@ -207,16 +209,16 @@ def _class_names(rest: Mapping, metadata: Metadata | None) -> list[str] | None:
 
 
 def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False) -> Weights:
-    """Reads a file of weights, once.
+    """Reads a file of weights.
 
     Args:
-        source: a file, or an address of :func:`contnet.checkpoint.fetching.fetch_weights`.
-        prefer_ema: take the EMA of weights, where there is one, and not the last weights.
+        source: a file, or an address for :func:`contnet.checkpoint.fetching.fetch_weights`.
+        prefer_ema: use the EMA of the weights, if there is one, instead of the last weights.
         digest: compute the file's SHA-256.
 
     Raises:
-        UserError: if it is not there, not whole, or holds no tensors or more than tensors and
-            plain values.
+        UserError: if it does not exist, is incomplete, has no tensors, or contains anything but
+            tensors and plain values.
     """
     fetched = fetch_weights(source)
     path = fetched.path
@@ -249,7 +251,7 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
         weights.classes = origin.classes
     if not weights.tensors:
         raise UserError(
-            f"{source} holds no weights: it must be tensors by name alone, or have them as "
+            f"{source} contains no weights: it must be only tensors by name, or have them as "
             f"{' or '.join(map(repr, _MODEL_KEYS[:2]))}; {conversion_advice(source)}"
         )
     return weights
@@ -261,7 +263,7 @@ def _class_names_of(source: str, changed: int) -> list[str] | None:
 
 
 def read_class_names(source: str) -> list[str] | None:
-    """Names of the classes that weights were trained on, in order; None where nothing tells them.
+    """Names of the classes that weights were trained on, in order; None if they are unknown.
 
     The arguments and errors are those of :func:`read_weights`.
     """

@@ -1,4 +1,4 @@
-"""Runs weights in each of their forms, to compare a conversion's source with its result."""
+"""Runs weights in each format, to compare a conversion's source with its result."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A plain, slow ConTNet with the authors' names of tensors, to compare the fast one with.
+"""A simple, slow ConTNet with the authors' tensor names, to compare the fast one with.
 
-Written from the published description, and kept so simple that it can be checked by reading. Every
-encoder loops over its patches and attends among each patch's own tokens by an explicit softmax; at
-the right and bottom margins a patch is just smaller. So nothing is ever padded or masked, and the
-same code is right at every size. It has no dropout, and shares no line with :mod:`contnet.modeling`
-or with the conversion of weights, so that it can prove both.
+It is written from the published description, and simple enough to check by reading. Each encoder
+loops over its patches and computes attention within a patch with an explicit softmax; at the right
+and bottom margins, patches are smaller. Nothing is padded or masked, so the same code works for all
+sizes. It has no dropout, and shares no code with :mod:`contnet.modeling` or with the conversion of
+weights, so it can verify both.
 """
 
 from __future__ import annotations

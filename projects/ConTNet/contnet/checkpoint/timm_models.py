@@ -1,7 +1,7 @@
 """Registers the ConTNet variants with timm, so that ``timm.create_model("contnet_m")`` works.
 
-With ``features_only`` timm's getter, the default here, gives the taps of ``forward_intermediates``.
-Its other feature classes see what modules put out, and give the outputs of the stages.
+With ``features_only``, timm's getter, the default here, returns the taps of
+``forward_intermediates``. timm's other feature classes return the outputs of the stages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DEFAULTS = {"relative": False, "pre_norm": False, "use_avgdown": False, "qkv_bi
 
 
 def _load_file(model: ConTNet, name: str, options: dict, path: str) -> None:
-    """Loads all weights of a file, but for a head of other classes.
+    """Loads all weights of a file, except a head for other classes.
 
     Raises:
         UserError: if the file cannot be read, or does not fit.
@@ -68,7 +68,7 @@ def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) ->
     if not path:
         raise ValueError(
             f"{name}: no weights are published with this package; build it with pretrained=False, "
-            'or name a converted file by pretrained_cfg_overlay={"file": ...}'
+            'or give a converted file as pretrained_cfg_overlay={"file": ...}'
         )
     return str(path)
 
@@ -76,7 +76,7 @@ def _pretrained_file(name: str, pretrained_cfg: object, overlay: dict | None) ->
 def _describe_features(
     model: ConTNet, feature_cls: str | type, out_indices: int | Sequence[int]
 ) -> None:
-    """Makes ``feature_info`` what a feature class of timm gets to see."""
+    """Sets ``feature_info`` for one of timm's feature classes."""
     classes = [feature_cls] if isinstance(feature_cls, str) else feature_cls.__mro__
     names = " ".join(getattr(each, "__name__", str(each)) for each in classes).lower()
     if "getter" in names:
@@ -84,16 +84,16 @@ def _describe_features(
     indices = [] if isinstance(out_indices, int) else [i % len(FEATURES) for i in out_indices]
     if indices != sorted(indices):
         raise ValueError(
-            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} gives features in the "
-            "order of the stages, name them in it or take feature_cls 'getter'"
+            f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} returns features in "
+            "the order of the stages, list them in it or use feature_cls 'getter'"
         )
     # By hooks timm gets the inputs of convolutions, too, which are the taps "pre".
     if "hook" in names and model.taps == "pre":
         return
     if model.taps == "pre":
         raise ValueError(
-            f"feature_cls is {feature_cls!r}, which gives the outputs of stages, not taps='pre': "
-            "take feature_cls 'getter' or 'hook'"
+            f"feature_cls is {feature_cls!r}, which returns the outputs of stages, not taps='pre': "
+            "use feature_cls 'getter' or 'hook'"
         )
     model.feature_info = [
         {

@@ -1,8 +1,8 @@
-"""Tells damaged files of weights from whole ones, before anything is taken from them.
+"""Detects damaged weight files, before anything is loaded from them.
 
-``torch.save`` writes the CRC-32 of each part of its zip file, which ``torch.load`` ignores. Files
-of other forms have none. Where a name ends with the first digits of the file's SHA-256, as those of
-torchvision and of converted files do, the two are compared.
+``torch.save`` writes the CRC-32 of each part of its zip file, which ``torch.load`` ignores. Other
+formats have none. If a file name ends with the first digits of the file's SHA-256, as for
+torchvision's and converted files, it is compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK = 2**20  # bytes
 
 
 def digest_in_name(path: str) -> str:
-    """The first digits of a SHA-256 that a file's name ends with; "" where it has none."""
+    """The first digits of a SHA-256 at the end of a file's name; "" if there are none."""
     stem = Path(path).stem
     found = _HASH.search(stem)
     return found[1] if found and not _UUID.search(stem) else ""
@@ -50,19 +50,19 @@ def _read_parts(file: BinaryIO, tensors: bool) -> None:
 
 
 def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "") -> str:
-    """Verifies that a file of weights is what was written.
+    """Verifies that a weight file is undamaged.
 
     Args:
-        file: open, at its beginning, as it is afterwards.
-        path: its name.
-        tensors: verify the whole file, not only what it holds beside the tensors.
-        digest: its SHA-256 or the start of it, which counts in the place of one in its name.
+        file: open file, at its beginning, also afterwards.
+        path: path of the file.
+        tensors: verify the whole file, not only the parts without tensors.
+        digest: its SHA-256 or the start of it, which overrides the one in its name.
 
     Returns:
-        Its SHA-256, where that was compared; "" otherwise.
+        Its SHA-256, if it was compared; "" otherwise.
 
     Raises:
-        UserError: if it is another one.
+        UserError: if it is damaged, or its SHA-256 differs.
     """
     if file.read(2) == b"PK":
         try:
@@ -70,7 +70,7 @@ def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "
         except Exception as error:  # a damaged file may raise anything
             reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
             raise UserError(
-                f"{path} cannot be read, it is damaged or cut short: {reason}"
+                f"{path} cannot be read, it is damaged or truncated: {reason}"
             ) from error
     file.seek(0)
     expected = digest or digest_in_name(path)
@@ -80,8 +80,8 @@ def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "
     file.seek(0)
     if not found.startswith(expected):
         raise UserError(
-            f"{path} is damaged: its SHA-256 begins with {found[: len(expected)]}, not as its "
-            f"{'address' if digest else 'name'} says; get it again, or rename it if it was changed "
+            f"{path} is damaged: its SHA-256 begins with {found[: len(expected)]}, not as in its "
+            f"{'address' if digest else 'name'}; download it again, or rename it if it was changed "
             "on purpose"
         )
     return found

@@ -1,4 +1,4 @@
-"""Files of weights for others: plain tensors with their facts, named by their hash."""
+"""Writes weight files for others: plain tensors with metadata, named by their hash."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["encode_weights", "write_weights"]
 
 
 def encode_weights(tensors: Mapping[str, Tensor], metadata: Mapping, suffix: str) -> bytes:
-    """The bytes of a file of weights; the same input gives the same bytes.
+    """Returns the bytes of a weight file; the same input gives the same bytes.
 
     Args:
-        tensors: by name.
-        metadata: of :meth:`contnet.checkpoint.metadata.Metadata.state`.
+        tensors: tensors by name.
+        metadata: from :meth:`contnet.checkpoint.metadata.Metadata.state`.
         suffix: ``.safetensors`` or ``.pth``.
     """
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -36,7 +36,7 @@ def encode_weights(tensors: Mapping[str, Tensor], metadata: Mapping, suffix: str
 
 
 def write_weights(path: Path, data: bytes) -> Path:
-    """Writes a file whose name has the start of its hash, as torch.hub checks it; its path.
+    """Writes a file with the start of its hash in its name, as in torch.hub; returns its path.
 
     Raises:
         UserError: if it cannot be written.

@@ -58,7 +58,7 @@ _ORIGINS = {
     "activations": "counted",
     "activation_bytes": "counted",
     "seconds": "measured",
-    "training_step": "counted, but for least_peak_bytes, their sum, which is estimated",
+    "training_step": "counted, except least_peak_bytes, their sum, which is estimated",
 }
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _MIB = 2**20
@@ -72,7 +72,7 @@ def _default_size(cfg: CfgNode) -> tuple[int, int]:
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return (cfg.INPUT.CLASSIFIER.CROP_TEST,) * 2
     if not cfg.INPUT.MIN_SIZE_TEST:
-        raise UsageError("INPUT.MIN_SIZE_TEST is 0, images keep their sizes: give --size")
+        raise UsageError("INPUT.MIN_SIZE_TEST is 0, so images are not resized: add --size")
     return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
 
 
@@ -151,7 +151,7 @@ def analyze(
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture not in _ARCHITECTURES:
         raise UsageError(
-            f"MODEL.META_ARCHITECTURE is {architecture}, whose parts are not known here: it can be "
+            f"MODEL.META_ARCHITECTURE is {architecture}, which is not supported: it can be "
             f"one of {', '.join(_ARCHITECTURES)}"
         )
     size = size or _default_size(cfg)
@@ -167,7 +167,7 @@ def analyze(
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         raise UsageError(
-            f"{architecture} does not take {batch} images of {size[0]}x{size[1]} ({reason}): "
+            f"{architecture} cannot process {batch} images of {size[0]}x{size[1]} ({reason}): "
             "give another --size or --batch"
         ) from error
     modules = _list_modules(model, macs, saved, seconds)
@@ -235,14 +235,13 @@ def _describe(costs: dict[str, Any]) -> list[str]:
     regions = []
     if costs["system"].endswith("R-CNN"):
         regions = [
-            f"          regions: MACs are of {PROPOSALS} proposals and {MASKS} masks an image, the "
-            "rest of",
-            "          as many as random weights propose",
+            f"          regions: MACs are of {PROPOSALS} proposals and {MASKS} masks an image,",
+            "          the rest of as many as random weights propose",
         ]
     return [
         f"config    {costs['config']}: {costs['system']}, {plural(costs['classes'], 'class')}",
-        f"images    {images}; images, truth and weights are random",
-        "counted   parameters; MACs of one image, products of attention apart; activations: what a",
+        f"images    {images}; images, ground truth and weights are random",
+        "counted   parameters; MACs of one image, attention products apart; activations: what a",
         f"          training step{precision} keeps for the backward pass, of all images",
         "measured  ms, and % of the whole: a forward pass in inference of all images, median of "
         f"{costs['rounds']},",
@@ -258,7 +257,7 @@ def _memory(costs: dict[str, Any]) -> list[str]:
     names = {
         "weights_bytes": "weights and buffers (counted)",
         "gradients_bytes": "gradients (counted)",
-        "optimizer_bytes": "state of the optimiser (counted)",
+        "optimizer_bytes": "optimiser state (counted)",
         "ema_bytes": "EMA (counted)",
         "activation_bytes": "activations (counted)",
         "least_peak_bytes": "least peak (estimated: their sum, without temporary tensors)",
@@ -276,29 +275,31 @@ def _memory(costs: dict[str, Any]) -> list[str]:
 def _size(text: str) -> tuple[int, int]:
     match = _SIZE.fullmatch(text)
     if not match or not all(size := tuple(map(int, match.groups()))):
-        raise argparse.ArgumentTypeError(f"{text!r} must be HEIGHTxWIDTH in pixels, as 800x1333")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be HEIGHTxWIDTH in pixels, such as 800x1333"
+        )
     return size
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of tools/analyze.py."""
     parser = config_parser(
-        "Says what a config's model costs, module by module: parameters, MACs, memory and\n"
-        "time. It needs no data, and runs on the CPU.",
+        "Counts parameters, MACs and memory of a config's model and measures its time, module\n"
+        "by module. It needs no data, and runs on the CPU.",
         _EPILOG,
     )
     parser.add_argument(
-        "--size", type=_size, metavar="HxW", help="of the images (default: of a test image)"
+        "--size", type=_size, metavar="HxW", help="image size (default: size of a test image)"
     )
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (default 2)")
     parser.add_argument(
-        "--depth", type=int, default=2, metavar="N", help="levels of modules shown (default 2)"
+        "--depth", type=int, default=2, metavar="N", help="levels of modules to show (default 2)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="passes that are timed (default 3)"
+        "--rounds", type=int, default=3, metavar="N", help="number of timed passes (default 3)"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all modules into this file, too"
+        "--json", type=Path, metavar="FILE", help="also write all modules to this file"
     )
     return parser
 
@@ -307,7 +308,7 @@ def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     check_positive(args, "batch", "depth", "rounds")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}, make it")
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}, create it")
     # The whole image goes through the network at once, as in training.
     fixed = ["MODEL.DEVICE", "cpu", "TEST.SLIDING_WINDOW.ENABLED", "False"]
     cfg = load_checked_config(args.config_file, [*args.opts, *fixed])

@@ -115,7 +115,7 @@ def list_configs(
                 rows.append(row)
     if not rows:
         what = f" that has {' and '.join(map(repr, words))}" if words else ""
-        raise UserError(f"{folder} has no config{what}: leave words out")
+        raise UserError(f"{folder} has no config{what}: give fewer words")
     return rows
 
 
@@ -219,32 +219,38 @@ def explain_key(key: str) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of tools/configs.py."""
     parser = argparse.ArgumentParser(
-        description="Lists, resolves and compares configs, and says what their keys mean.",
+        description="Lists, resolves and compares configs, and explains their keys.",
         epilog=f"{_EPILOG}\n{EXIT_STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     forms = parser.add_subparsers(dest="form", required=True, metavar="{list,show,diff,explain}")
-    form = forms.add_parser("list", help="the configs that there are", allow_abbrev=False)
-    form.add_argument("words", nargs="*", metavar="WORD", help="only those that have all words")
+    form = forms.add_parser("list", help="list the configs", allow_abbrev=False)
+    form.add_argument(
+        "words", nargs="*", metavar="WORD", help="only configs whose line has all these words"
+    )
     form.set_defaults(run=_list)
     form = forms.add_parser(
-        "show", help="a config with all of _BASE_ and overrides, as yaml", allow_abbrev=False
+        "show", help="print a config with its _BASE_ and overrides, as yaml", allow_abbrev=False
     )
     form.add_argument("config", metavar="FILE", help="a yaml of configs/, or of a run")
-    form.add_argument("--changed", action="store_true", help="only what differs from the defaults")
+    form.add_argument(
+        "--changed", action="store_true", help="only keys that differ from the defaults"
+    )
     form.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides, in pairs")
     form.set_defaults(run=_show)
     form = forms.add_parser(
-        "diff", help="the keys that differ between two configs", allow_abbrev=False
+        "diff", help="print the keys that differ between two configs", allow_abbrev=False
     )
     form.add_argument("config", metavar="FILE", help="a yaml of configs/, or of a run")
     form.add_argument("other", metavar="OTHER", help="another one")
     form.set_defaults(run=_diff)
     form = forms.add_parser(
-        "explain", help="what keys mean, their defaults and legal values", allow_abbrev=False
+        "explain", help="print what keys mean, their defaults and legal values", allow_abbrev=False
     )
-    form.add_argument("keys", nargs="+", metavar="KEY", help="with dots; a key or a group of keys")
+    form.add_argument(
+        "keys", nargs="+", metavar="KEY", help="a key or a group of keys, such as SOLVER.EMA"
+    )
     form.set_defaults(run=_explain)
     return parser
 

@@ -14,22 +14,28 @@ __all__ = ["COMMANDS", "main"]
 
 # Name, module with a main(), what it does.
 COMMANDS = {
-    "train": ("contnet.launch.main", "train and evaluate what a config describes"),
-    "submit": ("contnet.slurm.submit", "send a training to SLURM"),
-    "predict": ("contnet.commands.predict", "show what a trained model finds in images"),
+    "train": ("contnet.launch.main", "train and evaluate the model of a config"),
+    "submit": ("contnet.slurm.submit", "submit a training to SLURM"),
+    "predict": ("contnet.commands.predict", "run a trained model on images"),
     "report": ("contnet.commands.report", "write a page about a run, or compare several"),
     "results": ("contnet.commands.results", "print a table of several runs"),
     "export": ("contnet.commands.export", "export a trained model to ONNX and others"),
-    "publish": ("contnet.commands.publish", "make a folder of a trained model for others"),
+    "publish": ("contnet.commands.publish", "create a folder with a trained model for others"),
     "doctor": ("contnet.commands.doctor", "check the data sets of a config"),
     "configs": ("contnet.commands.configs", "list, show and compare configs, explain keys"),
-    "analyze": ("contnet.commands.analyze", "count parameters, MACs, memory of a config's model"),
-    "convert-weights": ("contnet.commands.convert_weights", "convert checkpoints of others"),
-    "convert-dataset": ("contnet.commands.convert_dataset", "convert VOC and YOLO data to COCO's"),
+    "analyze": (
+        "contnet.commands.analyze",
+        "count parameters, MACs and memory of a config's model",
+    ),
+    "convert-weights": (
+        "contnet.commands.convert_weights",
+        "convert checkpoints of other projects",
+    ),
+    "convert-dataset": ("contnet.commands.convert_dataset", "convert VOC and YOLO data to COCO"),
     "prepare-cityscapes": ("contnet.commands.prepare_cityscapes", "draw Cityscapes' label maps"),
     "make-shards": ("contnet.commands.make_shards", "pack ImageNet into shards"),
     "demo": ("contnet.commands.demo", "train a small detector on drawn shapes"),
-    "demo-imagenet": ("contnet.commands.demo_imagenet", "train a small classifier on them"),
+    "demo-imagenet": ("contnet.commands.demo_imagenet", "train a small classifier on drawn shapes"),
 }
 
 

@@ -24,14 +24,14 @@ examples:
   convert_dataset.py yolo mine val.json --split val
 
 What cannot be converted is left out, listed and counted; the exit status is then 1, or 0 with
---skip. docs/own_data.md tells the rest.
+--skip. See docs/own_data.md for more.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/convert_dataset.py."""
     parser = argparse.ArgumentParser(
-        description="Converts VOC's XML files or YOLO's text files to COCO's format.",
+        description="Converts VOC XML files or YOLO text files to COCO JSON.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,45 +42,46 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="holds the images (default: looked for in FOLDER and beside it)",
+        help="image folder (default: looked for in FOLDER and next to it)",
     )
     common.add_argument(
         "--split",
         default="",
         metavar="NAME",
-        help="only this part: a name as train or val, or a file that lists images (default: all)",
+        help="only this split: a name (train, val), or a file that lists images (default: all)",
     )
     common.add_argument(
         "--names",
         type=Path,
         metavar="FILE",
-        help="class names in the order of their ids: data.yaml, or one a line (default: voc: those "
-        "of all XML files, sorted; yolo: data.yaml or classes.txt in FOLDER or above)",
+        help="class names in the order of their ids: data.yaml, or a file with one per line "
+        "(default: voc: those of all XML files, sorted; yolo: data.yaml or classes.txt in FOLDER "
+        "or above)",
     )
     common.add_argument(
-        "--skip", action="store_true", help="status 0 although something was left out"
+        "--skip", action="store_true", help="exit status 0 even if something was left out"
     )
     common.add_argument("--force", action="store_true", help="replace OUT.json if it exists")
     forms = parser.add_subparsers(dest="form", required=True, metavar="{voc,yolo}")
-    voc = forms.add_parser("voc", parents=[common], help="XML files, as labelImg and CVAT write")
+    voc = forms.add_parser(
+        "voc", parents=[common], help="XML files, as written by labelImg and CVAT"
+    )
     voc.add_argument(
         "--first-pixel",
         type=int,
         choices=(0, 1),
-        help="what the upper left pixel is called (default: 1 in files of the PASCAL VOC data "
-        "sets themselves, 0 in those of labelling tools)",
+        help="coordinate of the upper left pixel (default: 1 in files of the PASCAL VOC data "
+        "sets, 0 in those of labelling tools)",
     )
-    voc.add_argument(
-        "--skip-difficult", action="store_true", help="leave out objects marked difficult"
-    )
-    forms.add_parser("yolo", parents=[common], help="text files, as Ultralytics' and darknet's")
+    voc.add_argument("--skip-difficult", action="store_true", help="skip objects marked difficult")
+    forms.add_parser("yolo", parents=[common], help="text files, as in Ultralytics and darknet")
     return parser
 
 
 def _convert(args: argparse.Namespace) -> tuple[Conversion, Path]:
     for name in ("folder", "images"):
         if (path := getattr(args, name)) and not path.is_dir():
-            raise UserError(f"{path} is no folder")
+            raise UserError(f"{path} is not a folder")
     if args.names and not args.names.is_file():
         raise UserError(f"{args.names} does not exist")
     if args.out.suffix != ".json":
@@ -116,7 +117,7 @@ def _print(conversion: Conversion, written: dict[str, int], root: Path, out: Pat
         lines += [f"  {word:8}  {line}" for line in conversion.findings.lines(severity)]
     name = "mine_" + out.stem.removeprefix("mine_")
     entry = f"['{name}', '{out}', '{os.path.relpath(root)}']"
-    lines.append(f"its entry of DATASETS.REGISTER: {entry}")
+    lines.append(f"entry for DATASETS.REGISTER: {entry}")
     say(*lines)
 
 

@@ -28,10 +28,10 @@ _SUFFIXES = (".pth", ".safetensors")
 _EPILOG = """\
 SRC is a checkpoint of the ConTNet authors, of contnet.create_model, of train_net.py (a
 classifier's, or the backbone of a detector's), or a ResNet-18, 34, 50, 101 or 152 of torchvision,
-timm or Detectron2. What it is, its variant and its options are found in its names and shapes.
+timm or Detectron2. Its kind, variant and options are detected from tensor names and shapes.
 
-The last line says the name of the file that was written: DST with the first eight digits of the
-file's SHA-256. The exit status is 1, and nothing is written, if SRC does not fit or --check fails.
+The last line shows the name of the written file: DST with the first eight digits of its SHA-256. If
+SRC does not fit or --check fails, nothing is written and the exit status is 1.
 
 examples:
   convert_weights.py theirs.pth contm.safetensors --no-pre-norm --check
@@ -51,17 +51,17 @@ def _head(text: str) -> str | int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the tool's options."""
     parser = argparse.ArgumentParser(
-        description="Converts weights of a ConTNet or a ResNet from one form to another.",
+        description="Converts weights of a ConTNet or a ResNet between formats.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="file of weights")
-    parser.add_argument("target", metavar="DST", help="name ending in .pth or .safetensors")
+    parser.add_argument("target", metavar="DST", help="output file, .pth or .safetensors")
     parser.add_argument(
         "--to",
         choices=list(TARGETS),
         default="detectron2",
-        help="whose names the result has: Detectron2's, for MODEL.WEIGHTS (the default; for a "
+        help="tensor names of the result: Detectron2's, for MODEL.WEIGHTS (default; for a "
         "ConTNet those of contnet.create_model), timm's and torchvision's, or the ConTNet authors'",
     )
     parser.add_argument(
@@ -69,23 +69,23 @@ def build_parser() -> argparse.ArgumentParser:
         type=_head,
         default="keep",
         metavar="keep|drop|N",
-        help="keep the classifier's head, cut it off, or put a random one of N classes there",
+        help="keep the classifier's head, drop it, or replace it by a random one with N classes",
     )
     parser.add_argument(
         "--pre-norm",
         action=argparse.BooleanOptionalAction,
-        help="whether the ConTNet was trained with pre_norm: needed for a file that does not say "
-        "it, such as the authors', whose default is --no-pre-norm",
+        help="whether the ConTNet was trained with pre_norm: required for a file that does not "
+        "contain this, such as the authors', whose default is --no-pre-norm",
     )
     parser.add_argument(
         "--last",
         action="store_true",
-        help="take the last weights of a checkpoint that has their EMA, too",
+        help="use the last weights of a checkpoint that also has their EMA",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"run source and result on random images, and refuse a difference above {TOLERANCE:g}",
+        help=f"run source and result on random images, fail at a difference above {TOLERANCE:g}",
     )
     return parser
 
@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> None:
     except UserError as error:
         raise UserError(f"{args.source}: {error}") from error
     others = [printable(str(other), 200) for other in weights.rest if other != METADATA]
-    beside = f", left behind: {', '.join(others)}" if others else ""
+    beside = f", not used: {', '.join(others)}" if others else ""
     key = f"its {weights.key!r}" if weights.key else "a bare state dict"
     say(f"source   {args.source}, {key}{beside}")
     shown = ", ".join(f"{name} {value}" for name, value in network.options.items())

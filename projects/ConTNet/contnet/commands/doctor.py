@@ -29,13 +29,14 @@ __all__ = ["build_parser", "diagnose", "main"]
 _WORDS = {"ERROR": (ERROR, SUSPECT), "NOTE": (WARNING, NOTE)}
 
 _EPILOG = """\
-What would stop or corrupt training is an ERROR: the exit status is then 1. Differences from the
-official data sets and harmless oddities are NOTES: the exit status is 0. A training stops at an
-ERROR, but only warns of many crowds; of NOTES that change what is learned or measured it warns too.
+Problems that would stop or corrupt a training are ERRORs: the exit status is then 1. Differences
+from the official data sets and harmless oddities are NOTEs: the exit status is 0. A training does
+not start with an ERROR, except for many crowds, of which it only warns. It also warns of NOTEs that
+change what is learned or measured.
 
---fix writes a copy of an annotation file in which what is sure is mended: ids, names of images,
-missing areas, texts in the place of numbers, ...; what was done is counted. It never writes into a
-file that is there.
+--fix writes a copy of an annotation file, in which all problems with a clear solution are fixed:
+ids, image names, missing areas, strings instead of numbers, ... It prints what it changed. It never
+overwrites a file.
 
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
@@ -79,23 +80,23 @@ def _print(name: str, findings: Findings) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/doctor.py."""
-    parser = config_parser("Says what is wrong with the data sets of a config file.", _EPILOG)
+    parser = config_parser("Checks the data sets of a config file.", _EPILOG)
     add_workers_option(parser)
     parser.add_argument(
         "--fix",
         type=Path,
         metavar="OUT.json",
-        help="open no image, but write a mended copy of the annotation file",
+        help="write a fixed copy of the annotation file; no image is opened",
     )
     parser.add_argument(
-        "--dataset", metavar="NAME", help="the data set to mend, if the config has several"
+        "--dataset", metavar="NAME", help="the data set to fix, if the config has several"
     )
     parser.add_argument(
         "--page",
         type=Path,
         metavar="FILE.html",
-        help="also write a page: training images as the network gets them, histograms of classes "
-        "and sizes, images that look alike",
+        help="also write an HTML page: augmented training images, histograms of classes "
+        "and sizes, near-duplicate images",
     )
     return parser
 
@@ -113,7 +114,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.fix:
         return _fix(args)
     if args.dataset:
-        raise UsageError("--dataset is for --fix")
+        raise UsageError("--dataset requires --fix")
     cfg, added = configure(args.config_file, args.opts)
     say(*added)
     found = diagnose(cfg, args.workers)

@@ -46,13 +46,13 @@ def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
     sources = {each: find_source(each) for each in names}
     sources = {key: source for key, source in sources.items() if isinstance(source, CocoSource)}
     if not sources:
-        raise UsageError("--fix needs a data set of COCO's form in DATASETS.TRAIN or TEST")
+        raise UsageError("--fix requires a data set in COCO format in DATASETS.TRAIN or TEST")
     if name is None:
         return sources
     if name not in sources:
         raise UsageError(
-            f"--dataset {name} is no data set of COCO's form in DATASETS.TRAIN or TEST (these are: "
-            f"{', '.join(sources)})"
+            f"--dataset {name} is not a data set in COCO format in DATASETS.TRAIN or TEST (these "
+            f"are: {', '.join(sources)})"
         )
     return {name: sources[name]}
 
@@ -67,19 +67,19 @@ def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
         done += mend(content, source.image_root, cfg.MODEL.MASK_ON)
         if needy and done:
             raise UsageError(
-                f"--fix: {needy.name} and {name} both need mending: say which by --dataset NAME"
+                f"--fix: {needy.name} and {name} both need fixing: choose one with --dataset NAME"
             )
         if done or len(sources) == 1:
             needy = _Mended(name, source, content, done)
     if needy is None:
-        raise UserError(f"--fix finds nothing to mend in {' or '.join(sources)}")
+        raise UserError(f"--fix finds nothing to fix in {' or '.join(sources)}")
     return needy
 
 
 def _check_target(file: Path) -> None:
     """Raises UserError if the copy would replace a file or has no folder."""
     if os.path.lexists(file):
-        raise UserError(f"--fix {file}: it is there already, name a new file")
+        raise UserError(f"--fix {file}: it already exists, give a new file")
     if not file.parent.is_dir():
         raise UserError(f"--fix {file}: the folder {file.parent.absolute()} does not exist")
 
@@ -127,17 +127,17 @@ def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
         with atomic_write(file, "w") as stream:
             json.dump(content, stream)  # ASCII, whatever the names
     except RecursionError as error:
-        raise UserError("--fix: the file has lists in lists without end, remove them") from error
+        raise UserError("--fix: the file is nested too deeply, remove the nested lists") from error
     say(f"data set {name}: {source.json_file} -> {file}")
     for what, number in done.items():
-        say(f"  mended {number:7}  {what}")
+        say(f"  fixed {number:8}  {what}")
     if not done:
-        say("  nothing to mend")
+        say("  nothing to fix")
     for line in errors:
         say(f"  ERROR  {line}")
     say(
-        f"{plural(len(errors), 'error')} left, about which you must decide"
+        f"{plural(len(errors), 'error')} left, which you must fix yourself"
         if errors
-        else f"look at it with [{name}, {file}, {source.image_root}] in DATASETS.REGISTER"
+        else f"to use it, put [{name}, {file}, {source.image_root}] in DATASETS.REGISTER"
     )
     return not errors

@@ -17,23 +17,23 @@ __all__ = ["main"]
 def _run(args: argparse.Namespace) -> None:
     check_positive(args, "samples_per_shard", "workers")
     written, kept = make_shards(args.source, args.target, args.samples_per_shard, args.workers)
-    say(f"{plural(written, 'shard')} written to {args.target}, {kept} were there already")
+    say(f"{plural(written, 'shard')} written to {args.target}, {kept} already existed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/make_shards.py; its exit status."""
     parser = argparse.ArgumentParser(
-        description="Makes shards for WebDataset, and for training here, of class folders of "
-        "images; run again after an interruption, it goes on."
+        description="Packs class folders of images into shards in WebDataset's format. If "
+        "interrupted, run it again to continue."
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="holds a folder for each class")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder with one folder per class")
     parser.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
     parser.add_argument(
         "--samples-per-shard",
         type=int,
         default=SAMPLES_PER_SHARD,
         metavar="N",
-        help="images in each shard (default %(default)s)",
+        help="images per shard (default %(default)s)",
     )
     add_workers_option(parser)
     args = parser.parse_args(argv)

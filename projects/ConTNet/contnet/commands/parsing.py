@@ -21,7 +21,7 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=available_cpus(),
         metavar="N",
-        help="processes (default: one for each core)",
+        help="number of processes (default: one per core)",
     )
 
 

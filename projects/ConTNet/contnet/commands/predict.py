@@ -24,11 +24,11 @@ __all__ = ["build_parser", "main"]
 _MOST_WORKERS = 4  # that decode for one model on a GPU
 
 _EPILOG = f"""\
-what is written into FOLDER:
-  predictions.json  boxes and masks in COCO's form of results, the maps of segmenters, or the five
-                    best classes of each image
-  images/           the images with what was found in them
-  index.html        small pictures of them, each of which opens the large one
+files written to FOLDER:
+  predictions.json  boxes and masks in COCO's results format, the maps of segmenters, or the top
+                    five classes of each image
+  images/           the images with the predictions drawn on them
+  index.html        thumbnails, which link to the images
   maps/, videos/    maps of class indices; videos
 
 examples:
@@ -43,7 +43,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/predict.py."""
     parser = argparse.ArgumentParser(
-        description="Shows and saves what a trained model finds in images.",
+        description="Runs a trained model on images and videos; saves and draws its predictions.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,20 +53,39 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="images, videos, folders, patterns, COCO files with or without annotations; - reads "
+        help="images, videos, folders, glob patterns, COCO files (annotations optional); - reads "
         "paths from the standard input",
     )
-    add("--output", required=True, type=Path, metavar="FOLDER", help="for all that is written")
-    add("--config-file", default="", metavar="FILE", help="of a checkpoint without its own config")
-    add("--image-root", default="", metavar="FOLDER", help="of the images of COCO files")
-    add("--score", type=float, default=0.5, metavar="S", help="least score of boxes (default 0.5)")
-    add("--classes", nargs="+", default=[], metavar="NAME", help="the classes to keep")
-    add("--tile", nargs=2, type=int, metavar=("SIZE", "OVERLAP"), help="look at tiles, too, pixels")
-    add("--batch", type=int, default=1, metavar="N", help="images at a time (default 1)")
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="output folder")
+    add(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="config of a checkpoint that does not contain one",
+    )
+    add("--image-root", default="", metavar="FOLDER", help="image folder of COCO files")
+    add(
+        "--score", type=float, default=0.5, metavar="S", help="minimum score of boxes (default 0.5)"
+    )
+    add("--classes", nargs="+", default=[], metavar="NAME", help="keep only these classes")
+    add(
+        "--tile",
+        nargs=2,
+        type=int,
+        metavar=("SIZE", "OVERLAP"),
+        help="also run on tiles, in pixels",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="batch size (default 1)")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes, one per GPU (default 1)")
     add("--device", default="", help="cpu or cuda (default: cuda if there is a GPU)")
-    add("--workers", type=int, default=None, metavar="N", help="processes that decode images")
-    add("--no-pictures", action="store_true", help="write predictions.json (and maps) alone")
+    add(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="number of processes that decode images",
+    )
+    add("--no-pictures", action="store_true", help="write only predictions.json (and maps)")
     return parser
 
 

@@ -16,20 +16,20 @@ __all__ = ["main"]
 def _run(args: argparse.Namespace) -> None:
     check_positive(args, "workers")
     written, kept = prepare_cityscapes(args.root, args.workers)
-    print(f"{written} label files written, {kept} were there already")
+    print(f"{written} label files written, {kept} already existed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/prepare_cityscapes.py; its exit status."""
     parser = argparse.ArgumentParser(
-        description="Draws the label files of Cityscapes that are missing beside its polygons."
+        description="Draws Cityscapes' missing label files from its polygon files."
     )
     parser.add_argument(
         "--root",
         type=Path,
         default=default_root(),
         metavar="FOLDER",
-        help="holds gtFine and leftImg8bit (default %(default)s)",
+        help="folder with gtFine and leftImg8bit (default %(default)s)",
     )
     add_workers_option(parser)
     args = parser.parse_args(argv)

@@ -26,15 +26,15 @@ __all__ = ["build_parser", "main", "publish"]
 
 _PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 _EPILOG = f"""\
-FOLDER must not be there. It gets
+FOLDER must not exist. It gets
 
-  NAME-HASH.safetensors  the best weights (their EMA, where the training kept one), without the
-                         optimiser, with config and class names in it
-  config.yaml            the whole config; of paths it has the last part alone
+  NAME-HASH.safetensors  the best weights (their EMA, if the training kept one), with config and
+                         class names, without the optimiser
+  config.yaml            the full config; of paths only the last part
   results.json           the evaluations of these weights
   README.md              a model card
 
-MODEL.WEIGHTS and contnet.load_run take the folder.
+MODEL.WEIGHTS and contnet.load_run accept the folder.
 
 {EXIT_STATUSES}"""
 
@@ -98,7 +98,7 @@ model = contnet.load_run("{name}")
 found = model("image.jpg")
 ```
 
-`MODEL.WEIGHTS {name}` starts a training from it, or evaluates it.
+`MODEL.WEIGHTS {name}` starts a training from these weights, or evaluates them.
 
 ## Training
 
@@ -108,7 +108,7 @@ found = model("image.jpg")
 
 ## Results
 
-{chr(10).join(tables) or "None were kept of these weights."}
+{chr(10).join(tables) or "There are no results of these weights."}
 
 {notes}
 
@@ -132,11 +132,11 @@ def publish(source: Path, target: Path) -> Path:
         UserError: if the run has no weights that load, or the folder is there.
     """
     if target.exists():
-        raise UserError(f"{target} is there already: choose another folder, or remove it")
+        raise UserError(f"{target} already exists: choose another folder, or remove it")
     path = find_weights(source) if source.is_dir() else source
     weights = read_weights(str(path), prefer_ema=True)
     if not weights.metadata or not weights.metadata.config:
-        raise UserError(f"{path} is no checkpoint of a training of this project")
+        raise UserError(f"{path} is not a checkpoint of this project's training")
     cfg = config_of(weights)
     build_predictor(cfg.clone(), weights, "cpu")  # refuses what does not load whole
     cfg = _without_folders(cfg)
@@ -162,12 +162,14 @@ def publish(source: Path, target: Path) -> Path:
 def build_parser() -> argparse.ArgumentParser:
     """The options of tools/publish.py."""
     parser = argparse.ArgumentParser(
-        description="Makes a folder of a trained model that others can use.",
+        description="Creates a folder with a trained model that others can use.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="RUN", help="a run's folder, or a checkpoint")
-    parser.add_argument("target", type=Path, metavar="FOLDER", help="to make; the model's name")
+    parser.add_argument(
+        "target", type=Path, metavar="FOLDER", help="folder to create; its name is the model's name"
+    )
     return parser
 
 

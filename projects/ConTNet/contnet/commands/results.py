@@ -49,7 +49,7 @@ def _find_runs(folder: Path) -> list[Path]:
     if not runs and _is_run(folder):
         return [folder]
     if not runs:
-        raise UserError(f"{folder} is no run folder and has none in it")
+        raise UserError(f"{folder} is not a run folder and contains none")
     return runs
 
 
@@ -94,12 +94,12 @@ def _read_settings(run: Path) -> dict:
     try:
         settings = parse_yaml((read_bytes(path) or b"{}").decode())
         if not isinstance(settings, dict):
-            raise ValueError("it does not hold a config")
+            raise ValueError("it does not contain a config")
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
     except (ValueError, yaml.YAMLError) as error:
         reason = printable(" ".join(str(error).split()))
-        warn_once(f"{path} cannot be read ({reason}): it is left out")
+        warn_once(f"{path} cannot be read ({reason}): it is skipped")
     else:
         return settings
     return {}
@@ -142,7 +142,7 @@ def _read_config(run: Path) -> CfgNode | None:
     try:
         return load_checked_config(str(run / _CONFIG_FILE))
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
         return None
 
 
@@ -321,20 +321,24 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of tools/results.py."""
     parser = argparse.ArgumentParser(description="Prints a table of the results of several runs.")
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="of runs or a sweep"
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folder of runs, or of a sweep"
     )
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help="a column, as bbox/AP"
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a column, such as bbox/AP; may be repeated",
     )
     parser.add_argument(
         "--cost",
         action="store_true",
-        help="also parameters, MACs of classifiers, images/s in training and memory",
+        help="also show parameters, MACs of classifiers, images/s in training and memory",
     )
     parser.add_argument(
         "--group-by-seed",
         action="store_true",
-        help="one row for runs that differ in SEED alone: means, and the value of each seed",
+        help="one row for runs that differ only in SEED: means, and the value of each seed",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     return parser

@@ -88,7 +88,7 @@ class Findings:
         self.add(NOTE, kind, example)
 
     def lost(self, kind: str, example: str) -> None:
-        """An object that Detectron2 would leave out; :meth:`settle` tells how grave it is."""
+        """Adds an object that Detectron2 would skip; :meth:`settle` decides the severity."""
         self.add(_LOST, kind, example)
 
     def doubt(self, kind: str, example: str) -> None:
@@ -102,7 +102,7 @@ class Findings:
             few = found.count * _HARMLESS <= objects
             if severity == _LOST:
                 severity = NOTE if few else ERROR
-                kind += " (training would leave these objects out)"
+                kind += " (training would skip these objects)"
             elif severity == _DOUBT:
                 severity = NOTE if few else WARNING
             kinds[severity, kind] = found

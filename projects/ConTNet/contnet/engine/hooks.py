@@ -1,5 +1,5 @@
-"""What happens around the training step. Their order in the trainer matters: evaluation, then
-metrics, then checkpoints, so that whatever a checkpoint has passed is on the disk.
+"""Hooks around the training step. Their order in the trainer matters: evaluation, then metrics,
+then checkpoints, so everything before a checkpoint is on the disk.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ _REPORT_SHARE = 0.02
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
-    """Whether something is due after ``iteration``: each period (0: never), and at the end."""
+    """Whether an action is due after ``iteration``: every period (0: never), and at the end."""
     return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
 
 
 @contextlib.contextmanager
 def collecting_garbage() -> Iterator[None]:
-    """While Python collects garbage whenever it likes, also in a training."""
+    """Context in which Python collects garbage as usual, also during a training."""
     enabled = gc.isenabled()
     gc.enable()
     try:
@@ -68,13 +68,13 @@ def collecting_garbage() -> Iterator[None]:
 
 
 class CollectGarbage(HookBase):
-    """Has Python collect garbage after the same iterations on all ranks, and at no other time.
+    """Collects garbage after the same iterations on all ranks, and at no other time.
 
-    Left alone, each rank would collect at times of its own, for which all others wait. The first of
-    the hooks, so that none that fails at the end keeps it from leaving Python as it was.
+    By default, each rank would collect at different times, and all others would wait for it. This
+    must be the first hook, so it restores Python's state even if another hook fails at the end.
 
     Args:
-        period: in iterations.
+        period: period in iterations.
     """
 
     def __init__(self, period: int = 100):
@@ -109,20 +109,20 @@ class UpdateEMA(HookBase):
 
 
 class Evaluation(HookBase):
-    """Evaluates each period and after the last iteration, and remembers the best one.
+    """Evaluates every period and after the last iteration, and remembers the best evaluation.
 
-    Checkpoints keep what it remembers under the name of this class.
+    Checkpoints save its state under the name of this class.
 
     Args:
-        period: in iterations; 0 for only at the end.
+        period: period in iterations; 0 to evaluate only at the end.
         function: returns the metrics by task, on the main process.
-        choose: names the metric that counts, of all that there are; "" for none.
-        patience: evaluations in a row without a better one, after which the training ends; 0: it
-            does not.
+        choose: selects the main metric among all metrics; returns "" for none.
+        patience: the training ends after this many consecutive evaluations without a better one; 0:
+            no early stopping.
 
     Attributes:
-        results: of the last one, on the main process.
-        best: metric, value and iteration of the best one, and how many have come since.
+        results: metrics of the last evaluation, on the main process.
+        best: metric, value and iteration of the best evaluation, and the number of later ones.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Evaluation(HookBase):
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the training is to end, or has ended, before its last iteration."""
+        """Whether the training ends, or has ended, before its last iteration."""
         return 0 < self.patience <= self.best.get("waited", 0)
 
     def after_step(self) -> None:
@@ -178,10 +178,10 @@ class Evaluation(HookBase):
 
 
 class ValidationLoss(HookBase):
-    """Puts the losses on the test sets into the metrics, each period and after the last iteration.
+    """Adds the losses on the test sets to the metrics, every period and after the last iteration.
 
     Args:
-        period: in iterations, above 0.
+        period: period in iterations, above 0.
         function: returns the losses by name, on all processes.
     """
 
@@ -195,15 +195,15 @@ class ValidationLoss(HookBase):
 
 
 class CheckpointBeforeEvaluation(HookBase):
-    """Saves before each evaluation, so that one that fails costs nothing that was trained.
+    """Saves before each evaluation, so no training is lost if it fails.
 
-    A resume from such a checkpoint begins with the evaluation. Where no other one is due, the file
-    goes when the next one is there.
+    A resume from such a checkpoint starts with the evaluation. If no regular checkpoint is due, the
+    file is deleted when the next one exists.
 
     Args:
         checkpointer: saves on the main process only.
-        period: of checkpoints, in iterations.
-        evaluation_period: in iterations, as of :class:`Evaluation`, which comes next.
+        period: period of checkpoints, in iterations.
+        evaluation_period: period of :class:`Evaluation`, in iterations, which must come next.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, evaluation_period: int):
@@ -231,7 +231,7 @@ class CheckpointBeforeEvaluation(HookBase):
 
 
 class FirstProgress(HookBase):
-    """Logs the first iteration of a run, whose next line of progress may be minutes away."""
+    """Logs the first iteration of a run, since the next progress line may take minutes."""
 
     def before_step(self) -> None:
         self.start = time.perf_counter()
@@ -245,8 +245,8 @@ class FirstProgress(HookBase):
         latest = trainer.storage.latest()
         losses = "  ".join(f"{k}: {v:.4g}" for k, (v, _) in latest.items() if "loss" in k)
         logger.info(
-            f"eta: {left}  iter: {trainer.iter}  {losses}  time: {seconds:.4f}  (of the first "
-            "iteration alone, which takes longer than later ones; losses are not smoothed)"
+            f"eta: {left}  iter: {trainer.iter}  {losses}  time: {seconds:.4f}  (first iteration "
+            "only, which takes longer than later ones; losses are not smoothed)"
         )
 
 
@@ -254,9 +254,9 @@ class WriteMetrics(HookBase):
     """Writes metrics after each of several periods, and at the end.
 
     Args:
-        writers: to write to; only those of the main process.
-        periods: in iterations: of progress, evaluations and validation losses.
-        guard: is asked before anything is written.
+        writers: Detectron2's event writers; only on the main process.
+        periods: periods of progress, evaluations and validation losses, in iterations.
+        guard: called before anything is written.
     """
 
     def __init__(
@@ -282,14 +282,14 @@ class WriteMetrics(HookBase):
 
 
 class RefreshReport(HookBase):
-    """Refreshes the run's page after each evaluation, and has it whole at the end.
+    """Updates the run's report page after each evaluation and at the end.
 
-    One is left out where the refreshes so far have taken more than 2 % of the training's time.
+    An update is skipped if the updates so far have taken more than 2 % of the training's time.
 
     Args:
-        folder: of the run.
-        evaluation_period: in iterations, as of :class:`Evaluation`.
-        guard: is asked before the page is written.
+        folder: folder of the run.
+        evaluation_period: period of :class:`Evaluation`, in iterations.
+        guard: called before the page is written.
     """
 
     def __init__(self, folder: str, evaluation_period: int, guard: WriteGuard = NO_GUARD):
@@ -309,19 +309,19 @@ class RefreshReport(HookBase):
         try:
             write_run_page(self.folder, self.guard)
         except OSError as error:
-            logger.warning(f"The run's page is not refreshed: {error}")
+            logger.warning(f"The report page is not updated: {error}")
         self.seconds += time.perf_counter() - now
 
 
 class PeriodicCheckpoint(HookBase):
-    """Saves ``model_<iteration>`` each period and ``model_final`` after the last iteration.
+    """Saves ``model_<iteration>`` every period and ``model_final`` after the last iteration.
 
-    Each iteration asks whether files in the background could be written; the training ends when
-    they are.
+    Errors of files that are written in the background are raised after the next iteration; the
+    training waits for these files at its end.
 
     Args:
         checkpointer: saves on the main process only.
-        period: in iterations.
+        period: period in iterations.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int):
@@ -351,7 +351,7 @@ class BestCheckpoint(HookBase):
 
     Args:
         checkpointer: saves on the main process only.
-        evaluation: has come before, and knows the best one.
+        evaluation: an earlier hook, which knows the best evaluation.
     """
 
     def __init__(self, checkpointer: Checkpointer, evaluation: Evaluation):
@@ -370,10 +370,10 @@ class EndsEarly(BaseException):
 
 
 class EarlyStopping(HookBase):
-    """Ends a training whose evaluations have not become better for long.
+    """Ends a training whose evaluations no longer improve.
 
     Args:
-        evaluation: has come before, and knows.
+        evaluation: an earlier hook, which knows the best evaluation.
     """
 
     def __init__(self, evaluation: Evaluation):
@@ -392,17 +392,17 @@ class EarlyStopping(HookBase):
 
 
 class LauncherHook(HookBase):
-    """What a launcher adds to a training, as the last of its hooks; this one adds nothing.
+    """A launcher's hook in a training, the last of its hooks; this base class does nothing.
 
     Attributes:
-        guard: is asked before anything is written into the run's folder.
+        guard: called before anything is written to the run's folder.
     """
 
     guard: WriteGuard = NO_GUARD
 
     def watch(self, model: nn.Module) -> None:
-        """Called for each model that is about to run, also where a run only evaluates."""
+        """Called for each model before it runs, also in evaluation only."""
 
     def evaluating(self) -> contextlib.AbstractContextManager:
-        """Entered by every process before each evaluation in training, and left after it."""
+        """Context that each process enters for each evaluation in training."""
         return contextlib.nullcontext()

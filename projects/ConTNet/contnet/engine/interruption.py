@@ -1,4 +1,4 @@
-"""A training that is told to end saves first, in all processes after the same iteration."""
+"""Saves a training before a signal ends it, in all processes after the same iteration."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _DOUBLE = 1.0
 
 
 class _Vote:
-    """Which signal any rank has had: asked after one iteration, answered after the next.
+    """Exchanges which signal any rank has received: sent after an iteration, read after the next.
 
-    So nobody waits for the answer, and all ranks have the same. A process alone is answered at
-    once.
+    So no rank waits, and all ranks get the same answer. With a single process, the answer is
+    immediate.
     """
 
     def __init__(self):
@@ -64,9 +64,9 @@ class _Vote:
 
 
 class SavingHook(LauncherHook):
-    """Saves and leaves the training loop, of all ranks, when one of them was signalled.
+    """Saves and leaves the training loop on all ranks when one of them received a signal.
 
-    At least one iteration is done before.
+    At least one iteration is run before that.
     """
 
     def __init__(self):
@@ -74,14 +74,14 @@ class SavingHook(LauncherHook):
         self._saved = -1
 
     def signalled(self) -> int:
-        """The signal that this process has had, 0 for none."""
+        """The signal that this process has received, 0 for none."""
         raise NotImplementedError
 
     def leave(self, number: int) -> NoReturn:
-        """Leaves, once the checkpoint is on the disk.
+        """Leaves the training loop, once the checkpoint is on the disk.
 
         Args:
-            number: of the signal.
+            number: number of the signal.
         """
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class SavingHook(LauncherHook):
         self.vote.ask(self.signalled())
 
     def save(self) -> None:
-        """Saves after this iteration, unless that was done."""
+        """Saves a checkpoint after this iteration, unless there is one already."""
         trainer = self.trainer
         due = is_due(trainer.iter, trainer.cfg.SOLVER.CHECKPOINT_PERIOD, trainer.max_iter)
         if not due and self._saved != trainer.iter:
@@ -106,15 +106,15 @@ class SavingHook(LauncherHook):
 
 
 class Interruption(Listener):
-    """Hears the signals that end a process while it runs; a context.
+    """Context that handles the signals that end a process.
 
-    The first one lets a training save. Where there is nothing to save, it is raised in the main
-    thread, which then has some seconds. The second one ends the process at once; so does the end of
-    a process that has spawned this one, and which counts the signals for its ranks: a terminal's
-    reach them twice.
+    After the first signal, a training saves. If there is nothing to save, the signal is raised in
+    the main thread, which then has some seconds. The second signal ends the process at once; so
+    does the end of the process that spawned this one. That process counts the signals for its
+    ranks, since those from a terminal reach them twice.
 
     Attributes:
-        number: of the first signal, 0 before.
+        number: number of the first signal, 0 before that.
         saving: whether the training loop will save and leave.
     """
 
@@ -127,7 +127,7 @@ class Interruption(Listener):
 
     @property
     def is_spawned(self) -> bool:
-        """Whether another process has started this one, and hears of its end."""
+        """Whether another process has spawned this one, and notices its end."""
         return self._parent is not None
 
     def __enter__(self) -> Interruption:
@@ -151,18 +151,18 @@ class Interruption(Listener):
             self.interrupt()
 
     def interrupt(self) -> NoReturn:
-        """Raises the first signal, where nothing is to be saved."""
+        """Raises the first signal, if there is nothing to save."""
         told = self.is_spawned or comm.get_rank() > 0
         name = signal.Signals(self.number).name
         raise Interrupted(self.number, "" if told else f"ended by {name}")
 
     def take_time(self) -> None:
-        """A checkpoint is being written, which may take long."""
+        """Allows more time, while a checkpoint is written."""
         self._first = min(self._first, time.monotonic())  # also if the thread has not heard yet
         self._deadline = math.inf
 
     def end_soon(self) -> None:
-        """All is saved: further signals do nothing, and the process has seconds to end."""
+        """Called once all is saved: ignores further signals, and gives the process time to end."""
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
         self.saving = False
@@ -184,18 +184,18 @@ class Interruption(Listener):
             self._deadline = now + (_PATIENCE if self.saving else _LINGER)
             if self.saving and not self.is_spawned:
                 logger.warning(
-                    f"{signal.Signals(number).name}: the training saves and ends; a second signal "
-                    "ends it at once"
+                    f"{signal.Signals(number).name}: the training saves a checkpoint and exits; a "
+                    "second signal ends it at once"
                 )
         elif not self.is_spawned and now - self._first > _DOUBLE:
             end_now(128 + number)
 
 
 class SaveOnSignal(SavingHook):
-    """Saves and leaves with the status of the signal; in an evaluation it leaves at once.
+    """Saves and exits with the status of the signal; in an evaluation it exits at once.
 
     Args:
-        listener: of this process.
+        listener: the :class:`Interruption` of this process.
     """
 
     def __init__(self, listener: Interruption):
@@ -222,7 +222,7 @@ class SaveOnSignal(SavingHook):
         iteration, folder = self.trainer.iter, self.trainer.cfg.OUTPUT_DIR
         logger.warning(
             f"Ended by {signal.Signals(number).name}, saved after iteration {iteration} in "
-            f"{folder}: the same command with --resume goes on"
+            f"{folder}: resume with the same command and --resume"
         )
         raise Interrupted(number)
 

@@ -1,4 +1,4 @@
-"""The losses of a step: read once from the device, known to all processes."""
+"""Reads the losses of a step from the device once, and shares them with all processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["read_from_all", "rows_not_finite"]
 
 
 def read_from_all(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
-    """Reads numbers of all processes, in one exchange and with one wait for the device.
+    """Reads numbers of all processes, with one exchange and one device synchronisation.
 
     Args:
-        rows: of tensors with one element, on one device. As many in all processes.
+        rows: rows of tensors with one element, on one device; the same number in all processes.
 
     Returns:
         Array (processes, rows, columns) of float64, the same in all processes.
@@ -32,7 +32,7 @@ def read_from_all(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
 
 
 def rows_not_finite(values: np.ndarray) -> list[tuple[int, int]]:
-    """Where numbers are not finite.
+    """Finds rows with numbers that are not finite.
 
     Args:
         values: (processes, rows).

@@ -1,4 +1,4 @@
-"""Builds the optimiser from the config and from what the model declares about its parameters."""
+"""Builds the optimiser from the config and the model's hints about its parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIMIZERS = ("SGD", "AdamW")
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
-    """Full names of the parameters that any module wants to keep from weight decay."""
+    """Full names of the parameters that a module excludes from weight decay."""
     names = set()
     for prefix, module in model.named_modules():
         declare = getattr(module, "no_weight_decay", None)
@@ -42,7 +42,7 @@ def _undecayed_names(model: nn.Module) -> set[str]:
 
 
 def _vector_names(model: nn.Module) -> set[str]:
-    """Parameters that timm treats as those of norms: gains of layers, and norms of its own."""
+    """Parameters that timm treats like those of norms: layer scales, and its own norms."""
     return {
         name
         for name, parameter in model.named_parameters()
@@ -51,7 +51,7 @@ def _vector_names(model: nn.Module) -> set[str]:
 
 
 def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Factors of the learning rate by full name; names that are missing have 1."""
+    """Factors of the learning rate by full name; missing names have factor 1."""
     decay, multiplier = cfg.SOLVER.LAYER_DECAY, cfg.SOLVER.BACKBONE_MULTIPLIER
     if decay == multiplier == 1:
         return {}
@@ -66,8 +66,8 @@ def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     if decay != 1:
         if not hasattr(network, "group_matcher"):
             raise UsageError(
-                f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} declares no layer "
-                "groups (group_matcher): leave it 1"
+                f"SOLVER.LAYER_DECAY is {decay}, but {type(network).__name__} has no layer "
+                "groups (group_matcher): set it to 1"
             )
         depth = group_parameters(network, network.group_matcher(), reverse=True)
     deepest = max(depth.values())
@@ -75,7 +75,7 @@ def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
-    """As few parameter groups as there are pairs of learning rate and weight decay."""
+    """One parameter group for each pair of learning rate and weight decay."""
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
         model,
@@ -105,17 +105,17 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
                 }
             )
     if not single:
-        raise UsageError("every parameter of the model is frozen, there is nothing to train")
+        raise UsageError("all parameters of the model are frozen, there is nothing to train")
     return reduce_param_groups(single)
 
 
 def parameter_names(cfg: CfgNode, model: nn.Module) -> list[list[str]]:
-    """The names in each parameter group of the optimiser that a config describes."""
+    """Parameter names in each group of the optimiser that a config describes."""
     return [group["param_names"] for group in _make_groups(cfg, model)]
 
 
 def _clip_full_model(optimizer: Optimizer, max_norm: float, norm_type: float) -> None:
-    """Scales all gradients to a common norm right before each step, after any unscaling."""
+    """Clips the norm of all gradients before each step, after any unscaling."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip(*_) -> None:
@@ -127,13 +127,13 @@ def _clip_full_model(optimizer: Optimizer, max_norm: float, norm_type: float) ->
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Builds SGD or AdamW over the model's trainable parameters, with gradient clipping.
 
-    Weight decay is Detectron2's (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), and 0 for what any
-    module names in ``no_weight_decay()``. In classifiers all vectors but biases have that of norms,
-    as timm has it. Learning rates are Detectron2's times
-    ``BACKBONE_MULTIPLIER`` and ``LAYER_DECAY`` in the bottom-up network.
+    Weight decay is Detectron2's (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), and 0 for the names
+    in a module's ``no_weight_decay()``. In classifiers, all vectors except biases have the weight
+    decay of norms, as in timm. Learning rates are Detectron2's, times ``BACKBONE_MULTIPLIER`` and
+    ``LAYER_DECAY`` in the bottom-up network.
 
     Raises:
-        UserError: for layer decay of a network without layer groups.
+        UserError: for layer decay with a network without layer groups.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
@@ -157,7 +157,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-    """Builds Detectron2's schedules, and WarmupPolyLR, stepped once an iteration."""
+    """Builds Detectron2's schedules or WarmupPolyLR, which are stepped once per iteration."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
         return build_detectron2_scheduler(cfg, optimizer)
@@ -175,7 +175,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 
 
 def _states_by_name(state: Mapping, names: Sequence[Sequence[str]]) -> dict[str, dict]:
-    """What an optimiser remembers of each of its parameters."""
+    """The optimiser state of each parameter, by name."""
     found = {}
     for group, known in zip(state["param_groups"], names, strict=True):
         for number, name in zip(group["params"], known, strict=True):
@@ -192,16 +192,16 @@ def _fits(state: Mapping[str, object], parameter: Tensor) -> bool:
 def matching_state(
     optimizer: Optimizer, state: Mapping, names: Sequence[Sequence[str]]
 ) -> tuple[dict, list[str]]:
-    """The state of an earlier optimiser for this one, whose own groups and settings stay.
+    """Adapts the state of an earlier optimiser to this one, which keeps its groups and settings.
 
     Args:
-        optimizer: of :func:`build_optimizer`.
-        state: the earlier one's; its kind is the same, its groups need not be.
-        names: of the parameters in each group of the earlier one.
+        optimizer: from :func:`build_optimizer`.
+        state: state of the earlier optimiser of the same kind; its groups may differ.
+        names: parameter names in each group of the earlier optimiser.
 
     Returns:
-        What ``load_state_dict`` takes; and the names of the parameters that begin without a state,
-        though the others have one.
+        A state for ``load_state_dict``, and the names of parameters that have no state although the
+        others do.
     """
     states = _states_by_name(state, names)
     own = optimizer.state_dict()["param_groups"]
@@ -219,7 +219,7 @@ def matching_state(
 
 
 def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
-    """Sets a schedule, and so the rates of its optimiser, to an iteration up to the end's."""
+    """Sets a schedule, and so the learning rates of its optimiser, to an iteration."""
     scheduler.last_epoch = iteration
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
         group["lr"] = rate

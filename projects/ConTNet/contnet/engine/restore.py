@@ -1,6 +1,6 @@
-"""The parts of a training's state, each restored from a checkpoint, or started anew with a line.
+"""Restores the parts of a training's state from a checkpoint, or starts them anew with a warning.
 
-A checkpoint may lack a part: of a run in which it was switched off, of an earlier version, of
+A checkpoint may lack a part if it was disabled in its run, or if it is from an earlier version or
 another trainer.
 """
 
@@ -59,10 +59,10 @@ _TRAINER = {
 
 
 def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file: str) -> None:
-    """Restores the average; one that the checkpoint does not have starts from its weights."""
+    """Restores the EMA; if the checkpoint has none, it starts from the checkpoint's weights."""
     if ema is None:
         if "ema" in content:
-            logger.warning(f"{file} has an EMA, which ends here: SOLVER.EMA.ENABLED is False")
+            logger.warning(f"{file} has an EMA, which is discarded: SOLVER.EMA.ENABLED is False")
         return
     why = "has no EMA"
     if "ema" in content:
@@ -70,9 +70,9 @@ def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file
             ema.load_state_dict(content["ema"])
             return
         except (AttributeError, RuntimeError, TypeError):
-            why = "has an EMA of another form"
+            why = "has an EMA of other tensors"
     ema.set(model)
-    logger.warning(f"{file} {why}: it starts from the last weights")
+    logger.warning(f"{file} {why}: the EMA starts from the last weights")
 
 
 def restore_scaler(scaler: GradScaler, state: Mapping, file: str) -> None:
@@ -81,13 +81,13 @@ def restore_scaler(scaler: GradScaler, state: Mapping, file: str) -> None:
     if not scaler.is_enabled():
         if saved:
             logger.warning(
-                f"{file} has a loss scaler, which ends here: SOLVER.AMP is no longer float16"
+                f"{file} has a loss scaler, which is discarded: SOLVER.AMP is no longer float16"
             )
     elif saved:
         scaler.load_state_dict(saved)
     else:
         logger.warning(
-            f"{file} has no loss scaler: that of float16 starts anew at {scaler.get_scale():g}"
+            f"{file} has no loss scaler: the float16 loss scaler starts at {scaler.get_scale():g}"
         )
 
 
@@ -107,15 +107,17 @@ def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> Non
     for name in saved.keys() & modules.keys():
         modules[name].loss_normalizer = saved[name]
     if left := sorted(saved.keys() - modules.keys()):
-        logger.warning(f"{file} has loss normalisers of parts that the model has not: {left}")
+        logger.warning(f"{file} has loss normalisers of parts that the model does not have: {left}")
     if not saved and any(isinstance(module, DenseDetector) for module in modules.values()):
-        logger.warning(f"{file} has no running loss normaliser, which starts anew")
+        logger.warning(
+            f"{file} has no running loss normaliser, which starts from its initial value"
+        )
 
 
 def _old_names(
     state: Mapping, before: Before, cfg: CfgNode, model: nn.Module
 ) -> Sequence[Sequence[str]] | None:
-    """The parameters in each group of a checkpoint's optimiser; None if nothing tells them."""
+    """Parameter names in each group of a checkpoint's optimiser; None if they are unknown."""
     groups = state["param_groups"]
     if all("param_names" in group for group in groups):
         return [group["param_names"] for group in groups]
@@ -133,32 +135,30 @@ def _old_names(
 def restore_optimizer(
     optimizer: Optimizer, model: nn.Module, cfg: CfgNode, state: Mapping, before: Before
 ) -> None:
-    """Restores what the optimiser remembers of each parameter; its settings stay the config's."""
+    """Restores the optimiser state of each parameter, but not the optimiser's settings."""
     saved = state.get("optimizer")
     names = _old_names(saved, before, cfg, model) if saved else None
     if names is None:
-        why = (
-            "does not tell whose its optimiser's state is" if saved else "has no optimiser's state"
-        )
-        logger.warning(f"{before.file} {why}: the optimiser starts anew")
+        why = "has an optimiser state without names" if saved else "has no optimiser state"
+        logger.warning(f"{before.file} {why}: the optimiser starts from scratch")
         return
     matching, new = matching_state(optimizer, saved, names)
     optimizer.load_state_dict(matching)
     if new:
         logger.warning(
-            f"{before.file} has no optimiser's state of {plural(len(new), 'parameter')}, which "
-            f"starts anew: {first_names(new)}"
+            f"{before.file} has no optimiser state for {plural(len(new), 'parameter')}, which "
+            f"starts from scratch: {first_names(new)}"
         )
 
 
 def tell_of_rest(content: Mapping, state: Mapping, known: Sequence[str], file: str) -> None:
-    """Names what a checkpoint has and the run has not.
+    """Logs the parts of a checkpoint that the run does not use.
 
     Args:
-        content: of the checkpoint, without the model.
-        state: of the trainer.
+        content: content of the checkpoint, without the model.
+        state: state of the trainer.
         known: names of other objects that the run restores.
-        file: of the checkpoint.
+        file: file of the checkpoint.
     """
     left = [name for name in content if name not in _CONTENT and name not in known]
     left += [f"trainer.{name}" for name in state if name not in _TRAINER]

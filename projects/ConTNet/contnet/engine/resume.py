@@ -1,8 +1,8 @@
-"""What a resume makes of settings that are not those of its checkpoint.
+"""Resumes with settings that differ from the checkpoint's.
 
-Keys of the network, its losses, the kind of optimiser and the training sets must stay. All others
-are followed from the next iteration. With another batch, what counts images in iterations, and the
-learning rate, are scaled, unless they were set anew.
+Keys of the network, its losses, the kind of optimiser and the training sets cannot change. All
+others take effect from the next iteration. With another batch size, periods and lengths in
+iterations, and the learning rate, are scaled, unless they were changed, too.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def _mapping(value: object) -> Mapping:
 
 
 def trainer_state(content: Mapping) -> dict:
-    """The state of the trainer in a checkpoint, by this project's names.
+    """Returns the state of the trainer in a checkpoint, by this project's names.
 
     Args:
-        content: of a checkpoint. Detectron2's trainers have the optimiser's state and the scaler's
-            one level below, and their first version had them beside the model.
+        content: content of a checkpoint. Detectron2's trainers save the states of the optimiser and
+            the scaler one level below, their first version saved them next to the model.
     """
     trainer = _mapping(content.get("trainer"))
     old = {key: content[key] for key in ("iteration", "optimizer") if key in content}
@@ -69,15 +69,15 @@ def trainer_state(content: Mapping) -> dict:
 
 @dataclass(frozen=True)
 class Before:
-    """What a checkpoint says of the settings of its run.
+    """The settings of a checkpoint's run.
 
     Attributes:
-        file: of the checkpoint.
-        config: values by key; None where it does not say.
-        scaled: values as they were given, and the batch they were given for, of keys that a resume
-            with another batch has scaled.
-        seed: of the order of the images; None where it does not say.
-        optimizer: SGD or AdamW; "" where it does not say.
+        file: file of the checkpoint.
+        config: values by key; None if they are unknown.
+        scaled: original values, and the batch size they were set for, of keys that a resume with
+            another batch size has scaled.
+        seed: seed of the order of the images; None if it is unknown.
+        optimizer: SGD or AdamW; "" if it is unknown.
     """
 
     file: str
@@ -91,9 +91,9 @@ class Before:
         """Reads the content of a checkpoint.
 
         Args:
-            file: its name.
-            content: what it holds.
-            cfg: says which keys there are.
+            file: its file name.
+            content: its content.
+            cfg: a config with all known keys.
         """
         text = _mapping(content.get(METADATA)).get("config")
         try:
@@ -111,7 +111,7 @@ class Before:
 
     @property
     def batch(self) -> int:
-        """Images of an iteration; 0 where the checkpoint does not say."""
+        """Images per iteration; 0 if they are unknown."""
         return self.config[BATCH] if self.config else 0
 
 
@@ -124,7 +124,7 @@ def _kind_of_optimizer(state: Mapping) -> str:
 
 
 def _iterations(value: int, ratio: float) -> int:
-    """A period or a length: none stays none, and some stay some."""
+    """Scales a period or a length: 0 stays 0, others are at least 1."""
     return max(round(value / ratio), 1) if value else value
 
 
@@ -147,10 +147,10 @@ def _plain(value: object) -> object:
 
 
 def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
-    """Scales what was given for another batch, in place.
+    """Scales settings for another batch size, in place.
 
     Returns:
-        What was scaled, as it was given and for which batch; and how each key has changed.
+        Original values and batch sizes of scaled keys; and how each key has changed.
     """
     old, new = before.config[BATCH], cfg.SOLVER.IMS_PER_BATCH
     scaled, changes = {}, []
@@ -172,13 +172,13 @@ def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[s
 
 
 def resumed_iteration(images: int, iterations: int, before: Before, cfg: CfgNode) -> int:
-    """The iteration to go on with, where it has another number of images.
+    """The iteration to resume with, after a change of the batch size.
 
     Args:
-        images: that were seen.
-        iterations: that were done.
+        images: number of images seen.
+        iterations: number of completed iterations.
         before: the checkpoint's settings, which are known.
-        cfg: of now.
+        cfg: the current config.
     """
     end = cfg.SOLVER.MAX_ITER
     full = before.config[_END] * before.batch / cfg.SOLVER.IMS_PER_BATCH
@@ -201,7 +201,7 @@ def _is_refused(key: str, values: tuple) -> bool:
 
 
 def _moved(before: list, now: list) -> dict[str, list]:
-    """The files of data sets before and now, by the names of those that have other ones."""
+    """Files before and now of the data sets whose files have changed, by name."""
     places = [{name: paths for name, *paths in entries} for entries in (before, now)]
     names = dict.fromkeys([*places[0], *places[1]])
     pairs = {name: [place.get(name, "none") for place in places] for name in names}
@@ -209,9 +209,9 @@ def _moved(before: list, now: list) -> dict[str, list]:
 
 
 def refusal(file: str, changes: list[str]) -> UserError:
-    """What to say of changes that no resume can make."""
+    """Returns the error message for changes that a resume does not support."""
     return UserError(
-        f"--resume from {file} cannot change {'; '.join(changes)}: set it back to go on with this "
+        f"--resume from {file} cannot change {'; '.join(changes)}: set it back to resume this "
         "run, or start a new one in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS "
         f"{file}"
     )
@@ -219,13 +219,13 @@ def refusal(file: str, changes: list[str]) -> UserError:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The settings that a resumed run has.
+    """The settings of a resumed run.
 
     Attributes:
         cfg: the config, frozen.
-        scaled: as of :class:`Before`, to be saved.
-        lines: what differs from the checkpoint's settings, for the log.
-        moved: whether files of training sets have another place.
+        scaled: as in :class:`Before`, to be saved.
+        lines: differences from the checkpoint's settings, for the log.
+        moved: whether files of training sets have another path.
     """
 
     cfg: CfgNode
@@ -235,7 +235,7 @@ class Resumed:
 
 
 def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
-    """Sets the checkpoint's seed; a line about another one that was asked for."""
+    """Sets the checkpoint's seed; returns a line about another seed in the config."""
     seed, asked = before.seed, cfg.SEED
     if seed is None or seed < 0:
         return []
@@ -243,13 +243,13 @@ def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
     if asked in (-1, seed):
         return []
     return [
-        f"{show('SEED', seed, asked)}: the order of the images and the random state stay those of "
-        f"{seed}"
+        f"{show('SEED', seed, asked)}: the order of the images and the random state are still "
+        f"those of {seed}"
     ]
 
 
 def _follow(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
-    """Scales to the batch, in place; what was scaled, and a line for each key that differs."""
+    """Scales to the batch size, in place; returns scaled keys, and a line for each difference."""
     changed = differences(before.config, cfg)
     if found := [show(key, *pair) for key, pair in changed.items() if _is_refused(key, pair)]:
         raise refusal(before.file, found)
@@ -265,22 +265,22 @@ def _follow(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
     for key, pair in differences(before.config, cfg).items():
         if key in _SILENT or key in scaled or (key == BATCH and follows):
             continue
-        note = " (not read: the run goes on from its checkpoint)" if key == "MODEL.WEIGHTS" else ""
+        note = " (ignored: the run resumes from its checkpoint)" if key == "MODEL.WEIGHTS" else ""
         lines.append(show(key, *pair) + note)
     if unknown := sorted(before.config.keys() - dict(flatten(cfg, cfg)).keys()):
-        lines.append(f"{before.file} was trained with keys that are not known here: {unknown}")
+        lines.append(f"{before.file} was trained with unknown keys: {unknown}")
     return scaled, lines
 
 
 def resume_config(before: Before, cfg: CfgNode) -> Resumed:
-    """The config that a run goes on with.
+    """Returns the config of a resumed run.
 
     Args:
         before: the checkpoint's settings.
-        cfg: the config that was given.
+        cfg: the config of the command.
 
     Raises:
-        UserError: for keys that cannot change; and if the config cannot be scaled to its batch.
+        UserError: for keys that cannot change, or if the config cannot be scaled to its batch size.
     """
     kind = cfg.SOLVER.OPTIMIZER
     cfg = cfg.clone()
@@ -290,7 +290,7 @@ def resume_config(before: Before, cfg: CfgNode) -> Resumed:
         if before.optimizer not in ("", kind):
             raise refusal(before.file, [show("SOLVER.OPTIMIZER", before.optimizer, kind)])
         lines.append(
-            f"{before.file} does not hold the config of its run: this one's settings are taken "
+            f"{before.file} does not hold the config of its run: the current settings are used "
             "without a comparison"
         )
     else:
@@ -303,11 +303,11 @@ def resume_config(before: Before, cfg: CfgNode) -> Resumed:
 
 
 def differing_keys(before: Before, cfg: CfgNode) -> list[str]:
-    """Keys that now have another value than a run was given.
+    """Keys whose values differ from those that a run was started with.
 
     Args:
         before: the checkpoint's settings.
-        cfg: the config of now.
+        cfg: the current config.
     """
     if before.config is None:
         return []

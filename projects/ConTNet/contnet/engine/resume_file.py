@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what becomes of those that are later."""
+"""Chooses the checkpoint to resume from, and moves later checkpoints aside."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """The checkpoint that a run goes on from.
+    """The checkpoint to resume from.
 
     Attributes:
-        path: "" where there is none.
-        warnings: why it is not the one that was to be expected, a line each.
-        last: as of :func:`last_name`, when it was chosen.
+        path: its path; "" if there is none.
+        warnings: why it is not the expected one, a line each.
+        last: value of :func:`last_name` when it was chosen.
     """
 
     path: str = ""
@@ -51,7 +51,7 @@ class ResumeFile:
 
 
 def _images(content: Mapping) -> int:
-    """Images that a checkpoint has seen, which batches of another size leave comparable."""
+    """Images that a checkpoint has seen, which is comparable for all batch sizes."""
     state = trainer_state(content)
     stream = state.get("stream")
     # The first versions did not count images: theirs are before all others.
@@ -61,7 +61,7 @@ def _images(content: Mapping) -> int:
 
 
 def _images_of(path: Path) -> int | None:
-    """The same of a file; None if it cannot be read."""
+    """Images that a file's checkpoint has seen; None if it cannot be read."""
     try:
         return _images(read_checkpoint(str(path)))
     except UserError:
@@ -69,9 +69,9 @@ def _images_of(path: Path) -> int | None:
 
 
 def _damage(path: Path, tensors: bool = True) -> str:
-    """What is wrong with a checkpoint, "" for nothing."""
+    """Describes the damage of a checkpoint; "" if it is undamaged."""
     if not path.is_file():
-        return f"{path} is not there"
+        return f"{path} does not exist"
     try:
         read_checkpoint(str(path))
         if tensors:
@@ -83,12 +83,12 @@ def _damage(path: Path, tensors: bool = True) -> str:
 
 
 def _newest_whole(folder: Path, before: Path | None = None, tensors: bool = True) -> Path | None:
-    """The latest whole checkpoint of a folder, None if there is none.
+    """The latest undamaged checkpoint in a folder; None if there is none.
 
     Args:
-        folder: of the run.
-        before: only those that are earlier than this one.
-        tensors: verify them, too.
+        folder: folder of the run.
+        before: only consider checkpoints before this one.
+        tensors: verify tensors, too.
     """
     images = {path: _images_of(path) for path in checkpoint_files(folder) if path.stem != BEST}
     limit = None if before is None else images.pop(before, None)
@@ -106,7 +106,7 @@ def _newest_whole(folder: Path, before: Path | None = None, tensors: bool = True
 
 
 def last_name(output_dir: str | Path) -> str:
-    """What ``last_checkpoint`` names, "" if it is not there or names no checkpoint."""
+    """The name in ``last_checkpoint``; "" if it does not exist or names no checkpoint."""
     try:
         return last_checkpoint(output_dir).name
     except (OSError, UserError):
@@ -114,19 +114,19 @@ def last_name(output_dir: str | Path) -> str:
 
 
 def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = True) -> ResumeFile:
-    """The checkpoint that a run goes on from.
+    """Chooses the checkpoint to resume from.
 
-    It is the one that ``last_checkpoint`` names; if it is damaged or gone, the newest whole one
+    It is the one in ``last_checkpoint`` or, if that is damaged or missing, the newest undamaged one
     before it. Nothing is written.
 
     Args:
         output_dir: the run's folder.
-        file: one to go on from in its place.
-        tensors: verify tensors, too, and not only what is read beside them.
+        file: use this checkpoint instead.
+        tensors: verify tensors, too, not only the rest of the file.
 
     Raises:
-        UserError: if ``file``, or every checkpoint of the folder, is damaged; if the folder has
-            checkpoints, and nothing says which one is the last.
+        UserError: if ``file``, or every checkpoint in the folder, is damaged; if the folder has
+            checkpoints but no ``last_checkpoint``.
     """
     folder = Path(output_dir)
     named = last_name(folder)
@@ -141,10 +141,10 @@ def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = Tr
         return ResumeFile(str(last), last=named)
     if (path := _newest_whole(folder, last, tensors)) is None:
         raise UserError(
-            f"{reason}; {folder / LAST_CHECKPOINT} names it, and there is no whole checkpoint "
-            "before it: name one by --resume-from FILE, or start anew in another OUTPUT_DIR"
+            f"{reason}; {folder / LAST_CHECKPOINT} names it, and there is no complete checkpoint "
+            "before it: choose one with --resume-from FILE, or start in another OUTPUT_DIR"
         )
-    warning = f"{reason}; {path}, the newest whole one before it, is used"
+    warning = f"{reason}; {path}, the newest complete one before it, is used"
     return ResumeFile(str(path), (warning,), named)
 
 
@@ -153,17 +153,19 @@ def _without_last(folder: Path, tensors: bool) -> ResumeFile:
         return ResumeFile()
     path = _newest_whole(folder, tensors=tensors)
     if path and any(folder.glob(f"{LAST_CHECKPOINT}*{TEMPORARY_SUFFIX}")):
-        warning = f"the first save into {folder} was cut off at its end: its {path.name} is used"
+        warning = (
+            f"the first save into {folder} was interrupted at its end: its {path.name} is used"
+        )
         return ResumeFile(str(path), (warning,))
-    found = f"the newest whole one is {path}: go on from it by --resume-from {path}"
+    found = f"the newest complete one is {path}: resume from it with --resume-from {path}"
     raise UserError(
-        f"{folder} has checkpoints, but no {LAST_CHECKPOINT} that says which one to go on from; "
-        f"{found if path else 'none is whole: choose another OUTPUT_DIR'}"
+        f"{folder} has checkpoints, but no {LAST_CHECKPOINT} that says which one to resume from; "
+        f"{found if path else 'none is complete: choose another OUTPUT_DIR'}"
     )
 
 
 def _adopt(folder: Path, file: Path, number: int, guard: WriteGuard) -> Path:
-    """Copies a checkpoint into a run's folder, unless it lies there under a name to resume from."""
+    """Copies a checkpoint into a run's folder, unless it is there under a name to resume from."""
     if file.parent.resolve() == folder.resolve() and file.stem != BEST:
         return folder / file.name
     path = folder / f"{numbered_name(number)}.pth"
@@ -178,15 +180,15 @@ def _adopt(folder: Path, file: Path, number: int, guard: WriteGuard) -> Path:
 
 
 def make_last(output_dir: str | Path, file: str, guard: WriteGuard = NO_GUARD) -> list[Path]:
-    """Makes a checkpoint the last one of a run, and sets aside those that are later, or damaged.
+    """Makes a checkpoint the last one of a run, and moves later or damaged ones aside.
 
     Args:
         output_dir: the run's folder.
-        file: a whole checkpoint; one of another folder is copied.
-        guard: is asked before anything is written.
+        file: an undamaged checkpoint; it is copied if it is in another folder.
+        guard: called before anything is written.
 
     Returns:
-        The checkpoints of the folder that stay, in the order of the images that they have seen.
+        The remaining checkpoints in the folder, in the order of images seen.
     """
     folder, content = Path(output_dir), read_checkpoint(file)
     path = _adopt(folder, Path(file), trainer_state(content)["iteration"], guard)
@@ -203,7 +205,7 @@ def make_last(output_dir: str | Path, file: str, guard: WriteGuard = NO_GUARD) -
     if aside:
         names = ", ".join(each.name for each in aside)
         logger.warning(
-            f"The run goes on from {path}: later or damaged checkpoints ({names}) have been moved "
+            f"The run resumes from {path}: later or damaged checkpoints ({names}) have been moved "
             f"to {folder / SET_ASIDE}"
         )
     return sorted(images, key=images.get)

@@ -1,4 +1,4 @@
-"""The page of a run that a training refreshes: curves and tables, from the run's own files."""
+"""The report page that a training updates: curves and tables from the run's own files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CONFIG_FILE = "config.yaml"
 
 
 def read_run_record(folder: Path, name: str) -> RunRecord:
-    """What a run's folder tells of it; files that are missing or damaged count as empty.
+    """Reads a run's record from its folder; missing or damaged files count as empty.
 
     Args:
-        folder: of the run.
-        name: to call it by.
+        folder: folder of the run.
+        name: name of the run.
     """
     try:
         config = (read_bytes(folder / _CONFIG_FILE) or b"").decode()
@@ -33,13 +33,16 @@ def read_run_record(folder: Path, name: str) -> RunRecord:
 
 
 def write_run_page(folder: Path, guard: WriteGuard = NO_GUARD) -> Path:
-    """Writes the page of a run, with its curves and results; the page's path.
+    """Writes the page of a run, with its curves and results; returns its path.
 
     Args:
-        folder: of the run.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        folder: folder of the run.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
     """
     run = read_run_record(folder, folder.resolve().name)
-    rest = "Errors by kind, confusion and images: python tools/report.py, with the run's folder."
+    rest = (
+        "For errors by kind, confusion and images, run python tools/report.py with the run's "
+        "folder."
+    )
     sections = [*result_sections([run]), *curve_sections([run]), Notes("More", [rest])]
     return write_page(folder / PAGE, run.name, sections, guard)

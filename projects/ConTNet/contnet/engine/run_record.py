@@ -1,4 +1,4 @@
-"""The record of how a run was started: command, code, versions, seed."""
+"""Records how a run was started: command, code, versions, seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN_FILE = "run.json"
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, with "+" if files differ from it; "" outside git."""
+    """The commit of the running code, with "+" if files differ from it; "" outside git."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -53,10 +53,10 @@ def record_run(cfg: CfgNode, seed: int, start_iter: int, guard: WriteGuard = NO_
     """Appends this attempt of the run to run.json, a list.
 
     Args:
-        cfg: OUTPUT_DIR and MODEL.DEVICE are read.
-        seed: of the order of images and of all random state.
+        cfg: the config, of which OUTPUT_DIR and MODEL.DEVICE are read.
+        seed: seed of the order of images and of all random state.
         start_iter: the first iteration of this attempt.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(cfg.OUTPUT_DIR, RUN_FILE)
     attempts = recover_record(path, list[dict]) or []

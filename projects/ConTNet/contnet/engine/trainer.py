@@ -1,5 +1,5 @@
-"""The training loop: Detectron2's, with gradient accumulation, mixed precision on any device, and
-a resume that is exact.
+"""Detectron2's training loop with gradient accumulation, mixed precision on any device, and exact
+resuming.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ logger = logging.getLogger(__name__)
 
 
 def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
-    """The model as all processes of the run train it together; itself, if there is only one.
+    """Wraps the model in DistributedDataParallel, if the run has several processes.
 
     Args:
-        model: on the device of this process.
+        model: model on the device of this process.
         device: MODEL.DEVICE.
     """
     # Without device_ids a module on the CPU can be distributed too.
@@ -93,18 +93,17 @@ def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
 
 
 class Trainer(SimpleTrainer):
-    """Trains what a config describes.
+    """Trains the model of a config.
 
-    The random state of an iteration depends on (seed, iteration, rank) alone and the images seen
-    are counted, so a checkpoint taken between two iterations is all that a resume
-    needs.
+    The random state of an iteration depends only on (seed, iteration, rank), and the images seen
+    are counted, so a resume only needs a checkpoint that was saved between two iterations.
 
     Args:
         cfg: the config.
-        seed: of the order of images and of all random state, the same on all ranks.
-        launcher: what the launcher of this process adds.
-        scaled: as of :class:`contnet.engine.resume.Before`, for checkpoints.
-        warnings: what changes the run's numbers, a line each, for results.json.
+        seed: seed of the order of images and of all random state, the same on all ranks.
+        launcher: hook of the launcher of this process.
+        scaled: as in :class:`contnet.engine.resume.Before`, for checkpoints.
+        warnings: warnings that concern the run's results, a line each, for results.json.
     """
 
     def __init__(
@@ -177,9 +176,9 @@ class Trainer(SimpleTrainer):
         )
 
     def evaluate(self) -> dict:
-        """Metrics of the present weights (their EMA, if one is kept) on the test sets.
+        """Evaluates the current weights (their EMA, if enabled) on the test sets.
 
-        Test-time augmentation takes so long that it waits for the last iteration.
+        Test-time augmentation is slow, so it only runs after the last iteration.
         """
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
         storage = getattr(self, "storage", None)  # which a training has
@@ -194,7 +193,7 @@ class Trainer(SimpleTrainer):
             )
 
     def validation_losses(self) -> dict[str, float]:
-        """Losses of the weights that :meth:`evaluate` takes, on the test sets."""
+        """Losses on the test sets, with the same weights as :meth:`evaluate`."""
         with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.losses(self._evaluated_model())
 
@@ -219,17 +218,17 @@ class Trainer(SimpleTrainer):
             self._warn_of_random_weights()
 
     def _warn_in_results(self, lines: Sequence[str]) -> None:
-        """Has all results of the run, resumed or not, say what its weights were warned of."""
+        """Adds the warnings about the initial weights to all results, also after a resume."""
         self.weights_warnings = list(lines)
         self.evaluator.warnings = [*self.evaluator.warnings, *lines]
 
     def _resume(self, file: str) -> None:
-        """Goes on from a checkpoint, under the settings of now; names what it lacks."""
+        """Resumes from a checkpoint with the current settings; logs what it lacks."""
         others = [key for key in self.checkpointer.checkpointables if key not in ("trainer", "ema")]
         content = self.checkpointer.load(file, others)
         before, state = Before.of(file, content, self.cfg), trainer_state(content)
         if absent := [key for key in others if key not in content]:
-            logger.warning(f"{file} has no {', '.join(absent)}: it starts anew")
+            logger.warning(f"{file} has no {', '.join(absent)}: it starts from scratch")
         self._restore(state, before)
         restore_ema(self.ema, self.unwrapped_model, content, file)
         tell_of_rest(content, state, others, file)
@@ -251,30 +250,30 @@ class Trainer(SimpleTrainer):
         set_iteration(self.scheduler, min(self.iter + 1, self.max_iter))
 
     def _restore_hooks(self, state: dict, before: Before) -> None:
-        """Restores hooks but for the schedule, which is the config's at each iteration."""
+        """Restores hooks, except the schedule, which always follows the config."""
         saved = {k: v for k, v in state.get("hooks", {}).items() if k != "LRScheduler"}
         TrainerBase.load_state_dict(self, {"iteration": self.iter, "hooks": saved})
         for name in {type(hook).__qualname__ for hook in self._hooks if hook.state_dict()}:
             if name not in (*saved, "LRScheduler"):
-                logger.warning(f"{before.file} has no state of {name}, which starts anew")
+                logger.warning(f"{before.file} has no state of {name}, which starts from scratch")
         tests = list(self.cfg.DATASETS.TEST)
         if self.evaluation.best and before.config and before.config["DATASETS.TEST"] != tests:
-            logger.warning("DATASETS.TEST has changed: the best evaluation is found anew")
+            logger.warning("DATASETS.TEST has changed: the best evaluation so far is forgotten")
             self.evaluation.best = {}
 
     def _restore_order(self, state: dict, before: Before) -> None:
-        """Goes on in the order of the images."""
+        """Continues in the order of the images."""
         if "stream" in state:
             self.batch_sampler.load_state_dict(state["stream"])
             return
         self.batch_sampler.start = (self.iter + 1) * (before.batch or self.cfg.SOLVER.IMS_PER_BATCH)
         logger.warning(
-            f"{before.file} does not tell the order of its images: a new one starts, as after "
+            f"{before.file} does not contain the order of its images: a new order starts, as after "
             f"{self.batch_sampler.start} images"
         )
 
     def _set_start(self, before: Before) -> None:
-        """Sets the iteration to begin with, by the images seen where the batch is another one."""
+        """Sets the start iteration, from the images seen if the batch size has changed."""
         batch, pending = self.cfg.SOLVER.IMS_PER_BATCH, self.pending_evaluation is not None
         iterations, old = self.iter + 1, before.batch or batch
         self.start_iter = iterations
@@ -296,7 +295,7 @@ class Trainer(SimpleTrainer):
         period = self.cfg.TEST.EVAL_PERIOD
         if pending and not is_due(self.iter, period, self.max_iter):
             logger.warning(
-                f"{before.file} was saved before an evaluation, which is left out: with "
+                f"{before.file} was saved before an evaluation, which is skipped: with "
                 f"TEST.EVAL_PERIOD {period} it is not due"
             )
 
@@ -307,15 +306,15 @@ class Trainer(SimpleTrainer):
         backbone = self.unwrapped_model.backbone
         advice = ""
         if any(not parameter.requires_grad for parameter in backbone.parameters()):
-            advice += "; its frozen layers will stay random: set FREEZE_AT to 0"
+            advice += "; its frozen layers stay random: set FREEZE_AT to 0"
         if any(isinstance(module, FrozenBatchNorm2d) for module in backbone.modules()):
             advice += (
                 "; its FrozenBN norms stay the identity: set MODEL.CONTNET.NORM (or that of "
                 "MODEL.RESNETS) to GN, SyncBN or BN"
             )
         logger.warning(
-            "MODEL.WEIGHTS is empty: the backbone starts from random weights; give ImageNet "
-            f"weights by MODEL.WEIGHTS FILE (docs/weights.md){advice}"
+            "MODEL.WEIGHTS is empty: the backbone starts from random weights; set ImageNet "
+            f"weights with MODEL.WEIGHTS FILE (docs/weights.md){advice}"
         )
 
     def fit(self) -> dict:
@@ -340,14 +339,14 @@ class Trainer(SimpleTrainer):
         return self.evaluation.results
 
     def _evaluate_best(self) -> dict:
-        """Metrics of the best weights of a training that has ended early, unless they are known."""
+        """Evaluates the best weights after an early end, unless results.json has the results."""
         cfg, iteration = self.cfg, self.evaluation.best.get("iteration")
         file = str(Path(cfg.OUTPUT_DIR, f"{BEST}.pth"))
         known = [(each["weights"], each["iteration"]) for each in read_results(cfg.OUTPUT_DIR)]
         if iteration is None or comm.all_gather((file, iteration) in known)[0]:
             return {}
         if not comm.all_gather(Path(file).is_file())[0]:  # of a run in another folder
-            logger.warning(f"{file} is not there: the best weights are not evaluated at the end")
+            logger.warning(f"{file} does not exist: the best weights are not evaluated at the end")
             return {}
         self.checkpointer.load(file, [], ema=self.ema is not None)
         with self.launcher.evaluating():
@@ -393,7 +392,7 @@ class Trainer(SimpleTrainer):
         return self.batch_sampler.images_seen(self._steps_done())
 
     def run_step(self) -> None:
-        """One optimiser step, over SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
+        """Runs an optimiser step: SOLVER.GRAD_ACCUM_STEPS forward and backward passes."""
         start = time.perf_counter()
         with waiting_for_batch(self.cfg):
             batches = [next(self._data_loader_iter) for _ in range(self.grad_accum_steps)]
@@ -419,7 +418,7 @@ class Trainer(SimpleTrainer):
         self.scaler.update()
 
     def _write_memory(self) -> None:
-        """Puts the main process's peak of memory so far into the metrics, in MiB."""
+        """Adds the main process's peak memory so far to the metrics, in MiB."""
         if torch.device(self.cfg.MODEL.DEVICE).type == "cuda":
             name, memory = "gpu_memory_mb", torch.cuda.max_memory_allocated() / 2**20
         else:  # Linux counts in KiB
@@ -427,11 +426,11 @@ class Trainer(SimpleTrainer):
         self.storage.put_scalar(name, memory, smoothing_hint=False)
 
     def _put_losses(self, tables: np.ndarray, names: Sequence[str]) -> None:
-        """Puts a step's losses and times into the metrics, as Detectron2's trainer does.
+        """Adds a step's losses and times to the metrics, as Detectron2's trainer does.
 
         Args:
             tables: (processes, losses and the seconds of waiting for data).
-            names: of the losses.
+            names: names of the losses.
         """
         self.storage.put_scalar("rank_data_time", tables[comm.get_rank(), -1])
         if not comm.is_main_process():
@@ -494,7 +493,7 @@ class Trainer(SimpleTrainer):
     def _not_finite(self, what: str, batch: Sequence[dict]) -> UserError:
         images = ", ".join(str(image.get("image_id", image["file_name"])) for image in batch)
         return UserError(
-            f"the loss is not finite at iteration {self.iter} ({what}), images {images}: look at "
+            f"the loss is not finite at iteration {self.iter} ({what}), images {images}: check "
             "these images' annotations, lower SOLVER.BASE_LR, or clip gradients "
             "(SOLVER.CLIP_GRADIENTS.ENABLED True)"
         )
@@ -512,5 +511,5 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on from a state under the settings of now; names what it lacks."""
+        """Resumes from a state with the current settings; logs what it lacks."""
         self._restore(state_dict, Before.of("the state", {"trainer": state_dict}, self.cfg))

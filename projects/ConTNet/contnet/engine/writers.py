@@ -1,4 +1,4 @@
-"""The metrics of a run: written, read, and cut back to a checkpoint."""
+"""Writes and reads the metrics of a run, and truncates them to a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _parse_line(text: bytes) -> dict | None:
 
 
 def _parse(data: bytes) -> tuple[list[dict], int]:
-    """The lines of metrics.json, and how many are damaged; the last one may be cut short."""
+    """The lines of metrics.json, and the number of damaged ones; the last may be truncated."""
     *texts, last = data.split(b"\n")
     if last and (last[:1] != b"{" or last[-1:] == b"}"):
         texts.append(last)
@@ -42,27 +42,27 @@ def _parse(data: bytes) -> tuple[list[dict], int]:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict]:
-    """The lines of metrics.json, but for damaged ones; none if there is no such file."""
+    """The lines of metrics.json without damaged ones; none if the file does not exist."""
     path = Path(output_dir, METRICS_FILE)
     try:
         lines, damaged = _parse(read_bytes(path) or b"")
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
         return []
     if damaged:
-        warn_once(f"{path}: {plural(damaged, 'damaged line')} left out")
+        warn_once(f"{path}: {plural(damaged, 'damaged line')} skipped")
     return lines
 
 
 def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
-    """Drops the lines of metrics.json that a resumed run is going to write again.
+    """Removes the lines of metrics.json that a resumed run will write again.
 
-    A file with damaged lines is set aside before that.
+    A file with damaged lines is kept under another name.
 
     Args:
         output_dir: the run's folder.
-        done: what the checkpoint has done.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        done: progress of the checkpoint.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
     """
     path = Path(output_dir, METRICS_FILE)
     try:
@@ -80,12 +80,12 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
             file.flush()  # the disk has room for the new one
             logger.warning(
                 f"{path} has {plural(damaged, 'damaged line')}: it is set aside as "
-                f"{set_aside(path)}, the others stay"
+                f"{set_aside(path)}, and written again without them"
             )
 
 
 class _MetricsWriter(JSONWriter):
-    """Detectron2's, which leaves whole lines alone in the file if the disk is full."""
+    """Detectron2's writer, but the file only has complete lines if the disk is full."""
 
     def __init__(self, path: Path):
         super().__init__(str(path), window_size=1)
@@ -107,7 +107,7 @@ class _MetricsWriter(JSONWriter):
 
 
 class _EventsWriter(TensorboardXWriter):
-    """Detectron2's, which gives up if the disk is full: what it writes is in metrics.json, too."""
+    """Detectron2's writer, but it stops if the disk is full: metrics.json has the same data."""
 
     failed = False
 
@@ -118,7 +118,7 @@ class _EventsWriter(TensorboardXWriter):
             super().write()
         except OSError as error:
             self.failed = True
-            logger.warning(f"TensorBoard's files end here, they cannot be written ({error})")
+            logger.warning(f"TensorBoard's files cannot be written any more ({error})")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -126,14 +126,14 @@ class _EventsWriter(TensorboardXWriter):
 
 
 class _TellsOfSmoothing(logging.LoggerAdapter):
-    """Adds to each line of progress what its losses are."""
+    """Adds to each progress line how its losses are smoothed."""
 
     def process(self, msg: str, kwargs: dict) -> tuple[str, dict]:
         return f"{msg}  (losses: medians of the last {_WINDOW} iterations)", kwargs
 
 
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
-    """Progress on the screen; metrics.json and TensorBoard with unsmoothed values."""
+    """Builds writers for the console, and for metrics.json and TensorBoard without smoothing."""
     progress = CommonMetricPrinter(max_iter, window_size=_WINDOW)
     progress.logger = _TellsOfSmoothing(progress.logger)
     return [

@@ -22,7 +22,7 @@ __all__ = ["EVALUATORS", "build_evaluator", "check_evaluator"]
 
 
 class _Several(DatasetEvaluators):
-    """Detectron2's, which also passes on images that are skipped, and warnings."""
+    """Detectron2's DatasetEvaluators, which also forwards skipped images, and warnings."""
 
     def skip(self, images: Sequence[dict]) -> None:
         for evaluator in self._evaluators:
@@ -38,7 +38,7 @@ def _build_cityscapes_instance(cfg: CfgNode, name: str, folder: str) -> DatasetE
     if not has_truth(cfg, name):
         if not cfg.MODEL.MASK_ON:
             raise UserError(
-                f"data set {name} has no truth here, and Cityscapes' server takes no boxes: "
+                f"data set {name} has no ground truth, and Cityscapes' server accepts no boxes: "
                 "evaluate a model with MODEL.MASK_ON True"
             )
         return CityscapesInstanceFiles(name, folder)
@@ -80,17 +80,17 @@ def check_evaluator(name: str) -> None:
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind not in EVALUATORS:
         raise UserError(
-            f"data set {name} of DATASETS.TEST has no evaluator here, its evaluator_type is "
-            f"{kind!r}, and there are {', '.join(EVALUATORS)}: leave it out, or add an entry to "
+            f"data set {name} of DATASETS.TEST has no evaluator: its evaluator_type is "
+            f"{kind!r}, not one of {', '.join(EVALUATORS)}. Remove it, or add an entry to "
             "contnet.evaluation.build.EVALUATORS (docs/architecture.md)"
         )
 
 
 def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
-    """The evaluator that fits a data set.
+    """Builds the evaluator of a data set.
 
     Raises:
-        UserError: if ``EVALUATORS`` has none for its kind, or that one cannot be made here.
+        UserError: if ``EVALUATORS`` has none for its kind, or it cannot be built.
     """
     check_evaluator(name)
     kind = MetadataCatalog.get(name).evaluator_type
@@ -99,5 +99,5 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     except ImportError as error:
         raise UserError(
             f"data set {name} of DATASETS.TEST cannot be evaluated ({error}): install what its "
-            f"evaluator of the type {kind!r} needs"
+            f"evaluator for the type {kind!r} requires"
         ) from error

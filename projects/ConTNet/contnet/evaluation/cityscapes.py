@@ -1,8 +1,8 @@
 """Cityscapes' own metrics of instances and of classes.
 
-Each process compares its own images with the ground truth. What comes of that is small, and is
-gathered on the main process, which computes the scores by the functions of cityscapesscripts.
-Nothing is shared by way of files, and nothing is written to the working directory.
+Each process compares its own images with the ground truth. The results are small, and are gathered
+on the main process, which computes the scores with the functions of cityscapesscripts. Processes
+share no files, and nothing is written to the working directory.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ CITYSCAPES_COLOURS = np.array([id2label[number].color for number in _IDS.tolist(
 
 
 class _Evaluator(DatasetEvaluator, ABC):
-    """Keeps what :meth:`_compare` finds for each image, and gathers it.
+    """Keeps the results of :meth:`_compare` for each image, and gathers them.
 
     Args:
-        name: of a registered data set whose metadata has ``gt_dir``.
+        name: name of a registered data set whose metadata has ``gt_dir``.
         truth: kind of its ground truth files, e.g. "labelIds".
     """
 
@@ -83,7 +83,7 @@ class _Evaluator(DatasetEvaluator, ABC):
             self._keep(image, partial(self._read_output, output))
 
     def skip(self, images: Sequence[dict]) -> None:
-        """Takes images that cannot be read, in which nothing is found."""
+        """Counts images that cannot be read as images without predictions."""
         for image in images:
             self._keep(image, self._nothing)
 
@@ -95,7 +95,7 @@ class _Evaluator(DatasetEvaluator, ABC):
             self._images[name] = self._compare(file, predict(file))
         except KeyError as error:  # from cityscapesscripts' table
             raise UserError(
-                f"{file}, or the files beside it: {error} is no class id of "
+                f"{file}, or the files next to it: {error} is not a class id of "
                 "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
             ) from error
 
@@ -105,11 +105,11 @@ class _Evaluator(DatasetEvaluator, ABC):
 
     @abstractmethod
     def _nothing(self, file: Path) -> Any:
-        """The prediction in which nothing is found; ``file`` is the ground truth."""
+        """An empty prediction; ``file`` is the ground truth."""
 
     @abstractmethod
     def _compare(self, file: Path, prediction: Any) -> Any:
-        """What of one image the scores need; ``file`` is its ground truth."""
+        """Compares an image with its ground truth ``file``; returns what the scores need."""
 
     def _gather(self) -> dict[str, Any]:
         """Every process's images by name, in the order of names; on the main process only."""
@@ -137,18 +137,18 @@ def _read_pixels(file: Path) -> np.ndarray:
 
 
 def _read(file: Path, shape: Sequence[int]) -> np.ndarray:
-    """The pixels of a ground truth file, of the shape (H, W) of the predictions."""
+    """The pixels of a ground truth file, with the shape (H, W) of the predictions."""
     pixels = _read_pixels(file)
     if pixels.shape != tuple(shape):
         raise UserError(
             f"{file} has the shape {pixels.shape}, predictions for it have {tuple(shape)}: the "
-            "image, its polygons and its label files must be of one size"
+            "image, its polygons and its label files must have the same size"
         )
     return pixels
 
 
 def _log_table(name: str, scores: dict[str, float], columns: Sequence[str]) -> None:
-    """Logs scores of the form "COLUMN-CLASS", and "COLUMN" for the average, as a table."""
+    """Logs scores named "COLUMN-CLASS", and averages named "COLUMN", as a table."""
     first = f"{columns[0]}-"
     classes = [key.removeprefix(first) for key in scores if key.startswith(first)]
     rows = [[row, *(scores.get(f"{column}-{row}") for column in columns)] for row in classes]
@@ -211,11 +211,11 @@ def match_instances(
 class CityscapesInstanceEvaluator(_Evaluator):
     """Cityscapes' AP and AP50 of instance masks.
 
-    A class counts in the average if the ground truth has an object of it; any other has the AP nan.
-    The task of the result is "cityscapes", for "segm" is COCO's.
+    A class counts in the average if the ground truth has an object of it; otherwise its AP is nan.
+    The task of the result is "cityscapes", since "segm" is COCO's.
 
     Args:
-        name: of a registered data set whose metadata has ``gt_dir`` and ``thing_classes``.
+        name: name of a registered data set whose metadata has ``gt_dir`` and ``thing_classes``.
     """
 
     def __init__(self, name: str):
@@ -260,14 +260,14 @@ class CityscapesInstanceEvaluator(_Evaluator):
 
 
 def label_indices(ids: np.ndarray) -> np.ndarray:
-    """The trained classes of class ids, uint8; 255 of those that are not trained."""
+    """Maps class ids to train ids, uint8; 255 for ids that are not trained."""
     indices = np.full(256, 255, dtype=np.uint8)
     indices[_IDS] = np.arange(len(_IDS))
     return indices[ids]
 
 
 def read_class_ids(output: dict) -> np.ndarray:
-    """Cityscapes' class ids, uint8 (H, W), of a model's output.
+    """Returns Cityscapes' class ids, uint8 (H, W), of a model's output.
 
     Raises:
         UserError: if the model has another number of classes.
@@ -282,9 +282,9 @@ def read_class_ids(output: dict) -> np.ndarray:
 
 
 class _Terms(list):
-    """A sum whose terms are kept, so that they can be added in one order.
+    """A sum that keeps its terms, so they can be added in a fixed order.
 
-    Sums of floats depend on it, and so would the last digits on the number of processes.
+    Sums of floats depend on the order, so the last digits would depend on the number of processes.
     """
 
     def __iadd__(self, term: float) -> _Terms:
@@ -293,7 +293,7 @@ class _Terms(list):
 
 
 def _sums(stats: dict) -> list[tuple[dict, str]]:
-    """Where cityscapesscripts' statistics of instances hold sums of weighted pixels."""
+    """The sums of weighted pixels in cityscapesscripts' instance statistics."""
     groups = [group for kind in stats.values() for group in kind.values()]
     return [(group, key) for group in groups for key in ("tpWeighted", "fnWeighted")]
 
@@ -305,8 +305,8 @@ class CityscapesSemSegEvaluator(_Evaluator):
     or was predicted where the ground truth has a class; any other has the IoU nan.
 
     Args:
-        name: of a registered data set whose metadata has ``gt_dir``.
-        folder: for a file of each image's confusion matrix; "" for none.
+        name: name of a registered data set whose metadata has ``gt_dir``.
+        folder: folder for a file with each image's confusion matrix; "" for none.
     """
 
     def __init__(self, name: str, folder: str = ""):

@@ -1,4 +1,4 @@
-"""Cityscapes' instances as COCO's metrics see them."""
+"""Evaluates Cityscapes' instances with COCO's metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["NumberedImages", "as_coco"]
 
 
 def _numbers(name: str) -> dict[str, int]:
-    """A number for each image id, which Detectron2 makes of the file's name."""
+    """A number for each image id, which Detectron2 makes from the file name."""
     images = sorted(Path(MetadataCatalog.get(name).image_dir).glob("*/*.png"))
     return {path.name: number for number, path in enumerate(images, 1)}
 
@@ -34,14 +34,14 @@ def _digest(name: str) -> str:
 
 
 def as_coco(name: str, folder: str) -> str:
-    """Describes a Cityscapes data set of instances to Detectron2's ``COCOEvaluator``.
+    """Prepares a Cityscapes data set of instances for Detectron2's ``COCOEvaluator``.
 
-    Writes its objects in COCO's format to ``annotations-DIGEST.json``, unless the same objects are
-    there already; files of other objects are removed. May be called by several processes.
+    Writes its objects in COCO format to ``annotations-DIGEST.json``, unless this file exists; files
+    of other objects are removed. May be called by several processes.
 
     Args:
-        name: of a registered data set whose metadata has ``image_dir`` and ``gt_dir``.
-        folder: for the file.
+        name: name of a registered data set whose metadata has ``image_dir`` and ``gt_dir``.
+        folder: folder for the file.
 
     Returns:
         The name to give to the evaluator.
@@ -70,11 +70,11 @@ def as_coco(name: str, folder: str) -> str:
 class NumberedImages(DatasetEvaluator):
     """Passes images to an evaluator under the numbers of :func:`as_coco`.
 
-    Cityscapes' image ids are texts, and COCO's tools expect numbers.
+    Cityscapes' image ids are strings, but COCO's tools expect numbers.
 
     Args:
-        evaluator: made for what :func:`as_coco` returned.
-        name: of the data set.
+        evaluator: evaluator of the data set that :func:`as_coco` returned.
+        name: name of the Cityscapes data set.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, name: str):
@@ -93,5 +93,5 @@ class NumberedImages(DatasetEvaluator):
         return getattr(self._evaluator, "warnings", [])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """As of the evaluator."""
+        """Returns the evaluator's metrics."""
         return self._evaluator.evaluate()

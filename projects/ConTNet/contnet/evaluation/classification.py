@@ -24,20 +24,20 @@ _PLACE = ("file_name", "image_id", "offset", "size")
 
 
 def top_ks(num_classes: int) -> list[int]:
-    """The k of the top-k accuracies that mean something: of five classes top-5 is always right."""
+    """The k of meaningful top-k accuracies: with five classes, top-5 is always correct."""
     return [k for k in _TOP_K if k < max(num_classes, 2)]
 
 
 class ClassificationEvaluator(DatasetEvaluator):
     """Counts images whose class is the first, or among the first five, of the logits.
 
-    Each process counts the images that it saw; Detectron2's inference sampler gives every image to
-    one process, so that the sums are those of the whole set.
+    Each process counts its own images; Detectron2's inference sampler gives each image to one
+    process, so the sums are those of the whole data set.
 
     Args:
-        classes: number of them. Top-5 accuracy is left out where there are no more than five.
-        folder: for a file of the best five classes of each image; "" for none.
-        names: of the classes, for that file.
+        classes: number of classes. With five or fewer, there is no top-5 accuracy.
+        folder: folder for a file with the top five classes of each image; "" for none.
+        names: class names, for that file.
     """
 
     def __init__(self, classes: int, folder: str = "", names: Sequence[str] | None = None):
@@ -55,7 +55,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         self._best: list[tuple] = []  # of each batch: facts, and topk's result, not read yet
 
     def skip(self, images: list[dict]) -> None:
-        """Counts images that cannot be read: their class is not found."""
+        """Counts images that cannot be read as wrong."""
         self.images += len(images)
         if self.folder:
             self._skipped += [{**self._facts(each), "classes": [], "scores": []} for each in images]
@@ -84,7 +84,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             self._best.append((list(map(self._facts, inputs)), best))
 
     def _predictions(self) -> list[dict]:
-        """What this process has found, a record for each image."""
+        """The predictions of this process, a record for each image."""
         found = [
             {**facts, "classes": classes, "scores": [round(score, 5) for score in scores]}
             for batch, best in self._best
@@ -103,7 +103,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             json.dump({"class_names": self.names, "images": images}, file)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Accuracies in percent, on the main process; elsewhere an empty dict."""
+        """Returns accuracies in percent on the main process; elsewhere an empty dict."""
         counts = comm.gather([self.images, self.broken, *self.correct.values()])
         parts = comm.gather(self._predictions()) if self.folder else []
         if not comm.is_main_process():

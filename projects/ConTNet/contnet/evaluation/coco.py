@@ -44,7 +44,7 @@ def _recalls(limit: int) -> list[str]:
 
 
 def coco_metrics(limit: int) -> list[str]:
-    """Names of the metrics of boxes or masks, but for those of single classes.
+    """Names of the metrics of boxes or masks, without those of single classes.
 
     Args:
         limit: TEST.DETECTIONS_PER_IMAGE.
@@ -53,7 +53,7 @@ def coco_metrics(limit: int) -> list[str]:
 
 
 def coco_class_names(name: str) -> list[str]:
-    """Names of a loaded data set's classes, each of them another; [] if they are not known."""
+    """Unique names of a loaded data set's classes; [] if they are unknown."""
     metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes") or []
     numbers = metadata.get("thing_dataset_id_to_contiguous_id")
@@ -62,7 +62,7 @@ def coco_class_names(name: str) -> list[str]:
 
 
 def _read_instances(image_id: object, instances: Instances) -> Detections:
-    """What a model found in one image; categories are the model's numbers."""
+    """The detections of one image; categories are the model's class indices."""
     boxes = instances.pred_boxes.tensor.numpy()
     masks = None
     if instances.has("pred_masks"):
@@ -78,7 +78,7 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
 
 
 class _FullCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, which also tells average recalls, and of each class of equal name."""
+    """Detectron2's evaluator, with average recalls, and metrics of classes with the same name."""
 
     def __init__(self, name: str, **options):
         super().__init__(name, **options)
@@ -87,7 +87,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
 
     @property
     def results_file(self) -> Path:
-        """The file of detections; without truth it has the name that COCO's server wants."""
+        """The file of detections; without ground truth it has the name for COCO's server."""
         if self._do_evaluation:
             return Path(self._output_dir, COCO_RESULTS_FILE)
         # Of image_info_test-dev2017.json, as COCO calls it.
@@ -101,7 +101,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
         line = f"{self._metadata.name} has no annotations: no metrics"
         if self.results_file.exists():  # proposals alone have no such form
             line += (
-                "; the detections, in the form of COCO's server, are in "
+                "; the detections, in the format of COCO's server, are in "
                 f"{self.results_file.absolute()}"
             )
         return [line]
@@ -126,28 +126,28 @@ class _FullCOCOEvaluator(COCOEvaluator):
 
 
 class ArrayCOCOEvaluator(_FullCOCOEvaluator):
-    """Detectron2's evaluator of boxes and masks; each process matches what it has found.
+    """Detectron2's evaluator of boxes and masks; each process matches its own detections.
 
-    A model without any detection has AP 0, not none. The file of detections is Detectron2's.
+    A model without any detection has AP 0. The file of detections is the same as Detectron2's.
     """
 
     def reset(self) -> None:
-        """Begins an evaluation; makes the folder of its file, which then must not go."""
+        """Starts an evaluation, and creates the folder of its file."""
         super().reset()
         if self._output_dir and comm.is_main_process():
             Path(self._output_dir).mkdir(parents=True, exist_ok=True)
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Keeps the ``instances`` of some images; see Detectron2's."""
+        """Stores the ``instances`` of some images, as in Detectron2."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to(self._cpu_device)
             self._predictions.append(_read_instances(image["image_id"], instances))
 
     def evaluate(self, img_ids: Sequence | None = None) -> dict[str, dict[str, float]]:
-        """The metrics of each task on the main process, elsewhere an empty dict.
+        """Returns the metrics of each task on the main process, elsewhere an empty dict.
 
         Args:
-            img_ids: of the images to evaluate on; all by default.
+            img_ids: ids of the images to evaluate on; by default all.
         """
         found = self._join(self._predictions)
         evaluations = {}
@@ -169,7 +169,7 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
         return results
 
     def _join(self, parts: Sequence[Detections]) -> Detections:
-        """All that this process has found, with the data set's category ids."""
+        """All detections of this process, with the data set's category ids."""
         # A process without images goes with the others, whether they have masks or not.
         masks = None if any(each.masks is None for each in parts) else []
         if masks is not None:
@@ -204,7 +204,7 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
         return evaluation
 
     def _write(self, parts: Sequence[Detections]) -> None:
-        """Writes the detections in COCO's form."""
+        """Writes the detections in COCO format."""
         results = (result for found in parts for result in _as_results(found))
         with writing(self.results_file), open(self.results_file, "w") as file:
             file.write("[")
@@ -244,15 +244,16 @@ def coco_tasks(cfg: CfgNode) -> Sequence[str] | None:
 
 
 def build_coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
-    """The evaluator of a data set in COCO's form.
+    """Builds the evaluator of a data set in COCO format.
 
     Args:
-        cfg: TEST.DETECTIONS_PER_IMAGE is the most detections of an image and class that count.
-        name: of the data set.
-        folder: for the predictions.
+        cfg: config; TEST.DETECTIONS_PER_IMAGE is the maximum number of detections per image and
+            class.
+        name: name of the data set.
+        folder: folder for the predictions.
 
     Returns:
-        One on pycocotools for models of keypoints or of proposals alone.
+        For keypoints, and for models with only proposals, an evaluator that uses pycocotools.
     """
     options = {
         "tasks": coco_tasks(cfg),

@@ -26,14 +26,14 @@ PAIRS_AT_ONCE = 4_000_000
 
 @dataclass
 class Detections:
-    """What a model found in some images, a row for each object.
+    """Detections in some images, one row per object.
 
     Attributes:
-        images: ids of their images, (N,).
-        categories: ids, (N,).
+        images: image ids, (N,).
+        categories: category ids, (N,).
         scores: float64 (N,).
         boxes: float64 (N, 4), x, y, width, height in pixels.
-        masks: compressed run lengths; none if the model gives no masks.
+        masks: compressed run lengths; none if the model has no masks.
         mask_areas: in pixels, (N,); (0,) without masks.
     """
 
@@ -47,13 +47,13 @@ class Detections:
 
 @dataclass
 class Matches:
-    """What became of the detections that count, at T thresholds and A ranges of area.
+    """Matches of the detections, at T thresholds and A ranges of area.
 
     Attributes:
-        outcomes: int8 (T, A, N): 1 right, -1 wrong, 0 left out.
-        images: positions of their images in the order of ids, (N,).
-        categories: likewise, (N,).
-        ranks: how many of the same image and category come before, (N,).
+        outcomes: int8 (T, A, N): 1 correct, -1 wrong, 0 ignored.
+        images: indices of their images in the order of ids, (N,).
+        categories: indices of their categories in the order of ids, (N,).
+        ranks: number of better detections in the same image and category, (N,).
         scores: (N,).
     """
 
@@ -65,14 +65,14 @@ class Matches:
 
     @staticmethod
     def join(parts: Sequence[Matches]) -> Matches:
-        """Of several processes' images."""
+        """Joins the matches of several processes."""
         names = ("outcomes", "images", "categories", "ranks", "scores")
         return Matches(*(np.concatenate([getattr(p, n) for p in parts], axis=-1) for n in names))
 
 
 @dataclass
 class _Truth:
-    """The objects to find, sorted by ``groups``: numbers of image and category together."""
+    """The ground truth, sorted by ``groups``, a number for each pair of image and category."""
 
     groups: np.ndarray
     boxes: np.ndarray
@@ -83,7 +83,7 @@ class _Truth:
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
-    """Compressed run lengths of boolean masks (N, H, W), with the counts as text, for JSON."""
+    """Compressed run lengths of boolean masks (N, H, W), with the counts as strings for JSON."""
     number, height, width = masks.shape
     columns = masks.view(torch.uint8).amax(dim=1).numpy()
     plain = []
@@ -102,7 +102,7 @@ def encode_masks(masks: Tensor) -> list[dict]:
 
 
 def _box_overlaps(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU of pairs of XYWH boxes, (P, 4) each; of a crowd, the share of the found box in it."""
+    """IoU of pairs of XYWH boxes, (P, 4) each; for crowds, the share of the detection inside."""
     lower = np.maximum(found[:, :2], truth[:, :2])
     upper = np.minimum(found[:, :2] + found[:, 2:], truth[:, :2] + truth[:, 2:])
     common = (upper - lower).clip(0).prod(axis=1)
@@ -151,14 +151,14 @@ def _run_lengths(annotation: dict, images: Mapping[object, dict]) -> dict:
 
 
 class ArrayEvaluation(COCOevalMaxDets):
-    """pycocotools' ``COCOeval`` of boxes or masks, with the work done on arrays.
+    """pycocotools' ``COCOeval`` of boxes or masks, computed on arrays.
 
-    ``matches`` are what :meth:`evaluate` leaves and :meth:`accumulate` takes: processes that
-    evaluate different images join theirs in between.
+    :meth:`evaluate` sets ``matches``, which :meth:`accumulate` uses; processes that evaluate
+    different images join their matches in between.
 
     Args:
         truth: the annotation file.
-        detections: of any of its images.
+        detections: detections in any of its images.
         task: bbox or segm.
     """
 
@@ -228,7 +228,7 @@ class ArrayEvaluation(COCOevalMaxDets):
         return [slice(*each) for each in itertools.pairwise(edges)]
 
     def _match_part(self, groups: np.ndarray, ranks: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Outcomes of some groups; ``order`` are the rows of their detections."""
+        """Outcomes of some groups; ``order`` has the rows of their detections."""
         found, truth = self.detections, self._truth
         pairs = _Pairs(groups, truth)
         if self.params.iouType == "bbox":
@@ -245,10 +245,10 @@ class ArrayEvaluation(COCOevalMaxDets):
     def _match(
         self, pairs: _Pairs, overlaps: np.ndarray, ranks: np.ndarray, areas: np.ndarray
     ) -> np.ndarray:
-        """Outcomes (T, A, N): each detection takes the best object that is left, by rank.
+        """Outcomes (T, A, N): by rank, each detection is matched to the best remaining object.
 
-        Objects that count come before those that do not, then the higher overlap, then the later
-        in the file.
+        Ignored objects come last; then the higher overlap, then the later object in the file comes
+        first.
         """
         truth, p = self._truth, self.params
         lower, upper = np.array(p.areaRng, dtype=float).T[:, :, None]
@@ -283,7 +283,7 @@ class ArrayEvaluation(COCOevalMaxDets):
         return outcomes
 
     def accumulate(self) -> None:
-        """Precision over recall of each category, from ``matches``; sets ``eval``."""
+        """Computes precision over recall of each category from ``matches``; sets ``eval``."""
         p, found = self.params, self.matches
         sizes = (len(p.catIds), len(p.areaRng), len(p.maxDets))
         precision = -np.ones((len(p.iouThrs), len(p.recThrs), *sizes))

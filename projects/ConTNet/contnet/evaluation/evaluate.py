@@ -58,14 +58,14 @@ logger = logging.getLogger(__name__)
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """Gives all processes rank 0's running statistics, which are those that are saved."""
+    """Copies rank 0's running statistics, which are saved, to all processes."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
 def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
-    """The mapper of an evaluation, or the given one, with TEST.SKIP_UNREADABLE."""
+    """Builds the mapper of an evaluation, or wraps the given one, for TEST.SKIP_UNREADABLE."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper = ClassificationMapper(cfg, is_train=False)
     mapper = NamedErrors(mapper or Mapper(cfg, is_train=False))
@@ -73,7 +73,7 @@ def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
 
 
 def _printable_names(metrics: dict) -> dict:
-    """The same with names of classes that terminals, TensorBoard and JSON take."""
+    """Makes class names in metrics printable, for terminals, TensorBoard and JSON."""
     return {
         task: {printable(name): value for name, value in values.items()}
         if isinstance(values, dict)
@@ -102,12 +102,12 @@ def _build_test_loader(
 
 @dataclass
 class _Outcome:
-    """Of one data set.
+    """The result of one data set; empty except on the main process.
 
     Attributes:
-        metrics: by task; empty on other processes than the main one.
-        skipped: files of images that could not be read, likewise.
-        warnings: what changes the metrics, a line each, likewise.
+        metrics: metrics by task.
+        skipped: files of images that could not be read.
+        warnings: warnings that concern the metrics, a line each.
     """
 
     metrics: dict
@@ -118,15 +118,15 @@ class _Outcome:
 class Evaluator:
     """Evaluates models on every data set of DATASETS.TEST, over all processes.
 
-    The data sets and their ground truth are read once: the first evaluation loads them, unless
-    :meth:`prepare` has, and later ones find them in memory.
+    The data sets and their ground truth are read once, by :meth:`prepare` or the first evaluation,
+    and kept in memory.
 
     Args:
         cfg: the config.
-        guard: is asked before results.json is written.
-        classes: names of the model's classes, in order, by which a data set that has some of them
-            is matched; None where nothing tells them.
-        warnings: what changes the numbers of all evaluations, a line each, for results.json.
+        guard: called before results.json is written.
+        classes: names of the model's classes, in order, to match data sets with some of the
+            classes; None if they are unknown.
+        warnings: warnings that concern all evaluations, a line each, for results.json.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class Evaluator:
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
 
     def prepare(self) -> None:
-        """Makes sure that there can be an evaluation; all processes call it together.
+        """Checks that an evaluation is possible; all processes must call it.
 
         Raises:
             UserError: if a data set or its first image cannot be loaded, or its evaluator cannot
-                be made.
+                be built.
         """
         self._load()
         for name in self.cfg.DATASETS.TEST:
@@ -182,11 +182,11 @@ class Evaluator:
         """Evaluates a model; prints and records the results.
 
         Args:
-            model: takes Detectron2's inputs.
-            tta: evaluate also with test-time augmentation, as tasks that end with ``_TTA``.
-            iteration: the last one that trained it, for results.json.
-            weights: the file it comes from, for results.json; None in training.
-            **facts: of a training for results.json, as :func:`record_results` has them.
+            model: a model with Detectron2's inputs.
+            tta: also evaluate with test-time augmentation; its tasks end with ``_TTA``.
+            iteration: the last iteration of its training, for results.json.
+            weights: file of its weights, for results.json; None in training.
+            **facts: facts of a training for results.json, as in :func:`record_results`.
 
         Returns:
             On the main process the metrics by task (by data set and task, if there are several
@@ -213,14 +213,14 @@ class Evaluator:
         return results
 
     def losses(self, model: nn.Module) -> dict[str, float]:
-        """Mean losses on the test sets that have truth, the same on all processes.
+        """Computes mean losses on the test sets with ground truth, the same on all processes.
 
         Args:
-            model: takes Detectron2's inputs, and stays as it is.
+            model: a model with Detectron2's inputs; it is not changed.
 
         Returns:
-            By the names of metrics.json, as ``validation/total_loss``, with the data set's name
-            before it if there are several.
+            Losses by the names of metrics.json, such as ``validation/total_loss``, with the data
+            set's name as a prefix if there are several.
         """
         _share_buffers(model)
         self._load()
@@ -236,10 +236,10 @@ class Evaluator:
         return losses
 
     def draw_predictions(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """What a model finds in the first images of the first test set, on this process.
+        """Draws predictions on the first images of the first test set, on this process.
 
         Args:
-            model: takes Detectron2's inputs.
+            model: a model with Detectron2's inputs.
 
         Returns:
             Drawn images by file name, uint8 RGB (H, W, 3); none of a data set whose classes have
@@ -280,7 +280,7 @@ class Evaluator:
         return _Outcome(metrics, skipped, warnings)
 
     def _inference_tta(self, model: nn.Module, name: str) -> dict:
-        """Metrics with test-time augmentation; its predictions go into a folder of their own."""
+        """Evaluates with test-time augmentation; its predictions have their own folder."""
         logger.info("Evaluating with test-time augmentation")
         cfg = self.cfg.clone()
         model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)

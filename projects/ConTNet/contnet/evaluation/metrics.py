@@ -61,7 +61,7 @@ _METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
 
 
 def _known_metrics(cfg: CfgNode, name: str) -> list[str]:
-    """What an evaluator will give, where that can be told before it has run."""
+    """Names of an evaluator's metrics, if they are known before it runs."""
     kind = MetadataCatalog.get(name).get("evaluator_type")
     known = _METRIC_NAMES[kind](cfg, name) if kind in _METRIC_NAMES else set()
     prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
@@ -81,10 +81,10 @@ def _check_metric(wanted: str, metrics: Iterable[str]) -> None:
 def check_best_metric(cfg: CfgNode) -> None:
     """Checks TEST.BEST_METRIC before any evaluation, as far as evaluators and classes are known.
 
-    The classes of a data set of one's own are known once it is loaded.
+    The classes of a registered data set are only known once it is loaded.
 
     Raises:
-        UserError: naming the metrics that there are.
+        UserError: with the available metrics, if it is not one of them.
     """
     kinds = {name: MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST}
     unknown = any(kind == "coco" and not coco_class_names(name) for name, kind in kinds.items())
@@ -96,11 +96,12 @@ def check_best_metric(cfg: CfgNode) -> None:
 
 
 def main_metric(cfg: CfgNode, metrics: Iterable[str]) -> str:
-    """The metric that says which weights are best, "" if there is none.
+    """The metric that selects the best weights; "" if there is none.
 
     Args:
-        cfg: TEST.BEST_METRIC, or by default the first data set's main metric.
-        metrics: names of all that an evaluation gave, as metrics.json has them.
+        cfg: the config, of which TEST.BEST_METRIC is read; by default, the metric is the first data
+            set's main metric.
+        metrics: names of all metrics of an evaluation, as in metrics.json.
 
     Raises:
         UserError: if TEST.BEST_METRIC is not one of them.

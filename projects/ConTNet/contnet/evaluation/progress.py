@@ -1,4 +1,4 @@
-"""How far a resumed run has come, by which the records of its folder are cut back."""
+"""Progress of a checkpoint, to which a resumed run truncates its records."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint has done.
+    """The progress of a checkpoint.
 
     Attributes:
-        iteration: the last one, as the checkpoint counts; -1 for none.
-        images: that it has seen; None where that is not known.
-        batch: images of an iteration from now on; 0 where the count stays as it is.
+        iteration: its last iteration, in the checkpoint's batch size; -1 for none.
+        images: number of images seen; None if it is unknown.
+        batch: images per iteration from now on; 0 if the batch size is unchanged.
     """
 
     iteration: int
@@ -23,14 +23,14 @@ class Progress:
     batch: int = 0
 
     def keeps(self, record: Mapping) -> bool:
-        """Whether a record of metrics or results is of what the checkpoint has done."""
+        """Whether a record of metrics or results is not after the checkpoint."""
         seen = record.get("images_seen")
         if self.images is None or seen is None:
             return record["iteration"] <= self.iteration
         return seen <= self.images
 
     def recounted(self, record: Mapping) -> dict:
-        """The record, with its iteration in batches of now."""
+        """The record, with its iteration in the current batch size."""
         seen = record.get("images_seen")
         if not self.batch or seen is None:
             return dict(record)

@@ -1,4 +1,4 @@
-"""Results of evaluations: tables that paste into a document, and results.json."""
+"""Results of evaluations: Markdown tables, and results.json."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def split_metrics(
     """Metrics by task as three tables.
 
     Args:
-        metrics: by task. Detectron2's evaluators name those of a class ``AP-person``.
+        metrics: metrics by task. In Detectron2's evaluators, those of a class are ``AP-person``.
 
     Returns:
-        The main metrics by task, average recalls by task, and by class those of single classes,
-        which are named ``bbox AP``.
+        The main metrics by task, average recalls by task, and metrics by class, which are named
+        ``bbox AP``.
     """
     main, recalls, by_class = {}, {}, {}
     for task, values in metrics.items():
@@ -77,8 +77,8 @@ def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | fl
     """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
 
     Args:
-        dataset: its name.
-        metrics: as of :func:`split_metrics`.
+        dataset: name of the data set.
+        metrics: as in :func:`split_metrics`.
     """
     parts = zip((dataset, "average recall", "class"), split_metrics(metrics), strict=True)
     return "\n\n".join(markdown_table(corner, rows) for corner, rows in parts if rows)
@@ -94,7 +94,7 @@ def _plain(value: object) -> object:
 
 
 class _Record(TypedDict, total=False):
-    """What is read of a record; what else there is stays."""
+    """The fields of a record that are read; others are kept."""
 
     iteration: Required[int | None]
     dataset: Required[str]
@@ -106,13 +106,13 @@ class _Record(TypedDict, total=False):
 
 
 def read_results(output_dir: str) -> list[dict]:
-    """The records of results.json, none if there is no such file or it is damaged."""
+    """The records of results.json; none if the file does not exist or is damaged."""
     return peek_record(Path(output_dir, RESULTS_FILE), list[_Record]) or []
 
 
 @contextmanager
 def _locked(output_dir: str) -> Iterator[None]:
-    """While this process alone changes results.json, where the file system has locks."""
+    """Context that locks results.json, if the file system supports locks."""
     path = Path(output_dir, _LOCK)
     with writing(path):
         lock = open_regular(path, "ab")
@@ -156,16 +156,16 @@ def record_results(
     Args:
         output_dir: the run's folder.
         results: metrics by data set and task.
-        iteration: the last one that trained the weights; None if that is not known.
-        weights: the file of an evaluation alone; None for one of a training.
+        iteration: the last iteration of the weights' training; None if it is unknown.
+        weights: file of the weights in evaluation only; None in training.
         ema: whether the weights were an EMA.
-        images_seen: in training, the images that it has seen.
-        loss: of that iteration alone; None for an evaluation alone.
-        skipped: number of images that could not be read, by data set; 0 where it is not given.
-        warnings: what changes the metrics, a line each, by data set.
+        images_seen: in training, the number of images seen.
+        loss: in training, the loss of that iteration; None in evaluation only.
+        skipped: number of images that could not be read, by data set; 0 by default.
+        warnings: warnings that concern the metrics, a line each, by data set.
         float32_precision: SOLVER.FLOAT32_PRECISION.
-        protocols: of :func:`contnet.evaluation.protocol.describe_protocol`, by data set.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        protocols: from :func:`contnet.evaluation.protocol.describe_protocol`, by data set.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
     """
     seen = {} if images_seen is None else {"images_seen": images_seen}
     added = [
@@ -192,12 +192,12 @@ def record_results(
 
 
 def truncate_results(output_dir: str, done: Progress, guard: WriteGuard = NO_GUARD) -> None:
-    """Drops what a resumed run is going to evaluate again; evaluations alone stay.
+    """Removes the results that a resumed run will compute again; keeps those of --eval-only.
 
     Args:
         output_dir: the run's folder.
-        done: what the checkpoint has done.
-        guard: as of :func:`contnet.utils.files.atomic_write`.
+        done: progress of the checkpoint.
+        guard: as in :func:`contnet.utils.files.atomic_write`.
     """
     with _locked(output_dir):
         records = _recover(output_dir)

@@ -1,7 +1,7 @@
-"""Results on data sets whose truth is not public, in the forms that their servers want.
+"""Results on data sets without public ground truth, in the formats of their evaluation servers.
 
-Cityscapes' server takes a zip of a folder: of each image a text file that lists masks, or an image
-of class ids. COCO's form is that of :mod:`contnet.evaluation.coco`.
+Cityscapes' server accepts a zip of a folder with a text file that lists masks, or an image of class
+ids, for each image. :mod:`contnet.evaluation.coco` writes COCO's format.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = ["CityscapesInstanceFiles", "CityscapesSemSegFiles"]
 
 
 class _Files(DatasetEvaluator, ABC):
-    """Each process writes the files of its own images, over those of an earlier evaluation.
+    """Each process writes the files of its own images, and replaces those of earlier evaluations.
 
     Args:
-        name: of a registered data set in Cityscapes' layout.
-        folder: for all that is written of the data set.
+        name: name of a registered data set in Cityscapes' layout.
+        folder: output folder for the data set.
     """
 
     def __init__(self, name: str, folder: str):
         self._folder = Path(folder, "server").absolute()
         self._things = MetadataCatalog.get(name).get("thing_classes")
         self.warnings = [
-            f"{name} has no truth here: no metrics; the files for Cityscapes' server are in "
+            f"{name} has no ground truth: no metrics; the files for Cityscapes' server are in "
             f"{self._folder}"
         ]
 
@@ -51,10 +51,10 @@ class _Files(DatasetEvaluator, ABC):
 
     @abstractmethod
     def _write(self, image: Path, output: dict) -> None:
-        """Writes what was found in one image."""
+        """Writes the predictions of one image."""
 
     def evaluate(self) -> dict:
-        """No metrics."""
+        """Returns no metrics."""
         comm.synchronize()
         return {}
 

@@ -1,4 +1,4 @@
-"""Evaluates a model on a data set that has some of its classes, matched by name."""
+"""Evaluates a model on a data set with some of its classes, matched by name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 class SharedClasses(DatasetEvaluator):
-    """Gives an evaluator the predictions of its data set's classes, by the data set's numbers.
+    """Converts predictions to the class numbers of the evaluator's data set, and drops the others.
 
     Args:
-        evaluator: of the data set.
-        numbers: the model's number of each of the data set's classes.
-        classes: how many the model has.
+        evaluator: evaluator of the data set.
+        numbers: the model's number of each class in the data set.
+        classes: the model's number of classes.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, numbers: Sequence[int], classes: int):
@@ -56,7 +56,7 @@ class SharedClasses(DatasetEvaluator):
         self._evaluator.process(inputs, kept)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """As of the evaluator."""
+        """Returns the evaluator's metrics."""
         return self._evaluator.evaluate()
 
 
@@ -66,25 +66,24 @@ def share_classes(
     ours: Sequence[str] | None,
     theirs: Sequence[str] | None,
 ) -> DatasetEvaluator:
-    """An evaluator that matches classes by name, where a model and a data set have other ones.
+    """Makes an evaluator match classes by name, if the model's and the data set's classes differ.
 
     Args:
-        evaluator: of the data set.
-        name: of the data set.
-        ours: names of the model's classes, in order; None where nothing tells them.
-        theirs: names of the data set's.
+        evaluator: evaluator of the data set.
+        name: name of the data set.
+        ours: names of the model's classes, in order; None if they are unknown.
+        theirs: names of the data set's classes, in order.
 
     Raises:
-        UserError: if the data set has a class that the model lacks, or names do not tell classes
-            apart.
+        UserError: if the data set has a class that the model lacks, or names are not unique.
     """
     if not ours or not theirs or list(ours) == list(theirs):
         return evaluator
     counts = (*Counter(ours).items(), *Counter(theirs).items())
     if double := [label for label, count in counts if count > 1]:
         raise UserError(
-            f"data set {name} has not the model's classes in their order, and names cannot match "
-            f"them, for several are called {double[0]}: give them different names"
+            f"data set {name} does not have the model's classes in their order, and they cannot be "
+            f"matched by name: several are called {double[0]}, give them different names"
         )
     if missing := [label for label in theirs if label not in ours]:
         raise UserError(
@@ -94,6 +93,6 @@ def share_classes(
     left = [label for label in ours if label not in theirs]
     logger.info(
         f"data set {name} has {len(theirs)} of the model's {len(ours)} classes, by name"
-        + (f"; detections of the others count for nothing: {first_names(left)}" if left else "")
+        + (f"; detections of the others are ignored: {first_names(left)}" if left else "")
     )
     return SharedClasses(evaluator, [list(ours).index(label) for label in theirs], len(ours))

@@ -1,4 +1,4 @@
-"""Images that cannot be read in an evaluation: TEST.SKIP_UNREADABLE leaves them out, and counts."""
+"""Images that cannot be read in an evaluation: TEST.SKIP_UNREADABLE skips and counts them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 def is_readable(image: dict) -> bool:
-    """Whether a model input is not marked."""
+    """Whether a model input is readable, that is, not marked."""
     return _REASON not in image
 
 
 class MarkUnreadable:
-    """A mapper that marks what it cannot load, where another one raises UserError.
+    """A mapper that marks records that cannot be loaded, instead of raising UserError.
 
     Args:
-        mapper: makes a model input of a record.
+        mapper: converts a record to a model input.
     """
 
     def __init__(self, mapper: Callable[[dict], dict]):
         self.mapper = mapper
 
     def __call__(self, record: dict) -> dict:
-        """What the mapper makes, or the marked record."""
+        """Returns the mapper's output, or the marked record."""
         try:
             return self.mapper(record)
         except UserError as error:
@@ -44,35 +44,37 @@ class MarkUnreadable:
 
 
 class CollateReadable:
-    """Makes a batch of the images that are not marked, beside those that are.
+    """Separates a batch of readable inputs from marked records.
 
     Args:
-        collate: makes a batch of inputs.
+        collate: builds a batch of inputs.
     """
 
     def __init__(self, collate: Callable[[list[dict]], Sequence[dict]]):
         self.collate = collate
 
     def __call__(self, inputs: list[dict]) -> tuple[Sequence[dict], list[dict]]:
-        """The batch, empty if all are marked, and the marked records."""
+        """Returns the batch, empty if all are marked, and the marked records."""
         readable = [each for each in inputs if is_readable(each)]
         marked = [each for each in inputs if not is_readable(each)]
         return self.collate(readable) if readable else [], marked
 
 
 class ReadableBatches:
-    """The batches of a loader without the images that are marked.
+    """The batches of a loader without marked images.
 
-    These are given to the evaluator's method ``skip(images)``, which counts them as missed; where
-    there is none, nothing is known of them, which is the same for COCO's AP.
+    Marked images are passed to the evaluator's method ``skip(images)``, which counts them as
+    missed. An evaluator without this method gets no predictions for them, which is the same for
+    COCO's AP.
 
     Args:
-        cfg: DATALOADER and MODEL.DEVICE are read.
-        loader: whose mapper may be :class:`MarkUnreadable`, with :class:`CollateReadable`.
-        evaluator: of the batches; None if nothing is measured.
+        cfg: config, of which DATALOADER and MODEL.DEVICE are read.
+        loader: data loader; its mapper may be :class:`MarkUnreadable`, with
+            :class:`CollateReadable`.
+        evaluator: evaluator of the batches; None if nothing is measured.
 
     Attributes:
-        skipped: files of this process's images that were left out.
+        skipped: files of this process's images that were skipped.
     """
 
     def __init__(self, cfg: CfgNode, loader: DataLoader, evaluator: DatasetEvaluator | None = None):
@@ -100,7 +102,7 @@ class ReadableBatches:
 
     def _skip(self, images: list[dict]) -> None:
         for image in images:
-            logger.warning(f"Left out, and counted as missed: {image[_REASON]}")
+            logger.warning(f"Skipped, and counted as missed: {image[_REASON]}")
             self.skipped.append(sample_name(image))
         if hasattr(self.evaluator, "skip"):
             self.evaluator.skip(images)

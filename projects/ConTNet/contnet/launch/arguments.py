@@ -1,4 +1,4 @@
-"""Command lines: that of train_net.py, what others share with it, and the settings they make."""
+"""The command line of train_net.py, options shared with other tools, and the resulting settings."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ examples:
   one machine       train_net.py --config-file configs/faster_rcnn_contm.yaml --num-gpus 8
   other settings    train_net.py --config-file ... SOLVER.BASE_LR 0.01 OUTPUT_DIR ./output/slow
   two CPU processes train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu
-  go on             train_net.py --config-file ... --resume
-  go back           train_net.py --config-file ... --resume-from output/run/model_0002499.pth
+  resume            train_net.py --config-file ... --resume
+  resume earlier    train_net.py --config-file ... --resume-from output/run/model_0002499.pth
   evaluate          train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
-  on SLURM          tools/submit.py in the place of train_net.py, see docs/slurm.md
-  several machines  the same command on each, with --num-machines 2 --machine-rank 0 (or 1)
+  on SLURM          use tools/submit.py instead of train_net.py, see docs/slurm.md
+  several machines  run the command on each, with --num-machines 2 --machine-rank 0 (or 1)
                     --dist-url tcp://FIRST_MACHINE:PORT; or torchrun train_net.py --config-file ...
 """
 
@@ -54,12 +54,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def config_parser(description: str, epilog: str, required: bool = True) -> argparse.ArgumentParser:
-    """A parser of ``--config-file FILE`` and KEY VALUE overrides, for :func:`configure`.
+    """Builds a parser of ``--config-file FILE`` and KEY VALUE overrides, for :func:`configure`.
 
     Args:
-        description: what ``--help`` begins with.
-        epilog: what it ends with.
-        required: whether there must be a config file.
+        description: first text of ``--help``.
+        epilog: last text of ``--help``.
+        required: whether a config file is required.
     """
     parser = _Parser(
         description=description,
@@ -77,61 +77,63 @@ def config_parser(description: str, epilog: str, required: bool = True) -> argpa
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds Detectron2's usual options, which whatever trains understands."""
+    """Adds Detectron2's usual options of training commands."""
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+        "--resume", action="store_true", help="resume from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument(
         "--resume-from",
         default="",
         metavar="FILE",
-        help="go on from this checkpoint of the run, or of another one with the same settings; "
-        "later ones in OUTPUT_DIR are set aside",
+        help="resume from this checkpoint of the run, or of another run with the same settings; "
+        "later checkpoints in OUTPUT_DIR are moved aside",
     )
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR",
+        help="only evaluate: MODEL.WEIGHTS, or with --resume the last checkpoint in OUTPUT_DIR",
     )
     parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
         metavar="N",
-        help="GPUs, and so processes, per machine; with MODEL.DEVICE cpu, processes (default 1)",
+        help="GPUs per machine, one process each; with MODEL.DEVICE cpu, processes (default 1)",
     )
     parser.add_argument(
         "--num-machines", "--num-nodes", type=int, default=1, metavar="N", help="(default 1)"
     )
     parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="R", help="of this machine, from 0"
+        "--machine-rank", type=int, default=0, metavar="R", help="rank of this machine, from 0"
     )
     parser.add_argument(
         "--dist-url",
         default="auto",
         metavar="URL",
-        help="tcp://HOST:PORT of the first machine; auto for one machine (default)",
+        help="tcp://HOST:PORT of the first machine; default: auto, for one machine",
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of train_net.py; options and overrides may come in any order."""
+    """Builds the parser of train_net.py; options and overrides may be in any order."""
     parser = config_parser("Trains and evaluates a model that a config file describes.", _EPILOG)
     add_run_options(parser)
     return parser
 
 
 def check_run_options(args: argparse.Namespace) -> None:
-    """Makes ``--resume-from`` a kind of ``--resume``.
+    """Sets ``--resume`` if ``--resume-from`` is given, and checks the options.
 
     Raises:
-        UsageError: unless there is at least one GPU and one machine, and if a file to resume from
-            is to be evaluated.
+        UsageError: if there is less than one GPU or machine, or for ``--resume-from`` with
+            ``--eval-only``.
     """
     if args.num_gpus < 1 or args.num_machines < 1:
         raise UsageError("--num-gpus and --num-machines must be at least 1")
     if args.resume_from and args.eval_only:
-        raise UsageError("--resume-from goes on training: --eval-only takes MODEL.WEIGHTS FILE")
+        raise UsageError(
+            "--resume-from resumes a training: with --eval-only use MODEL.WEIGHTS FILE"
+        )
     args.resume = args.resume or bool(args.resume_from)
 
 
@@ -139,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line (this process's own by default).
 
     Raises:
-        UserError: for arguments that do not fit together.
+        UserError: for arguments that contradict each other.
     """
     args = build_parser().parse_intermixed_args(argv)
     check_run_options(args)
@@ -150,25 +152,26 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UsageError(
-            "--num-machines needs --dist-url tcp://HOST:PORT, an address of the first machine"
+            "--num-machines requires --dist-url tcp://HOST:PORT, the address of the first machine"
         )
     return args
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is started with: made once, and given to each of its processes.
+    """The settings of a run: created once, and passed to each of its processes.
 
     Attributes:
-        cfg: the config as it was read, checked and completed, frozen.
-        resume: go on from the last checkpoint in OUTPUT_DIR.
-        eval_only: evaluate.
-        processes: of the run.
-        arguments: where the config came from, for the log.
-        notes: what was added to the config, a line each, for the log.
-        warnings: what changes the run's numbers, a line each, for the log and results.json.
-        scaled: values as they were given, and for which batch, of keys that a resume has scaled.
-        checkpoint: what the run goes on from.
+        cfg: the config, read, checked and completed; frozen.
+        resume: resume from the last checkpoint in OUTPUT_DIR.
+        eval_only: only evaluate.
+        processes: processes of the run.
+        arguments: source of the config, for the log.
+        notes: additions to the config, a line each, for the log.
+        warnings: warnings that concern the run's results, a line each, for the log and
+            results.json.
+        scaled: original values, and their batch size, of keys that a resume has scaled.
+        checkpoint: the checkpoint to resume from.
     """
 
     cfg: CfgNode = field(repr=False)
@@ -185,9 +188,9 @@ class RunSettings:
 def _set_num_classes(
     cfg: CfgNode, config_file: str, opts: Sequence[str], eval_only: bool, resume: bool
 ) -> list[str]:
-    """Takes the number of classes from the first data set, if that decides; says so.
+    """Sets the number of classes from the first data set, if nothing else does; adds a note.
 
-    An evaluation takes it from its weights, if they say it: the data may have fewer.
+    An evaluation uses that of its weights, if they contain it: the data may have fewer classes.
     """
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     key = class_key(cfg, names[0]) if names else None
@@ -204,9 +207,9 @@ def _set_num_classes(
 
 
 def _scale(cfg: CfgNode, processes: int, epoch_keys: Sequence[str]) -> tuple[CfgNode, list[str]]:
-    """The recipe as SOLVER.REFERENCE_WORLD_SIZE has it for so many processes, and what changed.
+    """Scales the recipe by SOLVER.REFERENCE_WORLD_SIZE; returns the config and a note of changes.
 
-    What ``epoch_keys`` give is not named: it follows from the batch.
+    The note does not list the keys set by ``epoch_keys``, which follow from the batch size.
     """
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is not cfg:
@@ -236,16 +239,16 @@ def configure(
         config_file: a yaml file.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
         eval_only: whether DATASETS.TRAIN is not used.
-        processes: of the run, which SOLVER.REFERENCE_WORLD_SIZE scales to; 0: nothing is scaled,
-            and settings in epochs stay so.
-        resume: whether the last checkpoint in OUTPUT_DIR goes before MODEL.WEIGHTS.
+        processes: number of processes, for SOLVER.REFERENCE_WORLD_SIZE; 0: nothing is scaled, and
+            settings in epochs are not converted.
+        resume: whether the last checkpoint in OUTPUT_DIR overrides MODEL.WEIGHTS.
 
     Returns:
-        The config, checked and not frozen; and what was added to it, a line each.
+        The config, checked and not frozen; and the changes to it, a line each.
 
     Raises:
         UserError: for mistakes in the config, in the names of DATASETS.REGISTER, in the file that
-            gives the number of classes, or where there are settings in epochs in the training sets.
+            gives the number of classes, or, with settings in epochs, in the training sets.
     """
     cfg = load_checked_config(config_file, opts)
     register_datasets(cfg)
@@ -260,13 +263,13 @@ def configure(
 
 
 def build_run_settings(args: argparse.Namespace) -> RunSettings:
-    """The settings that a command line of train_net.py describes.
+    """Builds the settings of a run from the command line of train_net.py.
 
     Args:
-        args: of :func:`parse_arguments`.
+        args: from :func:`parse_arguments`.
 
     Raises:
-        UserError: as :func:`configure`, and for variables of a launcher that do not fit together.
+        UserError: as in :func:`configure`, and for inconsistent variables of a launcher.
     """
     processes = Processes(args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     cfg, notes = configure(

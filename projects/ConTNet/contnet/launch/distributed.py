@@ -1,4 +1,4 @@
-"""Starts the processes of a run by Detectron2's launcher, or joins those that something started."""
+"""Starts the processes of a run with Detectron2's launcher, or joins those of another launcher."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _share_cpus(cpus: int, processes: int) -> None:
 
 
 def _machine_cpus(env: DistributedEnvironment) -> int:
-    """CPUs of all processes of this machine: SLURM may have bound each to its own."""
+    """CPUs of all processes on this machine: SLURM may have bound each to its own."""
     bound = comm.all_gather(os.sched_getaffinity(0))
     first = env.rank - env.local_rank
     return len(set().union(*bound[first : first + env.local_size]))
 
 
 def _worker(function: Callable, argument: object, num_gpus: int, on_cpu: bool) -> None:
-    """A spawned process; its caller only sees its exit status."""
+    """Runs in a spawned process; the caller only sees its exit status."""
     # Spawned processes would spawn their loader workers too, each importing everything again.
     torch.multiprocessing.set_start_method("fork", force=True)
     if on_cpu:
@@ -63,12 +63,12 @@ def _worker(function: Callable, argument: object, num_gpus: int, on_cpu: bool) -
 
 
 class _Relay(Listener):
-    """Passes the first signal on to the ranks that are spawned here; the second ends all at once.
+    """Context that forwards the first signal to the spawned ranks; the second one ends all at once.
 
-    A context. Ranks start with the signals held back, and take them once they can.
+    Ranks start with blocked signals, and unblock them once they can handle them.
 
     Args:
-        number: of ranks.
+        number: number of ranks.
     """
 
     def __init__(self, number: int):
@@ -101,8 +101,8 @@ class _Relay(Listener):
             self._first = number, now
             with contextlib.suppress(OSError, ValueError):  # the terminal may have been closed
                 print(
-                    f"{signal.Signals(number).name}: the ranks save, if there is anything to save, "
-                    "and end; a second signal ends them at once",
+                    f"{signal.Signals(number).name}: the ranks save a checkpoint, if they train, "
+                    "and exit; a second signal ends them at once",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -160,20 +160,20 @@ def launch_run(
     """Runs ``function(argument)`` in every process of a run.
 
     Args:
-        function: importable, called once the processes can talk to each other.
-        argument: the same in all processes; pickled for those that are started here.
-        processes: of the run.
-        device: MODEL.DEVICE. Processes on the CPU talk through gloo, also where there are GPUs.
-        timeout: seconds after which processes that torchrun or SLURM started stop to wait for
-            each other.
+        function: importable function, called once the processes are connected.
+        argument: the same in all processes; pickled for spawned ones.
+        processes: processes of the run.
+        device: MODEL.DEVICE. Processes on the CPU use gloo, even if there are GPUs.
+        timeout: seconds after which processes that torchrun or SLURM started stop waiting for each
+            other.
 
     Returns:
-        What ``function`` returns, if it was called in this process; otherwise None.
+        The return value of ``function``, if it was called in this process; otherwise None.
 
     Raises:
-        UserError: from ``function``, where this is the only process of the machine; or if a process
-            that was started here was killed.
-        SystemExit: with the status of a process that was started here, failed and has said why.
+        UserError: from ``function``, if this is the only process on the machine; or if a spawned
+            process was killed.
+        SystemExit: with the status of a spawned process that failed and logged its error.
     """
     on_cpu = device == "cpu"
     if on_cpu:
@@ -200,13 +200,13 @@ def launch_run(
         reason = str(error).strip().splitlines()[-1]
         if "Duplicate GPU" in reason:  # NCCL's, as where two machines' ranks are on one
             raise UserError(
-                f"{socket.gethostname()}: {reason}: give each --machine-rank a machine of its own, "
-                "or GPUs of its own (CUDA_VISIBLE_DEVICES)"
+                f"{socket.gethostname()}: {reason}: give each --machine-rank its own machine, "
+                "or its own GPUs (CUDA_VISIBLE_DEVICES)"
             ) from error
         if "DistNetworkError" not in reason and "DistStoreError" not in reason:
             raise
         raise UserError(
-            f"the processes cannot meet at --dist-url {processes.dist_url}: {reason}"
+            f"the processes cannot connect at --dist-url {processes.dist_url}: {reason}"
         ) from error
     except ProcessExitedException as error:
         if error.exit_code > 0:

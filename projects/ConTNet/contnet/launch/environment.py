@@ -1,8 +1,7 @@
-"""Which process of which run this one is, and of which job.
+"""Finds this process's rank, run and job.
 
-torchrun, SLURM's srun (with or without submitit) and submitit's local executor each start all
-processes themselves and say in environment variables who is who; nothing else, such as
-``scontrol``, is asked.
+torchrun, SLURM's srun (with or without submitit) and submitit's local executor start all processes
+themselves and set environment variables; only these are read (no call of ``scontrol``).
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ _LOCAL = ("SUBMITIT_LOCAL_JOB_ID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_GLOB
 
 @dataclass(frozen=True)
 class DistributedEnvironment:
-    """What its environment says of one process: its place in a run, and its job.
+    """A process's place in a run, and its job, from environment variables.
 
     Attributes:
-        launcher: what started all processes of the run: "torchrun", "slurm" or "local" (submitit's
-            local executor); "" for a process that is alone, or is to start the others.
-        rank, world_size: of all processes.
-        local_rank, local_size: of those on this machine.
-        host: name of rank 0's machine; "" under torchrun, which brings its own rendezvous.
-        attempt: names this attempt of the run, as no other is named; "" under torchrun.
-        cluster: what runs the job that the process belongs to: "slurm", "local", or "" for none.
-        job_id: as SLURM's commands take it, "12_3" for a task of an array; "" outside a job.
-        restart: attempts of the job before this one. The local executor does not count: always 0.
-        num_nodes: machines of the job.
+        launcher: launcher of all processes of the run: "torchrun", "slurm" or "local" (submitit's
+            local executor); "" for a single process, or one that will start the others.
+        rank, world_size: rank and number of processes.
+        local_rank, local_size: rank and number of processes on this machine.
+        host: name of rank 0's machine; "" under torchrun, which has its own rendezvous.
+        attempt: unique name of this attempt of the run; "" under torchrun.
+        cluster: "slurm" or "local" for a process in a job, otherwise "".
+        job_id: id for SLURM's commands, "12_3" for a task of an array; "" outside a job.
+        restart: number of earlier attempts of the job. Always 0 with the local executor.
+        num_nodes: number of machines of the job.
     """
 
     launcher: str = ""
@@ -69,10 +68,10 @@ def _need(environ: Mapping[str, str], names: tuple[str, ...], sign: str) -> list
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list in SLURM's notation, such as ``gpu[07-09,12],login1``."""
+    """The first host of a list in SLURM's notation, such as ``gpu[07-09,12],login1``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no machine")
+        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which contains no machine")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
@@ -91,13 +90,14 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(sizes) > 1:
         raise UserError(
-            f"SLURM placed {per_node} tasks per node: ask for the same number on each, by "
+            f"SLURM placed {per_node} tasks per node: request the same number on each with "
             "--ntasks-per-node"
         )
     (local_size,) = sizes
     if local_rank != rank % local_size:
         raise UserError(
-            "SLURM dealt the tasks out to the nodes in turn: start them with --distribution=block"
+            "SLURM distributed the tasks cyclically over the nodes: start them with "
+            "--distribution=block"
         )
     attempt = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     # Two clusters may count the same jobs on the same machines; srun's port is one of their steps.
@@ -123,7 +123,7 @@ def _is_local(environ: Mapping[str, str]) -> bool:
 
 
 def _find_place(environ: Mapping[str, str]) -> DistributedEnvironment:
-    """The place in a run."""
+    """Finds the process's place in a run."""
     if "RANK" in environ:
         return _torchrun(environ)
     if _is_local(environ):
@@ -134,7 +134,7 @@ def _find_place(environ: Mapping[str, str]) -> DistributedEnvironment:
 
 
 def _find_job(environ: Mapping[str, str]) -> dict[str, object]:
-    """The fields of a :class:`DistributedEnvironment` that are about the job."""
+    """Finds the job's fields of a :class:`DistributedEnvironment`."""
     if _is_local(environ):
         return {"cluster": "local", "job_id": environ["SUBMITIT_LOCAL_JOB_ID"]}
     if "SLURM_JOB_ID" not in environ:
@@ -152,26 +152,27 @@ def _find_job(environ: Mapping[str, str]) -> dict[str, object]:
 
 
 def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvironment:
-    """The environment of this process.
+    """Reads the environment of this process.
 
-    In a shell inside an allocation (salloc, or ``srun --pty``) no launcher is found: what is typed
-    there starts its own processes.
+    In a shell inside an allocation (salloc, or ``srun --pty``) no launcher is found: commands there
+    start their own processes.
 
     Raises:
-        UserError: if some of the variables are missing, or the tasks are spread in a way that
-            Detectron2's local process groups do not know.
+        UserError: if some of the variables are missing, or Detectron2's local process groups do not
+            support the distribution of the tasks.
     """
     return replace(_find_place(environ), **_find_job(environ))
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run: what was asked for, and what a launcher has started.
+    """The processes of a run: as requested, or as started by a launcher.
 
     Attributes:
         num_gpus: processes on each machine.
-        num_machines, machine_rank, dist_url: as Detectron2's launcher takes them.
-        environment: of this process. Where a launcher has started all processes, it decides.
+        num_machines, machine_rank, dist_url: as in Detectron2's launcher.
+        environment: environment of this process, which overrides the others if a launcher has
+            started all processes.
     """
 
     num_gpus: int = 1
@@ -182,6 +183,6 @@ class Processes:
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines."""
+        """Number of processes on all machines."""
         started = self.environment
         return started.world_size if started.launcher else self.num_gpus * self.num_machines

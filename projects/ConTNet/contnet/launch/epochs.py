@@ -1,4 +1,4 @@
-"""Settings in epochs, which become iterations before a run starts."""
+"""Converts settings in epochs into iterations before a run starts."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ ITERATION_KEYS = {
 
 
 def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list[str]:
-    """The keys in epochs that count.
+    """Finds the keys in epochs that are used.
 
-    Of the two forms of a setting the one counts that is set nearer to the command line, so that a
-    config file may change the form of its ``_BASE_``.
+    If a setting is given in epochs and in iterations, the one closer to the command line is used,
+    so a config file can override its ``_BASE_`` in the other unit.
 
     Args:
-        cfg: read from the others.
+        cfg: config, read from the other arguments.
         config_file: a yaml file.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
     Raises:
-        UserError: if both forms are set, by one file, or by the config file and the overrides.
+        UserError: if both are set by the same file, or by the config file and the overrides.
     """
     used = []
     for key, other in ITERATION_KEYS.items():
@@ -50,8 +50,8 @@ def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list
         level, its_level = (set_level(each, config_file, opts) for each in (key, other))
         if level is not None and level == its_level:
             raise config_error(
-                f"{key} {value!r} and {other} {get_value(cfg, other)!r} are both set: leave one "
-                f"out (or set {key} {type(value)()!r})"
+                f"{key} {value!r} and {other} {get_value(cfg, other)!r} are both set: remove "
+                f"one (or set {key} {type(value)()!r})"
             )
         if its_level is None or (level is not None and level < its_level):
             used.append(key)
@@ -59,7 +59,7 @@ def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list
 
 
 def _count_images(cfg: CfgNode) -> float:
-    """The images of an epoch as the loader counts them.
+    """Number of images in an epoch, as the loader counts them.
 
     Raises:
         UserError: if the data sets have errors.
@@ -74,7 +74,7 @@ def _count_images(cfg: CfgNode) -> float:
 
 
 def _iterations(epochs: float, images: float, batch: int) -> int:
-    """The first iteration by which so many epochs are complete."""
+    """The first iteration at which this number of epochs is complete."""
     return max(1, math.ceil(round(epochs * images / batch, 6)))
 
 
@@ -82,14 +82,14 @@ def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
     """Sets iterations from epochs, and all epochs to 0.
 
     Args:
-        cfg: with the batch that the run will have.
-        keys: of :func:`used_epoch_keys`.
+        cfg: config with the final batch size of the run.
+        keys: from :func:`used_epoch_keys`.
 
     Returns:
-        What was set, a line each.
+        The changes, a line each.
 
     Raises:
-        UserError: if a data set has errors, or the iterations do not fit together.
+        UserError: if a data set has errors, or the iterations contradict each other.
     """
     given = [key for key in ITERATION_KEYS if get_value(cfg, key)]
     if not given or not cfg.DATASETS.TRAIN:  # without, the checks before a run fail

@@ -1,4 +1,4 @@
-"""What a run says in one line where Python and Detectron2 print tracebacks."""
+"""Prints one line for known errors, instead of Python's and Detectron2's tracebacks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _reported: set[str] = set()
 
 
 def report_lost_lines(handler: logging.StreamHandler) -> None:
-    """Has a handler say once that its stream cannot be written, and the run go on.
+    """Makes a handler warn once if its stream cannot be written, and lets the run continue.
 
     Args:
-        handler: of a logger; several may have the same stream.
+        handler: handler of a logger; several may have the same stream.
     """
     usual = handler.handleError
 
@@ -38,7 +38,7 @@ def report_lost_lines(handler: logging.StreamHandler) -> None:
         reason = explain_os_error(error, name)
         with contextlib.suppress(OSError):
             print(
-                f"warning: {name} cannot be written ({reason}): lines of the log are lost",
+                f"warning: {name} cannot be written ({reason}): log lines are lost",
                 file=sys.stderr,
                 flush=True,
             )
@@ -52,15 +52,15 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record says more than the one line in which the run ends."""
+    """Whether a record contains more than the last line of the run."""
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def shorten_tracebacks() -> None:
-    """Errors that say all are told without a traceback.
+    """Removes the tracebacks of known errors.
 
-    The training loop logs one for each error, and threads (those of TensorBoard) print one when
-    they cannot write, of which the next write tells.
+    The training loop logs a traceback for each error, and TensorBoard's threads print one when they
+    cannot write, which the next write reports, too.
     """
     threading.excepthook = _thread_failed
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)

@@ -1,4 +1,4 @@
-"""Which GPU each process of a run takes; that it is there, and that no two take the same."""
+"""Chooses the GPU of each process, and checks that it exists and is not used by another process."""
 
 from __future__ import annotations
 
@@ -21,60 +21,62 @@ __all__ = [
     "refuse_shared_gpus",
 ]
 
-_GIVE = "give each process its own, as by SLURM's --gpus-per-task 1, or start one for each GPU"
+_GIVE = (
+    "give each process its own, for example with SLURM's --gpus-per-task 1, or start one per GPU"
+)
 
 
 def check_device_value(device: str, processes: int = 1) -> None:
-    """Checks MODEL.DEVICE alone.
+    """Checks the value of MODEL.DEVICE.
 
     Args:
         device: its value.
-        processes: of the run, on all machines.
+        processes: number of processes on all machines.
 
     Raises:
-        UsageError: if it is no device, or one GPU for several processes.
+        UsageError: if it is not a device, or one GPU for several processes.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
     if ":" in device and processes > 1:
         raise UsageError(
-            f"MODEL.DEVICE is {device!r}, which is one GPU for {processes} processes: write cuda, "
-            "so that each takes its own"
+            f"MODEL.DEVICE is {device!r}, which is one GPU for {processes} processes: set it to "
+            "cuda, so that each uses its own"
         )
 
 
 def check_gpu_count(device: str, wanted: int, present: int, launcher: str = "") -> None:
-    """Checks that there are as many GPUs as a run needs here.
+    """Checks that this machine has enough GPUs for the run.
 
     Args:
         device: a legal MODEL.DEVICE.
-        wanted: processes on this machine, as --num-gpus says.
-        present: GPUs that PyTorch sees in this process.
-        launcher: what has started the processes, "" for none. It may show each its own GPU alone.
+        wanted: number of processes on this machine (--num-gpus).
+        present: number of GPUs that PyTorch sees in this process.
+        launcher: launcher of the processes, "" for none. It may make only one GPU visible to each.
 
     Raises:
-        UserError: if there are not.
+        UserError: if there are not enough.
     """
     if device == "cpu":
         return
     if present == 0:
-        raise UserError("this machine has no GPU that PyTorch can use: add MODEL.DEVICE cpu")
+        raise UserError("PyTorch finds no GPU on this machine: add MODEL.DEVICE cpu")
     if wanted > present and not (launcher and present == 1):
         raise UserError(f"--num-gpus is {wanted}, but this machine has {present}")
     index = int(device.partition(":")[2] or 0)
     if index >= present:
         raise UserError(
             f"MODEL.DEVICE is {device!r}, but this machine has {plural(present, 'GPU')}, from "
-            "cuda:0: write cuda for the first"
+            "cuda:0: use cuda for the first"
         )
 
 
 def choose_gpu(env: DistributedEnvironment, present: int) -> int:
-    """The index of the GPU that a process takes which a launcher has started.
+    """Returns the GPU index for a process that was started by a launcher.
 
     Args:
-        env: of the process.
-        present: GPUs that PyTorch sees in it.
+        env: environment of the process.
+        present: number of GPUs that PyTorch sees in it.
 
     Raises:
         UserError: if there are too few.
@@ -90,7 +92,7 @@ def choose_gpu(env: DistributedEnvironment, present: int) -> int:
 
 
 def gpu_uuid() -> str:
-    """What names the current GPU among those of all machines; "" if PyTorch cannot tell."""
+    """UUID of the current GPU; "" if PyTorch does not know it."""
     return str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", ""))
 
 
@@ -101,18 +103,17 @@ def _check_shared(gpus: Sequence[tuple[str, str]]) -> None:
         if len(ranks) > 1:
             *others, last = map(str, ranks)
             raise UserError(
-                f"ranks {', '.join(others)} and {last} on {host} have one and the same GPU "
-                f"({uuid}): {_GIVE}"
+                f"ranks {', '.join(others)} and {last} on {host} use the same GPU ({uuid}): {_GIVE}"
             )
 
 
 def refuse_shared_gpus(uuid: str) -> None:
-    """Compares the GPUs of all ranks, which all call this before they use NCCL.
+    """Checks that no two ranks use the same GPU; all ranks call this before they use NCCL.
 
     Args:
-        uuid: of this rank's GPU.
+        uuid: UUID of this rank's GPU.
 
     Raises:
-        UserError: on all ranks, if two of them have the same.
+        UserError: on all ranks, if two of them use the same GPU.
     """
     _check_shared(comm.all_gather((socket.gethostname(), uuid)))

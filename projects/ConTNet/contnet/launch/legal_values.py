@@ -11,7 +11,7 @@ _TYPES = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     list: "a list",
     tuple: "a list",
 }
@@ -28,13 +28,13 @@ def _choices(key: str) -> list[object]:
 
 
 def legal_values(key: str, default: object) -> str:
-    """What the checks before a run allow a key to be.
+    """Describes the values that the checks before a run allow for a key.
 
-    What else its comment says, or how it must go with other keys, is not part of it.
+    This does not include what its comment says, or which combinations of keys are allowed.
 
     Args:
-        key: with dots.
-        default: its default, whose type it must have.
+        key: key with dots.
+        default: its default, which has the required type.
     """
     if choices := _choices(key):
         return ", ".join(str(each) or "''" for each in choices)

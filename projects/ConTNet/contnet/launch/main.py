@@ -1,4 +1,4 @@
-"""What train_net.py does."""
+"""The command train_net.py."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _LINGER = 10.0
 
 
 def _contact_lost(error: BaseException) -> UserError:
-    """What a rank says that can't go on, for another one has ended."""
+    """The message of a rank that cannot continue because another one has ended."""
     said = re.search(r"Connection closed by peer \S+\d|Connection reset by peer", str(error))
     return UserError(
         f"rank {comm.get_rank()} on {socket.gethostname()} lost contact with another rank"
-        f"{f' ({said[0]})' if said else ''}, which has ended: its own lines, or those of what has "
-        "started it, say why"
+        f"{f' ({said[0]})' if said else ''}, which has ended: see the log of that rank, or of its "
+        "launcher"
     )
 
 
 def _run_interruptible(settings: RunSettings) -> None:
-    """One process of a run, which saves before a signal ends it."""
+    """Runs one process of a run, which saves before a signal ends it."""
     with Interruption() as listener:
         try:
             run(settings, SaveOnSignal(listener))
@@ -54,15 +54,15 @@ def _run_interruptible(settings: RunSettings) -> None:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Trains or evaluates as a command line of train_net.py says; within ``run_command``.
+    """Trains or evaluates with the command line of train_net.py; call it in ``run_command``.
 
     Args:
         argv: the command line, this process's own by default.
 
     Raises:
-        UserError: for mistakes of the user's, and what else has one line.
+        UserError: for user errors, and other errors with a one-line message.
         Interrupted: if a signal has ended it.
-        SystemExit: if a process that was started has failed, and has said why.
+        SystemExit: if a spawned process failed and logged its error.
     """
     settings = check_run(build_run_settings(parse_arguments(argv)))
     device = torch.device(settings.cfg.MODEL.DEVICE).type
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status, as of :func:`contnet.utils.command.run_command`.
+        The exit status, as in :func:`contnet.utils.command.run_command`.
     """
     silence_known_warnings()
     return run_command(partial(train, argv))

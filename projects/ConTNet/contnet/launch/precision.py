@@ -1,4 +1,4 @@
-"""How GPUs compute in float32: a setting of the process, which a run makes."""
+"""Sets the float32 precision of GPUs, which is a setting of the process."""
 
 import warnings
 
@@ -11,8 +11,8 @@ def set_float32_precision(value: str) -> None:
     """Sets how a GPU computes products and convolutions of float32 tensors, in this process.
 
     Args:
-        value: of SOLVER.FLOAT32_PRECISION. "tf32" rounds the factors to 10 bits of mantissa,
-            "ieee" does not; "" leaves PyTorch's own setting.
+        value: value of SOLVER.FLOAT32_PRECISION. "tf32" rounds inputs to 10 bits of mantissa,
+            "ieee" does not; "" keeps PyTorch's setting.
     """
     if not value:
         return

@@ -1,4 +1,4 @@
-"""What can be told to be wrong with a run before any process starts."""
+"""Checks a run before any process starts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _RECIPE_GPUS = 8
 
 
 def check_device(cfg: CfgNode, processes: Processes) -> None:
-    """Raises UserError unless this machine has the device, and as many as asked for."""
+    """Raises UserError unless this machine has the device, and enough of them."""
     device = cfg.MODEL.DEVICE
     check_device_value(device, processes.world_size)
     launcher = processes.environment.launcher
@@ -55,7 +55,7 @@ def check_device(cfg: CfgNode, processes: Processes) -> None:
 
 
 def _writable(folder: Path, make: bool) -> None:
-    """Makes sure that files can be written in a folder, or could, if it were made."""
+    """Checks that files can be written to a folder, which may not exist yet."""
     if make:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -72,11 +72,11 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
     """Checks the output folder.
 
     Args:
-        settings: of the run.
-        make: make the folder; otherwise nothing is written.
+        settings: settings of the run.
+        make: create the folder; otherwise nothing is written.
 
     Raises:
-        UserError: if it cannot be written, or holds another run.
+        UserError: if it cannot be written, or contains another run.
     """
     folder = Path(settings.cfg.OUTPUT_DIR)
     try:
@@ -90,15 +90,15 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
         return
     if has_last_checkpoint(folder) or checkpoint_files(folder):
         raise UserError(
-            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to go on with that run, "
+            f"OUTPUT_DIR {folder} already holds checkpoints: add --resume to resume that run, "
             "or choose another OUTPUT_DIR"
         )
 
 
 def _check_not_in_use(settings: RunSettings) -> None:
-    """Raises UserError if another training writes into OUTPUT_DIR; an evaluation may go beside it.
+    """Raises UserError if another training writes into OUTPUT_DIR, unless this only evaluates.
 
-    Only where rank 0 will be: the others cannot tell its lease from another run's.
+    Only called on rank 0's machine: others cannot distinguish its lease from another run's.
     """
     processes = settings.processes
     if processes.environment.rank == processes.machine_rank == 0 and not settings.eval_only:
@@ -111,7 +111,7 @@ def _check_weights(settings: RunSettings) -> None:
     resumes = bool(settings.checkpoint.path)
     if settings.eval_only and not weights and not resumes:
         raise UsageError(
-            "--eval-only has no weights to evaluate: give MODEL.WEIGHTS FILE, or --resume for the "
+            "--eval-only has no weights to evaluate: add MODEL.WEIGHTS FILE, or --resume for the "
             f"last checkpoint in OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
     if not weights or resumes:
@@ -125,7 +125,7 @@ def _check_weights(settings: RunSettings) -> None:
 
 
 def _scaled(cfg: CfgNode, processes: int) -> str:
-    """How the recipe would look on so many processes; "" if it cannot be scaled."""
+    """Describes the recipe for this number of processes; "" if it cannot be scaled."""
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (
         _RECIPE_GPUS * solver.GRAD_ACCUM_STEPS
@@ -151,8 +151,9 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     )
     if mixes and images % 2:
         raise UsageError(
-            f"mixup and CutMix need an even number of images per process and pass, not {images}: "
-            "change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and CUTMIX_ALPHA to 0"
+            "mixup and CutMix require an even number of images per process and pass, not "
+            f"{images}: change SOLVER.IMS_PER_BATCH, or set MODEL.CLASSIFIER.MIXUP_ALPHA and "
+            "CUTMIX_ALPHA to 0"
         )
     head = cfg.MODEL.SEM_SEG_HEAD
     if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
@@ -161,19 +162,19 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
     if normed.get(head.NORM, 2) < 2:
         raise UsageError(
-            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs 2 images at a time: raise "
-            "SOLVER.IMS_PER_BATCH, or set the norm to GN"
+            f"PSPHead with MODEL.SEM_SEG_HEAD.NORM {head.NORM} needs at least 2 images per pass: "
+            "raise SOLVER.IMS_PER_BATCH, or set the norm to GN"
         )
 
 
 def _check_warmup(cfg: CfgNode) -> list[str]:
-    """A warning if the training ends before its warm-up."""
+    """Returns a warning if the training ends before its warm-up."""
     solver = cfg.SOLVER
     if solver.WARMUP_ITERS < solver.MAX_ITER:
         return []
     return [
         f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER "
-        f"{solver.MAX_ITER}: the whole training is warm-up, cut to its length"
+        f"{solver.MAX_ITER}: the whole training is warm-up, and ends before the warm-up does"
     ]
 
 
@@ -185,34 +186,34 @@ def _datasets(settings: RunSettings) -> list[str]:
 
 
 def _check_truth(settings: RunSettings) -> None:
-    """Checks that a training's test sets can tell how good it is."""
+    """Checks that a training's test sets have annotations."""
     for name in () if settings.eval_only else settings.cfg.DATASETS.TEST:
         if not has_truth(settings.cfg, name):
             raise UserError(
-                f"data set {name} of DATASETS.TEST has no annotations to measure a training by: "
-                "leave it out; --eval-only writes the results on it for the evaluation server"
+                f"data set {name} of DATASETS.TEST has no annotations to evaluate a training on: "
+                "remove it; --eval-only writes its results for the evaluation server"
             )
 
 
 def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
-    """Checks what does not depend on the machine: batch, data sets, metric, weights.
+    """Checks what does not depend on the machine: batch size, data sets, metric, weights.
 
     Args:
-        settings: of the run.
-        data: look into the data sets; not needed if that was done for the same ones before.
+        settings: settings of the run.
+        data: check the data sets; not needed if the same ones were checked before.
 
     Returns:
-        What the log of the run is to say of the data sets.
+        Lines about the data sets for the log of the run.
 
     Raises:
-        UserError: for the first thing that is wrong.
+        UserError: for the first error.
     """
     cfg, datasets = settings.cfg, _datasets(settings)
     if not datasets:
         raise UsageError("DATASETS.TRAIN and DATASETS.TEST are empty")
     if not settings.eval_only:
         if not cfg.DATASETS.TRAIN:
-            raise UsageError("DATASETS.TRAIN is empty: name a data set, or add --eval-only")
+            raise UsageError("DATASETS.TRAIN is empty: set it, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     _check_weights(settings)
     # Of the processes that others start on a machine, one reads the annotation files.
@@ -234,7 +235,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
 
 
 def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
-    """Training sets may have another place, but not other images or classes."""
+    """Checks training sets with another path: they must have the same images and classes."""
     images = (trainer_state(content).get("stream") or {}).get("images")
     found = len(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True))
     if images is not None and images != found:
@@ -248,15 +249,14 @@ def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
 
 
 def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
-    """The settings that a run goes on with, where there is a checkpoint.
+    """Returns the settings of a resumed run, if there is a checkpoint.
 
     Args:
-        settings: as they were given.
-        data: look into training sets whose files have another place than before.
+        settings: settings from the command line.
+        data: check training sets whose files have another path than before.
 
     Raises:
-        UserError: for settings that no resume can change, and a checkpoint that none can go on
-            from.
+        UserError: for settings that a resume cannot change, or a checkpoint without training state.
     """
     cfg, file = settings.cfg, settings.checkpoint.path
     if settings.eval_only or not file:
@@ -264,7 +264,7 @@ def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
     content = read_checkpoint(file)
     if "iteration" not in trainer_state(content):
         raise UserError(
-            f"{file} holds weights without the state of a training, which a resume needs: start "
+            f"{file} holds weights without the training state that resuming requires: start "
             f"from it in another OUTPUT_DIR without --resume, with MODEL.WEIGHTS {file}"
         )
     resumed = resume_config(Before.of(file, content, cfg), cfg)
@@ -275,13 +275,13 @@ def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
 
 
 def check_run(settings: RunSettings) -> RunSettings:
-    """Checks device, output folder, weights and data sets; makes the output folder.
+    """Checks device, output folder, weights and data sets; creates the output folder.
 
     Returns:
-        The settings that the run has, with the notes and warnings of the checks.
+        The settings of the run, with the notes and warnings of the checks.
 
     Raises:
-        UserError: for the first thing that is wrong.
+        UserError: for the first error.
     """
     check_device(settings.cfg, settings.processes)
     _check_not_in_use(settings)

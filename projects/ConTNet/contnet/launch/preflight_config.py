@@ -1,4 +1,4 @@
-"""Checks of config values that depend on models: names of parts, and what a network can be."""
+"""Checks config values that depend on models: names of parts, and options of networks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _check_network(cfg: CfgNode) -> None:
         if not is_number(node[key]) or not (node[key] == -1 or 0 <= node[key] < 1):
             raise config_error(
                 f"MODEL.CONTNET.{key} is {node[key]!r}, it must be in [0, 1), or -1 for the "
-                "variant's own"
+                "variant's default"
             )
     if node.FREEZE_AT not in range(len(FEATURES) + 2):
         raise config_error(f"MODEL.CONTNET.FREEZE_AT is {node.FREEZE_AT!r}, it must be 0 to 5")
@@ -149,7 +149,7 @@ def _check_pyramid(cfg: CfgNode) -> None:
         )
     if missing := [name for name in wanted if name not in given]:
         raise config_error(
-            f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not give"
+            f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not include"
         )
 
 
@@ -160,7 +160,7 @@ def _check_fcos(cfg: CfgNode) -> None:
     if grouped and (width % 32 or width < 64):
         raise config_error(
             f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple of "
-            "32 from 64"
+            "32, at least 64"
         )
 
 
@@ -170,7 +170,7 @@ def _check_segmentation(cfg: CfgNode) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     if head.NAME == "PSPHead" and len(head.IN_FEATURES) != 2:
         raise config_error(
-            f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES!r}, PSPHead takes two: the "
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES!r}, PSPHead requires two: the "
             "auxiliary classifier's and the main one"
         )
 
@@ -185,7 +185,7 @@ def _defaults() -> CfgNode:
 
 
 def _check_unused(cfg: CfgNode) -> None:
-    """Refuses settings of detectors in a classifier's config, where they would do nothing."""
+    """Rejects settings of detectors in a classifier's config, where they have no effect."""
     name = cfg.MODEL.CLASSIFIER.NAME
     used = OPTION_KEYS if classifier_name(cfg) in VARIANTS else ()
     unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
@@ -195,7 +195,7 @@ def _check_unused(cfg: CfgNode) -> None:
         idle = 0 if key == "MODEL.BACKBONE.FREEZE_AT" else get_value(_defaults(), key)
         if (value := get_value(cfg, key)) != idle and key not in _BASE_KEYS:
             raise config_error(
-                f"{key} is {value!r}, which does nothing to the classifier {name}: set it "
+                f"{key} is {value!r}, which has no effect on the classifier {name}: set it "
                 f"{idle!r}{_INSTEAD.get(key, '')}"
             )
 
@@ -206,7 +206,7 @@ def _check_classifier(cfg: CfgNode) -> None:
     node, images = cfg.MODEL.CLASSIFIER, cfg.INPUT.CLASSIFIER
     if not timm.is_model(node.NAME):
         raise config_error(
-            f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have, the nearest is "
+            f"MODEL.CLASSIFIER.NAME is {node.NAME!r}, which timm does not have; the nearest is "
             f"{nearest(node.NAME, timm.list_models())}"
         )
     if classifier_name(cfg) in VARIANTS and (node.OPTIONS or node.DROP_PATH_RATE):
@@ -218,16 +218,16 @@ def _check_classifier(cfg: CfgNode) -> None:
     for entry in node.OPTIONS:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
             raise config_error(
-                f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], as "
-                "[['dynamic_img_size', True]]"
+                f"MODEL.CLASSIFIER.OPTIONS has {entry!r}, it must be a list of [name, value], such "
+                "as [['dynamic_img_size', True]]"
             )
         if entry[0].startswith(_OPTIONS_OF_WEIGHTS):
             raise config_error(
-                f"MODEL.CLASSIFIER.OPTIONS has {entry[0]}: weights are given by MODEL.WEIGHTS, "
-                "as MODEL.WEIGHTS timm://resnet50.tv_in1k"
+                f"MODEL.CLASSIFIER.OPTIONS has {entry[0]}: weights are set by MODEL.WEIGHTS, "
+                "for example MODEL.WEIGHTS timm://resnet50.tv_in1k"
             )
     if cfg.INPUT.FORMAT != "RGB":
-        raise config_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier takes RGB")
+        raise config_error(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, ImageClassifier requires RGB")
     if images.CROP_TEST > images.RESIZE_TEST:
         raise config_error(
             f"INPUT.CLASSIFIER.CROP_TEST {images.CROP_TEST} exceeds RESIZE_TEST "
@@ -235,21 +235,19 @@ def _check_classifier(cfg: CfgNode) -> None:
         )
     if images.AUTO_AUGMENT and images.COLOR_JITTER:
         raise config_error(
-            f"INPUT.CLASSIFIER.COLOR_JITTER is {images.COLOR_JITTER}, which does nothing with "
-            f'AUTO_AUGMENT {images.AUTO_AUGMENT!r}: set one of them 0.0 or ""'
+            f"INPUT.CLASSIFIER.COLOR_JITTER is {images.COLOR_JITTER}, which has no effect with "
+            f'AUTO_AUGMENT {images.AUTO_AUGMENT!r}: set the one to 0.0 or the other to ""'
         )
     for key in ("SCALE", "RATIO"):
         pair = images[key]
         if len(pair) != 2 or not all(map(is_number, pair)) or not 0 < pair[0] <= pair[1]:
-            raise config_error(
-                f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be the least and the greatest"
-            )
+            raise config_error(f"INPUT.CLASSIFIER.{key} is {pair!r}, it must be [least, greatest]")
     try:
         build_classification_transform(cfg, is_train=True)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise config_error(
             f"INPUT.CLASSIFIER.AUTO_AUGMENT is {images.AUTO_AUGMENT!r}, which timm cannot read "
-            f"({error}): write rand-m9-mstd0.5-inc1, original, or another of its policies"
+            f"({error}): use rand-m9-mstd0.5-inc1, original, or another of its policies"
         ) from error
 
 
@@ -260,7 +258,7 @@ def _check_tta(cfg: CfgNode) -> None:
     if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS or tta_class(architecture) is None:
         raise config_error(
             f"TEST.AUG.ENABLED: there is no test-time augmentation for {architecture} (nor with "
-            "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it False"
+            "MODEL.KEYPOINT_ON or MODEL.LOAD_PROPOSALS), set it to False"
         )
     sizes = cfg.TEST.AUG.MIN_SIZES
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -271,8 +269,8 @@ def _check_proposals(cfg: CfgNode) -> None:
     for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
         if cfg.DATASETS[key]:
             raise config_error(
-                f"DATASETS.{key}: Detectron2 would run whatever code is in such files, so they are "
-                "not read: register a data set whose records have proposal_boxes"
+                f"DATASETS.{key}: Detectron2 would run any code in these files, so they are not "
+                "supported: register a data set whose records have proposal_boxes"
             )
 
 
@@ -285,13 +283,13 @@ def _check_trackers(cfg: CfgNode) -> None:
 
 
 def check_model_config(cfg: CfgNode) -> None:
-    """Checks values that depend on what models there are and what they can be.
+    """Checks values that depend on the available models and their options.
 
     Args:
-        cfg: of :func:`contnet.config.load_config`.
+        cfg: from :func:`contnet.config.load_config`.
 
     Raises:
-        UserError: for the first illegal value, naming its key and what is legal.
+        UserError: for the first illegal value, with its key and the legal values.
     """
     _check_choices(cfg)
     _check_network(cfg)
@@ -305,7 +303,7 @@ def check_model_config(cfg: CfgNode) -> None:
 
 
 def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file and overrides, and checks all that needs no data.
+    """Reads a config file and overrides, and checks everything that needs no data.
 
     The arguments and errors are those of :func:`contnet.config.load_config`.
 
@@ -318,7 +316,7 @@ def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def parse_checked_config(text: str, where: str) -> CfgNode:
-    """As :func:`load_checked_config`, of a config that lies in a file of weights.
+    """Like :func:`load_checked_config`, for a config from a weight file.
 
     The arguments and errors are those of :func:`contnet.config.parse_config`.
     """

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other under SLURM and submitit's local executor.
+"""Connects the processes of a run under SLURM and submitit's local executor.
 
-The port follows from the job's number, and is not looked for on the machine that submits.
+The port is derived from the job's number, and is not searched on the submitting machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GREETING = "contnet"
 
 
 def ports(attempt: str) -> list[int]:
-    """Where rank 0 of an attempt may listen, in order; a function of job and step alone."""
+    """Ports for rank 0 of an attempt, in order; they depend only on job and step."""
     job, step = attempt.split(".")[:2]
     first = int(job) * 37 + int(step) * 7919
     return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
@@ -37,7 +37,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _serve(server: socket.socket, answer: bytes) -> None:
-    """Tells all who ask, as long as this process lives."""
+    """Answers requests as long as this process lives."""
     while True:
         connection, _ = server.accept()
         with contextlib.suppress(OSError), connection:
@@ -45,7 +45,7 @@ def _serve(server: socket.socket, answer: bytes) -> None:
 
 
 def _open_store(env: DistributedEnvironment) -> TCPStore:
-    """Rank 0: answers on the first port that nobody else has where the store is."""
+    """On rank 0: opens the store, and answers on the first free port with the store's port."""
     for port in ports(env.attempt):
         try:
             server = _listen(port)
@@ -55,15 +55,15 @@ def _open_store(env: DistributedEnvironment) -> TCPStore:
         answer = f"{_GREETING} {env.attempt} {store.port}\n".encode()
         threading.Thread(target=_serve, args=(server, answer), daemon=True).start()
         return store
-    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are taken")
+    raise UserError(f"all of the ports {ports(env.attempt)} of {socket.gethostname()} are in use")
 
 
 def _find_store(env: DistributedEnvironment, port: int, answer_timeout: float) -> TCPStore:
-    """The other ranks: what does not answer by the name of this very attempt is something else."""
+    """On the other ranks: finds the store of the server that answers with this attempt's name."""
     with socket.create_connection((env.host, port), timeout=answer_timeout) as connection:
         words = connection.makefile().readline(200).split()
     if words[:2] != [_GREETING, env.attempt]:
-        raise ConnectionError(f"port {port} is something else's")
+        raise ConnectionError(f"port {port} is used by another program")
     return TCPStore(env.host, int(words[2]), is_master=False, wait_for_workers=False)
 
 
@@ -73,10 +73,10 @@ def rendezvous(
     timeout: float = 1800.0,
     answer_timeout: float = 3.0,
 ) -> TCPStore:
-    """A store that all processes of this attempt share, on a port that they agree on.
+    """Returns a store that all processes of this attempt share.
 
-    Rank 0 answers on the first free port of a list that follows from the job's number; the others
-    go through the list until they are answered by the name of their attempt.
+    Rank 0 answers on the first free port of a list that is derived from the job's number; the
+    others try the ports until one answers with the name of their attempt.
 
     Args:
         env: under SLURM or the local executor.
@@ -105,6 +105,6 @@ def rendezvous(
         time.sleep(0.2)
     raise UserError(
         f"rank {env.rank} on {socket.gethostname()} found no rank 0 on {env.host}, ports "
-        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): does the name resolve, does a "
-        "firewall stand between the nodes, did rank 0 start?"
+        f"{ports(env.attempt)}, in {join_timeout:.0f} s ({reason}): check that the name resolves, "
+        "that no firewall blocks the ports, and that rank 0 has started"
     )

@@ -67,7 +67,7 @@ def _log_start(cfg: CfgNode, settings: RunSettings) -> None:
     for warning in settings.warnings:
         logger.warning(warning)
     if "naiveSyncBN" in cfg.dump():
-        logger.info("Norms over all processes are computed by naiveSyncBN: SyncBN needs GPUs")
+        logger.info("SyncBN requires GPUs: Detectron2's naiveSyncBN is used instead")
 
 
 def _save_config(cfg: CfgNode, eval_only: bool, guard: WriteGuard) -> None:
@@ -105,11 +105,11 @@ def _setup(settings: RunSettings, guard: WriteGuard) -> CfgNode:
 
 
 def _check_agreement(checkpoint: str) -> None:
-    """Raises UserError unless all processes go on from the same file, as they have each found."""
+    """Raises UserError unless all processes resume from the same file."""
     found = comm.all_gather(checkpoint)
     if others := [each for each in found if each != found[0]]:
         raise UserError(
-            f"processes would go on from different checkpoints ({found[0] or 'none'}, "
+            f"processes would resume from different checkpoints ({found[0] or 'none'}, "
             f"{others[0] or 'none'}): OUTPUT_DIR must be one folder that all machines can read"
         )
 
@@ -149,7 +149,7 @@ def _check_unchanged(settings: RunSettings) -> None:
     if last != settings.checkpoint.last:
         raise UserError(
             f"another training has saved {last or 'nothing'} into {folder} since this one was "
-            "started: start it again, with --resume"
+            "started: restart it with --resume"
         )
 
 

@@ -1,10 +1,10 @@
 """The lease of a run's folder: which process may write into it.
 
-``lease/000001`` is the first, and the highest number counts. A lease is taken by giving a folder
-that is complete the next number, which succeeds for one process alone. The folder has
-``owner.json``, which the owner touches every few seconds; ``lock``, on which the owner holds a
-record lock as long as it lives (processes that it forks do not); and, after an orderly end,
-``released``.
+``lease/000001`` is the first lease, and the one with the highest number is valid. A process takes a
+lease by renaming a complete folder to the next number, which succeeds for only one process. The
+folder contains ``owner.json``, which the owner touches every few seconds; ``lock``, on which the
+owner holds a record lock as long as it lives (processes that it forks do not); and, after a normal
+end, ``released``.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ _LONGEST = 10_000
 
 
 class LeaseLost(BaseException):
-    """Another process owns the run, so this one must end; no error of the training."""
+    """Another process owns the run, so this one must end; not an error of the training."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who has taken a lease.
+    """The owner of a lease.
 
     Attributes:
-        machine: as of :func:`contnet.utils.processes.machine_id`.
-        host: the machine's name, for people.
-        pid, process_start: of the process.
-        cluster, job_id, restart: of its job, as :class:`DistributedEnvironment` has them.
-        time: when it took the lease, for people.
-        locked: whether it holds a lock on the lease, which the file system may not have.
+        machine: its machine, from :func:`contnet.utils.processes.machine_id`.
+        host: the machine's name, for messages.
+        pid, process_start: id and start time of the process.
+        cluster, job_id, restart: its job, as in :class:`DistributedEnvironment`.
+        time: when it took the lease, for messages.
+        locked: whether it holds a lock on the lease; the file system may not support locks.
     """
 
     machine: str
@@ -81,12 +81,12 @@ class Owner:
 
     @property
     def attempt(self) -> tuple[str, str, int]:
-        """Of which job, and which of its attempts."""
+        """Job and attempt of the owner."""
         return self.cluster, self.job_id, self.restart
 
     @property
     def process(self) -> tuple[str, int, str]:
-        """Of which machine, and which of its processes."""
+        """Machine and process of the owner."""
         return self.machine, self.pid, self.process_start
 
     def precedes(self, other: Owner) -> bool:
@@ -99,7 +99,7 @@ class Owner:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Opens a file that may be a stranger's: a pipe in its place keeps nobody waiting."""
+    """Opens a file that another user may have replaced: a pipe does not block it."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
@@ -112,10 +112,10 @@ def _newest_number(folder: Path) -> int:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """The owner of a lease, None if its file is damaged or gone.
+    """The owner of a lease; None if its file is damaged or missing.
 
     Raises:
-        OSError: if it cannot be read now, which says nothing about the owner.
+        OSError: if it cannot be read now, so the owner is unknown.
     """
     try:
         with _open(path / _OWNER) as file:
@@ -136,7 +136,7 @@ def _heartbeat(path: Path) -> int:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process holds its lock on a lease, as far as locks reach."""
+    """Whether another process holds the lock of a lease, as far as locks are visible."""
     try:
         with _open(path / _LOCK) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -146,7 +146,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _lock(file: IO) -> bool:
-    """Locks a file that is nobody else's; whether the file system can."""
+    """Locks a new file; returns whether the file system supports locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -158,8 +158,8 @@ class _Taken:
     """A lease that this process has taken.
 
     Args:
-        path: of its folder.
-        lock: its file, open.
+        path: path of its folder.
+        lock: its open lock file.
     """
 
     def __init__(self, path: Path, lock: IO):
@@ -168,7 +168,7 @@ class _Taken:
         self._file = os.fstat(lock.fileno())
 
     def is_there(self) -> bool:
-        """Whether it is still that one: not in a folder that was made in its place."""
+        """Whether it still exists, and its folder was not replaced."""
         try:
             return os.path.samestat(self._file, os.stat(self.path / _LOCK))
         except FileNotFoundError:
@@ -176,10 +176,10 @@ class _Taken:
 
 
 class _Watch:
-    """Looks by its own clock whether an owner on another machine still sends heartbeats.
+    """Checks, with its own clock, whether an owner on another machine sends heartbeats.
 
     Args:
-        silence: seconds without one after which the owner has ended.
+        silence: seconds without a heartbeat after which the owner has ended.
     """
 
     def __init__(self, silence: float):
@@ -188,7 +188,7 @@ class _Watch:
         self._since = 0.0
 
     def is_alive(self, path: Path) -> bool | None:
-        """Whether the owner of a lease is alive; None if that cannot be told yet."""
+        """Whether the owner of a lease is alive; None if it is unknown yet."""
         before, self._seen = self._seen, (path, _heartbeat(path))
         now = time.monotonic()
         if before == self._seen:
@@ -196,8 +196,8 @@ class _Watch:
         self._since = now
         if before is None or before[0] != path:
             logger.warning(
-                f"{path.parent} was taken on another machine: looking for up to "
-                f"{self.silence:.0f} s whether the training there has ended"
+                f"{path.parent} was locked on another machine: waiting up to "
+                f"{self.silence:.0f} s to see whether the training there has ended"
             )
             return None
         return True
@@ -210,22 +210,22 @@ def newest_lease(run_folder: str | Path) -> tuple[Owner, float] | None:
     owner = _read_owner(path)
     if owner is None:
         if path.exists():
-            warn_once(f"{path / _OWNER} is damaged: it is left out")
+            warn_once(f"{path / _OWNER} is damaged: it is ignored")
         return None
     return owner, _heartbeat(path) / 1e9
 
 
 class RunLease(WriteGuard):
-    """Says which process may write into a run's folder: the one that has the newest lease.
+    """Only the process with the newest lease may write into a run's folder.
 
-    A later attempt of a job takes it from an earlier one, which asks before each file, and ends.
-    From others it is taken only when they have ended. Whether they have is told by their lock, and
-    by the process on the same machine; on another machine, where locks may not reach, by
-    heartbeats that do not come. No clock is compared with another machine's.
+    A later attempt of a job takes the lease from an earlier one, which checks before each file, and
+    ends. From other runs, it is taken only when they have ended. Their lock shows this, and their
+    process if it is on the same machine; on another machine, where locks may not be visible,
+    missing heartbeats. Clocks of different machines are never compared.
 
     Args:
         run_folder: OUTPUT_DIR.
-        cluster, job_id, restart: of this process's job.
+        cluster, job_id, restart: this process's job.
 
     Attributes:
         silence: seconds without a heartbeat after which a process of another machine has ended.
@@ -254,14 +254,14 @@ class RunLease(WriteGuard):
 
     @classmethod
     def of(cls, run_folder: str | Path, env: DistributedEnvironment) -> RunLease:
-        """The lease as a process of a launcher's, or of none, takes it."""
+        """The lease for a process with this environment."""
         return cls(run_folder, env.cluster, env.job_id, env.restart)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}"
 
     def lost(self) -> bool:
-        """Whether another attempt owns the run now; True also if a later one did before us."""
+        """Whether another attempt owns the run now, or a later one has owned it."""
         taken = self._taken  # before the folder is read: another thread may take it meanwhile
         number = _newest_number(self.folder)
         if taken is not None:
@@ -276,10 +276,10 @@ class RunLease(WriteGuard):
         return self._number > 0 or (owner is not None and self.owner.precedes(owner))
 
     def wait(self, patience: float) -> None:
-        """On ranks that do not take it: returns when rank 0 has, or after so many seconds.
+        """On other ranks: waits until rank 0 has taken the lease, or for this many seconds.
 
         Raises:
-            LeaseLost: as :meth:`check`.
+            LeaseLost: as in :meth:`check`.
         """
         end = time.monotonic() + patience
         self.check()
@@ -291,14 +291,14 @@ class RunLease(WriteGuard):
         """Raises LeaseLost if another attempt owns the run."""
         if self.lost():
             raise LeaseLost(
-                f"{self.run_folder} is no longer this training's: another process has begun to "
-                "write into it, or the folder was moved or deleted"
+                f"{self.run_folder} no longer belongs to this training: another process writes "
+                "into it, or the folder was moved or deleted"
             )
 
     def check_free(self) -> None:
-        """Raises UserError if another training is known to write into the folder.
+        """Raises UserError if another training writes into the folder.
 
-        One that was killed a moment ago has some time: its lock ends with its last thread.
+        Waits a moment for one that was just killed: its lock ends with its last thread.
         """
         end = time.monotonic() + _ENDING
         while True:
@@ -323,7 +323,7 @@ class RunLease(WriteGuard):
         )
 
     def _look(self, watch: _Watch | None = None) -> tuple[int, Owner | None, bool | None]:
-        """The newest lease, its owner, and whether that is alive; None if it is not known yet."""
+        """The newest lease, its owner, and whether it is alive (None if unknown yet)."""
         try:
             number = _newest_number(self.folder)
             owner = _read_owner(self._path(number))
@@ -337,7 +337,7 @@ class RunLease(WriteGuard):
         return number, owner, alive
 
     def _is_alive(self, number: int, owner: Owner | None) -> bool | None:
-        """Whether the owner of a lease is in the way; None if only its heartbeats can tell."""
+        """Whether the owner of a lease is alive; None if only its heartbeats can show it."""
         path = self._path(number)
         if not number or (path / _RELEASED).exists():
             return False
@@ -361,7 +361,7 @@ class RunLease(WriteGuard):
             patience: seconds to wait for that.
 
         Raises:
-            UserError: if the owner is alive after that, or the lease cannot be written.
+            UserError: if the owner is still alive, or the lease cannot be written.
             LeaseLost: if a later attempt of this job owns the run.
         """
         begun, watch = time.monotonic(), _Watch(self.silence)
@@ -377,7 +377,7 @@ class RunLease(WriteGuard):
                 time.sleep(0.5)
 
     def _create(self, number: int) -> bool:
-        """Makes the lease of a number, unless another process has; whether this one has."""
+        """Creates the lease with a number; returns whether it succeeded before other processes."""
         own = self.folder / f"new-{uuid.uuid4().hex}"
         try:
             if os.path.lexists(self.folder) and not self.folder.is_dir():  # in this order
@@ -422,7 +422,7 @@ class RunLease(WriteGuard):
                 os.utime(self.folder)
 
     def release(self) -> None:
-        """At an orderly end, so that the next one need not look whether this process lives."""
+        """Releases the lease at a normal end, so the next process need not wait."""
         self._released.set()
         taken, self._taken = self._taken, None
         if taken is None:

@@ -1,4 +1,4 @@
-"""Mixed precision as the config asks for it, on CPU and GPU."""
+"""Mixed precision from the config, on CPU and GPU."""
 
 import torch
 from detectron2.config import CfgNode
@@ -15,19 +15,19 @@ def _device_type(cfg: CfgNode) -> str:
 
 
 def autocast(cfg: CfgNode) -> torch.autocast:
-    """The autocast context of SOLVER.AMP; does nothing unless that is enabled."""
+    """Returns the autocast context of SOLVER.AMP; it does nothing unless that is enabled."""
     dtype = getattr(torch, cfg.SOLVER.AMP.DTYPE)
     return torch.autocast(_device_type(cfg), dtype=dtype, enabled=cfg.SOLVER.AMP.ENABLED)
 
 
 def grad_scaler(cfg: CfgNode) -> torch.amp.GradScaler:
-    """The loss scaler that float16 needs; one that does nothing otherwise."""
+    """Returns the loss scaler for float16; without float16, it does nothing."""
     enabled = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
     return torch.amp.GradScaler(_device_type(cfg), enabled=enabled)
 
 
 class _ExactROIAlign(ROIAlign):
-    """Detectron2's, which rounds the regions to the type of the features, without that."""
+    """Detectron2's ROIAlign, without rounding the regions to the features' type."""
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         return super().forward(input.float(), rois.float()).to(input.dtype)
@@ -38,7 +38,7 @@ def _to_float(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def keep_regions_exact(model: nn.Module) -> None:
-    """Has a detector pool its regions and paste its masks in float32, also under autocast.
+    """Makes a detector pool regions and paste masks in float32, also under autocast.
 
     In half precision Detectron2 rounds a region's coordinates to multiples of up to 4 pixels before
     it pools features, and those of the pixels of a mask before it pastes the mask.

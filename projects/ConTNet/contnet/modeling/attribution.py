@@ -1,4 +1,4 @@
-"""Which module of a model a cost belongs to: time, operations or bytes, by hooks."""
+"""Attributes costs (time, operations or bytes) to a model's modules, with hooks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["attribute", "sum_of_parts"]
 def attribute(
     model: nn.Module, read: Callable[[], Mapping[str, float]]
 ) -> Iterator[dict[str, Counter[str]]]:
-    """Splits what running totals grow by among the modules that run meanwhile.
+    """Splits the growth of running totals among the modules that run meanwhile.
 
-    What a module's children do is theirs alone. What happens outside of all calls of modules is the
-    model's own.
+    The costs of a module's children are not part of its own. Costs outside of all module calls
+    belong to the model itself.
 
     Args:
-        model: may be called within the context as a whole or in parts, also in several ones.
-        read: gives the totals of now, by name. It is called whenever a module begins and ends.
+        model: the model; within the context it may be called as a whole or in parts.
+        read: returns the current totals, by name. It is called when a module starts and ends.
 
     Yields:
-        The growth by the module's name (``""`` for the model itself), then by the total's. It is
-        complete once the context has ended.
+        The growth by the module's name (``""`` for the model itself), then by the total's name. It
+        is complete when the context has ended.
     """
     own: dict[str, Counter[str]] = {name: Counter() for name, _ in model.named_modules()}
     running = [""]
@@ -59,7 +59,7 @@ def attribute(
 
 
 def sum_of_parts(own: Mapping[str, Counter[str]]) -> dict[str, Counter[str]]:
-    """For each module what it and all modules below it have, of what each has on its own."""
+    """Sums each module's own costs and those of all its descendants."""
     sums: dict[str, Counter[str]] = {name: Counter() for name in own}
     for name, counts in own.items():
         parts = name.split(".") if name else []

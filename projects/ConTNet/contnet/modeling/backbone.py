@@ -33,13 +33,13 @@ def _make_norm(name: str, channels: int) -> nn.Module:
 
 
 class ConTNetBackbone(ConTNet, Backbone):
-    """A ConTNet without classifier that gives named features; its keys are the network's own.
+    """A ConTNet without classifier that returns named features.
 
     Args:
-        norm: of the blocks, one of ``NORMS``.
-        out_features: names from ``FEATURES``. Stages after the last one are left out.
-        freeze_at: freeze the first parts: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all.
-        **options: of :class:`ConTNet`.
+        norm: normalisation layer of the blocks, one of ``NORMS``.
+        out_features: names from ``FEATURES``. Stages after the last one are not built.
+        freeze_at: freeze the first layers: 0 none, 1 the stem, 2 the stem and stage 1, up to 5 all.
+        **options: arguments of :class:`ConTNet`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ConTNetBackbone(ConTNet, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """0: the network takes any size, it pads and masks its patches' margins itself."""
+        """0: the network accepts any size, since it pads and masks its patches itself."""
         return 0
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -88,17 +88,17 @@ class ConTNetBackbone(ConTNet, Backbone):
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Features by name of images (N, C, H, W); a map of stride s has ceil(H / s) rows."""
+        """Returns named features of images (N, C, H, W); a map of stride s has ceil(H / s) rows."""
         return self.forward_features(x, self.out_features)
 
 
 def backbone_prefix(model: nn.Module) -> str:
-    """Prefix of the bottom-up network's keys in a model's state dict, as "backbone.bottom_up.".
+    """Prefix of the backbone's keys in a model's state dict, such as "backbone.bottom_up.".
 
-    That network is a classifier's own, or the first backbone that holds no other one.
+    The backbone is a classifier's network, or the innermost backbone of a detector.
 
     Raises:
-        ValueError: where the model has no backbone.
+        ValueError: if the model has no backbone.
     """
     if isinstance(model, ImageClassifier):
         return "network."
@@ -133,7 +133,7 @@ def build_contnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConTNetBackb
 
 
 def _dilate(block: nn.Module, dilation: int) -> int:
-    """Dilates a ResNet block in place of its stride; returns the dilation for what follows it."""
+    """Replaces a ResNet block's stride by dilation; returns the dilation of the next blocks."""
     for name in ("conv1", "conv2", "conv3"):
         if (conv := getattr(block, name, None)) is None:
             continue
@@ -150,10 +150,10 @@ def _dilate(block: nn.Module, dilation: int) -> int:
 
 @BACKBONE_REGISTRY.register()
 def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet whose last stages dilate, down to ``MODEL.RESNETS.OUTPUT_STRIDE``.
+    """Builds Detectron2's ResNet with ``MODEL.RESNETS.OUTPUT_STRIDE``, by dilated last stages.
 
-    As in ConTNet the function stays that of the weights: at every (32 / output stride)-th pixel
-    res5 equals the undilated network's.
+    As in ConTNet, the same weights fit: at every (32 / output stride)-th pixel, res5 equals that of
+    the network without dilation.
     """
     plain = build_resnet_backbone(cfg, input_shape)
     stages = [list(stage) for stage in plain.stages]

@@ -1,4 +1,4 @@
-"""The ConT block: two encoders, one convolution and a shortcut; and the stage of such blocks."""
+"""The ConT block (two encoders, one convolution and a shortcut) and stages of blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPU_CHUNK_PATCHES = 65_535
 
 
 def mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
-    """Mean of each pixel and the one ``dilation`` further; alone where that lies outside."""
+    """Mean of each pixel and the pixel ``dilation`` further; the pixel itself at the margin."""
     size = x.shape[dim]
     if size <= dilation:
         return x
@@ -37,21 +37,21 @@ def mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
 
 
 def _convolve_at_stride_1(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """What a convolution of any stride gives at stride 1; its hooks do not run.
+    """Runs a convolution of any stride at stride 1, without its hooks.
 
     Raises:
-        TypeError: if the module computes something else than a convolution with its weight.
+        TypeError: if the module is not a plain convolution with its weight.
     """
     if type(conv).forward is not nn.Conv2d.forward:
         raise TypeError(
-            f"a {type(conv).__name__} is in the place of a convolution that taps='stage' runs at "
-            "stride 1 by its weight alone: take taps='pre', or the classifier"
+            f"a {type(conv).__name__} replaces a convolution that taps='stage' runs at "
+            "stride 1 with only its weight: use taps='pre', or the classifier"
         )
     return F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation)
 
 
 class PooledShortcut(nn.Module):
-    """1x1 projection of the shortcut with ``use_avgdown``: of 2x2 means, at stride 1 or 2."""
+    """The shortcut with ``use_avgdown``: 2x2 average pooling at stride 1 or 2, then 1x1 conv."""
 
     def __init__(self, dim: int, out_dim: int, stride: int, dilation: int):
         super().__init__()
@@ -65,7 +65,7 @@ class PooledShortcut(nn.Module):
         return self.conv(F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False))
 
     def forward_dense(self, x: Tensor) -> Tensor:
-        """The same at stride 1: ``forward(x)`` is ``forward_dense(x)`` sub-sampled."""
+        """Runs at stride 1: ``forward(x)`` is ``forward_dense(x)``, sub-sampled."""
         x = mean_with_next(x, 2, self.dilation)
         return self.conv(mean_with_next(x, 3, self.dilation))
 
@@ -76,14 +76,15 @@ class ConTBlock(nn.Module):
     Args:
         dim, out_dim: channels in and out. Where they differ, the shortcut is a convolution of the
             activated input, otherwise it is the raw input.
-        stride: 1 or 2, of the convolution and the shortcut.
-        kernel_size: of the convolution.
-        patch_sizes: of the two encoders, in pixels of the map, one a multiple of the other.
-        dilation: of the convolution and of a pooled shortcut.
-        patch_dilation: a patch takes every so many-th pixel; the map is cut into patches for each
-            of the ``patch_dilation**2`` grids of such pixels.
-        use_avgdown: average-pool in the shortcut, where it is a convolution.
-        encoder: the encoders' other arguments.
+        stride: stride of the convolution and the shortcut, 1 or 2.
+        kernel_size: kernel size of the convolution.
+        patch_sizes: patch sizes of the two encoders, in pixels of the map, one a multiple of the
+            other.
+        dilation: dilation of the convolution and of a pooled shortcut.
+        patch_dilation: distance of a patch's pixels; each of the ``patch_dilation**2`` grids of
+            such pixels is cut into patches.
+        use_avgdown: use average pooling in the shortcut, if it is a convolution.
+        encoder: other arguments of the encoders.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class ConTBlock(nn.Module):
         return GPU_CHUNK_PATCHES // (self.patch_size // self.cell_size) ** 2
 
     def _encode_chunks(self, tokens: Tensor, masks: list[Tensor | None]) -> Tensor:
-        """Both encoders on patches (B, T, C), on as many at a time as the device takes."""
+        """Runs both encoders on patches (B, T, C), in chunks that the device supports."""
         if (
             isinstance(tokens, torch.fx.Proxy)
             or torch.jit.is_tracing()
@@ -150,7 +151,7 @@ class ConTBlock(nn.Module):
         return torch.cat([self._run_encoders(*each) for each in zip(parts, cut, strict=True)])
 
     def encode(self, x: Tensor) -> Tensor:
-        """Both encoders on an activated map (N, dim, H, W)."""
+        """Runs both encoders on an activated map (N, dim, H, W)."""
         x = x.permute(0, 2, 3, 1)
         cut = (self.patch_size, self.cell_size, self.patch_dilation)
         tokens = pad_and_partition(x, *cut)
@@ -165,11 +166,11 @@ class ConTBlock(nn.Module):
         return self.out_drop(self.drop_path(residual) + skip)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, out_dim, ceil(H / stride), ceil(W / stride)) of a map (N, dim, H, W)."""
+        """Maps (N, dim, H, W) to (N, out_dim, ceil(H / stride), ceil(W / stride))."""
         return self.forward_pre(x)[0]
 
     def forward_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the input of the convolution (N, dim, H, W)."""
+        """Returns the output, and the input of the convolution (N, dim, H, W)."""
         activated = self.act(self.norm(x))
         encoded = self.encode(activated)
         residual = self.conv(encoded)
@@ -177,7 +178,7 @@ class ConTBlock(nn.Module):
         return self._add(residual, skip), encoded
 
     def forward_dense(self, x: Tensor) -> Tensor:
-        """The output at stride 1 (N, out_dim, H, W): ``forward(x)`` is this, sub-sampled."""
+        """Returns the output at stride 1 (N, out_dim, H, W); ``forward(x)`` sub-samples it."""
         if self.stride == 1:
             return self(x)
         activated = self.act(self.norm(x))
@@ -190,7 +191,7 @@ class ConTBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Blocks in a row, the last of which may down-sample."""
+    """A sequence of blocks, the last of which may down-sample."""
 
     def __init__(self, *blocks: ConTBlock):
         super().__init__(*blocks)
@@ -208,13 +209,13 @@ class Stage(nn.Sequential):
         return x, last
 
     def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and what it is before it is sub-sampled."""
+        """Returns the output, and the output before sub-sampling."""
         x, last = self._run_all_but_last(x)
         dense = run_checkpointed(self, last.forward_dense, x)
         # A strided convolution is the stride-1 convolution sub-sampled.
         return dense[..., :: last.stride, :: last.stride], dense
 
     def forward_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the input of the last block's convolution."""
+        """Returns the output, and the input of the last block's convolution."""
         x, last = self._run_all_but_last(x)
         return run_checkpointed(self, last.forward_pre, x)

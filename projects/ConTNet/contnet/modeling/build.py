@@ -1,4 +1,4 @@
-"""Detectron2's ``build_model``, once all of our parts are in its registries."""
+"""Detectron2's ``build_model``, with all of our parts registered."""
 
 import detectron2.modeling
 import torch
@@ -25,10 +25,10 @@ ATTENTION_KERNELS = {
 
 
 def set_attention_kernels(choice: str) -> None:
-    """Sets which kernels PyTorch may take for attention on a GPU, in this process.
+    """Sets the kernels that PyTorch may use for attention on a GPU, in this process.
 
     Args:
-        choice: of MODEL.CONTNET.SDPA; "auto" leaves PyTorch's own setting.
+        choice: value of MODEL.CONTNET.SDPA; "auto" keeps PyTorch's setting.
     """
     if choice != "auto":
         for kernel in ("flash", "mem_efficient", "cudnn"):
@@ -37,10 +37,10 @@ def set_attention_kernels(choice: str) -> None:
 
 
 def use_channels_last(model: nn.Module) -> None:
-    """Lays the weights of all convolutions out as channels_last, in place; values stay.
+    """Converts the weights of all convolutions to channels_last, in place.
 
-    So are their gradients then, whatever the layout of the images. Those of 1x1 convolutions may
-    differ from their weights otherwise, at which DistributedDataParallel warns, and copies them.
+    Their gradients then have the same layout for any layout of the images. Otherwise those of 1x1
+    convolutions may differ from their weights, and DistributedDataParallel warns and copies them.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -50,8 +50,8 @@ def use_channels_last(model: nn.Module) -> None:
 def build_model(cfg: CfgNode) -> nn.Module:
     """Builds ``cfg.MODEL.META_ARCHITECTURE``, on ``cfg.MODEL.DEVICE``.
 
-    On a GPU, which computes so faster, convolutions are channels_last, and a ConTNet's attention is
-    that of MODEL.CONTNET.SDPA.
+    On a GPU, convolutions use channels_last, which is faster, and a ConTNet's attention uses
+    MODEL.CONTNET.SDPA.
     """
     model = detectron2.modeling.build_model(cfg)
     keep_regions_exact(model)

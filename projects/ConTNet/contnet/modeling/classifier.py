@@ -42,16 +42,16 @@ OPTION_KEYS = (*_ARGUMENT_KEYS, "GRAD_CHECKPOINTING", "SDPA")
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
-    """A network that gives logits, with normalisation, mixing and loss around it.
+    """A classification network with input normalisation, mixup, CutMix and loss.
 
     Args:
-        network: takes normalised images (N, 3, H, W), gives logits (N, classes).
-        pixel_mean: of the channels, in units of 0 to 255.
-        pixel_std: of the channels, in units of 0 to 255.
-        label_smoothing: share of the target that goes to all classes alike.
+        network: maps normalised images (N, 3, H, W) to logits (N, classes).
+        pixel_mean: mean of each channel, for values from 0 to 255.
+        pixel_std: standard deviation of each channel, for values from 0 to 255.
+        label_smoothing: share of the target that is spread evenly over all classes.
         mix: mixes images and labels of a batch, and smooths the labels; or None.
         erase: erases parts of normalised images; or None.
-        channels_last: memory order of images and weights.
+        channels_last: use the channels-last memory format for images and weights.
     """
 
     @configurable
@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and its images go."""
+        """The device of the model and its images."""
         return self.pixel_mean.device
 
     def head_names(self) -> list[str]:
@@ -103,11 +103,11 @@ class ImageClassifier(nn.Module):
         return [name for name, tensor in self.named_parameters() if id(tensor) in own]
 
     def forward(self, batch: Sequence[dict]) -> dict[str, Tensor] | list[dict]:
-        """Losses in training, logits otherwise.
+        """Returns losses in training, logits otherwise.
 
         Args:
-            batch: each with ``image`` (3, H, W) of values from 0 to 255, all of one size, and in
-                training ``label``, a number. An :class:`ImageBatch` has been stacked already.
+            batch: dicts with ``image`` (3, H, W) with values from 0 to 255, all of the same size,
+                and in training ``label``, an integer; or an :class:`ImageBatch`.
 
         Returns:
             ``{"loss_cls": ...}``, or for each image ``{"logits": (classes,)}``.
@@ -133,10 +133,10 @@ class ImageClassifier(nn.Module):
 
 
 def build_batch_augmentation(cfg: CfgNode) -> tuple[Mixup | None, RandomErasing | None]:
-    """What a classifier does to a batch of normalised images in training, each None if it does not.
+    """Builds a classifier's augmentations of batches; each is None if it is disabled.
 
     Returns:
-        Mixup and CutMix, which also smooth the labels; and random erasing, which comes first.
+        Mixup and CutMix, which also smooth the labels; and random erasing, which is applied first.
     """
     node, mix, erase = cfg.MODEL.CLASSIFIER, None, None
     if node.MIXUP_ALPHA or node.CUTMIX_ALPHA:
@@ -156,7 +156,7 @@ def build_batch_augmentation(cfg: CfgNode) -> tuple[Mixup | None, RandomErasing 
 
 
 def classifier_name(cfg: CfgNode) -> str:
-    """MODEL.CLASSIFIER.NAME without timm's tag of weights, which comes after a dot."""
+    """MODEL.CLASSIFIER.NAME without timm's tag of weights, which follows a dot."""
     return cfg.MODEL.CLASSIFIER.NAME.partition(".")[0]
 
 
@@ -168,7 +168,7 @@ def contnet_options(cfg: CfgNode) -> dict:
 
 
 def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
-    """Whether a network of patches takes images of the config's sizes: some take one size alone."""
+    """Checks that a network of patches accepts the config's image sizes: some accept only one."""
     embed = getattr(network, "patch_embed", None)
     for key in ("SIZE", "CROP_TEST") if embed is not None else ():
         size = cfg.INPUT.CLASSIFIER[key]
@@ -187,8 +187,8 @@ def build_classification_network(cfg: CfgNode) -> nn.Module:
     """Builds the network that MODEL.CLASSIFIER names, without weights.
 
     Raises:
-        UserError: if timm does not build it with these options, or it does not take the sizes of
-            INPUT.CLASSIFIER.
+        UserError: if timm does not accept these options, or the network does not accept the image
+            sizes in INPUT.CLASSIFIER.
     """
     node = cfg.MODEL.CLASSIFIER
     if classifier_name(cfg) not in VARIANTS:

@@ -1,8 +1,8 @@
-"""Cures for what breaks, or makes noise, in the libraries below us on a current stack.
+"""Workarounds for bugs and noisy warnings of our dependencies.
 
-Each says what it works around; tests/modeling/test_compat.py fails when the pinned libraries no
-longer need it. Nothing here is applied on import: entry points call :func:`silence_known_warnings`,
-scripts before they import the rest, for importing Detectron2 warns already.
+tests/modeling/test_compat.py fails when the pinned libraries no longer need one of them. Nothing
+here is applied on import: entry points call :func:`silence_known_warnings`, scripts before they
+import the rest, since importing Detectron2 already warns.
 """
 
 import logging
@@ -55,7 +55,7 @@ KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
 
 
 class _NoKnownTracebacks(logging.Filter):
-    """Detectron2's training loop logs a traceback for whatever ends it, also what has one line."""
+    """Drops the traceback that Detectron2's training loop logs for errors that we log in a line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -64,14 +64,14 @@ class _NoKnownTracebacks(logging.Filter):
 
 
 class _NoTracingAdvice(logging.Filter):
-    """PyTorch's advice to whoever asks about tracing, as Detectron2's RoI pooler does each time."""
+    """Drops PyTorch's advice about tracing, which Detectron2's RoI pooler triggers at each call."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("is_fx_tracing will return true for both")
 
 
 class _NoTermination(logging.Filter):
-    """That the other processes of a run are ended after one has, of which a line of ours tells."""
+    """Drops the lines about terminating other processes after a failure, which we log ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Terminating process")
@@ -86,7 +86,7 @@ _LOG_FILTERS: dict[str, type[logging.Filter]] = {
 
 
 def silence_known_warnings() -> None:
-    """Silences exactly the warnings of ``KNOWN_WARNINGS``, and three kinds of lines in logs."""
+    """Silences exactly the warnings in ``KNOWN_WARNINGS``, and three kinds of log lines."""
     for category, message, _ in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
     for name, kind in _LOG_FILTERS.items():
@@ -107,11 +107,12 @@ def restore_in1d(module: ModuleType) -> None:
 
 
 def fix_gradient_order(model: nn.Module) -> None:
-    """Has DistributedDataParallel lay its gradients out now, as it would after its first step.
+    """Makes DistributedDataParallel arrange its gradient buckets now, not after its first step.
 
-    More than two processes add the parts of an element in an order that depends on its place, so
-    that a resumed run, whose first step is another one, would differ in the last bits. Gradients
-    are then exchanged late: for processes on the CPU alone, which cannot compute meanwhile anyway.
+    More than two processes add the parts of a gradient in an order that depends on its position, so
+    a resumed run, whose first step is another one, would differ in the last bits. Gradients are
+    then exchanged late. This is only for processes on the CPU, which cannot overlap exchange and
+    computation anyway.
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._push_all_rebuilt_params()
@@ -119,10 +120,10 @@ def fix_gradient_order(model: nn.Module) -> None:
 
 
 def use_plain_focal_loss() -> None:
-    """Gives Detectron2's dense detectors the focal loss without TorchScript.
+    """Makes Detectron2's dense detectors use the focal loss without TorchScript.
 
-    A scripted function is optimised after its first calls and then rounds differently, so that a
-    resumed run would differ from an uncut one in the last bits.
+    A scripted function is optimised after its first calls and then rounds differently, so a resumed
+    run would differ from an uninterrupted one in the last bits.
     """
     from detectron2.modeling.meta_arch import fcos, retinanet
     from fvcore.nn import sigmoid_focal_loss

@@ -1,4 +1,4 @@
-"""Encoders compiled by torch.compile, which joins what lies between their matrix products."""
+"""Compiles encoders with torch.compile, which fuses the operations between matrix products."""
 
 from torch import nn
 from torch._dynamo import config as dynamo
@@ -16,18 +16,18 @@ _GRAPHS = 64
 def compile_encoders(
     model: nn.Module, memory_budget: float = 1.0, backend: str = "inductor"
 ) -> None:
-    """Has the encoders of a ConTNet compiled when they first run; the rest stays as it is.
+    """Compiles the encoders of a ConTNet when they first run; the rest is not compiled.
 
-    The whole network would take minutes to compile. Names of weights do not change.
+    Compiling the whole network would take minutes. Names of weights do not change.
 
     Args:
-        model: holds a ConTNet.
-        memory_budget: the share of what the forward pass would keep for the backward pass that it
-            keeps, in (0, 1]; the rest is computed again. A setting of the process.
-        backend: of torch.compile.
+        model: contains a ConTNet.
+        memory_budget: share of the activations that is kept for the backward pass, in (0, 1]; the
+            rest is recomputed. This is a setting of the whole process.
+        backend: backend of torch.compile.
 
     Raises:
-        UsageError: if there is no encoder.
+        UsageError: if the model has no encoder.
     """
     encoders = [module for module in model.modules() if isinstance(module, Encoder)]
     if not encoders:

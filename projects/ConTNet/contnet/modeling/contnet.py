@@ -2,7 +2,7 @@
 
 Source: Yan et al., "ConTNet: Why not use convolution and transformer at the same time?", 2021,
 arXiv 2104.13497. Layer sizes follow the authors' published classification code; the treatment of
-maps that are no multiple of the patch, and the dense taps, are ours (docs/network.md).
+maps whose size is not a multiple of the patch, and the dense taps, are ours (docs/network.md).
 """
 
 # No annotations as strings: torch.fx copies those of forward into its code, for TorchScript.
@@ -94,24 +94,24 @@ class ConTNet(nn.Module):
         depths: blocks of each of the four stages.
         dim: channels of the stem; stage i works on ``dim * 2**i``, with ``2**i`` heads.
         mlp_dims: hidden width of each stage's MLPs.
-        num_classes: of the classifier; 0 leaves it out.
+        num_classes: number of classes; 0 for no classifier.
         in_chans: channels of the input image.
         global_pool: "avg" for the mean of the last map; "" for the map itself, without classifier.
-        relative: a relative bias table in each attention instead of absolute position tables.
+        relative: use relative position biases instead of absolute position embeddings.
         pre_norm: normalise before attention and MLP instead of after their residual sums.
-        use_avgdown: average-pool in the down-sampling shortcuts.
-        qkv_bias: give the query, key and value projection a bias.
+        use_avgdown: use average pooling in the down-sampling shortcuts.
+        qkv_bias: give the query, key and value projections a bias.
         drop_rate: dropout in the encoders of stages 3 and 4, in [0, 1).
-        last_drop_rate: dropout on the residual sum of the very last block, in [0, 1).
-        drop_path_rate: stochastic depth of the last block's residual, rising linearly from 0.
-        norm_layer: makes the norm that opens each block from a number of channels.
+        last_drop_rate: dropout on the residual sum of the last block, in [0, 1).
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0.
+        norm_layer: called with a number of channels; returns the first norm of each block.
         taps: where the features of stages 1 to 3 are taken. "stage": the last block's output,
             computed at stride 1 (twice the stage's channels). "pre": the input of the last
             block's convolution (the stage's channels).
-        output_stride: of the last map, one of ``OUTPUT_STRIDES``. Below 32 the last stages keep
-            their resolution and dilate instead; weights and their meaning stay the same.
-        dilated_patches: where convolutions dilate, so do the patches (the same area and the
-            published function); otherwise patches are of adjacent pixels (a smaller area).
+        output_stride: stride of the last map, one of ``OUTPUT_STRIDES``. Below 32, the last stages
+            keep their resolution and use dilation; the same weights fit.
+        dilated_patches: dilate the patches like the convolutions (the same area and the published
+            function); otherwise patches consist of adjacent pixels (a smaller area).
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class ConTNet(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def _describe_features(self) -> None:
-        """Sets the facts of the taps, also in timm's form."""
+        """Sets channels and strides of the features, also as timm's ``feature_info``."""
         self.out_feature_channels, self.out_feature_strides = {}, {}
         self.feature_info = []
         for i, (name, stage) in enumerate(zip(FEATURES, self.stages, strict=True)):
@@ -204,33 +204,33 @@ class ConTNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of norms, biases and position tables, which weight decay should leave alone."""
+        """Names of norms, biases and position tables, which should have no weight decay."""
         tables = ("row_table", "col_table", "bias_table")
         return {n for n, p in self.named_parameters() if p.ndim == 1 or n.endswith(tables)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns of the layer groups, in timm's form, for layer-wise decay."""
+        """Patterns of the layer groups, as in timm, for layer-wise learning rate decay."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": blocks}
 
     @property
     @torch.jit.unused
     def grad_checkpointing(self) -> bool:
-        """Whether whole blocks are computed again."""
+        """Whether whole blocks are recomputed in the backward pass."""
         return any(stage.grad_checkpointing for stage in self.stages)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
-        """Computes parts again in the backward pass instead of keeping their activations.
+        """Recomputes parts in the backward pass instead of storing their activations.
 
         Args:
-            enable: "block" or True for whole blocks, "mlp" for the encoders' MLPs alone, "gelu" for
-                the GELU in each MLP without dropout, each of which costs less time and saves less
-                memory than the one before; "" or False for nothing.
+            enable: "block" or True for whole blocks, "mlp" for the encoders' MLPs, "gelu" for the
+                GELU in each MLP without dropout; each costs less time and saves less memory than
+                the one before. "" or False for nothing.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for any other value.
         """
         part = "block" if enable is True else enable or ""
         if part not in GRAD_CHECKPOINTING_MODES:
@@ -248,14 +248,14 @@ class ConTNet(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head in the place of the present one.
+        """Replaces the head.
 
         Args:
-            num_classes: its outputs; 0 for no head.
-            global_pool: as in the constructor; None keeps the present pooling.
+            num_classes: number of classes; 0 for no head.
+            global_pool: as in the constructor; None keeps the current pooling.
 
         Raises:
-            ValueError: for another pooling, and for classes without one.
+            ValueError: for an unknown pooling, or for classes without pooling.
         """
         self._set_head(num_classes, self.global_pool if global_pool is None else global_pool)
         self.head.to(self.stem.weight).apply(self._init_weights)
@@ -296,11 +296,11 @@ class ConTNet(nn.Module):
         Returns:
             The last map (N, num_features, ceil(H / 32), ceil(W / 32)), or, with ``out_features``,
             a dict of maps by name, at strides 4, 8, 16 and 32 (or ``output_stride``, if that is
-            less). Stages after the last name do not run, and no stage pays for features that were
-            not asked for.
+            less). Stages after the last requested one do not run, and features that are not
+            requested cost nothing.
 
         Raises:
-            ValueError: for a name that is none of ``FEATURES``.
+            ValueError: for a name that is not in ``FEATURES``.
         """
         if not out_features:
             return self._last_map(x)
@@ -329,17 +329,17 @@ class ConTNet(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Tensor | list[Tensor]]:
-        """Features by stage number, as timm's feature wrappers ask for them.
+        """Returns features by stage index, for timm's feature wrappers.
 
         Args:
             x: images (N, in_chans, H, W).
             indices: stages, negative ones counted from the end; a number n for the last n; None
                 for all.
-            norm: must be False, there is no final norm.
+            norm: must be False, since there is no final norm.
             stop_early: do not run stages after the last index.
             output_fmt: must be "NCHW".
-            intermediates_only: leave out the last map.
-            output_dict: return a dict, of "image_features" and "image_intermediates".
+            intermediates_only: return only the features, without the last map.
+            output_dict: return a dict with "image_features" and "image_intermediates".
 
         Returns:
             The map of the last stage that was run, and the list of features.
@@ -365,7 +365,7 @@ class ConTNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drops the stages after the last index, and the head; returns the indices kept."""
+        """Removes the stages after the last index, and the head; returns the kept indices."""
         numbers = self._stage_numbers(indices)
         self.stages = self.stages[: max(numbers) + 1]
         if prune_head:
@@ -373,13 +373,13 @@ class ConTNet(nn.Module):
         return numbers
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (N, num_classes) of the last map, or with ``pre_logits`` what the head takes."""
+        """Returns logits (N, num_classes) of the last map, or the head's input (``pre_logits``)."""
         if self.global_pool == "avg":
             x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        """Returns logits (N, num_classes) of images (N, in_chans, H, W)."""
         return self.forward_head(self._last_map(x))
 
 
@@ -388,8 +388,8 @@ def create_model(name: str, num_classes: int = 1000, **options: object) -> ConTN
 
     Args:
         name: one of ``VARIANTS``.
-        num_classes: of the classifier; 0 leaves it out.
-        **options: keyword arguments of :class:`ConTNet`; None keeps the variant's own value.
+        num_classes: number of classes; 0 for no classifier.
+        **options: keyword arguments of :class:`ConTNet`; None keeps the variant's default.
 
     Raises:
         ValueError: for an unknown name.

@@ -1,6 +1,6 @@
-"""What a model costs, module by module: parameters, time, and what it keeps for the backward pass.
+"""Costs of a model, module by module: parameters, time, and activations for the backward pass.
 
-MACs are counted by :mod:`contnet.modeling.macs`. Here everything is run for real, on the CPU.
+MACs are counted by :mod:`contnet.modeling.macs`. Here, the model really runs, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["count_saved", "own_parameters", "padded_size", "time_modules"]
 
 
 def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width, in pixels, that images of this size have once the model has padded them."""
+    """Height and width, in pixels, of images of this size after the model's padding."""
     if isinstance(model, ImageClassifier):
         return size
     backbone = model.backbone
@@ -36,7 +36,7 @@ def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each module without those of its children; shared ones are the first's."""
+    """Parameters of each module without its children's; shared ones belong to the first module."""
     seen: set[nn.Parameter] = set()
     own = {}
     for name, module in model.named_modules():
@@ -46,15 +46,16 @@ def own_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def count_saved(cfg: CfgNode, model: nn.Module, inputs: Sequence[dict]) -> dict[str, Counter[str]]:
-    """Counts what a forward pass in training keeps for the backward pass: the activations.
+    """Counts the activations that a forward pass in training stores for the backward pass.
 
-    Parameters and buffers are left out. What several operations keep counts once, for the first of
-    the modules. The pass runs in mixed precision if SOLVER.AMP says so.
+    Parameters and buffers are not counted. A tensor that several operations store counts once, for
+    the first module. The pass runs in mixed precision if SOLVER.AMP is enabled.
 
     Args:
         cfg: the config that the model was built from.
-        model: is left in training mode; its running statistics and its random state move on.
-        inputs: images with truth.
+        model: the model. It stays in training mode; its running statistics and its random state
+            change.
+        inputs: images with ground truth.
 
     Returns:
         ``numbers`` and ``bytes`` by the module's name, without those of its children.
@@ -83,15 +84,15 @@ def count_saved(cfg: CfgNode, model: nn.Module, inputs: Sequence[dict]) -> dict[
 
 
 def time_modules(model: nn.Module, inputs: Sequence[dict], rounds: int) -> dict[str, float]:
-    """Times forward passes in inference, after one that is not timed.
+    """Times forward passes in inference, after one warm-up pass.
 
     Args:
-        model: is left in inference mode.
+        model: the model. It stays in evaluation mode.
         inputs: images.
-        rounds: how many passes.
+        rounds: number of passes.
 
     Returns:
-        Seconds by the module's name, those of its children included: the median over the passes.
+        Median seconds by the module's name, including its children.
     """
     model.eval()
     seconds: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""The transformer on patches: attention, MLP, and the encoder that joins them."""
+"""The transformer on patches: attention, MLP, and the encoder that combines them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ torch.fx.wrap("mask_of_patches")
 
 
 def mask_of_patches(valid: Tensor | None, tokens: int) -> Tensor | None:
-    """Cuts a mask of larger patches into one of patches of ``tokens`` tokens each."""
+    """Splits a mask of larger patches into a mask of patches with ``tokens`` tokens each."""
     return None if valid is None else valid.reshape(-1, tokens)
 
 
 def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Joins a mask (B, T) and a bias (1, heads, T, T) into one mask of attention."""
+    """Combines a mask (B, T) and a bias (1, heads, T, T) into one attention mask."""
     mask = None if valid is None else valid[:, None, None, :]
     if bias is None:
         return mask
@@ -36,7 +36,7 @@ def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs a part of a module, which may ask that its activations are computed again."""
+    """Runs a part of a module, with activation checkpointing if the module asks for it."""
     if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
         # What the random state is for, which takes a while to set.
         drops = any(isinstance(each, _DROPS) and each.p for each in owner.modules())
@@ -45,7 +45,7 @@ def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple
 
 
 def run_after_gelu(part: nn.Module, x: Tensor) -> Tensor:
-    """``part(gelu(x))``, whose backward pass computes the GELU again instead of keeping it."""
+    """Returns ``part(gelu(x))``; the backward pass recomputes the GELU instead of storing it."""
     activated = F.gelu(x)
     size, place = activated.numel(), activated.data_ptr()
 
@@ -61,7 +61,7 @@ def run_after_gelu(part: nn.Module, x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm that leaves half precision as it is; statistics are float32's in any case."""
+    """Layer norm that keeps half precision; its statistics are computed in float32."""
     shape = [x.shape[-1]]
     if torch.jit.is_scripting() or x.dtype == weight.dtype:
         x = F.layer_norm(x, shape, weight, bias, eps)
@@ -73,7 +73,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Normalises tokens (B, T, C) in the precision that they have, also under autocast."""
+    """Layer norm of tokens (B, T, C) that keeps their precision, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
         Args:
             x: tokens (B, T, C).
-            valid: bool (B, T), False for tokens that no query may look at; None for all True.
+            valid: bool (B, T), False for tokens that no query attends to; None for all True.
         """
         b, t, c = x.shape
         # In parts of the last dimension, whose gradients are joined without another copy.
@@ -195,11 +195,12 @@ class Encoder(nn.Module):
         return self.mlp(x) if torch.jit.is_scripting() else run_checkpointed(self, self.mlp, x)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Encodes each patch on its own.
+        """Encodes each patch separately.
 
         Args:
-            x: tokens (B, T, C) of the block's patches, each of one or more of this encoder's.
-            valid: bool (B, T), as of :func:`contnet.modeling.patches.margin_masks`, or None.
+            x: tokens (B, T, C) of the block's patches, each with one or more patches of this
+                encoder.
+            valid: bool (B, T), as from :func:`contnet.modeling.patches.margin_masks`, or None.
         """
         tokens = x.reshape(-1, self.patch_size * self.patch_size, x.shape[2])
         valid = mask_of_patches(valid, self.patch_size * self.patch_size)

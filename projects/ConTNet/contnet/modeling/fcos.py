@@ -1,10 +1,10 @@
-"""FCOS as a registered meta-architecture, in both of its published forms.
+"""FCOS as a registered meta-architecture, in both published versions.
 
 Sources: plain, Tian et al., 2019, arXiv 1904.01355 (no centre sampling, IoU loss, distances as
 exp of a learned scale per level, centre-ness beside the classes); improved, Tian et al., 2020,
 arXiv 2006.09214 (centre sampling, GIoU loss, distances in strides, centre-ness beside the boxes).
-The improved form is Detectron2's own FCOS, which no yaml reaches; this adds the config, the plain
-form, and losses that are normalised over all processes.
+The improved version is Detectron2's own FCOS, which has no config keys. This adds the config, the
+plain version, and losses that are normalised over all processes.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def _mean_over_processes(value: Tensor) -> Tensor:
 
 
 class FCOSHead(fcos.FCOSHead):
-    """Detectron2's head with the choices of the plain form.
+    """Detectron2's head with the options of the plain version.
 
     Args:
-        input_shape: of each level.
+        input_shape: shape of each level.
         centerness_on: the branch that predicts centre-ness, one of ``CENTERNESS_BRANCHES``.
         normalize_box: predict distances in strides; if False, in pixels, as exp of the
             prediction times a learned scale per level.
-        **kwargs: of Detectron2's head.
+        **kwargs: arguments of Detectron2's head.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class FCOS(fcos.FCOS):
 
     Args:
         box_loss: one of ``BOX_LOSSES``; "iou" is -log(IoU), weighted by centre-ness.
-        **kwargs: of Detectron2's FCOS.
+        **kwargs: arguments of Detectron2's FCOS.
     """
 
     @configurable
@@ -141,7 +141,7 @@ class FCOS(fcos.FCOS):
     def _ema_update(
         self, name: str, value: float, initial_value: float, momentum: float = 0.9
     ) -> float:
-        """Detectron2's running normaliser, of the mean over all processes."""
+        """Detectron2's running normaliser, updated with the mean over all processes."""
         if comm.get_world_size() > 1:
             number = torch.full((), value, dtype=torch.float64, device=self.device)
             value = _mean_over_processes(number).item()
@@ -150,7 +150,7 @@ class FCOS(fcos.FCOS):
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ) -> dict[str, Tensor]:
-        """Detectron2's losses, with the plain form's box loss where that is asked for."""
+        """Detectron2's losses, or with ``box_loss`` "iou" the plain version's box loss."""
         losses = super().losses(
             anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         )
@@ -170,7 +170,7 @@ class FCOS(fcos.FCOS):
         """Mean of -log(IoU) over all processes' positive locations, weighted by centre-ness.
 
         Args:
-            anchors: of each level.
+            anchors: anchors of each level.
             gt_labels: per image (R,), ``num_classes`` for background.
             pred_deltas: per level (N, Hi * Wi, 4).
             gt_boxes: per image (R, 4), in pixels.

@@ -1,8 +1,8 @@
 """Feature pyramids over bottom-up networks; importing this registers them.
 
-They are every pair of a bottom-up network and a top block, under conventional names:
-`build_contnet_fpn_backbone`, `build_retinanet_contnet_fpn_backbone` and so on. A further network or
-top block gets its pyramids by :func:`register_bottom_up` or :func:`register_top_block`.
+There is one for every pair of a bottom-up network and a top block, with conventional names:
+`build_contnet_fpn_backbone`, `build_retinanet_contnet_fpn_backbone` and so on. Use
+:func:`register_bottom_up` or :func:`register_top_block` to add a network or a top block.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class BottomUp(NamedTuple):
     """A network that pyramids are built over.
 
     Attributes:
-        build: its builder, as Detectron2's registry of backbones takes it.
-        out_features_key: the config key that lists its features; "" if it gives res2 to res5.
+        build: its builder, as in Detectron2's registry of backbones.
+        out_features_key: the config key that lists its features; "" if they are res2 to res5.
     """
 
     build: Callable[[CfgNode, ShapeSpec], Backbone]
@@ -47,11 +47,11 @@ class BottomUp(NamedTuple):
 
 
 class DivisibleFPN(FPN):
-    """Detectron2's FPN, padding its images to what the bottom-up network needs, too."""
+    """Detectron2's FPN, which also pads images to the bottom-up network's size divisibility."""
 
     @property
     def size_divisibility(self) -> int:
-        """The least that suits both the pyramid's sums and the bottom-up network."""
+        """Least common size divisibility of the pyramid and the bottom-up network."""
         return math.lcm(super().size_divisibility, self.bottom_up.size_divisibility or 1)
 
 
@@ -95,7 +95,7 @@ def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlock
 
 
 def _register_pyramids() -> None:
-    """Registers the pairs that are new; Detectron2 has those of its own ResNet."""
+    """Registers the pairs that Detectron2 does not have."""
     for prefix, make_top_block in TOP_BLOCKS.items():
         for name, bottom_up in BOTTOM_UPS.items():
             builder = f"build_{prefix}{name}_fpn_backbone"
@@ -107,7 +107,7 @@ def bottom_up_name(builder: str) -> str:
     """The name that a builder's bottom-up network is registered under, such as "contnet".
 
     Args:
-        builder: MODEL.BACKBONE.NAME, of a pyramid or of the bare network.
+        builder: MODEL.BACKBONE.NAME of a pyramid or of the bare network.
 
     Returns:
         The builder's own name, if it belongs to no registered network.
@@ -121,7 +121,7 @@ def register_bottom_up(name: str, bottom_up: BottomUp) -> None:
 
     Args:
         name: as in ``build_NAME_fpn_backbone``.
-        bottom_up: the network, which gives ``res5``.
+        bottom_up: the network; it must have the feature ``res5``.
     """
     BOTTOM_UPS[name] = bottom_up
     _register_pyramids()
@@ -132,7 +132,7 @@ def register_top_block(prefix: str, make_top_block: TopBlockMaker) -> None:
 
     Args:
         prefix: as in ``build_PREFIXcontnet_fpn_backbone``, with an underscore at its end.
-        make_top_block: makes it from the bottom-up network's shapes and the pyramid's width.
+        make_top_block: creates it from the bottom-up network's shapes and the pyramid's width.
     """
     TOP_BLOCKS[prefix] = make_top_block
     _register_pyramids()

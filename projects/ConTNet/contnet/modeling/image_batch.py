@@ -1,4 +1,4 @@
-"""A batch whose images lie in one tensor, for models whose inputs all have one size."""
+"""A batch whose images are in one tensor, for models whose inputs all have the same size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["ImageBatch", "collate_images"]
 
 
 class ImageBatch(Sequence):
-    """Detectron2's inputs, a dict for each image, whose ``image`` is a view of one tensor.
+    """Detectron2's inputs, one dict per image, whose ``image`` is a view of one tensor.
 
-    A loader's worker sends that tensor, and so one file, where it sends one for each image of a
-    list. It is pinned and copied to a GPU as a whole: DistributedDataParallel, which moves what is
-    in lists piece by piece, leaves this to the model.
+    A loader's worker sends this tensor as one file, instead of one file per image. It is pinned and
+    copied to a GPU as a whole; DistributedDataParallel, which moves the items of lists one by one,
+    leaves this to the model.
 
     Args:
-        records: what belongs to each image.
+        records: the other items of each image's dict.
         images: (N, C, H, W).
     """
 
@@ -35,15 +35,15 @@ class ImageBatch(Sequence):
         return {**self.records[index], "image": self.images[index]}
 
     def pin_memory(self) -> ImageBatch:
-        """The same in memory that a GPU copies from by itself; PyTorch's loader asks for it."""
+        """Copies the batch to pinned memory; PyTorch's loader calls this."""
         return ImageBatch(self.records, self.images.pin_memory())
 
 
 def collate_images(inputs: Sequence[dict]) -> ImageBatch:
-    """Stacks the images of inputs, in shared memory if this is a worker.
+    """Stacks the images of inputs, in shared memory in a worker.
 
     Args:
-        inputs: one or more, whose ``image`` have one size.
+        inputs: one or more dicts, whose ``image`` have the same size.
     """
     records = [{k: v for k, v in each.items() if k != "image"} for each in inputs]
     return ImageBatch(records, default_collate([each["image"] for each in inputs]))

@@ -1,6 +1,6 @@
-"""A network, or a detector's backbone, made ready to infer: half precision, CUDA graphs, compiled.
+"""Optimises a network or a detector's backbone for inference: half precision, CUDA graphs, compile.
 
-Plain PyTorch; it works for any module that turns a batch of images into tensors.
+This is plain PyTorch. It works for any module that maps a batch of images to tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WARM_UPS = 3  # PyTorch's own advice for what goes into a CUDA graph
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts weights, but not norms with running statistics: three digits are too few for these."""
+    """Casts weights, but not norms with running statistics, which need more precision."""
     norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
     own = [norm.state_dict() for norm in norms]
     model.to(dtype)
@@ -31,14 +31,15 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class CudaGraphs:
-    """Runs a network; images of a kind that comes again are recorded and replayed from then on.
+    """Runs a network, and records a CUDA graph for each kind of images that occurs again.
 
-    A kind is shape, type, device and autocast. All graphs share one pool of memory, for no two of
-    them may run at once; what each holds of its own are its images and its outputs.
+    A kind is a combination of shape, type, device and autocast. All graphs share one memory pool,
+    since they never run at the same time; each has its own images and outputs.
 
     Args:
-        network: takes a batch of images.
-        max_bytes: once the graphs hold as much, further kinds run without; 0 for no graphs.
+        network: called with a batch of images.
+        max_bytes: once the graphs use this much memory, other kinds run without graphs; 0 for no
+            graphs.
     """
 
     def __init__(self, network: nn.Module, max_bytes: int):
@@ -57,10 +58,10 @@ class CudaGraphs:
         return images.shape, images.dtype, images.device, amp, self.network.training
 
     def record(self, images: Tensor) -> tuple[Callable[[Tensor], object], int]:
-        """Records the network on such images.
+        """Records the network on these images.
 
         Returns:
-            What replays it on others of their kind, and the bytes that it holds.
+            A function that replays it on images of the same kind, and the bytes that it uses.
         """
         kind = images.device.type
         # A graph must not read casts of weights that autocast keeps for a while.
@@ -121,15 +122,15 @@ class CudaGraphs:
 
 
 class OptimizedNetwork(nn.Module):
-    """A network around which :func:`optimize_for_inference` has put what makes it faster.
+    """A network that :func:`optimize_for_inference` has made faster.
 
-    It has the attributes of the network, and its names of tensors and modules. What moves, casts or
-    loads weights, and ``deepcopy``, forget the recorded graphs.
+    It has the attributes of the network, and its names of tensors and modules. Moving, casting or
+    loading weights, and ``deepcopy``, discard the recorded graphs.
 
     Args:
-        network: takes a batch of images (N, C, H, W).
-        dtype: of its weights.
-        backend: of ``torch.compile``; None does not compile.
+        network: called with a batch of images (N, C, H, W).
+        dtype: data type of its weights.
+        backend: backend of ``torch.compile``; None does not compile.
         max_graph_bytes: as in :class:`CudaGraphs`.
     """
 
@@ -154,7 +155,7 @@ class OptimizedNetwork(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> object:
-        """What the network gives for images (N, C, H, W), in their type."""
+        """Runs the network on images (N, C, H, W); the outputs have the images' type."""
         run = self._graphs if images.is_cuda else self._network
         out = run(images.to(self._dtype))
         return tree_map_only(Tensor, lambda tensor: tensor.to(images.dtype), out)
@@ -185,7 +186,7 @@ class OptimizedNetwork(nn.Module):
     def named_modules(
         self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As of any module, but the network's parts have the names that they have in it."""
+        """Iterates over modules; the network's parts have the same names as in the network."""
         memo = set() if memo is None else memo
         if self not in memo:
             if remove_duplicate:
@@ -194,16 +195,16 @@ class OptimizedNetwork(nn.Module):
             yield from self._network.named_modules(memo, prefix, remove_duplicate)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """The network's own."""
+        """Returns the network's state dict."""
         return self._network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs) -> object:
-        """Loads the network's own."""
+        """Loads the network's state dict."""
         self._forget_graphs()
         return self._network.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Called where a model that this is a part of loads its weights."""
+        """Called when a model that contains this one loads its weights."""
         self._forget_graphs()
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}_network.{key[len(prefix) :]}"] = state_dict.pop(key)
@@ -217,19 +218,19 @@ def optimize_for_inference(
     backend: str | None = None,
     max_graph_bytes: int = 4 << 30,
 ) -> OptimizedNetwork:
-    """Makes a copy of a network that infers faster and cannot train.
+    """Returns a copy of a network that is faster in inference and cannot be trained.
 
-    On a GPU its kernels are recorded into a CUDA graph for each kind of images that comes a second
-    time, so that the processor does not start them one by one.
+    On a GPU, its kernels are recorded in a CUDA graph for each kind of images that occurs a second
+    time, so the CPU does not launch them one by one.
 
     Args:
-        model: takes a batch of images (N, C, H, W) and returns a tensor, or lists or dicts of them;
-            a classifier or a detector's ``backbone``. It stays as it is.
-        dtype: of weights and computation. Images and outputs keep the images' own.
-        backend: of ``torch.compile``, such as "inductor", which needs a compiler; None does not
-            compile. Each new shape of images is compiled anew.
-        max_graph_bytes: memory of a GPU for all graphs; images of other shapes run without, once
-            it is used up. The graph that reaches it may go beyond it. 0 records none.
+        model: called with a batch of images (N, C, H, W), returns a tensor, or lists or dicts of
+            tensors; a classifier or a detector's ``backbone``. It is not changed.
+        dtype: data type of weights and computation. Images and outputs keep the images' type.
+        backend: backend of ``torch.compile``, such as "inductor", which requires a compiler; None
+            does not compile. Each new image shape is compiled separately.
+        max_graph_bytes: GPU memory for all graphs. Once it is used up, images of other shapes run
+            without graphs. The last graph may exceed it. 0: no graphs.
 
     Returns:
         The copy, in evaluation mode: a module with the attributes of ``model``, such as a

@@ -1,13 +1,13 @@
 """Parameters and multiply-adds (MACs) of built models, by the rule behind the published figures.
 
-The rule is that of the counter the baselines' figures come from: convolutions with their biases,
+The rule is that of the counter behind the baselines' figures: convolutions with their biases,
 linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
-max-pooling 1; 1000 proposals through a box head and 100 through a mask head. Products of attention
-are counted apart, the published figures leave them out. Nothing is computed: on the meta device,
-hooks count from shapes. PyTorch counts the products of convolutions by their operators, since no
-hook sees those of ConTNet's dense taps. Classifiers may be any of timm's, whose modules no list can
-name: of them PyTorch counts all operators, convolutions and linear layers without biases, and
-products of two computed arrays as attention.
+max-pooling 1; 1000 proposals for a box head and 100 for a mask head. Attention products are
+counted separately, since the published figures do not include them. Nothing is computed: on the
+meta device, hooks count from shapes. PyTorch counts the products of convolutions by their
+operators, since hooks do not see those of ConTNet's dense taps. For timm's classifiers, whose
+modules are unknown, PyTorch counts all operators: convolutions and linear layers without biases,
+and products of two computed arrays as attention.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 
 
 def build_meta_model(cfg: CfgNode) -> nn.Module:
-    """The config's model without memory for its weights, in inference mode."""
+    """Builds the config's model on the meta device, in evaluation mode."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -54,7 +54,7 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
 
 
 def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
-    """MACs of one call of a module, without its children's, by kind; "bias" is a convolution's."""
+    """MACs of one call of a module by kind, without its children; "bias" is a convolution's."""
     if isinstance(module, nn.Conv2d):
         yield "convolution", out.numel() * module.weight[0].numel()
         yield "bias", 0 if module.bias is None else out.numel()
@@ -86,7 +86,7 @@ def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[st
 
 
 def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> None:
-    """Calls what follows the backbone, on as many regions as the rule has."""
+    """Runs the heads, on as many regions as the rule specifies."""
     if hasattr(model, "head"):
         model.head([features[name] for name in model.head_in_features])
     elif hasattr(model, "sem_seg_head"):
@@ -103,7 +103,7 @@ def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> N
 
 
 def _kind(operator: str) -> str:
-    """The kind of one of PyTorch's operators, as "aten.addmm"."""
+    """The kind of a PyTorch operator, such as "aten.addmm"."""
     if "convolution" in operator:
         return "convolution"
     return "linear" if operator in ("aten.mm", "aten.addmm") else "attention"
@@ -167,11 +167,11 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
 
     Args:
         cfg: the config that the model was built from.
-        model: of :func:`build_meta_model`.
+        model: from :func:`build_meta_model`.
         size: height and width of the network's input, in pixels.
 
     Returns:
-        MACs by kind, in units of 10^9; "attention" is what the published figures leave out.
+        MACs by kind, in units of 10^9; "attention" is not included in the published figures.
     """
     total: Counter[str] = Counter()
     for counts in count_macs_by_module(cfg, model, size).values():
@@ -180,7 +180,7 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
 
 
 def count_parameters(model: nn.Module) -> float:
-    """Trained parameters in M, with the affine ones of frozen norms in trained blocks."""
+    """Trained parameters in millions, with affine parameters of frozen norms in trained blocks."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for module in model.modules():
         norm = getattr(module, "norm", None)

@@ -1,4 +1,4 @@
-"""Cuts maps into patches and puts them together again."""
+"""Cuts maps into patches, and merges patches into maps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = [
 
 
 def relative_index(patch_size: int, cell_size: int) -> Tensor:
-    """Row of the relative bias table for every pair of tokens of a patch, int64 (P*P, P*P).
+    """Row of the relative bias table for each pair of tokens of a patch, int64 (P*P, P*P).
 
-    Tokens run through the patch cell after cell, as :func:`partition_patches` puts them.
+    Tokens are ordered cell by cell, as in :func:`partition_patches`.
     """
     axis = torch.arange(patch_size)
     token = torch.cartesian_prod(axis, axis).view(1, patch_size, patch_size, 2)
@@ -46,7 +46,7 @@ def is_multiple(size: int, of: int) -> bool:
 
 
 def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
-    """Cuts a map (N, H, W, C) into patches (N * H/P * W/P, P*P, C), cell after cell of each."""
+    """Cuts a map (N, H, W, C) into patches (N * H/P * W/P, P*P, C), ordered cell by cell."""
     n, h, w, c = x.shape
     cells = patch_size // cell_size
     x = x.reshape(n, h // patch_size, cells, cell_size, w // patch_size, cells, cell_size, c)
@@ -56,7 +56,7 @@ def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
 
 
 def merge_patches(x: Tensor, patch_size: int, cell_size: int, h: int, w: int) -> Tensor:
-    """Undoes :func:`partition_patches`: puts patches back into maps (N, h, w, C)."""
+    """Inverse of :func:`partition_patches`: merges patches into maps (N, h, w, C)."""
     c = x.shape[2]
     cells = patch_size // cell_size
     x = x.reshape(-1, h // patch_size, w // patch_size, cells, cells, cell_size, cell_size, c)
@@ -64,7 +64,7 @@ def merge_patches(x: Tensor, patch_size: int, cell_size: int, h: int, w: int) ->
 
 
 def space_to_batch(x: Tensor, dilation: int) -> Tensor:
-    """Makes each grid of every ``dilation``-th pixel of (N, H, W, C) an image of its own.
+    """Makes each grid of every ``dilation``-th pixel of (N, H, W, C) a separate image.
 
     Returns:
         (N * dilation**2, H / dilation, W / dilation, C), the grids of an image side by side.
@@ -75,7 +75,7 @@ def space_to_batch(x: Tensor, dilation: int) -> Tensor:
 
 
 def batch_to_space(x: Tensor, dilation: int) -> Tensor:
-    """Undoes :func:`space_to_batch`."""
+    """Inverse of :func:`space_to_batch`."""
     _, h, w, c = x.shape
     x = x.reshape(-1, dilation, dilation, h, w, c)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, h * dilation, w * dilation, c)
@@ -86,12 +86,12 @@ def _round_up(size: int, to: int) -> int:
 
 
 def pad_and_partition(x: Tensor, patch_size: int, cell_size: int, dilation: int) -> Tensor:
-    """Pads a map at the right and at the bottom to whole patches, and cuts it into them.
+    """Pads a map at the right and at the bottom to whole patches, and cuts it into patches.
 
     Args:
         x: map (N, H, W, C).
         patch_size, cell_size: in pixels.
-        dilation: a patch takes every so many-th pixel.
+        dilation: distance of a patch's pixels.
 
     Returns:
         Tokens (B, T, C).
@@ -131,12 +131,12 @@ def _make_masks(
 def _kept_masks(
     stream: int, n: int, h: int, w: int, patch_sizes: tuple[int, ...], *rest
 ) -> list[Tensor | None]:
-    """Masks that are made once for each stream of a GPU, as none waits for another."""
+    """Masks cached per GPU stream, since streams do not wait for each other."""
     return _make_masks(n, h, w, list(patch_sizes), *rest)
 
 
 def _find_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
-    """Masks of this size, which are made anew where the operations are being recorded."""
+    """Cached masks of this size; created anew while operations are being recorded."""
     size = x.shape[:3]
     if (
         torch.compiler.is_compiling()
@@ -150,18 +150,18 @@ def _find_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor
 
 
 def margin_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
-    """Masks of attention in the patches that :func:`pad_and_partition` has cut.
+    """Returns attention masks for the patches of :func:`pad_and_partition`.
 
-    They depend on nothing but sizes, and are kept.
+    They depend only on sizes, and are cached.
 
     Args:
         x: the map (N, H, W, C).
-        patch_sizes: of the encoders, in pixels.
-        dilation: a patch takes every so many-th pixel.
+        patch_sizes: patch sizes of the encoders, in pixels.
+        dilation: distance of a patch's pixels.
 
     Returns:
-        For each encoder bool (B, T), False for tokens that no query may look at; None where nothing
-        is padded.
+        For each encoder bool (B, T), False for tokens that no query attends to; None if nothing is
+        padded.
     """
     n, h, w = x.shape[0], x.shape[1], x.shape[2]
     unit = max(patch_sizes) * dilation
@@ -177,7 +177,7 @@ def margin_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tenso
 def merge_and_crop(
     tokens: Tensor, patch_size: int, cell_size: int, dilation: int, like: Tensor
 ) -> Tensor:
-    """Undoes :func:`pad_and_partition`; ``like`` is the map that it cut."""
+    """Inverse of :func:`pad_and_partition`; ``like`` is the original map."""
     h, w = like.shape[1], like.shape[2]
     unit = patch_size * dilation
     full_h, full_w = _round_up(h, unit), _round_up(w, unit)

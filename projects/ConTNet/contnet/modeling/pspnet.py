@@ -1,4 +1,4 @@
-"""PSPNet's head, and a semantic segmentor that can look through a sliding window.
+"""PSPNet's head, and a semantic segmentor with sliding-window inference.
 
 Source: Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017, arXiv 1612.01105.
 """
@@ -39,20 +39,21 @@ def _enlarge(x: Tensor, **size) -> Tensor:
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class PSPHead(nn.Module):
-    """Pyramid pooling on the last feature, and an auxiliary classifier on the one before.
+    """Pyramid pooling on the last feature, and an auxiliary classifier on the previous one.
 
     Args:
         input_shape: channels and strides by feature.
         in_features: the auxiliary classifier's feature and the main one.
-        num_classes: of the maps it gives.
+        num_classes: number of classes.
         width: channels of the main classifier's 3x3 convolution.
-        bins: the pooled maps' sides; each has the feature's channels divided by their number.
-        norm: of all convolutions but the last, as Detectron2 names it.
-        dropout: of whole channels before each classifier, in [0, 1).
-        ignore_value: label without loss.
-        loss_weight: of the main loss.
+        bins: side lengths of the pooled maps; each map has the feature's channels divided by the
+            number of bins.
+        norm: normalisation layer of all convolutions but the last, as Detectron2 names it.
+        dropout: dropout of whole channels before each classifier, in [0, 1).
+        ignore_value: label that is ignored by the losses.
+        loss_weight: weight of the main loss.
         aux_width: channels of the auxiliary classifier's 3x3 convolution.
-        aux_loss_weight: 0 leaves the auxiliary classifier out.
+        aux_loss_weight: weight of the auxiliary loss; 0 for no auxiliary classifier.
     """
 
     @configurable
@@ -153,20 +154,22 @@ class PSPHead(nn.Module):
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """First pixels of windows that cover ``size`` pixels; the last one ends at the border."""
+    """Start positions of windows that cover ``size`` pixels; the last one ends at the border."""
     last = max(size - window, 0)
     return [*range(0, last, stride), last]
 
 
 @META_ARCH_REGISTRY.register()
 class WindowSegmentor(SemanticSegmentor):
-    """Detectron2's segmentor; in inference it may average the logits of overlapping windows.
+    """Detectron2's segmentor, with optional sliding-window inference.
+
+    It averages the logits of overlapping windows.
 
     Args:
-        num_classes: of the head.
+        num_classes: number of classes of the head.
         window: height and width in pixels of the network's input; None for the whole image.
-        window_stride: from window to window, vertically and horizontally, in pixels.
-        **kwargs: of Detectron2's segmentor.
+        window_stride: vertical and horizontal stride of the windows, in pixels.
+        **kwargs: arguments of Detectron2's segmentor.
     """
 
     @configurable
@@ -194,7 +197,7 @@ class WindowSegmentor(SemanticSegmentor):
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """As Detectron2's: losses in training, otherwise ``sem_seg`` logits (K, H, W) by image."""
+        """Returns losses in training, otherwise ``sem_seg`` logits (K, H, W) for each image."""
         if self.training or self.window is None:
             return super().forward(batched_inputs)
         return [{"sem_seg": self._slide(inputs)} for inputs in batched_inputs]

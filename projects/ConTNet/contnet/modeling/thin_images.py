@@ -1,7 +1,8 @@
-"""Keeps images that are a thousand times as long as wide: Detectron2 leaves no pixel of them.
+"""Augmentations that work on extremely thin images.
 
-Its sizes are rounded, so that the shorter side of such an image, or of a crop, may become 0. Here
-it is at least 1; all other sizes, and the random draws, are Detectron2's.
+Detectron2 rounds sizes, so the shorter side of an image that is a thousand times as long as wide,
+or of a crop, may become 0. Here, it is at least 1. All other sizes, and the random draws, are
+Detectron2's.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def _kept(augmentation: T.Augmentation) -> T.Augmentation:
 
 
 def keep_a_pixel(augmentations: Iterable[T.Augmentation]) -> list[T.Augmentation]:
-    """Puts the augmentations above in the place of Detectron2's."""
+    """Replaces Detectron2's augmentations by the ones above."""
     return [_kept(each) for each in augmentations]
 
 
 def keep_a_pixel_in_tta() -> None:
-    """Has Detectron2's test-time augmentation resize so, too; it builds its resizing itself."""
+    """Makes Detectron2's test-time augmentation use them, too; it builds its own resizing."""
     test_time_augmentation.ResizeShortestEdge = ResizeShortestEdge

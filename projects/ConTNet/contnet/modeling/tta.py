@@ -1,8 +1,7 @@
-"""Test-time augmentation: an image is shown at several sizes, and mirrored, and what the model
-finds is merged.
+"""Test-time augmentation: runs on an image at several sizes, also mirrored, and merges the outputs.
 
-Two-stage detectors have Detectron2's. Dense detectors and semantic segmentors have ours, which ask
-no more of a model than its usual output.
+Two-stage detectors use Detectron2's. Dense detectors and semantic segmentors use ours, which only
+needs a model's usual output.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ View = tuple[dict, bool]
 
 
 class _TTA(nn.Module, ABC):
-    """Takes and gives what the model does, one view at a time.
+    """Has the model's inputs and outputs; runs one view at a time.
 
     Args:
-        cfg: TEST.AUG is read.
-        model: gives its output in each input's ``height`` and ``width``.
+        cfg: the config, of which TEST.AUG is read.
+        model: returns its output in each input's ``height`` and ``width``.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
@@ -58,11 +57,11 @@ class _TTA(nn.Module, ABC):
 
     @abstractmethod
     def merge(self, views: Iterable[View]) -> dict:
-        """One output of those of all views, in the frame of the image that is not mirrored."""
+        """Merges the outputs of all views, in the coordinates of the original image."""
 
 
 class DenseDetectorTTA(_TTA):
-    """The union of all views' boxes after the model's own suppression, class by class."""
+    """Joins the boxes of all views, and applies the model's NMS to each class."""
 
     def merge(self, views: Iterable[View]) -> dict[str, Instances]:
         found = []
@@ -82,7 +81,7 @@ class DenseDetectorTTA(_TTA):
 
 
 class SemanticSegmentorTTA(_TTA):
-    """The mean of all views' class probabilities, (K, height, width), in place of logits."""
+    """Averages the class probabilities of all views, (K, height, width), instead of logits."""
 
     def merge(self, views: Iterable[View]) -> dict[str, torch.Tensor]:
         total, count = 0, 0
@@ -94,7 +93,7 @@ class SemanticSegmentorTTA(_TTA):
 
 
 def tta_class(architecture: str) -> type[nn.Module] | None:
-    """What wraps a model, as ``tta_class(name)(cfg, model)``; None if there is no such thing.
+    """Returns the wrapper class, used as ``tta_class(name)(cfg, model)``; None if there is none.
 
     Args:
         architecture: MODEL.META_ARCHITECTURE.

@@ -1,4 +1,4 @@
-"""Predicts the files of a command, over all processes of it, and writes what was found."""
+"""Runs a model on a command's files, in all of its processes, and writes the predictions."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ _WHOLE = 0.9  # of its frames
 
 @dataclass(frozen=True)
 class PredictionSettings:
-    """What is predicted, by which model, and what is written.
+    """Model, inputs and outputs of a prediction.
 
     Attributes:
-        source, config_file, device: of :func:`contnet.prediction.predictor.load_run`.
-        inputs: what is predicted.
-        output: folder for all that is written.
-        score: the least score of a detection.
-        classes: names of those that are kept; empty for all.
-        batch_size: images that the model takes at a time.
-        tile: size and overlap of tiles in pixels; None for none.
-        workers: processes that decode, for each process that predicts.
-        pictures: whether to draw.
+        source, config_file, device: as in :func:`contnet.prediction.predictor.load_run`.
+        inputs: the files.
+        output: output folder.
+        score: minimum score of a detection.
+        classes: names of the classes to keep; empty for all.
+        batch_size: number of images per forward pass.
+        tile: size and overlap of tiles in pixels; None for no tiles.
+        workers: number of decoding processes, for each predicting process.
+        pictures: whether to draw the predictions.
     """
 
     source: str
@@ -74,7 +74,7 @@ class PredictionSettings:
 
 
 class _Outcome(NamedTuple):
-    """Of one file."""
+    """The result of one file."""
 
     file: Input
     rows: Sequence[dict] = ()
@@ -84,7 +84,7 @@ class _Outcome(NamedTuple):
 
 
 class _Decoded(Dataset):
-    """The inputs of a model, with those that cannot be read marked."""
+    """A data set of model inputs, which marks files that cannot be read."""
 
     def __init__(self, files: Sequence[Input], model: Predictor):
         self.files = files
@@ -102,7 +102,7 @@ class _Decoded(Dataset):
 
 
 class _Share:
-    """What one process does."""
+    """The work of one process."""
 
     def __init__(self, settings: PredictionSettings, model: Predictor):
         self.settings = settings
@@ -110,7 +110,7 @@ class _Share:
         self.ids = _ids(settings, model)
 
     def predict(self, files: Sequence[Input]) -> Iterator[_Outcome]:
-        """What was found in each file, in any order, once it has been drawn."""
+        """Yields the result of each file, in any order, after drawing it."""
         images = [file for file in files if not file.is_video]
         yield from self._tiled(images) if self.settings.tile else self._batches(images)
         for video in (file for file in files if file.is_video):
@@ -156,7 +156,7 @@ class _Share:
         return self._kept(found)
 
     def _kept(self, found: dict) -> dict:
-        """What was found, without classes that nobody wants."""
+        """Keeps only the predictions of ``classes``."""
         if not self.settings.classes or "boxes" not in found:
             return found
         wanted = [
@@ -224,7 +224,7 @@ def _video_writer(path: Path, source: cv2.VideoCapture, shape: tuple) -> cv2.Vid
 
 
 def _caption(found: dict) -> str:
-    """What was found in an image, in a few words."""
+    """A short summary of an image's predictions."""
     if "boxes" in found:
         counts = Counter(found["names"]).most_common(3)
         return ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
@@ -234,29 +234,30 @@ def _caption(found: dict) -> str:
 
 
 def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
-    """Ids of the model's classes in the results."""
+    """Category ids of the model's classes in the results."""
     if settings.tile:
         check_tiles(model, *settings.tile)
     for name in settings.classes:
         if name not in model.class_names:
             raise UsageError(
-                f"--classes has {name!r}, which {model.source} does not know, the nearest is "
+                f"--classes has {name!r}, which {model.source} does not have; the nearest is "
                 f"{nearest(name, model.class_names)!r}"
             )
     if settings.classes and model.task != "detection":
-        raise UsageError(f"--classes is for detectors, and {model.source} is of a {model.task}")
+        raise UsageError(f"--classes is for detectors, but {model.source} is a {model.task} model")
     ids = category_ids(model.class_names, settings.inputs.categories)
     if ids is None:
         missing = [name for name in model.class_names if name not in settings.inputs.categories]
         raise UsageError(
             f"the categories of the COCO file lack classes of {model.source} "
-            f"({first_names(missing)}): give one with the categories of the training, or with none"
+            f"({first_names(missing)}): use one with the categories of the training, or without "
+            "categories"
         )
     return ids
 
 
 def _own_device(device: str) -> str:
-    """The GPU of this process, where several have one each."""
+    """The GPU of this process, if several processes have one each."""
     if comm.get_world_size() > 1 and device == "cuda":
         return f"cuda:{torch.cuda.current_device()}"
     return device
@@ -276,20 +277,20 @@ def _write(
         say(f"page {page}")
     if unreadable := [each.file.path for each in outcomes if each.unreadable]:
         raise UserError(
-            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read whole: "
+            f"{len(unreadable)} of {plural(len(outcomes), 'file')} could not be read completely: "
             f"{first_names(unreadable)}"
         )
 
 
 def predict_files(settings: PredictionSettings) -> None:
-    """Predicts this process's share of the files; the first process writes the results of all.
+    """Predicts this process's share of the files; the first process writes all results.
 
     Args:
         settings: the same in all processes.
 
     Raises:
-        UserError: at the end, if a file could not be read; if the model cannot be loaded, or does
-            not do what is asked for.
+        UserError: if the model cannot be loaded, or does not support the settings; at the end, if a
+            file could not be read.
     """
     with writing(settings.output):  # before the work
         settings.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a prediction is made of: image files, folders, patterns, COCO files, videos."""
+"""Inputs of predictions: image files, folders, glob patterns, COCO files, videos."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Input:
     """An image file, or a video.
 
     Attributes:
-        path: of the file.
-        name: what the outputs are called: a relative path without an ending, each another.
-        image_id: what the results call it: the id of the COCO file, or the file's name.
+        path: path of the file.
+        name: unique name of its outputs: a relative path without a suffix.
+        image_id: its id in the results: that of the COCO file, or the file's name.
     """
 
     path: str
@@ -32,17 +32,17 @@ class Input:
 
     @property
     def is_video(self) -> bool:
-        """Whether it has many images."""
+        """Whether it is a video."""
         return self.path.lower().endswith(VIDEO_ENDINGS)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is predicted.
+    """The files to predict.
 
     Attributes:
-        files: in the order in which they were given; those of a folder by name.
-        categories: of COCO files: the ids of classes by their names.
+        files: in the order of the arguments; those of a folder sorted by name.
+        categories: from COCO files: category ids by class names.
     """
 
     files: list[Input] = field(default_factory=list)
@@ -58,7 +58,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _in_folder(folder: Path) -> Iterator[_Found]:
-    """The images and videos below a folder, but for hidden ones."""
+    """The images and videos below a folder, without hidden ones."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -76,7 +76,7 @@ def _of_coco(file: Path, root: str, categories: dict[str, int]) -> Iterator[_Fou
         name = image.get("file_name")
         if not isinstance(name, str) or not isinstance(image.get("id"), (int, str)):
             raise UsageError(
-                f"{file}: each image must have a file_name, and a number or a text as id"
+                f"{file}: each image must have a file_name, and a number or a string as id"
             )
         yield Path(root or file.parent, name), name, image["id"]
 
@@ -85,7 +85,7 @@ def _expand(argument: str, root: str, categories: dict[str, int]) -> list[_Found
     path = Path(argument)
     if path.is_dir():
         if not (found := list(_in_folder(path))):
-            raise UsageError(f"{argument} has no images or videos in it")
+            raise UsageError(f"{argument} contains no images or videos")
         return found
     if path.exists():
         if path.suffix.lower() == ".json":
@@ -98,7 +98,7 @@ def _expand(argument: str, root: str, categories: dict[str, int]) -> list[_Found
 
 
 def _output_names(names: Iterable[str]) -> list[str]:
-    """Relative paths without endings that lead nowhere else, each another."""
+    """Unique relative paths without suffixes, which do not leave the output folder."""
     taken: set[str] = set()
     result = []
     for name in names:
@@ -115,16 +115,16 @@ def _output_names(names: Iterable[str]) -> list[str]:
 def find_inputs(
     arguments: Sequence[str], lines: Iterable[str] = (), image_root: str = ""
 ) -> Inputs:
-    """Finds the files that a command's arguments mean.
+    """Finds the files of a command's arguments.
 
     Args:
-        arguments: image files, videos, folders (with all below), patterns such as ``a/**/*.jpg``,
-            annotation files of COCO's form, and ``-`` for paths from ``lines``.
-        lines: of the standard input; each is an argument.
-        image_root: the folder of the images of annotation files; that of the file by default.
+        arguments: image files, videos, folders (recursively), patterns such as ``a/**/*.jpg``,
+            annotation files in COCO format, and ``-`` for paths from ``lines``.
+        lines: lines of the standard input; each is an argument.
+        image_root: image folder of annotation files; by default, the folder of the file.
 
     Raises:
-        UsageError: for an argument that means no file.
+        UsageError: for an argument that matches no file.
     """
     categories: dict[str, int] = {}
     found: list[_Found] = []

@@ -1,4 +1,4 @@
-"""Writes predictions: one JSON file in COCO's form of results, pictures, and a page of them."""
+"""Writes predictions: a JSON file in COCO's results format, images, and an HTML page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOST_SHOWN = 500  # pictures of a page
 
 
 def category_ids(class_names: Sequence[str], categories: Mapping[str, int]) -> list[int] | None:
-    """The ids of the model's classes in a COCO file; their indices where none is given.
+    """The ids of the model's classes in a COCO file; without a file, their indices.
 
     Returns:
         None if the file lacks one of the classes.
@@ -66,14 +66,14 @@ def _detections(image: dict, found: dict, ids: Sequence[int]) -> list[dict]:
 def result_rows(
     image_id: int | str, name: str, found: dict, class_names: Sequence[str], ids: Sequence[int]
 ) -> list[dict]:
-    """The rows of the results file for an image, in COCO's form where that has one.
+    """Returns an image's rows of the results file, in COCO's format if there is one for the task.
 
     Args:
-        image_id: of the image.
-        name: of its outputs.
-        found: of :class:`contnet.prediction.predictor.Predictor`.
-        class_names: of the model.
-        ids: of its classes, by :func:`category_ids`.
+        image_id: id of the image.
+        name: name of its outputs.
+        found: output of :class:`contnet.prediction.predictor.Predictor`.
+        class_names: class names of the model.
+        ids: ids of its classes, from :func:`category_ids`.
     """
     image = {"image_id": image_id}
     if "boxes" in found:
@@ -103,20 +103,20 @@ def _path(folder: Path, kind: str, file: str) -> Path:
 
 
 def save_map(folder: Path, name: str, found: dict) -> None:
-    """Saves a map of class indices as a PNG, of 8 bits if they fit."""
+    """Saves a map of class indices as a PNG, with 8 bits if they fit."""
     semantic = found["semantic"]
     kind = np.uint8 if semantic.max(initial=0) < 256 else np.uint16
     Image.fromarray(semantic.astype(kind)).save(_path(folder, _MAPS, f"{name}.png"))
 
 
 def save_picture(folder: Path, image: Input, drawn: np.ndarray, caption: str) -> Thumbnail:
-    """Saves a drawn image; what the page shows of it.
+    """Saves a drawn image; returns its thumbnail for the page.
 
     Args:
-        folder: of all outputs.
-        image: that was drawn in.
+        folder: output folder.
+        image: the input that was drawn.
         drawn: uint8 RGB (H, W, 3).
-        caption: below it on the page.
+        caption: caption on the page.
     """
     path = _path(folder, _IMAGES, f"{image.name}.jpg")
     picture = Image.fromarray(drawn)
@@ -126,7 +126,7 @@ def save_picture(folder: Path, image: Input, drawn: np.ndarray, caption: str) ->
 
 
 def write_results(folder: Path, rows: Sequence[dict]) -> Path:
-    """Writes the results of all images; the file's path."""
+    """Writes the results of all images; returns the file's path."""
     path = folder / RESULTS
     with atomic_write(path, "w") as file:
         json.dump(rows, file)
@@ -136,7 +136,7 @@ def write_results(folder: Path, rows: Sequence[dict]) -> Path:
 def write_contact_sheet(
     folder: Path, title: str, facts: Mapping[str, object], thumbnails: Sequence[Thumbnail]
 ) -> Path:
-    """Writes a page of small pictures, each of which opens the large one; the page's path."""
+    """Writes a page of thumbnails, which link to the images; returns its path."""
     heading = "Images"
     if len(thumbnails) > _MOST_SHOWN:
         heading = f"The first {_MOST_SHOWN} of {len(thumbnails)} images"

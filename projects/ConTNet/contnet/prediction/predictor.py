@@ -1,4 +1,4 @@
-"""Trained models as functions: images in, plain NumPy arrays out."""
+"""Trained models as functions, from images to plain NumPy arrays."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def _record_of(number: int, image: ImageLike) -> dict:
-    """What a mapper takes for an image."""
+    """The record of an image for a mapper."""
     if isinstance(image, (str, os.PathLike)):
         return {"file_name": os.fspath(image)}
     name = f"image {number}"
@@ -51,12 +51,12 @@ def _record_of(number: int, image: ImageLike) -> dict:
         return {"file_name": name, "pixels": image.copy()}
     if not isinstance(image, np.ndarray):
         raise UserError(
-            f"{name} is a {type(image).__name__}: give a path, an image of Pillow's or an array"
+            f"{name} is a {type(image).__name__}: give a path, a Pillow image or an array"
         )
     if image.dtype != np.uint8 or not (image.ndim == 2 or image.shape[2:] == (3,)):
         raise UserError(
             f"{name} is an array of {image.dtype} {image.shape}: give uint8 (H, W), or (H, W, 3) "
-            "in the order of RGB"
+            "in RGB order"
         )
     return {"file_name": name, "pixels": Image.fromarray(image)}
 
@@ -65,14 +65,14 @@ def _record_of(number: int, image: ImageLike) -> dict:
 
 
 class Predictor:
-    """A trained model that takes images as they are and gives plain arrays.
+    """A trained model that accepts images of any size and returns plain arrays.
 
-    It holds no state between calls, so that threads may share it.
+    It has no state between calls, so threads may share it.
 
     Args:
-        cfg: of the model, whose weights it has.
-        model: of :func:`contnet.modeling.build.build_model`, in evaluation mode.
-        class_names: in the order of the model's outputs.
+        cfg: config of the model; MODEL.WEIGHTS is the file of its weights.
+        model: from :func:`contnet.modeling.build.build_model`, in evaluation mode.
+        class_names: class names in the order of the model's outputs.
 
     Attributes:
         task: "detection", "segmentation" (a class for each pixel) or "classification".
@@ -94,23 +94,23 @@ class Predictor:
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], *, score: float = 0.0, batch_size: int = 1
     ) -> dict | list[dict]:
-        """What the model finds in an image, or in each of several.
+        """Runs the model on one image or a list of images.
 
         Args:
-            images: one, or a list of them: paths, Pillow's images, or arrays of uint8, (H, W) or
-                (H, W, 3) in the order of RGB. They are turned as their EXIF says, and brought to 8
-                bits and three colours as in training.
-            score: the least score of a detection. The model leaves out those below its config's
-                threshold by itself.
-            batch_size: images that the model takes at a time. Detectors pad those of a batch to
-                one size, which changes results a little; an evaluation has them one by one.
+            images: one image or a list: paths, Pillow images, or uint8 arrays, (H, W) or (H, W, 3)
+                in RGB order. As in training, their EXIF orientation is applied, and they are
+                converted to 8 bits and three channels.
+            score: minimum score of a detection. Detections below the threshold in the model's
+                config are never returned.
+            batch_size: number of images per forward pass. Detectors pad the images of a batch to
+                the same size, which changes results slightly; an evaluation uses batches of one.
 
         Returns:
-            For each image a dict. Of a detector, best first: boxes, float32 (N, 4) as left, top,
-            right and bottom edge in pixels of the image; scores, float32 (N,); classes, int64 (N,);
-            names, a list; and masks, bool (N, H, W), if the model has them. Of a segmenter
-            ``semantic``, int64 (H, W). Of a classifier, for the best 5 classes: scores
-            (probabilities), classes and names.
+            A dict for each image. Detectors, best detection first: boxes, float32 (N, 4) as left,
+            top, right and bottom edge in pixels of the image; scores, float32 (N,); classes, int64
+            (N,); names, a list; and masks, bool (N, H, W), if the model has masks. Segmenters:
+            ``semantic``, int64 (H, W). Classifiers, for the top 5 classes: scores (probabilities),
+            classes and names.
 
         Raises:
             UserError: for an image that cannot be read.
@@ -124,7 +124,7 @@ class Predictor:
         return found[0] if single else found
 
     def infer(self, inputs: Sequence[dict], score: float = 0.0) -> list[dict]:
-        """The results of what the mapper has made of images, as a call returns them."""
+        """Runs the model on the mapper's outputs; returns the same as a call."""
         with torch.inference_mode(), autocast(self.cfg):
             outputs = self.model(inputs)
             return [plain_output(output, self.class_names, score) for output in outputs]
@@ -134,23 +134,23 @@ class Predictor:
 
 
 def find_weights(folder: Path) -> Path:
-    """The file of a run's best weights."""
+    """Finds the file of a run's best weights."""
     for name in (BEST, FINAL):
         if (path := folder / f"{name}.pth").is_file():
             return path
     if path := find_checkpoint(folder) or published_file(folder):
         return path
-    raise UserError(f"{folder} has no checkpoint: give the folder of a training, or a file")
+    raise UserError(f"{folder} has no checkpoint: give the folder of a run, or a file")
 
 
 def config_of(weights: Weights) -> CfgNode:
-    """The config of the run that has written a file."""
+    """The config of the run that wrote a file."""
     if weights.metadata and weights.metadata.config:
         return parse_checked_config(weights.metadata.config, f"the config in {weights.path}")
     beside = Path(weights.path).parent / _CONFIG_FILE
     if beside.is_file():
         return load_checked_config(str(beside))
-    raise UsageError(f"{weights.path} does not say which config it belongs to: give --config-file")
+    raise UsageError(f"{weights.path} does not contain its config: add --config-file")
 
 
 def _choose_device(cfg: CfgNode, device: str) -> str:
@@ -163,20 +163,20 @@ def _choose_device(cfg: CfgNode, device: str) -> str:
 
 
 def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predictor:
-    """The model that a config describes, with the weights of a file.
+    """Builds the model of a config, with the weights of a file.
 
     Args:
-        cfg: not frozen; of the file, or one that it fits.
-        weights: of :func:`contnet.checkpoint.reading.read_weights`.
-        device: as of :func:`load_run`.
+        cfg: config of the file, or one that fits it; not frozen.
+        weights: from :func:`contnet.checkpoint.reading.read_weights`.
+        device: as in :func:`load_run`.
 
     Raises:
-        UserError: if the weights do not fit, or the model is of no known task.
+        UserError: if the weights do not fit, or the model's task is not supported.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE
     if len(CLASS_KEYS.get(architecture, ())) != 1:
         raise UserError(
-            f"{weights.path} is of the architecture {architecture}, which is not predicted"
+            f"{weights.path} has the architecture {architecture}, which is not supported"
         )
     (key,) = CLASS_KEYS[architecture].values()
     cfg.MODEL.DEVICE = _choose_device(cfg, device)
@@ -197,18 +197,18 @@ def load_run(
     *,
     device: str = "",
 ) -> Predictor:
-    """Loads what a training has left.
+    """Loads a trained model.
 
     Args:
-        source: the folder of a run, whose best weights are taken (those of the last iteration
-            where no metric chose), or of a published model, or a file of weights.
-        config_file: of the model, where the file does not hold its own.
+        source: the folder of a run, whose best weights are used (those of the last iteration if
+            there was no evaluation), or of a published model, or a file of weights.
+        config_file: config of the model, if the file does not contain its own.
         opts: config keys and values, ``[KEY, VALUE, ...]``, for ``config_file``.
         device: "cpu", "cuda" or "cuda:N"; by default the config's, or the CPU if there is no GPU.
 
     Raises:
-        UserError: if there are no weights, they are damaged or do not fit the config, or nothing
-            says what the config is.
+        UserError: if there are no weights, they are damaged or do not fit the config, or the config
+            is unknown.
     """
     silence_known_warnings()
     path = Path(source)

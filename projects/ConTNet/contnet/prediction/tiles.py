@@ -1,9 +1,9 @@
-"""Detection in large images by tiles, whose detections are merged.
+"""Detection in tiles of large images.
 
-Small objects in a large image vanish when it is resized for the model, so each tile is resized by
-itself. A detection that touches an inner border of its tile is cut, and left out: the object is
-whole in a neighbour or, if it is larger than the overlap, in the image as a whole, in which the
-model looks, too.
+Small objects in a large image vanish when it is resized for the model, so each tile is resized
+separately. The model also runs on the whole image. Detections that touch an inner border of their
+tile are cut off, and dropped: the object is complete in a neighbouring tile or, if it is larger
+than the overlap, in the whole image.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _SAME = 0.5  # IoU from which two detections are of one object
 
 
 def check_tiles(model: Predictor, size: int, overlap: int) -> None:
-    """Raises UsageError unless a model can look at tiles of such a size."""
+    """Raises UsageError unless a model can run on tiles of this size."""
     if model.task != "detection":
-        raise UsageError(f"tiles are for detectors, and {model.source} is of a {model.task}")
+        raise UsageError(f"tiles are for detectors, but {model.source} is a {model.task} model")
     if size < 16 or not 0 <= overlap < size:
         raise UsageError(
             f"tiles of {size} pixels that overlap by {overlap}: the size must be 16 or more, the "
@@ -36,13 +36,13 @@ def check_tiles(model: Predictor, size: int, overlap: int) -> None:
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles begin; the last one ends with the image."""
+    """Start positions of tiles; the last one ends at the image's border."""
     last = max(length - size, 0)
     return sorted({min(start, last) for start in range(0, last + size - overlap, size - overlap)})
 
 
 class _Look(NamedTuple):
-    """A part of an image, and what the model finds in it."""
+    """A part of an image, and the model's detections in it."""
 
     left: int
     top: int
@@ -56,7 +56,7 @@ class _Look(NamedTuple):
 
 
 def _is_whole(look: _Look, shape: tuple[int, int]) -> np.ndarray:
-    """Which objects no border cuts but those of the image, (N,)."""
+    """Which objects touch no inner border of their tile, (N,)."""
     boxes, (rows, columns) = look.found["boxes"], shape
     whole = np.ones(len(boxes), bool)
     if look.left:
@@ -88,17 +88,18 @@ def _tiles(
 def predict_tiled(
     model: Predictor, image: np.ndarray, size: int, overlap: int, score: float = 0.0
 ) -> dict:
-    """What a detector finds in an image and in tiles of it.
+    """Runs a detector on an image and on its tiles, and merges the detections.
 
     Args:
         model: a detector.
         image: uint8 RGB (H, W, 3).
-        size: of a tile, in pixels.
-        overlap: of two neighbours, in pixels; objects up to this size are whole in a tile.
-        score: the least score.
+        size: size of a tile, in pixels.
+        overlap: overlap of neighbouring tiles, in pixels; objects up to this size are complete in a
+            tile.
+        score: minimum score.
 
     Returns:
-        As :class:`Predictor` does.
+        The same dict as :class:`Predictor`.
     """
     looks = list(_tiles(model, image, size, overlap, score))
     parts = [

@@ -60,7 +60,7 @@ def _find_job(env: DistributedEnvironment, run_folder: str) -> Job:
 
 
 class Attempt:
-    """Runs a job's training in this task, and decides at the end whether it goes on.
+    """Runs a job's training in this task, and decides at the end whether the job is requeued.
 
     The arguments are those of :class:`contnet.slurm.job.TrainingJob`.
     """
@@ -123,7 +123,7 @@ class Attempt:
             raise
         except BaseException as error:
             if lost_contact(error) and self._node_is_gone():
-                sys.exit(self._end("a node does not answer any more"))
+                sys.exit(self._end("a node does not respond"))
             self.watcher.fail(error)
             raise
         if status is not None:
@@ -162,7 +162,7 @@ class Attempt:
         if self.job.restart > self.max_requeues:
             raise UserError(
                 f"job {self.job.job_id} has been started {self.job.restart + 1} times and may be "
-                f"requeued {self.max_requeues} times: submit it again to go on"
+                f"requeued {self.max_requeues} times: submit it again to continue"
             )
         self.lease.check()
         patience = 12 * self.watcher.heartbeat_interval
@@ -227,7 +227,7 @@ class Attempt:
         return 1 if self.folder.read("failure") else self._end(reason)
 
     def _end(self, reason: str) -> int:
-        """Requeues the job if it may go on; notes the decision; returns the exit status."""
+        """Requeues the job if it may continue; records the decision; returns the exit status."""
         with self._lock:
             if note := self.folder.read("exit"):
                 return note["status"]
@@ -251,10 +251,10 @@ class Attempt:
         state = self.job.state()
         if state != "RUNNING":
             # Cancelled, requeued or preempted: what comes next is SLURM's affair.
-            return _TERMINATED, f"not requeued by us, for the job is {state or 'unknown to SLURM'}"
+            return _TERMINATED, f"not requeued by us: the job is {state or 'unknown to SLURM'}"
         if self.job.cluster == "local" and "SIGUSR2" not in self.watcher.signals:
             # By --cancel, or by whoever ends a process of this machine.
-            return _TERMINATED, "not requeued, for the processes were told to end"
+            return _TERMINATED, "not requeued: the processes were told to end"
         if error := self.reason_to_stop():
             return 1, error
         record = {
@@ -282,7 +282,7 @@ class Attempt:
         # With a larger batch than before, numbers begin again at lower ones.
         if earlier and last_saved_iteration(self.run_folder) == earlier[-1]["iteration"]:
             return (
-                "not requeued: nothing was saved since the last requeue, after iteration "
+                "not requeued: no checkpoint was saved since the last requeue, after iteration "
                 f"{earlier[-1]['iteration']}; give the job more time, or save more often"
             )
         return ""

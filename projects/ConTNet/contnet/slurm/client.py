@@ -1,4 +1,4 @@
-"""Questions to SLURM's own commands."""
+"""Calls SLURM's commands."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ _ENDED = {
 
 
 def ask_slurm(*command: str, timeout: float = 120) -> str:
-    """The output of a client of SLURM's.
+    """Runs a SLURM command, and returns its output.
 
     Args:
         command: the program and its arguments.
-        timeout: seconds that it may take.
+        timeout: timeout in seconds.
 
     Raises:
-        UserError: if there is no such program, or it fails; in SLURM's own words.
+        UserError: if the program does not exist, or fails; with SLURM's message.
     """
     if shutil.which(command[0]) is None:
-        raise UserError(f"there is no {command[0]} on PATH: is SLURM installed on this machine?")
+        raise UserError(f"{command[0]} is not on PATH: is SLURM installed on this machine?")
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="backslashreplace", timeout=timeout
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} did not answer within {timeout:g} s, try later") from error
+        raise UserError(
+            f"{command[0]} did not respond within {timeout:g} s, try again later"
+        ) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = "; ".join(line.strip() for line in lines[-2:]) or f"status {done.returncode}"
@@ -53,7 +55,7 @@ def ask_slurm(*command: str, timeout: float = 120) -> str:
 
 
 def read_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """SLURM's states of jobs, the tasks of arrays each on its own; ended jobs are left out.
+    """SLURM's states of jobs, separately for tasks of arrays; ended jobs are not included.
 
     Args:
         job_ids: as ``12``, or ``12_3`` for a task of an array; ``12`` then means all its tasks.
@@ -76,7 +78,7 @@ def read_states(job_ids: Iterable[str]) -> dict[str, str]:
 
 
 def job_state(job_id: str) -> str:
-    """SLURM's word for a job's state, "" if it knows of none or does not answer."""
+    """SLURM's name of a job's state; "" if it is unknown or SLURM does not respond."""
     for attempt in range(3):
         try:
             return ask_slurm(

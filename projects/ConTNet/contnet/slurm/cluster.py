@@ -1,4 +1,4 @@
-"""The job that this process belongs to: its state, and how it is requeued."""
+"""The job of this process: its state, and requeueing it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Job:
 
     Attributes:
         cluster: "slurm", "local" (submitit's local executor), or "" for neither.
-        job_id: as SLURM's commands take it, "12_3" for a task of an array.
-        restart: attempts of this job before this one.
-        rank, world_size: of this task.
-        num_nodes: machines of the job.
+        job_id: id for SLURM's commands, "12_3" for a task of an array.
+        restart: number of earlier attempts of this job.
+        rank, world_size: rank of this task, and number of tasks.
+        num_nodes: number of machines of the job.
     """
 
     cluster: str
@@ -47,20 +47,20 @@ class Job:
         )
 
     def state(self) -> str:
-        """SLURM's word for the job's state, "" if it gives none; elsewhere RUNNING."""
+        """SLURM's name of the job's state, "" if unknown; without SLURM, RUNNING."""
         return job_state(self.job_id) if self.cluster == "slurm" else "RUNNING"
 
     def requeue(self) -> None:
-        """Has SLURM end this attempt and begin another; the local executor goes by our exit status.
+        """Makes SLURM end this attempt and start another; the local executor uses our exit status.
 
         Raises:
-            UserError: if the cluster cannot or will not.
+            UserError: if the cluster does not requeue the job.
         """
         if self.cluster == "local":
             return
         if not self.cluster:
-            raise UserError("nothing here can start the training again")
+            raise UserError("without SLURM, nothing can restart the training")
         try:
             ask_slurm("scontrol", "requeue", self.job_id, timeout=SHORT_TIMEOUT)
         except UserError as error:
-            raise UserError(f"SLURM does not requeue job {self.job_id}: {error}") from error
+            raise UserError(f"SLURM did not requeue job {self.job_id}: {error}") from error

@@ -1,4 +1,4 @@
-"""Says how submitted runs do."""
+"""Describes the status of submitted runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _OUR_ERROR = f"{UserError.__name__}: "
 
 
 def last_metrics(folder: str | Path) -> dict:
-    """The newest line of a training's metrics, {} if there is none."""
+    """The latest line of a training's metrics; {} if there is none."""
     return next((line for line in reversed(read_metrics(folder)) if "total_loss" in line), {})
 
 
 def iterations_done(folder: str | Path) -> int:
-    """How many iterations a run has done, as its job or else metrics.json says."""
+    """Number of iterations that a run has done, from its job or else metrics.json."""
     status = read_status(folder) if Path(folder).is_dir() else {}
     return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
 
@@ -69,11 +69,11 @@ def _last_words(record: dict, lines: int = 10) -> list[str]:
 
 
 def describe_run(folder: str | Path, state: str = "") -> str:
-    """The state of a run in a few words.
+    """Describes the state of a run in a few words.
 
     Args:
-        folder: of the run.
-        state: SLURM's, if its job has not ended.
+        folder: folder of the run.
+        state: SLURM's state, if its job has not ended.
     """
     if state:
         return state.lower()
@@ -91,12 +91,13 @@ def describe_run(folder: str | Path, state: str = "") -> str:
         return f"failed: {reason} (rank {failure['rank']})"
     if exit_note and exit_note["requeued"]:
         return (
-            f"ended without a word when it was to start again; before that: {exit_note['reason']}"
+            "ended without a message when it should have restarted; before that: "
+            f"{exit_note['reason']}"
         )
     if exit_note:
         return f"stopped: {exit_note['reason']}"
     if status:
-        return f"ended without a word, last sign of life {_ago(status['age'])}"
+        return f"ended without a message, last update {_ago(status['age'])}"
     if Path(folder, METRICS_FILE).exists():
         return "not finished"
     return "never started"
@@ -121,7 +122,7 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
     if status.get("max_iter"):
         say(
             f"progress iteration {status['iteration'] + 1} of {status['max_iter']}, attempt "
-            f"{status['restart'] + 1}, last sign of life {_ago(status['age'])}"
+            f"{status['restart'] + 1}, last update {_ago(status['age'])}"
         )
     metrics = last_metrics(folder)
     if metrics:
@@ -138,10 +139,10 @@ def _print_run(folder: Path, record: dict, state: str) -> None:
 
 
 def print_status(folder: str | Path) -> None:
-    """Prints how the job of a run folder does, or those of a sweep's folder.
+    """Prints the status of a run folder's job, or of the jobs of a sweep's folder.
 
     Raises:
-        UserError: if nothing was submitted from the folder, or SLURM does not answer.
+        UserError: if nothing was submitted from the folder, or SLURM does not respond.
     """
     record = last_submission(folder)
     states = live_states(record)
@@ -171,16 +172,16 @@ def follow(folder: str | Path, poll: float = 5.0) -> bool:
     For the folder of a sweep, prints each change of a run's state instead.
 
     Args:
-        folder: of the run or sweep.
-        poll: seconds between two looks at the job's state.
+        folder: folder of the run or sweep.
+        poll: seconds between two checks of the job's state.
 
     Returns:
-        Whether all that was run has finished.
+        Whether all runs have finished.
     """
     try:
         return _follow(folder, poll)
     except KeyboardInterrupt:
-        say("", f"no longer following; the job goes on, end it by --cancel {folder}")
+        say("", f"no longer following; the job continues, cancel it with --cancel {folder}")
         raise
 
 

@@ -93,7 +93,7 @@ class DetachedExecutor(LocalExecutor):
 
 def _guarded(command: str) -> str:
     """A set-up command whose failure ends the job."""
-    message = shlex.quote(f"this set-up command failed: {command}")
+    message = shlex.quote(f"the set-up command failed: {command}")
     return f"{{\n{command}\n}} || {{ echo {message} >&2; exit 1; }}"
 
 

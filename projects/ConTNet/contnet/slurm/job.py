@@ -1,4 +1,4 @@
-"""What submitit runs: a training that survives preemption, in every task of a job."""
+"""The callable that submitit runs in every task of a job: a training that survives preemption."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class TrainingJob:
             reads it as it is. Its paths are absolute.
         run_folder: OUTPUT_DIR; what concerns the job lies in its ``slurm`` folder.
         num_gpus: processes on each machine.
-        resume: go on from the last checkpoint in the first attempt, too; later ones do by
-            themselves.
-        eval_only: evaluate.
+        resume: also resume from the last checkpoint in the first attempt; later attempts always
+            do.
+        eval_only: only evaluate.
         notes: lines for the log, such as those of ``configure``.
-        max_requeues: how many attempts may follow the first, for whatever reason.
-        hang_timeout: seconds without progress after which the job is given up.
-        interface: network interface for NCCL and gloo; "" for their own choice.
+        max_requeues: maximum number of attempts after the first, for any reason.
+        hang_timeout: seconds without progress after which the job ends.
+        interface: network interface for NCCL and gloo; "" for their default.
         signal_delay: seconds from SLURM's first signal to the end, as submitit's signal_delay_s.
         heartbeat_interval: seconds between heartbeats; with many ranks they are fewer.
     """
@@ -66,7 +66,7 @@ class TrainingJob:
 
         Raises:
             SystemExit: when a signal ends this attempt.
-            UserError: for the user's mistakes, and if the job is not to be started again.
+            UserError: for user errors, and if the job must not be restarted.
         """
         silence_known_warnings()  # before Detectron2 is imported
         from contnet.slurm.attempt import Attempt
@@ -75,5 +75,5 @@ class TrainingJob:
         return Attempt(**{name: getattr(self, name) for name in names}).run()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit would run after a requeue of its own making."""
+        """The callable that submitit would run after its own requeue."""
         return DelayedSubmission(self)

@@ -1,4 +1,4 @@
-"""The jobs of submissions: which are alive, and how to end them."""
+"""The jobs of submissions: their states, and cancelling them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def live_states(record: dict) -> dict[str, str]:
     """The jobs of a submission that have not ended, with SLURM's name of their state.
 
     Raises:
-        UserError: if SLURM does not answer, or the job runs on another machine without SLURM.
+        UserError: if SLURM does not respond, or the job runs on another machine without SLURM.
     """
     job_id = record["job_id"]
     if record["cluster"] == "slurm":
@@ -66,7 +66,7 @@ def check_free(folder: str | Path) -> None:
     if states:
         name, state = next(iter(states.items()))
         raise UserError(
-            f"run folder {folder} is in use by job {name} ({state}): wait, or end it by "
+            f"run folder {folder} is in use by job {name} ({state}): wait, cancel it with "
             f"--cancel {folder}, or choose another OUTPUT_DIR"
         )
 
@@ -85,7 +85,7 @@ def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def end_local(records: Sequence[dict]) -> None:
-    """Ends jobs of this machine: those that train save first, if the time allows."""
+    """Ends jobs on this machine; trainings save first, if there is time."""
     alive = [record for record in records if _is_alive(record)]
     for record in alive:
         os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
@@ -107,8 +107,8 @@ def _end_sweep(record: dict) -> None:
     end_local([each for folder in folders for each in read_submissions(folder)[-1:]])
     if _is_alive(record):
         raise UserError(
-            f"process {record['job_id']} is not one of this run, or hangs: its runs have ended, "
-            "end it by kill if it is yours"
+            f"process {record['job_id']} does not belong to this run, or hangs: its runs have "
+            "ended, kill it if it is yours"
         )
 
 
@@ -120,8 +120,8 @@ def _check_submitted(record: dict) -> None:
     folder = os.path.realpath(record["job_folder"])
     if any(os.path.dirname(os.path.realpath(line)) != folder for line in scripts.splitlines()):
         raise UserError(
-            f"job {record['job_id']} was not submitted from {record['run_folder']}: if it is to "
-            f"end, use scancel {record['job_id']}"
+            f"job {record['job_id']} was not submitted from {record['run_folder']}: to cancel "
+            f"it, use scancel {record['job_id']}"
         )
 
 
@@ -133,15 +133,17 @@ def _mark_cancelled(folder: str | Path) -> None:
 
 
 def cancel(folder: str | Path) -> None:
-    """Ends the jobs of a run folder, or of the folder of a sweep, and says which.
+    """Cancels the jobs of a run folder or of a sweep's folder, and prints which.
 
     Raises:
-        UserError: if there is none to end.
+        UserError: if there is no job to cancel.
     """
     record = last_submission(folder)
     states = live_states(record)
     if not states and record["cluster"] == "local" and process_start(record["job_id"]):
-        raise UserError(f"nothing to cancel: process {record['job_id']} is not one of this run")
+        raise UserError(
+            f"nothing to cancel: process {record['job_id']} does not belong to this run"
+        )
     if not states:
         raise UserError(f"nothing to cancel: job {record['job_id']} has ended")
     runs = {Path(folder, name): job_id for name, job_id in record["runs"].items()}

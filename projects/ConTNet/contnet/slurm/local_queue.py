@@ -52,6 +52,6 @@ def run_queue(plan: Submission) -> bool:
     except KeyboardInterrupt:
         end_local([record for _, record in running.values()])
         with contextlib.suppress(OSError):  # what reads the output has ended, too
-            print("the runs that were going on are cancelled", flush=True)
+            print("the active runs are cancelled", flush=True)
         raise
     return all(describe_run(run.folder) == "finished" for run in plan.runs)

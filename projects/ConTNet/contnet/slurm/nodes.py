@@ -1,4 +1,4 @@
-"""What SLURM's nodes have, and whether a job that asks for so much can run on them."""
+"""The resources of SLURM's nodes, and whether they are enough for a job."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Node:
 
     Attributes:
         partition: its name.
-        default: whether jobs go there that name no partition.
-        up: whether it takes jobs.
-        gpus: their number by type; "" where there are no types.
-        cpus: cores, or threads where SLURM counts those.
+        default: whether it is the default partition.
+        up: whether it accepts jobs.
+        gpus: number of GPUs by type; "" if there are no types.
+        cpus: cores, or threads if SLURM counts those.
         memory_gb: memory.
         limit_hours: longest job, infinity if there is no limit.
         name: its name in SLURM.
@@ -69,10 +69,10 @@ def _number(text: str) -> float:
 
 
 def read_nodes() -> list[Node]:
-    """Every node of every partition, as sinfo tells.
+    """Reads all nodes of all partitions from sinfo.
 
     Raises:
-        UserError: if SLURM does not answer.
+        UserError: if SLURM does not respond.
     """
     nodes = []
     answer = ask_slurm("sinfo", "--noheader", "--Node", "--format=%P|%a|%G|%c|%m|%l|%N|%n")
@@ -113,10 +113,10 @@ def _choose(nodes: Sequence[Node], settings: ClusterSettings) -> list[Node]:
         )
     for name in wanted:
         if name not in known:
-            raise UserError(f"there is no partition {name}; there are {', '.join(known)}")
+            raise UserError(f"there is no partition {name}, only {', '.join(known)}")
     chosen = [node for node in nodes if node.partition in wanted]
     if not any(node.up for node in chosen):
-        raise UserError(f"partition {wanted[0]} takes no jobs now (sinfo shows it as not up)")
+        raise UserError(f"partition {wanted[0]} accepts no jobs now (sinfo shows it as not up)")
     return chosen
 
 
@@ -127,10 +127,10 @@ def _gpus(count: int, kind: str) -> str:
 def check_request(
     nodes: Sequence[Node], settings: ClusterSettings, num_nodes: int, num_gpus: int, tasks: int
 ) -> list[Node]:
-    """Checks that the cluster has what a job asks for.
+    """Checks that the cluster has the resources that a job requests.
 
     Args:
-        nodes: of :func:`read_nodes`.
+        nodes: from :func:`read_nodes`.
         settings: partition, GPU type, memory, cores and time.
         num_nodes: how many nodes.
         num_gpus: GPUs on each of them, 0 for a job on CPUs.
@@ -140,7 +140,7 @@ def check_request(
         The nodes that the job may run on.
 
     Raises:
-        UserError: for what no partition has.
+        UserError: for resources that no partition has.
     """
     chosen = _choose(nodes, settings)
     kind = settings.gpu_type
@@ -178,13 +178,13 @@ def check_request(
             f" (partition {chosen[0].partition} allows up to {limit:g})" if limit < 1e9 else ""
         )
         raise UserError(
-            f"how long may the job run? Add --timeout-hours{allowed}; one that is not done by "
-            "then saves and comes back"
+            f"how long may the job run? Add --timeout-hours{allowed}; a job that has not finished "
+            "by then saves and is requeued"
         )
     if settings.timeout_hours > limit:
         raise UserError(
             f"--timeout-hours is {settings.timeout_hours:g}, but partition {chosen[0].partition} "
-            f"allows {limit:g}; a job that is not done by then saves and comes back"
+            f"allows {limit:g}; a job that has not finished by then saves and is requeued"
         )
     return fit
 
@@ -207,13 +207,13 @@ def _file_system(path: Path) -> tuple[str, str]:
 
 
 def check_shared(path: str | Path, what: str) -> None:
-    """Raises UserError if only this machine can see a path, as far as that can be told."""
+    """Raises UserError if a path is known to be visible only on this machine."""
     real = Path(path).resolve()
     point, kind = _file_system(real)
     private = next((each for each in _PRIVATE_FOLDERS if real.is_relative_to(each)), None)
     if private or kind in _PRIVATE_TYPES:
         where = f"under {private}" if private else f"on {point}, a {kind}"
         raise UserError(
-            f"{what} {path} is {where}, which every node has for itself: choose a folder that all "
-            "nodes share, or add --assume-shared if this one is"
+            f"{what} {path} is {where}, which is local to each node: choose a folder that all "
+            "nodes share, or add --assume-shared if they share this one"
         )

@@ -1,4 +1,4 @@
-"""Says what a submission is going to do, before it does."""
+"""Describes a submission before it is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 20  # files that are left out, or taken although git does not track the
 
 
 def describe(plan: Submission) -> None:
-    """Prints what a submission is going to run, and on what."""
+    """Prints what a submission will run, and on which machines."""
     args, cfg, runs = plan.args, plan.runs[0].cfg, plan.runs
     where = "SLURM" if plan.cluster == "slurm" else "this machine"
     device = "GPU" if plan.gpus else "process"
@@ -34,14 +34,14 @@ def describe(plan: Submission) -> None:
     if plan.is_array:
         say(f"{len(runs)} runs in {plan.base}, {plan.parallel} at a time:")
         for run in runs:
-            say(f"  {run.arguments.name}{': has finished, is kept' * run.finished}")
+            say(f"  {run.arguments.name}{': finished, kept' * run.finished}")
     else:
-        say(f"run folder {plan.base}{': has finished, is kept' * runs[0].finished}")
+        say(f"run folder {plan.base}{': finished, kept' * runs[0].finished}")
     workers = cfg.DATALOADER.NUM_WORKERS
     if plan.cluster == "slurm" and workers and not plan.settings.cpus_per_gpu:
         say(
             "no --cpus-per-gpu: each process and its loader workers (DATALOADER.NUM_WORKERS "
-            f"{workers}) share what the cluster gives, often one core"
+            f"{workers}) share the cluster's default, often one core"
         )
     _describe_code(plan)
 
@@ -54,9 +54,9 @@ def _describe_code(plan: Submission) -> None:
     say(f"code: a copy of {len(code.files)} files of {code.root}, commit {git_commit() or 'none'}")
     parts = {
         "of them not tracked by git": code.untracked,
-        "left out, for they may hold a password or key": code.secret,
-        "left out, for they are larger than 20 MiB": code.large,
-        "left out, for they are neither tracked by git nor code or configs": code.other,
+        "not copied: may contain a password or key": code.secret,
+        "not copied: larger than 20 MiB": code.large,
+        "not copied: neither tracked by git nor code or configs": code.other,
     }
     for title, names in parts.items():
         if names:
@@ -67,7 +67,7 @@ def _describe_code(plan: Submission) -> None:
 def show_dry_run(plan: Submission) -> None:
     """Prints what would be written and sent."""
     say("dry run: nothing is submitted or written")
-    say(f"would make {plan.folder} with the code, each run's whole config, pickles and logs")
+    say(f"would create {plan.folder} with the code, each run's full config, pickles and logs")
     if plan.cluster == "slurm":
         text = sbatch_text(plan.slurm_executor(), len(plan.pending))
         say("would give this to sbatch:", "", *text.split("\n"))
@@ -80,6 +80,6 @@ def show_dry_run(plan: Submission) -> None:
     settings = plan.settings
     network = f", on network {settings.interface}" if settings.interface else ""
     say(
-        f"requeued at most {settings.max_requeues} times, given up after "
+        f"requeued at most {settings.max_requeues} times, ended after "
         f"{settings.hang_timeout:g} s without progress{network}"
     )

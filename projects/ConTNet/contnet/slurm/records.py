@@ -119,5 +119,5 @@ def open_log(path: str | Path) -> IO[bytes] | None:
         return None
     base = path.parent.parent.parent
     if not path.resolve().is_relative_to(base.resolve()) or not path.is_file():
-        raise UserError(f"{path} is no log of this run, but leads to {path.resolve()}")
+        raise UserError(f"{path} is not a log of this run, but a link to {path.resolve()}")
     return open_regular(path)

@@ -70,7 +70,7 @@ def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: Cf
 
 @contextlib.contextmanager
 def _temporary_datasets():
-    """Forgets the data sets that are registered within, whose names other runs may use anew."""
+    """Context that forgets the data sets registered in it: other runs may use their names."""
     before = set(DatasetCatalog.list())
     try:
         yield
@@ -96,7 +96,7 @@ def _check_content(settings: RunSettings, seen: set) -> None:
 
 
 def _check_same_settings(run: Run) -> None:
-    """Refuses to go on with a run of a sweep that had other settings; a longer one is fine."""
+    """Refuses to resume a run of a sweep with other settings; a longer training is fine."""
     cfg, file = run.cfg, run.settings.checkpoint.path
     if not file:
         return
@@ -157,7 +157,7 @@ def _make_run(
 
 
 def _check(run: Run, seen: set) -> CfgNode:
-    """Finds what is wrong with a run, here and now; the config that it starts or goes on with."""
+    """Checks a run on this machine; returns the config that it starts or resumes with."""
     settings = run.settings
     check_free(run.folder)
     # Of an evaluation, too, for its job takes the lease, by which --status finds it.

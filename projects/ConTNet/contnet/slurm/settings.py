@@ -1,4 +1,4 @@
-"""Facts of a cluster and of jobs on it: from options, or from a yaml found by name."""
+"""Settings of a cluster and of jobs on it, from options or a yaml file that is found by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ClusterSettings", "add_cluster_options", "check_text", "read_setting
 # What the submission itself decides, with what to use instead.
 _OURS = {
     "array": "--sweep or --array",
-    "error": "the log's place is fixed",
+    "error": "the log's path is fixed",
     "gpus-per-node": "--num-gpus and --gpu-type",
     "job-name": "it is the config's name",
     "no-requeue": "--max-requeues 0",
@@ -31,7 +31,7 @@ _OURS = {
     "ntasks": "--num-nodes and --num-gpus",
     "ntasks-per-node": "--num-gpus",
     "open-mode": "logs are appended to",
-    "output": "the log's place is fixed",
+    "output": "the log's path is fixed",
     "requeue": "--max-requeues",
     "signal": "--signal-delay",
     "time": "--timeout-hours",
@@ -52,31 +52,37 @@ def _setting(default: object, unit: str, meaning: str, **more) -> object:
 
 @dataclass
 class ClusterSettings:
-    """Facts of a cluster and of jobs on it. Each field is an option, and a key of cluster files."""
+    """Settings of a cluster and its jobs. Each field is an option, and a key of cluster files."""
 
     partition: str = _setting("", "NAME", "partition, or several with commas")
-    account: str = _setting("", "NAME", "account that is charged")
+    account: str = _setting("", "NAME", "account to charge")
     qos: str = _setting("", "NAME", "quality of service")
-    constraint: str = _setting("", "FEATURES", "features that nodes must have")
-    exclude: str = _setting("", "NODES", "nodes that are not used")
-    gpu_type: str = _setting("", "TYPE", "of GPU, where nodes have several")
+    constraint: str = _setting(
+        "", "FEATURES", "features that nodes must have (sbatch --constraint)"
+    )
+    exclude: str = _setting("", "NODES", "nodes to exclude")
+    gpu_type: str = _setting("", "TYPE", "GPU type, where the partition has several")
     mem_gb: float = _setting(0.0, "GB", "memory per node")
-    cpus_per_gpu: int = _setting(0, "N", "CPU cores per GPU, so per process")
+    cpus_per_gpu: int = _setting(0, "N", "CPU cores per GPU, that is per process")
     timeout_hours: float = _setting(
-        0.0, "H", "longest run between two requeues, as 24 or 0.5", most=10**6
+        0.0, "H", "time limit of the job until a requeue, such as 24 or 0.5", most=10**6
     )
     signal_delay: int = _setting(
-        180, "S", "seconds for saving before that time is over", least=1, most=65535
+        180, "S", "seconds for saving before the time limit", least=1, most=65535
     )
-    max_requeues: int = _setting(20, "N", "how often a job may come back")
-    hang_timeout: float = _setting(1800.0, "S", "seconds without progress that end a job", least=1)
-    interface: str = _setting("", "NAME", "network interface between nodes, as ib0")
-    container: str = _setting("", "COMMAND", "what Python is started with, as 'apptainer exec ...'")
+    max_requeues: int = _setting(20, "N", "how often a job may be requeued")
+    hang_timeout: float = _setting(
+        1800.0, "S", "end the job after this many seconds without progress", least=1
+    )
+    interface: str = _setting("", "NAME", "network interface between nodes, such as ib0")
+    container: str = _setting(
+        "", "COMMAND", "prefix of the Python command, such as 'apptainer exec ...'"
+    )
     python: str = _setting("", "PATH", "Python in the job (default: this one)")
-    assume_shared: bool = _setting(False, "", "all nodes see this machine's folders, /tmp too")
+    assume_shared: bool = _setting(False, "", "all nodes share this machine's folders, even /tmp")
     setup: list = field(
         default_factory=list,
-        metadata=_about("COMMAND", "shell command before the start; may be repeated"),
+        metadata=_about("COMMAND", "shell command to run before the training; may be repeated"),
     )
     sbatch: dict = field(
         default_factory=dict,
@@ -99,8 +105,8 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         "--cluster-file",
         default="",
         metavar="NAME",
-        help="yaml with any of the options below, found in ./clusters or ~/.config/contnet, "
-        "or a path; options on the command line go before it",
+        help="yaml with any of the options below: a name in ./clusters or ~/.config/contnet, "
+        "or a path; options on the command line override it",
     )
     for each in fields(ClusterSettings):
         default, meaning = _default(each), each.metadata["meaning"]
@@ -165,7 +171,12 @@ def _typed(each: Field, value: object, where: str) -> object:
         if kind is not bool and not least <= value <= most:  # not-a-number is neither
             raise UsageError(f"{where} is {value}, it must be at least {least} and at most {most}")
         return kind(value)
-    name = {list: "a list of texts", dict: "KEY: value lines", str: "a text", bool: "true or false"}
+    name = {
+        list: "a list of strings",
+        dict: "KEY: value lines",
+        str: "a string",
+        bool: "true or false",
+    }
     raise UsageError(f"{where} is {value!r}, it must be {name.get(kind, 'a number')}")
 
 
@@ -173,7 +184,7 @@ def _option_key(word: str, where: str) -> str:
     """The name of an option of sbatch or srun as they write it, without the dashes before it."""
     key = word.removeprefix("--").replace("_", "-")
     if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9-]*", key):
-        raise UsageError(f"{where} {word!r}: write KEY=VALUE, as mail-type=END")
+        raise UsageError(f"{where} {word!r}: write KEY=VALUE, such as mail-type=END")
     return key
 
 
@@ -187,24 +198,24 @@ def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
 
 
 def check_text(text: str, where: str, directive: bool = False) -> None:
-    """Checks what becomes a part of a line that sbatch or a shell reads.
+    """Checks a string that becomes part of a line that sbatch or a shell reads.
 
     Args:
-        text: of a setting, a path or a name.
-        where: what it is, for messages.
-        directive: whether it stands in an ``#SBATCH`` line, in which sbatch reads quotes and
-            backslashes otherwise than a shell does.
+        text: a setting, a path or a name.
+        where: its name, for messages.
+        directive: whether it is in an ``#SBATCH`` line, where sbatch reads quotes and backslashes
+            differently from a shell.
 
     Raises:
-        UsageError: if it could become more than its line, or more than a value in it.
+        UsageError: if it could add lines or values.
     """
     if printable(text, len(text), keep="" if directive else "\t") != text:
         raise UsageError(
-            f"{where} is '{printable(text)}': line breaks, control characters and bytes that are "
-            "no text cannot go to sbatch or a shell; leave them out, and give commands one by one"
+            f"{where} is '{printable(text)}': line breaks, control characters and invalid bytes "
+            "cannot be passed to sbatch or a shell; remove them, and give commands one by one"
         )
     if directive and (sign := next((each for each in text if each in "'\"\\"), "")):
-        raise UsageError(f"{where} is {text!r}, and sbatch takes no {sign} there: leave it out")
+        raise UsageError(f"{where} is {text!r}, and sbatch accepts no {sign} there: remove it")
 
 
 def _is_finite(value: object) -> bool:
@@ -225,17 +236,17 @@ def _check_texts(settings: ClusterSettings) -> None:
                 check_text(text, f"{each.name} {key}", each.name == "sbatch")
             elif text is not True and not _is_finite(text):
                 raise UsageError(
-                    f"{each.name} {key} is {text!r}, it must be a text, a number or true"
+                    f"{each.name} {key} is {text!r}, it must be a string, a number or true"
                 )
 
 
 def read_settings(args: argparse.Namespace) -> ClusterSettings:
-    """Merges options over the cluster file over the defaults.
+    """Merges options, the cluster file and the defaults, in this order of precedence.
 
     Setup commands of both are run, the file's first; options of sbatch and srun are merged.
 
     Args:
-        args: of a parser that :func:`add_cluster_options` was called with.
+        args: arguments of a parser with :func:`add_cluster_options`.
 
     Raises:
         UsageError: for a file that is missing, an unknown key, a value of a wrong type, and texts

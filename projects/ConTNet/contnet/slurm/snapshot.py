@@ -67,9 +67,9 @@ class Code:
         parts = {
             f"copied from {self.root}": [name for name in self.files if name not in taken],
             "copied, not tracked by git": self.untracked,
-            "left out, may hold a password or key": self.secret,
-            "left out, larger than 20 MiB": self.large,
-            "left out, not tracked by git and neither code nor config": self.other,
+            "not copied, may contain a password or key": self.secret,
+            "not copied, larger than 20 MiB": self.large,
+            "not copied, not tracked by git and neither code nor config": self.other,
         }
         lines = []
         for title, names in parts.items():

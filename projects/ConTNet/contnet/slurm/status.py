@@ -1,4 +1,4 @@
-"""What a run's folder says about its job."""
+"""Reads the status of a run's job from the run's folder."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def _with_silent_ranks(failure: dict, ranks: dict[int, dict]) -> dict:
         return failure
     rank = ranks[silent[0][1]]
     reason = (
-        f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}) ended without a word: "
-        f"killed, perhaps for want of memory? Rank {failure['rank']} noticed: {failure['reason']}"
+        f"rank {rank['rank']} (process {rank['pid']} on {rank['host']}) ended without a message: "
+        f"killed, perhaps out of memory? Rank {failure['rank']} reported: {failure['reason']}"
     )
     return {**failure, "rank": rank["rank"], "reason": reason}
 
 
 def read_status(run_folder: str | Path) -> dict:
-    """The state of a run's last attempt.
+    """Returns the state of a run's last attempt.
 
     Returns:
-        ``{}`` if no job has run here, or something else since; otherwise
+        ``{}`` if no job has run here, or the run was started without a job since; otherwise
 
         - cluster ("slurm", "local"), job_id, restart (from 0): the last attempt;
         - state: "starting", "running", "requeued", "stopped" (a signal ended it and it was not

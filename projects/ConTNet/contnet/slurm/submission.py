@@ -1,4 +1,4 @@
-"""A submission: what is decided, written and sent."""
+"""A submission: its plan, its files, and sending it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["Submission", "next_folder", "send", "write_files"]
 
 @dataclass
 class Submission:
-    """All that is decided before anything is written."""
+    """The plan of a submission, before anything is written."""
 
     args: argparse.Namespace
     settings: ClusterSettings
@@ -51,7 +51,7 @@ class Submission:
 
     @property
     def pending(self) -> list[Run]:
-        """The runs that there is something to do for."""
+        """The runs that have not finished."""
         return [run for run in self.runs if not run.finished]
 
     @property
@@ -67,7 +67,7 @@ class Submission:
 
     @property
     def code(self) -> str:
-        """What goes on PYTHONPATH."""
+        """The code's path, for PYTHONPATH."""
         code = list_code()
         return str((code.root if self.args.no_snapshot else self.folder / "code") / code.path)
 
@@ -77,11 +77,11 @@ class Submission:
         return self.base.name if self.is_array else Path(self.runs[0].arguments.config_file).stem
 
     def config_file(self, run: Run) -> Path:
-        """Where the whole config of a run is kept."""
+        """Path of the full config of a run."""
         return self.folder / f"{run.arguments.name or 'config'}.yaml"
 
     def job(self, run: Run) -> TrainingJob:
-        """What is called in every task."""
+        """The callable that runs in every task."""
         return TrainingJob(
             config_file=str(self.config_file(run)),
             run_folder=str(run.folder),
@@ -96,7 +96,7 @@ class Submission:
         )
 
     def environment(self) -> dict[str, str]:
-        """What the job must find. Paths keep the meaning that they have here."""
+        """Environment variables of the job. Relative paths are those of this directory."""
         datasets = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
         paths = [self.code, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {
@@ -113,7 +113,7 @@ class Submission:
         return shlex.join([self.settings.python or words[0], *words[1:]])
 
     def slurm_executor(self):
-        """submitit's, with everything set."""
+        """submitit's SLURM executor, with all settings."""
         return slurm_executor(
             self.folder,
             self.settings,
@@ -127,7 +127,7 @@ class Submission:
         )
 
     def local_executor(self, run: Run, slot: int = 0):
-        """The one for a run on this machine; ``slot`` counts those that go on at a time."""
+        """The executor for a run on this machine; ``slot`` numbers the parallel runs."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             str(index) for index in range(torch.cuda.device_count() if self.gpus else 0)
         )
@@ -142,11 +142,11 @@ class Submission:
         )
 
     def log(self, job_id: str) -> Path:
-        """Of the first task of a job."""
+        """Path of the log of a job's first task."""
         return self.folder / f"{job_id}_0_log.out"
 
     def record(self, job_id: str, run_folder: Path, runs: dict[str, str] | None = None) -> dict:
-        """What submission.json says of it."""
+        """The record for submission.json."""
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "cluster": self.cluster,
@@ -176,20 +176,20 @@ def next_folder(base: Path) -> Path:
 
 
 def write_files(plan: Submission) -> None:
-    """Makes the folder of a submission, with the code and the config of each run.
+    """Creates the folder of a submission, with the code and the config of each run.
 
     Raises:
-        UserError: if another submission is going on, or the folder cannot be made.
+        UserError: if another submission is in progress, or the folder cannot be created.
     """
     try:
         plan.folder.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(
-            f"another submission into {plan.base} is going on: wait for it, then try again"
+            f"another submission into {plan.base} is in progress: wait for it, then try again"
         ) from error
     except OSError as error:
         reason = explain_os_error(error, plan.folder)
-        raise UserError(f"{plan.folder} cannot be made ({reason})") from error
+        raise UserError(f"{plan.folder} cannot be created ({reason})") from error
     if not plan.args.no_snapshot:
         try:
             take_snapshot(plan.folder / "code")
@@ -216,7 +216,7 @@ def _record(plan: Submission, job_ids: Sequence[str]) -> None:
 
 
 def send(plan: Submission) -> bool:
-    """Submits what :func:`write_files` has written; returns whether all is well."""
+    """Submits the files of :func:`write_files`; returns whether this succeeded."""
     try:
         slurm = plan.cluster == "slurm"
         executor = plan.slurm_executor() if slurm else plan.local_executor(plan.runs[0])
@@ -225,11 +225,13 @@ def send(plan: Submission) -> bool:
         shutil.rmtree(plan.folder)
         if not plan.args.resume_from:
             raise
-        went_back = f"the folder is back at {plan.args.resume_from}, later files are in {SET_ASIDE}"
+        went_back = (
+            f"the run is back at {plan.args.resume_from}, later checkpoints are in {SET_ASIDE}"
+        )
         raise UserError(f"{error}; {went_back}") from error
     kind = "job" if plan.cluster == "slurm" else "process"
     number = job_ids[0].partition("_")[0]
     say(f"submitted {kind} {number}; logs in {plan.folder}")
     _record(plan, job_ids)
-    say(f"how it does: python tools/submit.py --status {shlex.quote(str(plan.base))}")
+    say(f"status: python tools/submit.py --status {shlex.quote(str(plan.base))}")
     return not plan.args.watch or follow(plan.base)

@@ -1,4 +1,4 @@
-"""What tools/submit.py does: finds all that is wrong with a run, then gives it to SLURM."""
+"""The command tools/submit.py: checks a run, then submits it to SLURM."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ examples:
   submit            submit.py --config-file configs/faster_rcnn_contm.yaml --num-gpus 8
                     --num-nodes 4 --partition gpu --timeout-hours 24 MODEL.WEIGHTS contm.pth
                     SOLVER.REFERENCE_WORLD_SIZE 8
-  only show it      the same with --dry-run
-  an array          submit.py --config-file ... --sweep SOLVER.BASE_LR=0.01,0.02 --sweep SEED=1,2
-  networks alike    submit.py --config-file configs/imagenet/Base-plain.yaml --sweep SEED=1,2
+  preview           the same with --dry-run
+  sweep             submit.py --config-file ... --sweep SOLVER.BASE_LR=0.01,0.02 --sweep SEED=1,2
+  compare networks  submit.py --config-file configs/imagenet/Base-plain.yaml --sweep SEED=1,2
                     --sweep MODEL.CLASSIFIER.NAME=contnet_s,resnet18
                     --only MODEL.CLASSIFIER.NAME=resnet18 "SOLVER.BASE_LR 0.05"
-  how it does       submit.py --status output/faster_rcnn_contm
-  end it            submit.py --cancel output/faster_rcnn_contm
-docs/slurm.md tells more.
+  status            submit.py --status output/faster_rcnn_contm
+  cancel            submit.py --cancel output/faster_rcnn_contm
+See docs/slurm.md for more.
 """
 
 
@@ -63,22 +63,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--cluster",
         choices=("auto", "slurm", "local"),
         default="auto",
-        help="where it runs; auto: SLURM where there is sbatch, otherwise this machine (default)",
-    )
-    group.add_argument("--dry-run", action="store_true", help="show it, submit and write nothing")
-    group.add_argument("--watch", action="store_true", help="then follow the log, till the end")
-    group.add_argument(
-        "--no-snapshot", action="store_true", help="run the code as it is when the job starts"
+        help="where to run; default: auto, SLURM if sbatch is on PATH, otherwise this machine",
     )
     group.add_argument(
-        "--array", default="", metavar="FILE", help="one run for each line of arguments in it"
+        "--dry-run",
+        action="store_true",
+        help="show what would be submitted, submit and write nothing",
+    )
+    group.add_argument(
+        "--watch", action="store_true", help="then follow the log until the job ends"
+    )
+    group.add_argument(
+        "--no-snapshot",
+        action="store_true",
+        help="do not copy the code: run it as it is when the job starts",
+    )
+    group.add_argument(
+        "--array",
+        default="",
+        metavar="FILE",
+        help="one run for each line of arguments in this file",
     )
     group.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="KEY=V,V",
-        help="one run for each value; repeated, for each combination; KEY may be config-file",
+        help="one run per value; if repeated, one per combination; KEY may be config-file",
     )
     group.add_argument(
         "--only",
@@ -86,15 +97,19 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("KEY=V", "'KEY VALUE ...'"),
-        help="settings of those runs of a sweep alone whose KEY is V",
+        help="settings only for the runs of a sweep whose KEY is V",
     )
     group.add_argument(
-        "--max-parallel", type=int, default=0, metavar="N", help="runs of an array at a time"
+        "--max-parallel",
+        type=int,
+        default=0,
+        metavar="N",
+        help="maximum number of runs of an array at a time",
     )
     about = group.add_mutually_exclusive_group()
     folder = {"type": partial(expand_path, key="FOLDER"), "metavar": "FOLDER"}
-    about.add_argument("--status", **folder, help="tell how the job of a run folder does")
-    about.add_argument("--cancel", **folder, help="end the job of a run folder")
+    about.add_argument("--status", **folder, help="show the status of a run folder's job")
+    about.add_argument("--cancel", **folder, help="cancel the job of a run folder")
     add_cluster_options(parser)
     return parser
 
@@ -103,11 +118,11 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line of tools/submit.py (this process's own by default).
 
     Raises:
-        UserError: for arguments that do not fit together.
+        UserError: for arguments that contradict each other.
     """
     args = build_parser().parse_intermixed_args(argv)
     check_run_options(args)
-    reason = "in a job each process finds its rank and the first machine by itself, leave it out"
+    reason = "in a job each process finds its rank and the first machine itself, remove it"
     if args.machine_rank != 0:
         raise UsageError(f"--machine-rank is for train_net.py on machines without SLURM: {reason}")
     if args.dist_url != "auto":
@@ -117,9 +132,9 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.max_parallel and not (args.array or args.sweep):
         raise UsageError("--max-parallel is for --array and --sweep")
     if args.resume_from and (args.array or args.sweep):
-        raise UsageError("--resume-from is for a run alone, not for --array and --sweep")
+        raise UsageError("--resume-from is for a single run, not for --array and --sweep")
     if args.only and not (args.array or args.sweep):
-        raise UsageError("--only is for --array and --sweep, a run alone takes KEY VALUE")
+        raise UsageError("--only is for --array and --sweep; for a single run give KEY VALUE")
     return args
 
 
@@ -129,12 +144,12 @@ def parse_submission(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _choose_cluster(args: argparse.Namespace) -> str:
     present = shutil.which("sbatch") is not None
     if args.cluster == "slurm" and not present and not args.dry_run:
-        raise UserError("there is no sbatch on PATH: add --cluster local to run on this machine")
+        raise UserError("sbatch is not on PATH: add --cluster local to run on this machine")
     if args.cluster == "auto":
         print(
-            "sbatch is here: this goes to SLURM (--cluster local runs it on this machine)"
+            "sbatch found: submitting to SLURM (--cluster local runs on this machine)"
             if present
-            else "there is no sbatch here: running on this machine (--cluster local)"
+            else "sbatch not found: running on this machine (--cluster local)"
         )
         return "slurm" if present else "local"
     return args.cluster
@@ -143,7 +158,7 @@ def _choose_cluster(args: argparse.Namespace) -> str:
 def _check_slurm(
     args: argparse.Namespace, settings: ClusterSettings, runs: Sequence[Run], base: Path
 ):
-    """What must be right for SLURM: the request, and folders that all nodes see."""
+    """Checks the requested resources, and that all nodes see the folders."""
     gpus = 0 if runs[0].cfg.MODEL.DEVICE == "cpu" else args.num_gpus
     if shutil.which("sinfo") is None and args.dry_run:
         print("SLURM is not on this machine: partitions and nodes are not checked")
@@ -153,7 +168,7 @@ def _check_slurm(
     else:
         nodes = check_request(read_nodes(), settings, args.num_machines, gpus, args.num_gpus)
     if "%" in str(base):
-        raise UsageError(f"the run folder {base} has a % in it, which SLURM replaces: rename it")
+        raise UsageError(f"the run folder {base} contains a %, which SLURM replaces: rename it")
     if settings.assume_shared or (nodes and is_one_machine(nodes)):
         return
     check_shared(base, "the run folder")
@@ -167,7 +182,7 @@ def _check_slurm(
 def _check_local(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     if args.num_machines > 1:
         raise UsageError(
-            f"--num-nodes is {args.num_machines}, but without SLURM there is this machine alone: "
+            f"--num-nodes is {args.num_machines}, but without SLURM there is only this machine: "
             "use --num-nodes 1, or train_net.py on each machine (docs/training.md)"
         )
     wanted = args.num_gpus * max(1, min(args.max_parallel, len(runs)))
@@ -202,7 +217,7 @@ def _submit(args: argparse.Namespace, command: list[str]) -> bool:
     _check_devices(runs)
     if settings.signal_delay >= 3600 * settings.timeout_hours > 0:
         raise UsageError(
-            f"--signal-delay {settings.signal_delay} s leaves nothing of --timeout-hours "
+            f"--signal-delay {settings.signal_delay} s leaves no time of --timeout-hours "
             f"{settings.timeout_hours:g}"
         )
     if cluster == "slurm":
@@ -244,8 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line, this process's own by default.
 
     Returns:
-        The exit status, as of :func:`contnet.utils.command.run_command`: 0 if the run was submitted
-        (and, where it was followed, has finished).
+        The exit status, as in :func:`contnet.utils.command.run_command`: 0 if the run was submitted
+        (and, with ``--watch``, has finished).
     """
     silence_known_warnings()
     return run_command(lambda: _run(argv))

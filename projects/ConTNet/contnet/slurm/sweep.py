@@ -24,16 +24,16 @@ _LONGEST_NAME = 120
 
 @dataclass
 class RunArguments:
-    """What tells the runs of an array apart.
+    """The arguments of one run of an array.
 
     Attributes:
-        config_file: as it was typed.
+        config_file: config file as given.
         opts: KEY VALUE KEY VALUE.
-        resume: go on from the last checkpoint.
-        eval_only: evaluate.
-        own: what its line of ``--array`` and ``--sweep`` set, by key; also in ``opts``.
-        only: what ``--only`` sets, by key; also in ``opts``, at the end.
-        name: of the run's folder; "" for a run alone.
+        resume: resume from the last checkpoint.
+        eval_only: only evaluate.
+        own: settings from its line of ``--array`` and from ``--sweep``, by key; also in ``opts``.
+        only: settings from ``--only``, by key; also in ``opts``, at the end.
+        name: name of the run's folder; "" for a single run.
     """
 
     config_file: str
@@ -77,7 +77,9 @@ def _parse_sweep(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     parts = _split_values(values)
     if not key or not equals or not all(parts):
-        raise UsageError(f"--sweep {text!r}: write KEY=VALUE,VALUE, as SOLVER.BASE_LR=0.01,0.02")
+        raise UsageError(
+            f"--sweep {text!r}: write KEY=VALUE,VALUE, such as SOLVER.BASE_LR=0.01,0.02"
+        )
     if double := [part for part in parts if parts.count(part) > 1]:
         raise UsageError(f"--sweep {text!r} has the value {double[0]} twice")
     return key.removeprefix("--"), parts
@@ -89,7 +91,7 @@ def _read_array(path: str) -> list[tuple[int, list[str]]]:
         with open_regular(expand_path(path, "--array"), "r") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         raise UsageError(f"--array {path} cannot be read: {reason}") from error
     found = []
     for number, line in enumerate(lines, 1):
@@ -112,7 +114,8 @@ def _parse_line(words: Sequence[str], where: str) -> argparse.Namespace:
         line = parser.parse_intermixed_args(words)
     except UserError as error:
         raise UsageError(
-            f"{where}: {error}; a line may hold --config-file, --resume, --eval-only and KEY VALUE"
+            f"{where}: {error}; a line may contain --config-file, --resume, --eval-only and KEY "
+            "VALUE"
         ) from error
     if len(line.opts) % 2:
         raise UsageError(f"{where}: {line.opts[-1]!r} has no value, write KEY VALUE pairs")
@@ -152,7 +155,7 @@ def _parse_only(condition: str, text: str) -> tuple[str, str, dict[str, str]]:
     key, equals, value = condition.partition("=")
     if not key or not equals:
         raise UsageError(
-            f"--only {condition!r}: write KEY=VALUE 'KEY VALUE ...', as "
+            f"--only {condition!r}: write KEY=VALUE 'KEY VALUE ...', such as "
             "MODEL.CLASSIFIER.NAME=resnet18 'SOLVER.BASE_LR 0.05'"
         )
     try:
@@ -172,13 +175,13 @@ def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> 
         if not having:
             given = list(dict.fromkeys(run.own[key] for run in runs if key in run.own))
             raise UsageError(
-                f"--only {condition}: no run has it, "
+                f"--only {condition} matches no run, "
                 + (f"{key} is {' or '.join(given)}" if given else f"{key} is not swept")
             )
         for run in having:
             if fixed := [name for name in settings if name in run.own]:
                 raise UsageError(
-                    f"--only {condition}: {fixed[0]} is set by --sweep or --array, leave it out"
+                    f"--only {condition}: {fixed[0]} is set by --sweep or --array, remove it"
                 )
             run.only |= settings
 
@@ -219,7 +222,7 @@ def _name_runs(runs: Sequence[RunArguments], swept: Sequence[str]) -> None:
 
 
 def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
-    """The runs that a command line of ``--array`` and ``--sweep`` asks for, or the one run.
+    """Expands ``--array`` and ``--sweep`` to a list of runs; without them, returns the single run.
 
     Args:
         args: config_file, opts, resume, eval_only, ``array`` (a file or ""), ``sweep`` and
@@ -234,14 +237,14 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
     runs = _every_run(args)
     if missing := [run for run in runs if not run.config_file]:
         which = f" (run {runs.index(missing[0]) + 1} of {len(runs)})" if len(runs) > 1 else ""
-        raise UsageError(f"--config-file FILE is needed{which}, a yaml of configs/")
+        raise UsageError(f"--config-file FILE is required{which}, a yaml of configs/")
     if not args.array and not args.sweep:
         return runs
     _apply_only(args.only, runs)
     for number, run in enumerate(runs, 1):
         if "OUTPUT_DIR" in run.own | run.only:
             raise UsageError(
-                f"run {number} of {len(runs)} has an OUTPUT_DIR of its own: give one to the whole "
+                f"run {number} of {len(runs)} sets its own OUTPUT_DIR: set one for the whole "
                 "command, each run gets a folder in it"
             )
     _name_runs(runs, [_parse_sweep(text)[0] for text in args.sweep])
@@ -249,7 +252,7 @@ def expand_runs(args: argparse.Namespace) -> list[RunArguments]:
     if double := next((name for name in names if names.count(name) > 1), None):
         first, second = [i for i, name in enumerate(names, 1) if name == double][:2]
         raise UsageError(
-            f"runs {first} and {second} of {len(runs)} do not differ, both would be {double}"
+            f"runs {first} and {second} of {len(runs)} are the same, both would be {double}"
         )
     for run in runs:
         run.opts += _opts(run.only)

@@ -265,7 +265,7 @@ class Watcher(Listener):
             if not process_start(record["pid"]):
                 self._record_failure(
                     f"rank {rank} (process {record['pid']} on {record['host']}) ended without a "
-                    "word: killed, perhaps for want of memory?",
+                    "message: killed, perhaps out of memory?",
                     details="",
                     rank=rank,
                 )

@@ -41,7 +41,7 @@ def _redact_address(address: re.Match) -> str:
 
 
 def redact(text: str) -> str:
-    """A text with stars in the place of the passwords and tokens of its addresses."""
+    """Replaces passwords and tokens in a text's addresses by stars."""
     return _ADDRESS.sub(_redact_address, text)
 
 

@@ -1,4 +1,4 @@
-"""What every command does at its end: one line for what went wrong, and the exit status."""
+"""Runs commands: prints errors in one line, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def run_command(function: Callable[[], int | None]) -> int:
         function: the command; returns its exit status, None for 0.
 
     Returns:
-        The exit status, as ``EXIT_STATUSES`` says. Mistakes of users and signals are one line on
-        the error stream; a reader that has left the output (``| head``) is none.
+        The exit status, as described in ``EXIT_STATUSES``. User errors and signals print one line
+        on stderr; a closed output (``| head``) is not an error.
     """
     protect_streams()
     try:

@@ -1,4 +1,4 @@
-"""The exceptions that stand for a mistake of the user's, not of ours."""
+"""Exceptions for user errors."""
 
 import sys
 
@@ -11,11 +11,11 @@ _LONGEST = 4000  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """An error that the user can fix.
 
-    Its message is one line that names what is wrong, where, and what to do. The entry points print
-    it without a traceback and exit with ``status``. Passwords in addresses are left out of it.
-    ``rank`` is set where it is another rank's mistake, whose number the message begins with.
+    Its message is one line: what is wrong, where, and what to do. The entry points print it without
+    a traceback and exit with ``status``. Passwords in addresses are removed. ``rank`` is set for an
+    error of another rank, with which the message begins.
     """
 
     status = 1
@@ -26,18 +26,18 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A mistake in the command line or the config."""
+    """An error in the command line or the config."""
 
     status = 2
 
 
 def message_of(error: UserError) -> str:
-    """The line that says what is wrong."""
+    """The one-line message of an error."""
     # PyTorch puts a loader worker's traceback before the message.
     kind = type(error)
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 def print_error(error: UserError) -> None:
-    """Says what is wrong, in one line on the error stream."""
+    """Prints an error in one line on stderr."""
     print(f"error: {printable(message_of(error), _LONGEST)}", file=sys.stderr, flush=True)

@@ -24,20 +24,20 @@ _SHOWN = 4  # images of a batch
 
 _KILLED = {
     signal.SIGKILL: (
-        "the host may have run out of memory (dmesg, or the job's memory limit, tells): lower "
+        "the host may have run out of memory (see dmesg, or the job's memory limit): lower "
         "DATALOADER.NUM_WORKERS, or ask for more memory"
     ),
     signal.SIGBUS: (
-        "shared memory may be full (df /dev/shm): lower DATALOADER.NUM_WORKERS, or give a "
+        "shared memory may be full (see df /dev/shm): lower DATALOADER.NUM_WORKERS, or give a "
         "container more (--shm-size)"
     ),
     signal.SIGSEGV: (
-        "a compiled library failed, in PyTorch, a driver, or what decodes images: "
-        "PYTHONFAULTHANDLER=1 tells where"
+        "a compiled library failed, such as PyTorch, a driver or an image decoder: "
+        "PYTHONFAULTHANDLER=1 shows where"
     ),
     signal.SIGABRT: (
-        "a compiled library gave up, as NCCL does where another rank is gone or hangs: the lines "
-        "above tell"
+        "a compiled library aborted, as NCCL does if another rank has died or hangs: see the "
+        "lines above"
     ),
 }
 _LESS_GPU = (
@@ -124,8 +124,8 @@ def telling_of_memory(iteration: int, batch: Sequence[dict]) -> Iterator[None]:
 def _loader_failure(text: str) -> str | None:
     if "Pin memory thread" in text:
         return (
-            "the thread that receives the loader's batches has ended: the lines above say why; if "
-            "it is the limit of open files, raise the hard one (ulimit -Hn shows it)"
+            "the thread that receives the loader's batches has ended: see the lines above; if "
+            "it is the limit of open files, raise the hard limit (ulimit -Hn shows it)"
         )
     if "DataLoader worker" not in text:
         return None

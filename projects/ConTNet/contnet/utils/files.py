@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and which are there."""
+"""Atomic writing of files, and helpers to find and open files."""
 
 import contextlib
 import errno
@@ -79,7 +79,7 @@ def _is_file(entry: os.DirEntry) -> bool:
 
 
 def describe_kind(path: str | Path) -> str:
-    """What there is in the place of a regular file, such as "a pipe"; "" for such a file.
+    """The kind of a path that is not a regular file, such as "a pipe"; "" for a regular file.
 
     Links are followed.
     """
@@ -87,12 +87,12 @@ def describe_kind(path: str | Path) -> str:
         status = os.stat(path)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return "a link that leads in a circle"
+            return "a circular link"
         if error.errno == errno.ENOENT:
-            return "a link that leads nowhere" if os.path.islink(path) else "missing"
+            return "a broken link" if os.path.islink(path) else "missing"
         return f"not to be reached ({error.strerror or error})"
     except ValueError:  # a null byte, or a letter that no name of a file can have
-        return "a name that no file can have"
+        return "an invalid file name"
     return _kind(status)
 
 
@@ -102,13 +102,13 @@ def _kind(status: os.stat_result) -> str:
 
 
 def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -> IO:
-    """Opens a file as ``open`` does, and nothing that might make its reader wait for ever.
+    """Opens a regular file like ``open``; never blocks, for example on a pipe.
 
     Args:
-        path: of the file.
-        mode: as for ``open``.
-        flags: more of those that ``os.open`` takes.
-        **kwargs: as for ``open``, such as the encoding.
+        path: path of the file.
+        mode: as in ``open``.
+        flags: additional flags of ``os.open``.
+        **kwargs: as in ``open``, such as the encoding.
 
     Raises:
         OSError: if it cannot be opened, or is a pipe, a socket, a device or a folder.
@@ -126,12 +126,12 @@ def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -
     except OSError:
         pass  # the opener says so, or makes the file
     except ValueError as error:
-        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from error
+        raise OSError(errno.EINVAL, "it is an invalid file name", str(path)) from error
     return open(path, mode, opener=opener, **kwargs)
 
 
 def set_aside(path: str | Path) -> Path:
-    """Moves a file into the folder ``set_aside`` beside it; its new path.
+    """Moves a file into the folder ``set_aside`` next to it; returns its new path.
 
     One of that name that is there already stays: the new one gets a number.
     """
@@ -154,13 +154,13 @@ def explain_os_error(error: OSError, path: str | Path) -> str:
     folder = Path(path).absolute().parent
     try:
         if error.errno == errno.ENOENT and not folder.is_dir():
-            return f"the folder {folder} is not there: was it moved or deleted?"
+            return f"the folder {folder} does not exist: was it moved or deleted?"
         if error.errno != errno.ENOSPC:
             return reason
         disk = os.statvfs(next(each for each in (folder, *folder.parents) if each.exists()))
     except OSError:
         return reason
-    files = ", but no file more" if disk.f_files and not disk.f_favail else ""
+    files = ", but no free inodes" if disk.f_files and not disk.f_favail else ""
     return f"{reason}: {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB are free there{files}"
 
 
@@ -202,7 +202,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def explaining_disk(folder: str | Path) -> Iterator[None]:
-    """While a run goes on: an error of the disk that nobody has explained becomes one line.
+    """Context of a run that turns disk errors into one-line messages.
 
     Args:
         folder: where the run writes, named where the system names no file.
@@ -224,7 +224,7 @@ def explaining_disk(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUARD) -> Iterator[IO]:
-    """Opens a file that takes its name only once it is complete and on the disk.
+    """Opens a file that gets its name only once it is complete and on the disk.
 
     A process that dies before that leaves ``<path>.tmp`` behind, which the next write replaces
     (``<path>.<writer>.tmp`` if the guard has a writer, which the next attempt of the run removes).
@@ -232,11 +232,11 @@ def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUAR
     Args:
         path: the final name; an older file of that name is replaced.
         mode: "wb" or "w".
-        guard: is asked before the file is begun and before it takes its name; if it raises, there
+        guard: called before the file is created and before it gets its name; if it raises, there
             is no new file, and nothing unfinished.
 
     Raises:
-        WriteError: if it cannot be written; the older file is there still.
+        WriteError: if it cannot be written; the older file is kept.
     """
     path = Path(path)
     name = f"{path.name}.{guard.writer}" if guard.writer else path.name

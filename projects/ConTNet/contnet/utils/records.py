@@ -74,7 +74,7 @@ def read_bytes(path: str | Path) -> bytes | None:
         kind = DamagedFile if isinstance(error, PermissionError) else UserError
         raise kind(f"{path} cannot be read ({explain_os_error(error, path)})") from error
     if os.path.lexists(path):
-        raise DamagedFile(f"{path} cannot be read (it is no file)")
+        raise DamagedFile(f"{path} cannot be read (it is not a file)")
     return None
 
 
@@ -102,7 +102,7 @@ def peek_record(path: str | Path, form: object) -> object | None:
     try:
         return read_record(path, form)
     except UserError as error:
-        warn_once(f"{error}: it is left out")
+        warn_once(f"{error}: it is skipped")
         return None
 
 
@@ -112,7 +112,7 @@ def begin_anew(path: str | Path, error: DamagedFile) -> None:
     Raises:
         OSError: if it cannot be moved.
     """
-    logger.warning(f"{error}: it is set aside as {set_aside(path)}, and begins anew")
+    logger.warning(f"{error}: it is set aside as {set_aside(path)}, and starts empty")
 
 
 def recover_record(path: str | Path, form: object) -> object | None:

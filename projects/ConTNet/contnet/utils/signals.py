@@ -1,4 +1,4 @@
-"""Signals that end a process: who hears of them, and the exit status that tells of them."""
+"""Handling of signals that end a process, and their exit status."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def outliving_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises :class:`Interrupted` at a signal, in the main thread alone; children go on."""
+    """Raises :class:`Interrupted` at a signal, only in the main thread; children continue."""
     numbers, held = heeded_signals(), set(_held)
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     _set_up_children(numbers)

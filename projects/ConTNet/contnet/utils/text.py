@@ -1,4 +1,4 @@
-"""Words of messages."""
+"""Helpers for messages."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def say(*lines: str) -> None:
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """The word that is most like it; among keys, the last part counts most."""
+    """The most similar word; for keys, the last part counts most."""
     upper = {name.upper(): name for name in words}
     if near := difflib.get_close_matches(word.upper(), upper, n=1, cutoff=0.0):
         return upper[near[0]]
@@ -89,7 +89,7 @@ def first_names(names: Sequence[str]) -> str:
 
 
 def describe_difference(names: Sequence[str], expected: Sequence[str]) -> str:
-    """Says how two lists of names differ, "" if they do not."""
+    """Describes how two lists of names differ; "" if they are equal."""
     here, there = set(names), set(expected)
     parts = []
     for what, some in (("too many", here - there), ("missing", there - here)):

@@ -1,4 +1,4 @@
-"""Yaml from files that may be anybody's: plain values, as much of it as a person writes."""
+"""Reads yaml from untrusted files: only plain values, of limited size."""
 
 from pathlib import Path
 

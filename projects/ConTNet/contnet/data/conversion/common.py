@@ -62,7 +62,7 @@ def read_text(file: Path) -> str:
         with open_regular(file, "r", encoding="utf-8-sig") as text:
             return text.read()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no UTF-8 text: save it as that") from error
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
@@ -193,7 +193,7 @@ class Conversion:
         for names in groups.values():
             if len(names) > 1:
                 self.findings.note(
-                    "classes whose names differ in case or the form of Unicode alone",
+                    "classes whose names differ only in case or Unicode form",
                     ", ".join(names),
                 )
 
@@ -288,7 +288,7 @@ class Conversion:
             UserError: if there is no image, or the file cannot be written.
         """
         if not self.images:
-            raise UserError(f"no image could be converted, so that {file} is not written")
+            raise UserError(f"no image could be converted, so {file} is not written")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file, "w") as stream:

@@ -41,7 +41,9 @@ def _find_images(folder: Path) -> ImageFolder:
     for place in (*places, folder):
         if place.is_dir() and (images := ImageFolder(place)).files:
             return images
-    raise UserError(f"no images are in {folder} or beside it: say where they are by --images")
+    raise UserError(
+        f"there are no images in {folder} or next to it: give their folder with --images"
+    )
 
 
 class _PlainTree(ElementTree.TreeBuilder):
@@ -156,7 +158,7 @@ class _Reader:
         objects = [] if root is None else root.findall("object")
         self.conversion.read.update(images=1, objects=len(objects))
         if root is None:
-            self.conversion.leave_image("their file is no VOC XML", place)
+            self.conversion.leave_image("their file is not VOC XML", place)
             return
         image = self._find_image(file, root)
         if isinstance(image, str):
@@ -166,7 +168,7 @@ class _Reader:
             *size, orientation = measured
             orientation = self._frame(root, tuple(size), orientation, place)
             if orientation is None:
-                why = "their XML is for another size"
+                why = "their XML has another image size"
                 self.conversion.leave_image(
                     why, f"{place} (image {size[0]}x{size[1]})", len(objects)
                 )
@@ -185,7 +187,7 @@ class _Reader:
         if len(found) != 1:
             return "of several with one name" if found else f"not found in {self.images.root}"
         if found[0] in self.taken:
-            return f"described by {self.taken[found[0]]} already"
+            return f"already described by {self.taken[found[0]]}"
         return found[0]
 
     def _frame(
@@ -201,7 +203,7 @@ class _Reader:
         if stated in ((0, 0), size):
             return 1
         if orientation >= 5 and stated == size[::-1]:
-            what = "images that EXIF turns, labelled as stored: their boxes are turned along"
+            what = "images rotated by EXIF but labelled as stored: their boxes are rotated, too"
             self.conversion.findings.note(what, place)
             return orientation
         return None
@@ -222,7 +224,7 @@ class _Reader:
                 return
             conversion.findings.note("objects marked difficult, kept", place)
         if not polygon and points != bounding_box(points):
-            conversion.findings.note("boxes with corners in another order, put right", place)
+            conversion.findings.note("boxes with swapped corners, corrected", place)
             points = bounding_box(points)
         if one_based:
             first, *others = [(x - 1, y - 1) for x, y in points]
@@ -280,5 +282,5 @@ def convert_voc(
         stems = {path for file in files for path in images.find(file.stem)}
         for file in images.files:
             if file not in stems and file not in reader.taken:
-                conversion.findings.note("images without an XML file, not taken", str(file))
+                conversion.findings.note("images without an XML file, not converted", str(file))
     return conversion, images.root

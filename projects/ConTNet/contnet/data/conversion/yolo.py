@@ -41,7 +41,7 @@ def _read_yaml(file: Path) -> dict:
     try:
         content = parse_yaml(read_text(file), _LARGEST, _MOST_VALUES)
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is no yaml: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"{file} is not valid yaml: {getattr(error, 'problem', error)}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -51,11 +51,11 @@ def _class_numbers(names: object, file: Path) -> dict[int, str]:
         names = dict(enumerate(names))
     try:
         if any(isinstance(name, list | dict) for name in dict(names).values()):
-            raise ValueError("a name is no text")
+            raise ValueError("a name is not a string")
         return {int(number): str(names[number]).strip() for number in sorted(names, key=int)}
     except (OverflowError, TypeError, ValueError) as error:
         form = "write names: [cat, dog] or names: {0: cat, 1: dog}"
-        raise UserError(f"{file} has no names of classes by number: {form}") from error
+        raise UserError(f"{file} has no numbered class names: {form}") from error
 
 
 def read_names(file: Path) -> dict[int, str]:
@@ -79,11 +79,13 @@ def _find_names(folder: Path) -> Path:
                 found = [file for file in found if "names" in _read_yaml(file)]
             if len(found) > 1:
                 names = first_names([file.name for file in found])
-                raise UserError(f"{place} has {names}: say by --names which has the class names")
+                raise UserError(
+                    f"{place} has {names}: choose the one with the class names by --names"
+                )
             if found:
                 return found[0]
     raise UserError(
-        f"{folder} has no names of classes: give data.yaml or classes.txt by --names (one a line)"
+        f"{folder} has no class names: give data.yaml or classes.txt (one per line) with --names"
     )
 
 
@@ -104,7 +106,9 @@ def _find_images(folder: Path) -> Path:
     for place in (folder, _swap(folder.absolute(), "labels", "images"), folder / ".." / "images"):
         if place and place.is_dir() and find_files(place, IMAGE_ENDINGS):
             return place
-    raise UserError(f"no images are in {folder} or beside it: say where they are by --images")
+    raise UserError(
+        f"there are no images in {folder} or next to it: give their folder with --images"
+    )
 
 
 def _candidates(value: str, base: Path, content: dict) -> list[Path]:
@@ -130,7 +134,7 @@ def _split_paths(folder: Path, split: str, names_file: Path | None) -> list[Path
                 places = _candidates(each, names_file.parent, content)
                 there = [place for place in places if place.exists()]
                 if not there:
-                    raise UserError(f"{names_file}: {split} is {each}, and there is no such folder")
+                    raise UserError(f"{names_file}: {split} is {each}, which does not exist")
                 paths.append(there[0])
             return paths
     given = Path(split)
@@ -158,7 +162,7 @@ def _listed(conversion: Conversion, file: Path, folder: Path, images: ImageFolde
             chosen.append(Path(os.path.abspath(found[0])))
         else:
             conversion.read["images"] += 1
-            why = "several have the listed name" if found else "listed, and not found"
+            why = "several have the listed name" if found else "listed, but not found"
             conversion.leave_image(why, f"{file.name}: {line}")
     return chosen
 
@@ -175,9 +179,9 @@ def _parse_line(words: Sequence[str], keypoints: int) -> tuple[int, list[float],
     try:
         first, *numbers = map(float, words)
     except ValueError:
-        raise ValueError("with words that are no numbers") from None
+        raise ValueError("with words that are not numbers") from None
     if not all(map(math.isfinite, (first, *numbers))) or first != int(first):
-        raise ValueError("with numbers that are not finite, or a class that is not whole")
+        raise ValueError("with numbers that are not finite, or a class that is not an integer")
     kind = "box"
     if keypoints and len(numbers) == 4 + keypoints:
         kind, numbers = "keypoints", numbers[:4]
@@ -186,9 +190,9 @@ def _parse_line(words: Sequence[str], keypoints: int) -> tuple[int, list[float],
     elif len(numbers) >= 6 and len(numbers) % 2 == 0:
         kind = "polygon"
     elif len(numbers) != 4:
-        raise ValueError("with a number of columns that is neither a box's nor a polygon's")
+        raise ValueError("with a number of columns of neither a box nor a polygon")
     if not all(_LEAST <= number <= _MOST for number in numbers):
-        raise ValueError("with numbers outside 0 to 1, as pixels are (YOLO's are shares)")
+        raise ValueError("with numbers outside 0 to 1, such as pixels (YOLO's are relative)")
     return int(first), numbers, kind
 
 
@@ -242,7 +246,7 @@ class _Reader:
         conversion.read["images"] += 1
         file = self._find_labels(image)
         if file is None:
-            conversion.findings.note("images without a label file, taken as without objects", name)
+            conversion.findings.note("images without a label file, written without objects", name)
         try:
             lines = read_text(file).splitlines() if file else []
         except UserError as error:
@@ -267,14 +271,14 @@ class _Reader:
             self.conversion.leave_object(str(error), place)
             return
         if number not in self.names:
-            why = f"of class numbers that {self.conversion.classes.origin} does not name"
+            why = f"of class numbers that are not in {self.conversion.classes.origin}"
             self.conversion.leave_object(why, f"{place} ({number})")
             return
         if kind == "sixth":
             self.conversion.findings.note("boxes with a sixth number, ignored", place)
         elif kind == "keypoints":
             self.conversion.findings.note(
-                "objects with keypoints, of which the box is taken", place
+                "objects with keypoints, of which only the box is converted", place
             )
         points = _to_points(numbers, kind, width, height)
         if kind != "polygon" and points != bounding_box(points):

@@ -26,7 +26,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SMALL, _EXPANSION = 1 << 24, 100
 _START = 1 << 20  # characters in which to look for what a file is
 _CONVERT = "export it as COCO JSON, or as VOC or YOLO for tools/convert_dataset.py"
-_FIX = "tools/doctor.py --fix makes a mended copy"
+_FIX = "tools/doctor.py --fix writes a fixed copy"
 
 
 def _encoding(head: bytes) -> tuple[str, str]:
@@ -51,8 +51,8 @@ def _explain(start: str) -> str:
         return "it is empty"
     if start.startswith("<"):
         return (
-            "it is XML: tools/convert_dataset.py makes COCO JSON of a folder of VOC's files, of "
-            "others it must be exported"
+            "it is XML: convert a folder of VOC files with tools/convert_dataset.py, export others "
+            "as COCO JSON"
         )
     if start.startswith("version https://git-lfs"):
         return "it is a pointer of Git LFS: run git lfs pull"
@@ -61,7 +61,7 @@ def _explain(start: str) -> str:
     except ValueError:
         return ""
     if start[end:].lstrip().startswith("{"):
-        return f"it has one JSON value after another, such as one a line: {_CONVERT}"
+        return f"it has several JSON values, such as one per line: {_CONVERT}"
     return ""
 
 
@@ -153,9 +153,9 @@ _FORMS = (
         "detections (results), not annotations",
         _keys("image_id", "category_id", "score"),
         True,
-        "give the file with the truth",
+        "use the file with the ground truth",
     ),
-    _Form("the list 'annotations' alone", _keys("image_id", "category_id"), True),
+    _Form("only the list 'annotations'", _keys("image_id", "category_id"), True),
     _Form("an export of Label Studio", lambda x: "data" in x and "annotations" in x, True),
     _Form("an export of Label Studio (JSON-MIN)", _keys("annotator", "lead_time"), True),
     _Form("CreateML's form", _keys("image", "annotations"), True),
@@ -204,10 +204,8 @@ def check_form(content: object, file: str) -> None:
         return
     if form := _find_form(content):
         raise UserError(
-            f"the annotation file {file} has not the form of COCO instances, it is {form.name}: "
-            f"{form.advice}"
+            f"the annotation file {file} is not in COCO format, it is {form.name}: {form.advice}"
         )
     raise UserError(
-        f"the annotation file {file} has not the form of COCO instances: {wrong[0]!r} must be "
-        "there, a list of {...}"
+        f"the annotation file {file} is not in COCO format: {wrong[0]!r} must be a list of {{...}}"
     )

@@ -106,8 +106,8 @@ def _find_polygons(root: Path) -> list[Path]:
         nested = root / "cityscapes"
         hint = f"; did you mean {nested}?" if (nested / "gtFine").is_dir() else ""
         raise UserError(
-            f"{root.absolute()} has no folder gtFine: give the folder that holds gtFine and "
-            f"leftImg8bit by --root, or its parent by DETECTRON2_DATASETS{hint}"
+            f"{root.absolute()} has no folder gtFine: give the folder that contains gtFine and "
+            f"leftImg8bit with --root, or its parent as DETECTRON2_DATASETS{hint}"
         )
     files = sorted(root.glob(f"gtFine/*/*/*_gtFine{_POLYGONS}"))
     if not files:
@@ -142,8 +142,8 @@ def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int
                 errors += [error] if error else []
         except BrokenProcessPool as error:
             raise UserError(
-                "a process was killed, perhaps for want of memory: run this again with fewer "
-                "--workers, it goes on where it stopped"
+                "a process was killed, perhaps out of memory: run this again with fewer "
+                "--workers, it continues where it stopped"
             ) from error
     if errors:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Data sets for image classification: where they lie and what is in them.
+"""Data sets for image classification: their location and content.
 
 A set is one folder in one of three layouts, told apart by what the folder holds:
 
@@ -50,7 +50,7 @@ _THREADS = 16  # that list folders; on network file systems they mostly wait
 
 @dataclass(frozen=True)
 class ClassificationSource:
-    """Where a set lies.
+    """The location of a data set.
 
     Attributes:
         image_dir: its folder.
@@ -67,7 +67,7 @@ class ClassificationSource:
 
 @dataclass
 class ClassificationSet:
-    """What is in a set.
+    """The content of a data set.
 
     Attributes:
         records: of all images, in order.
@@ -172,11 +172,11 @@ def _read_folders(
         findings.error(f"its class folders are not those of {source.train_dir} ({differing})")
     for name in found.folders:
         if _is_hidden(name):
-            findings.error("hidden folders among the class folders, remove them", name)
+            findings.error("hidden folders among the class folders: remove them", name)
     for name in found.others:
         path = f"{source.image_dir}/{name}"
         if not os.path.exists(path):
-            findings.error("links among the class folders that lead nowhere", path)
+            findings.error("broken links among the class folders", path)
     labels = {name: label for label, name in enumerate(classes)}
     names = [name for name in found.folders if name in labels]
     records = []
@@ -186,7 +186,7 @@ def _read_folders(
             if not images:
                 findings.error(f"class folders without images ({', '.join(IMG_EXTENSIONS)})", name)
             for path in others:
-                findings.note("files that are no images by their names, they are left out", path)
+                findings.note("files without an image suffix, which are ignored", path)
             label, start = labels[name], len(source.image_dir) + 1
             records += [
                 {"file_name": path, "image_id": path[start:], "label": label} for path in images
@@ -207,7 +207,7 @@ def _label_order(
     order = _train_classes(source) or read_classes(source.image_dir) or told or names
     if order is names and all(name.isdecimal() for name in names):
         raise UserError(
-            f"{file} has numbers in place of class names, and nothing tells their meaning: write "
+            f"{file} has numbers instead of class names, without their meaning: write "
             f"names, or put {CLASSES_FILE} with the names in order into {source.image_dir}"
         )
     return order
@@ -221,11 +221,11 @@ def _read_flat(
         cure = (
             f"put one of {', '.join(LABEL_FILES)} into {Path(source.home).absolute()}"
             if source.home
-            else "give it in DATASETS.REGISTER as [name, label file, folder]"
+            else "register it in DATASETS.REGISTER as [name, label file, folder]"
         )
         raise UserError(
-            f"{Path(source.image_dir).absolute()} holds images without class folders, which need a "
-            f"label file: {cure}"
+            f"{Path(source.image_dir).absolute()} has images without class folders, which require "
+            f"a label file: {cure}"
         )
     labels, told, unused = read_labels(file, found.images)
     classes = _label_order(source, labels, told, file)
@@ -236,7 +236,7 @@ def _read_flat(
         if name is None:
             findings.error(f"images without a label in {file}", image)
         elif name not in numbers:
-            what = f"labels that are no class ({len(classes)} classes: {classes[0]}, ...)"
+            what = f"labels that are not classes ({len(classes)} classes: {classes[0]}, ...)"
             findings.error(what, f"{image} {name}")
         else:
             path = f"{source.image_dir}/{image}"
@@ -253,15 +253,15 @@ def _read_shards(
     stamp = read_manifest(source.image_dir)
     if stamp and stamp["images"] != len(records):
         raise UserError(
-            f"the shards in {source.image_dir} hold {len(records)} images of {stamp['images']}: "
-            "run tools/make_shards.py again to finish them, or copy all of them"
+            f"the shards in {source.image_dir} contain only {len(records)} of {stamp['images']} "
+            "images: run tools/make_shards.py again to finish them, or copy all of them"
         )
     classes = read_classes(source.image_dir)
     expected = _train_classes(source)
     if classes is None:
         findings.note(
-            "its classes have no names, so that their order cannot be compared: write them into "
-            f"{CLASSES_FILE} in its folder, one a line"
+            "its classes have no names, so their order cannot be compared: write them to "
+            f"{CLASSES_FILE} in its folder, one per line"
         )
     elif expected and (differing := describe_difference(classes, expected)):
         raise UserError(
@@ -288,12 +288,12 @@ def _choose(folder: str, found: _Listing) -> str:
     where = Path(folder).absolute()
     if not present:
         raise UserError(
-            f"{where} is empty: it must hold class folders, or images with a label file, or shards "
-            f"*{SHARD_ENDING}"
+            f"{where} is empty: it must contain class folders, or images with a label file, or "
+            f"shards *{SHARD_ENDING}"
         )
     if len(present) > 1:
         kinds = " and ".join(f"{kind} ({names[0]}, ...)" for kind, names in present.items())
-        raise UserError(f"{where} holds {kinds}: leave one kind there, so that it has one meaning")
+        raise UserError(f"{where} contains {kinds}: keep only one kind")
     return next(iter(present))
 
 
@@ -327,7 +327,7 @@ def _check_use(
 
 
 def read_set(source: ClassificationSource, findings: Findings) -> ClassificationSet:
-    """What a set holds; no image is opened.
+    """Lists the content of a data set, without opening images.
 
     Args:
         source: where it lies; the folder exists.
@@ -338,7 +338,7 @@ def read_set(source: ClassificationSource, findings: Findings) -> Classification
         layout = _choose(source.image_dir, found)
         if source.label_file and layout != "images":
             raise UserError(
-                f"{source.label_file} is for a folder of images, but {source.image_dir} holds "
+                f"{source.label_file} is for a folder of images, but {source.image_dir} contains "
                 f"{layout}: give [name, folder] in DATASETS.REGISTER"
             )
         content = _LAYOUTS[layout](source, found, findings)

@@ -1,4 +1,4 @@
-"""Annotation files of COCO's form: reading one, and making Detectron2's records of its content.
+"""Reads annotation files in COCO format, and converts their content to Detectron2's records.
 
 The records equal what Detectron2's ``load_coco_json`` makes of the file. That one reads it again;
 here the content that was checked is used.
@@ -65,13 +65,12 @@ def class_names(content: dict) -> list[str]:
         key = category.get("id")
         if not is_whole(key) and as_whole(key) is not None:
             raise UserError(
-                f"ids of its categories must be whole numbers, not {describe_value(key)}: "
-                "tools/doctor.py --fix makes them such"
+                f"its category ids must be integers, not {describe_value(key)}: "
+                "tools/doctor.py --fix converts them"
             )
         if not is_whole(category.get("id")) or not isinstance(category.get("name"), str):
             raise UserError(
-                "each category must have a whole number as id and a name: "
-                f"{describe_value(category)}"
+                f"each category must have an integer id and a name: {describe_value(category)}"
             )
     if not categories:
         raise UserError("its annotation file has no categories")
@@ -100,7 +99,7 @@ def as_whole(value: object) -> int | None:
 def describe_value(value: object) -> str:
     """The beginning of a value, with its type, for a message."""
     if isinstance(value, str):
-        return f"the text {json.dumps(value[:_SHOWN])}"
+        return f"the string {json.dumps(value[:_SHOWN])}"
     if isinstance(value, float):
         return f"{value!r} with a decimal point"
     try:
@@ -176,7 +175,7 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
             "annotations": usable,
         }
     if without:
-        logger.warning(f"{without} objects are left out: nothing of their masks is a polygon")
+        logger.warning(f"{without} objects are skipped: their masks have no valid polygon")
 
 
 def image_names(content: dict) -> list[str]:

@@ -180,9 +180,9 @@ def _describe(name: str, found: list[str], what: str) -> str:
     parts = _parts(name)
     differences = [what] if what else []
     if "\\" in name:
-        differences.append("\\ in the place of /")
+        differences.append("\\ instead of /")
     if len(parts) > len(found):
-        differences.append("a path before them that the image folder has not")
+        differences.append("a leading path that the image folder does not have")
     elif len(parts) < len(found):
         differences.append(f"they are in {'/'.join(found[: -len(parts)])}/")
     return " and ".join(differences) or "another folder"

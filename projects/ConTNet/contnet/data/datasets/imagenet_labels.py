@@ -75,7 +75,7 @@ def _read_meta(label_file: str) -> dict[int, str]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise UserError(
-            f"{label_file} has numbers of the development kit, whose {_META} says what they mean: "
+            f"{label_file} has class numbers of the development kit, which its {_META} explains: "
             f"put it into {folder.absolute()} (it is in ILSVRC2012_devkit_t12.tar.gz, folder data)"
         )
     try:

@@ -49,7 +49,7 @@ _CITYSCAPES = {
 
 
 def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSource | None:
-    """What the records of a data set are made from, which tells its kind.
+    """The source of a data set's records, whose class shows the data set's kind.
 
     Returns:
         None for a name that is not registered, and for a data set with a loader of its own.
@@ -93,7 +93,7 @@ def register_datasets(cfg: CfgNode) -> None:
             _register(name, paths)
         elif (taken := _paths(name)) != paths:
             raise UsageError(
-                f"DATASETS.REGISTER: the name {name} is taken already, by "
+                f"DATASETS.REGISTER: the name {name} is already used by "
                 f"{taken[0] if taken else 'another data set'}: choose another"
             )
 
@@ -108,7 +108,7 @@ def _register(name: str, paths: list[str]) -> None:
 
 
 def _paths(name: str) -> list[str]:
-    """The paths that a name stands for, as DATASETS.REGISTER gives them; none of others."""
+    """The paths of a name in DATASETS.REGISTER; none for other names."""
     match find_source(name):
         case ClassificationSource(image_dir, label_file):
             return [path for path in (label_file, image_dir) if path]

@@ -120,16 +120,18 @@ def _is_made(root: Path, config: ShapesConfig) -> bool:
     try:
         stamp = json.loads((root / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{root} exists and is no shapes data set: give another folder") from None
+        raise UserError(f"{root} exists and is not a shapes data set: use another folder") from None
     if stamp != _stamp(config):
         raise UserError(
-            f"{root} holds shapes made with other parameters ({_describe(stamp)}; asked for: "
-            f"{_describe(_stamp(config))}): give another folder or remove this one"
+            f"{root} contains shapes with other parameters ({_describe(stamp)}; requested: "
+            f"{_describe(_stamp(config))}): use another folder or remove this one"
         )
     for split in _SPLITS:
         found = len(list((root / split).glob("*.jpg")))
         if found != stamp[f"num_{split}"] or not _annotation_file(root, split).is_file():
-            raise UserError(f"{root} lacks files of its {split} split: remove it to make it anew")
+            raise UserError(
+                f"{root} lacks files of its {split} split: remove it to create it again"
+            )
     return True
 
 

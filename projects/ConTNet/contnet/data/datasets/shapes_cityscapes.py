@@ -46,7 +46,9 @@ def shapes_to_cityscapes(root: str | Path, folder: str | Path) -> None:
     """
     target = Path(folder, "cityscapes")
     if target.exists():
-        raise UserError(f"{target} exists: give another folder for the shapes as Cityscapes")
+        raise UserError(
+            f"{target} already exists: give another folder for the shapes in Cityscapes' layout"
+        )
     for split in ("train", "val"):
         file = Path(root, "annotations", f"instances_{split}.json")
         content = json.loads(file.read_text(encoding="utf-8"))

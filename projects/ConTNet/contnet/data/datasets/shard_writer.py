@@ -71,7 +71,7 @@ def _read_source(folder: Path) -> ClassificationSet:
     if errors := findings.lines(ERROR):
         raise UserError(errors[0])
     if "offset" in content.records[0]:
-        raise UserError(f"{folder} holds shards already")
+        raise UserError(f"{folder} already contains shards")
     return content
 
 
@@ -103,14 +103,15 @@ def _stamp(content: ClassificationSet, samples_per_shard: int) -> dict:
 
 
 def _claim(target: Path, stamp: dict, names: Sequence[str]) -> None:
-    """Makes the target folder, or goes on in one that was begun with the same stamp."""
+    """Creates the target folder, or continues in one with the same stamp."""
     target.mkdir(parents=True, exist_ok=True)
     present = sorted(os.listdir(target))
     begun = read_manifest(str(target)) if MANIFEST_FILE in present else None
     if begun is not None and begun != stamp:
         differing = ", ".join(key for key in stamp if begun.get(key) != stamp[key])
         raise UserError(
-            f"{target} holds shards of other images or options ({differing}): give an empty folder"
+            f"{target} contains shards of other images or options ({differing}): use an empty "
+            "folder"
         )
     ours = {MANIFEST_FILE, CLASSES_FILE, INDEX_FILE, *names}
     others = [
@@ -120,7 +121,7 @@ def _claim(target: Path, stamp: dict, names: Sequence[str]) -> None:
     ]
     if others or (begun is None and set(present) - {MANIFEST_FILE + TEMPORARY_SUFFIX}):
         name = (others or present)[0]
-        raise UserError(f"{target} holds other things, such as {name}: give an empty folder")
+        raise UserError(f"{target} contains other files, such as {name}: use an empty folder")
     if begun is None:
         with atomic_write(target / MANIFEST_FILE, "w") as file:
             json.dump(stamp, file, indent=1)
@@ -172,7 +173,7 @@ def _make(plan: _Plan) -> tuple[Shard, bool]:
                 _add(tar, f"{sample.key}.cls", str(sample.label).encode())
     except OSError as error:
         what = error.filename or plan.path
-        raise UserError(f"{what}: {error.strerror}; mend it and run this again") from error
+        raise UserError(f"{what}: {error.strerror}; fix it and run this again") from error
     return index_shard(plan.path), True
 
 
@@ -214,7 +215,7 @@ def make_shards(
             cannot be read or written.
     """
     if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise UserError(f"{target} lies in {source}: give a folder outside")
+        raise UserError(f"{target} is inside {source}: use a folder outside")
     content = _read_source(source)
     plans = _plans(content, target, samples_per_shard)
     try:
@@ -243,7 +244,7 @@ def _make_all(plans: Sequence[_Plan], workers: int | None) -> list[tuple[Shard, 
                 bar.update(len(result[0].keys))
         except BrokenProcessPool as error:
             raise UserError(
-                "a process was killed, perhaps for want of memory: run this again with fewer "
-                "--workers, it goes on where it stopped"
+                "a process was killed, perhaps out of memory: run this again with fewer "
+                "--workers, it continues where it stopped"
             ) from error
     return made

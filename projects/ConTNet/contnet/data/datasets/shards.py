@@ -1,4 +1,4 @@
-"""Shards: tar files of labelled images, as the library WebDataset reads and writes them.
+"""Shards: tar files of labelled images in WebDataset's format.
 
 A folder holds ``NAME-000000.tar``, ``NAME-000001.tar`` and so on; each sample of a shard is two
 members, ``KEY.jpg`` (or another ending of images) and ``KEY.cls``, the label as a number in text.
@@ -97,7 +97,7 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
         label = -1
     if not 0 <= label < _MOST_CLASSES:
         raise UserError(
-            f"{path}: {member.name} holds {text!r}, it must be a label from 0, below "
+            f"{path}: {member.name} contains {text!r}, it must be a label from 0, below "
             f"{_MOST_CLASSES}"
         )
     return label
@@ -105,16 +105,16 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
 
 def _put(found: dict, key: str, value: object, path: str, what: str) -> None:
     if key in found:
-        raise UserError(f"{path}: the key {key!r} has two {what}, make the shard again")
+        raise UserError(f"{path}: the key {key!r} has two {what}: make the shard again")
     found[key] = value
 
 
 def _pair(images: dict, labels: dict, path: str) -> None:
     if without := [key for key in images if key not in labels]:
         raise UserError(
-            f"{path}: {len(without)} of {len(images)} images have no .cls beside them, as "
-            f"{without[0]!r}: it is no shard of labelled images (a tar file of one class is to be "
-            "unpacked into a folder of that class)"
+            f"{path}: {len(without)} of {len(images)} images have no .cls file, such as "
+            f"{without[0]!r}: it is not a shard of labelled images (unpack a tar file of one class "
+            "into a folder of that class)"
         )
     if without := [key for key in labels if key not in images]:
         raise UserError(f"{path}: {without[0]!r} has a .cls but no image: make the shard again")
@@ -144,7 +144,7 @@ def index_shard(path: str) -> Shard:
             # tarfile takes a damaged header for the end.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it breaks off after {tar.offset} bytes")
+                raise tarfile.ReadError(f"it is truncated after {tar.offset} bytes")
     except UserError:
         raise
     except Exception as error:  # tarfile raises anything on damaged headers, and recurses
@@ -206,7 +206,7 @@ def _stored(folder: Path) -> dict[str, Shard]:
             columns = [file[name] for name in ("offsets", "lengths", "labels")]
             whole = [each.dtype == np.int64 and each.ndim == 1 for each in columns]
             if not all(whole) or file["files"].dtype != np.int64 or file["files"].shape[1:] != (3,):
-                raise ValueError("its tables have another form")
+                raise ValueError("its tables have another format")
     except FileNotFoundError:
         return {}
     except Exception as error:  # NumPy and zipfile raise anything on damaged bytes
@@ -219,7 +219,7 @@ def _stored(folder: Path) -> dict[str, Shard]:
         or len(names) != len(files)
         or any(len(part) != sum(counts) for part in (keys, *columns))
     ):
-        logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not fit) and not used")
+        logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not match) and not used")
         return {}
     shards, start = {}, 0
     for name, (size, mtime, count) in zip(names, files, strict=True):
@@ -282,9 +282,7 @@ def read_index(folder: str, names: Sequence[str], workers: int | None = None) ->
     except OSError as error:
         raise UserError(f"the shard {error.filename} cannot be read ({error.strerror})") from error
     if todo:
-        logger.info(
-            f"Looking through {len(todo)} of {len(names)} shards of {folder}, for the index"
-        )
+        logger.info(f"Indexing {len(todo)} of {len(names)} shards of {folder}")
         known.update(zip(todo, _look([paths[name] for name in todo], workers), strict=True))
     shards = [known[name] for name in names]
     if todo or set(stored) != set(names):
@@ -293,7 +291,7 @@ def read_index(folder: str, names: Sequence[str], workers: int | None = None) ->
         except OSError as error:
             logger.info(
                 f"{folder}/{INDEX_FILE} cannot be written ({error.strerror}): it is kept in "
-                "memory, and each process that starts looks through the shards again"
+                "memory, and each new process indexes the shards again"
             )
             _unwritten.update((paths[shard.name], shard) for shard in shards)
     return shards
@@ -347,7 +345,7 @@ def read_classes(folder: str) -> list[str] | None:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     names = text.removesuffix("\n").split("\n")
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"{path} must hold one class a line, each once, and no empty line")
+        raise UserError(f"{path} must have one class per line, each once, and no empty line")
     return names
 
 
@@ -362,7 +360,7 @@ def read_manifest(folder: str) -> dict | None:
         with open_regular(path, "r", encoding="utf-8") as file:
             stamp = json.load(file)
         if not isinstance(stamp["images"], int):
-            raise TypeError("its images are no number")
+            raise TypeError("its number of images is not a number")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, RecursionError, TypeError) as error:

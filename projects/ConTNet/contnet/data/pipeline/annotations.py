@@ -1,4 +1,4 @@
-"""Annotations are read once, for all processes of a machine and for later runs.
+"""A cache of parsed annotations, for all processes of a machine and for later runs.
 
 What Detectron2 would parse in every process becomes a file of records in DATASETS.CACHE_DIR, which
 the processes map. Its name has a digest of all that the records depend on: the bytes of every
@@ -91,8 +91,8 @@ def _tell_of(folder: Path, error: OSError) -> None:
     """Says, once in a process, why nothing is kept in a folder."""
     what = "is not used" if error.errno in (errno.EPERM, errno.ETIMEDOUT) else "cannot be written"
     message = (
-        "Annotations are not kept, so each process reads them, at each start: "
-        f"{error.filename or folder} {what} ({explain_os_error(error, folder)}); mend that, or "
+        "Annotations are not cached, so each process reads them at each start: "
+        f"{error.filename or folder} {what} ({explain_os_error(error, folder)}); fix that, or "
         "choose another DATASETS.CACHE_DIR"
     )
     log_first_n(logging.WARNING, message, key="message", name=__name__)
@@ -190,13 +190,13 @@ class AnnotationCache:
             except BlockingIOError:
                 waited = time.monotonic() - start
             if waited > self.patience:
-                reason = f"another process has held it for {waited:.0f} s"
+                reason = f"another process has locked it for {waited:.0f} s"
                 raise TimeoutError(errno.ETIMEDOUT, reason, lock.name)
             if waited > 1 and not told:
                 told = True
                 print(
-                    f"waiting for another process that reads annotations (it holds {lock.name}); "
-                    f"after {self.patience / 60:.0f} minutes this one reads them, too",
+                    f"waiting for another process that reads annotations (it locks {lock.name}); "
+                    f"after {self.patience / 60:.0f} minutes this process reads them itself",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -241,7 +241,7 @@ class AnnotationCache:
                 f"the annotations {self.source.label} cannot be loaded ({type(error).__name__}: "
                 f"{error})"
             ) from error
-        logger.info(f"The annotations {self.source.label} are kept in {self.path}")
+        logger.info(f"The annotations {self.source.label} are cached in {self.path}")
         file = RecordFile(self.path)
         with contextlib.suppress(OSError):  # others may remove files, too
             _prune(self.folder, self.limit)
@@ -407,7 +407,7 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"data set {name} cannot be loaded ({type(error).__name__}: {error}): "
-                "python tools/doctor.py with this config tells what is wrong"
+                "run python tools/doctor.py with this config for details"
             ) from error
     if every and all(isinstance(dicts, Records) for dicts in every):
         return Records([file for dicts in every for file in dicts.files], filter_empty)

@@ -124,7 +124,7 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         if max_pixels and width * height > max_pixels:
             raise ValueError(
                 f"it has {what}{width}x{height} pixels, more than INPUT.MAX_PIXELS {max_pixels}: "
-                "raise that key, 0 is no limit"
+                "raise that key; 0 means no limit"
             )
 
 
@@ -144,11 +144,11 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, int | None]:
         values = np.asarray(image)
         low, peak = int(values.min(initial=0)), int(values.max(initial=0))
         if low < 0 or peak > 65535:
-            raise ValueError(f"its pixels, {low} to {peak}, are not of 8 or 16 bits")
+            raise ValueError(f"its pixel values, {low} to {peak}, do not fit 8 or 16 bits")
         # The upper 8 bits, which Pillow takes of colours in 16 bits, too.
         return Image.fromarray((values >> 8).astype(np.uint8)), peak
     if image.mode == "F":
-        raise ValueError("its pixels are no whole numbers: save it with 8 or 16 bits")
+        raise ValueError("its pixel values are not integers: save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA"), None  # Pillow warns otherwise
     if image.mode == "LAB":  # leads to RGB alone
@@ -159,7 +159,7 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, int | None]:
 def decode_error(error: Exception) -> str:
     """Why an image cannot be decoded; Pillow's own words may name an address in memory."""
     if isinstance(error, UnidentifiedImageError):
-        return f"it is of no kind that is read: {', '.join(IMAGE_FORMATS)}"
+        return f"its format is none of those supported: {', '.join(IMAGE_FORMATS)}"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

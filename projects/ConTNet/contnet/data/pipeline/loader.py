@@ -1,4 +1,4 @@
-"""The loader of training batches: an endless, resumable sequence.
+"""The loader of training batches, an endless sequence that can be resumed.
 
 The order of images (:mod:`contnet.data.pipeline.order`) is one for the whole run. An optimiser step
 takes the next SOLVER.IMS_PER_BATCH images of it, and deals them to the processes and to the passes
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 class SeededDataset(Dataset):
-    """Loads (seed, position, index) triples, each under a random state of its own.
+    """Loads (seed, position, index) triples, each with its own random state.
 
     Args:
         dicts: Detectron2's data set dicts; a list is serialised, records are so already.
@@ -128,16 +128,16 @@ class TrainingBatchSampler(Sampler):
         }
 
     def state_dict(self, steps: int) -> dict:
-        """What a later run needs in order to go on after ``steps`` optimiser steps here."""
+        """The state from which a later run continues after ``steps`` optimiser steps here."""
         return {"seed": self.seed, "images_seen": self.images_seen(steps), **self._order_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on after the images that another run has seen; warns if the order is another."""
+        """Continues after the images that another run has seen; warns if the order differs."""
         self.order = self.order.with_seed(state["seed"])
         if "images_seen" not in state:  # of the first versions, which counted batches
             batches = state["batches"] * state["batch_size"] * state["world_size"]
             self.start = state["start"] + batches
-            reason = "the checkpoint's version dealt them otherwise"
+            reason = "the checkpoint's version ordered them differently"
         else:
             self.start = state["images_seen"]
             here = self._order_state()
@@ -145,13 +145,13 @@ class TrainingBatchSampler(Sampler):
             reason = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
         if reason:
             logger.warning(
-                f"Resuming after {self.start} images, but their order is no longer that of the run "
-                f"that was cut ({reason})"
+                f"Resuming after {self.start} images, but their order is not that of the "
+                f"interrupted run ({reason})"
             )
 
 
 def micro_batch_size(cfg: CfgNode, processes: int) -> int:
-    """Images that each process sees in one forward pass.
+    """Number of images per process and forward pass.
 
     Raises:
         UserError: if SOLVER.IMS_PER_BATCH does not divide over processes and passes.
@@ -209,7 +209,7 @@ def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
     except KeyError as error:
         raise UsageError(
             f"the records of DATASETS.TRAIN have no {error.args[0]} (those of labelled images have "
-            "none): set DATALOADER.ASPECT_RATIO_GROUPING False and SAMPLER_TRAIN TrainingSampler"
+            "none): set DATALOADER.ASPECT_RATIO_GROUPING False, SAMPLER_TRAIN TrainingSampler"
         ) from error
     return ImageOrder(len(dicts), seed, cfg.DATALOADER.GROUP_SIZE, landscape, repeats)
 
@@ -219,7 +219,7 @@ def _tell_of_groups(size: int, group_size: int) -> None:
     if group_size == 1 or size == group_size or not comm.is_main_process():
         return
     if size % group_size:
-        what = "groups of images of one aspect are split"
+        what = "groups of images of one orientation are split"
     else:
         what = "a batch may have landscape and portrait images, which are padded to a common size"
     logger.info(
@@ -264,8 +264,8 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
 
     def give_up(*_) -> NoReturn:
         raise UserError(
-            f"the data loader's workers gave no batch for {seconds} s (DATALOADER.TIMEOUT): they "
-            "are stopped, or the storage of the images does not answer"
+            f"the data loader's workers delivered no batch for {seconds} s (DATALOADER.TIMEOUT): "
+            "they are stuck, or the storage does not respond"
         )
 
     start, left, interval = time.monotonic(), 0.0, 0.0
@@ -300,14 +300,14 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
 
 
 def build_collator(cfg: CfgNode) -> Callable[[list[dict]], Sequence[dict]]:
-    """What makes a batch of inputs, in the worker: one tensor of images for a classifier."""
+    """Builds the function that collates inputs in a worker: one image tensor for a classifier."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return collate_images
     return trivial_batch_collator
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether batches are pinned: a GPU copies from such memory while the main thread goes on."""
+    """Whether batches are pinned, so a GPU copies them while the main thread continues."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 

@@ -254,7 +254,7 @@ class NamedErrors:
             return self.mapper(record)
         except UnreadableFile as error:
             raise UserError(
-                f"{error}: python tools/doctor.py with this config lists all such"
+                f"{error}: run python tools/doctor.py with this config for a full list"
             ) from error
         except UserError:  # of a user's own mapper
             raise
@@ -263,7 +263,7 @@ class NamedErrors:
                 raise
             raise UserError(
                 f"{sample_name(record)} cannot be loaded ({' '.join(_describe(error).split())}): "
-                "python tools/doctor.py with this config tells all that is wrong"
+                "run python tools/doctor.py with this config for details"
             ) from error
 
 
@@ -280,7 +280,7 @@ class ClassificationMapper:
         self.max_pixels = cfg.INPUT.MAX_PIXELS
 
     def __call__(self, record: dict) -> dict:
-        """The record, with ``image``: uint8 (3, H, W), RGB."""
+        """Returns the record with ``image``, uint8 (3, H, W), RGB."""
         image = read_image(record, self.max_pixels)
         with without_pillow_limit():  # Pillow asks again when it crops
             return {**record, "image": torch.as_tensor(self.transform(image))}

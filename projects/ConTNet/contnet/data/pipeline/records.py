@@ -63,7 +63,7 @@ def _extend(value: object) -> object:
         except UnicodeEncodeError:  # a file's name that is no text
             return msgpack.Ext(_NO_UNICODE, value.encode(errors="surrogatepass"))
     if kind not in _PLAIN:  # msgspec would make a list of a set, a number of an enumeration
-        raise TypeError(f"a {kind.__name__} cannot be kept")
+        raise TypeError(f"a {kind.__name__} cannot be cached")
     return value
 
 

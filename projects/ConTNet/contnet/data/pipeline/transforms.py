@@ -61,7 +61,7 @@ class _RandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _keep_a_pixel(transform: object) -> object:
-    """Puts the crop above in the place of timm's."""
+    """Replaces timm's crop by the one above."""
     if type(transform) is not RandomResizedCropAndInterpolation:
         return transform
     crop = _RandomResizedCrop(transform.size, transform.scale, transform.ratio)

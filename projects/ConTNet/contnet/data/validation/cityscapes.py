@@ -74,13 +74,13 @@ def check_layout(
         return
     official = _COUNTS.get(Path(image_dir).name)
     if official == len(scenes):
-        findings.fact("as many as Cityscapes itself has")
+        findings.fact("as many as Cityscapes has")
     elif official:
-        findings.note(f"{len(scenes)} images, Cityscapes itself has {official}")
+        findings.note(f"{len(scenes)} images, Cityscapes has {official}")
     _check_strays(image_dir, findings)
     if not truth:
         tell = findings.error if trained else findings.note
-        tell("it has no labels that count, so that nothing can be learned or measured on it")
+        tell("all its labels are ignored, so nothing can be learned or measured on it")
         return
     present = _listing(gt_dir)
     paired, labels = set(), []
@@ -106,11 +106,11 @@ def _check_strays(image_dir: str, findings: Findings) -> None:
         for path in sorted(city.iterdir()) if city.is_dir() else [city]:
             if path.name.startswith(".") or not path.name.endswith(IMAGE_SUFFIX):
                 findings.error(
-                    f"files that are no images *{IMAGE_SUFFIX}: move them away", str(path)
+                    f"files that are not images *{IMAGE_SUFFIX}: move them away", str(path)
                 )
             elif path.name not in files:
                 findings.error(
-                    "images that are missing, or links to nowhere",
+                    "missing images, or broken links",
                     f"{path} ({describe_kind(path)})",
                 )
 
@@ -174,10 +174,10 @@ def _count_left_out(labels: list[list[str]], filtered: bool, findings: Findings)
 def _check_object(thing: dict, size: tuple[int, int], where: str, findings: Findings) -> None:
     name = str(thing.get("label"))
     if name not in name2label and name.removesuffix("group") not in name2label:
-        findings.error("objects of classes that Cityscapes has not", f"{where} {name}")
+        findings.error("objects of classes that are not in Cityscapes", f"{where} {name}")
     polygon = thing.get("polygon")
     if not _is_polygon(polygon):
-        findings.error("polygons that are no lists of 3 or more [x, y]", f"{where} {name}")
+        findings.error("polygons that are not lists of 3 or more [x, y]", f"{where} {name}")
         return
     xs, ys = zip(*polygon, strict=True)
     if is_far(min(xs), max(xs), size[0]) or is_far(min(ys), max(ys), size[1]):
@@ -228,10 +228,10 @@ def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding
         found.append(Finding(ERROR, what, str(path)))
     if labels.shape[::-1] != size:
         sizes = f"{path} ({labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]})"
-        found.append(Finding(ERROR, f"{end} files of another size than their image", sizes))
+        found.append(Finding(ERROR, f"{end} files whose size differs from their image's", sizes))
     if wrong := _wrong_values(end, np.unique(labels)):
         values = ", ".join(map(str, wrong[:3]))
-        what = f"{end} files with values that they must not have: {_REMAKE}"
+        what = f"{end} files with invalid values: {_REMAKE}"
         found.append(Finding(ERROR, what, f"{path} ({values})"))
     return found
 
@@ -243,14 +243,16 @@ def inspect_images(scene: Scene, rules: ImageRules) -> list[Finding]:
         return found
     width, height = decoded.image.size
     if (width, height) != _SIZE:
-        what = f"images of another size than Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
+        what = f"images whose size is not Cityscapes' {_SIZE[0]}x{_SIZE[1]}"
         found.append(Finding(NOTE, what, f"{scene.image.name} ({width}x{height})"))
     content = _read_polygons(scene.labels["polygons.json"])
     if content is not None:
         given = content.get("imgWidth"), content.get("imgHeight")
         if given != (width, height):
             sizes = f"{scene.image.name} ({width}x{height}, polygons {given[0]}x{given[1]})"
-            found.append(Finding(ERROR, "images of another size than their polygons say", sizes))
+            found.append(
+                Finding(ERROR, "images whose size differs from that in their polygon file", sizes)
+            )
     for end, path in scene.labels.items():
         if end.endswith(".png") and path.exists():
             found += _inspect_labels(end, path, (width, height))

@@ -39,7 +39,7 @@ def check_classes(
             # Of a model that needs objects and label maps, each set has one of the two.
             if keys and kind not in keys and (len(keys) == 1 or kind == IMAGE_LABELS):
                 needs = " and ".join(keys)
-                findings.error(f"it has {kind}, but a {cfg.MODEL.META_ARCHITECTURE} needs {needs}")
+                findings.error(f"it has {kind}, but {cfg.MODEL.META_ARCHITECTURE} requires {needs}")
                 continue
             if not findings.named:
                 _check_unnamed(cfg, keys.get(kind), len(classes), findings)
@@ -65,8 +65,8 @@ def check_classes(
         if not findings.named and IMAGE_LABELS in first:
             findings.error(
                 "its classes have no names, but those of "
-                f"{first[IMAGE_LABELS][0]} have, so that their order cannot be compared: write "
-                f"{CLASSES_FILE} into its folder, one class a line in the order of the labels"
+                f"{first[IMAGE_LABELS][0]} have, so their order cannot be compared: write "
+                f"{CLASSES_FILE} into its folder, one class per line in the order of the labels"
             )
 
 
@@ -83,7 +83,7 @@ def _say_shared(
     if left := [name for name in expected if name not in have]:
         findings.warn(
             f"it has {len(classes)} of the {len(expected)} classes of {whose}: predictions of the "
-            f"others do not count ({first_names(left)})"
+            f"others are ignored ({first_names(left)})"
         )
     else:
         findings.note(f"its classes are those of {whose} in another order, matched by name")

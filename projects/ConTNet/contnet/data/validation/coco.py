@@ -53,7 +53,7 @@ def _check_image_id(image: dict, where: str, findings: Findings) -> bool:
     if is_whole(key) or isinstance(key, str):
         return True
     if as_whole(key) is not None:
-        what = f"image ids that are not written as whole numbers: {MEND}"
+        what = f"image ids that are not integers: {MEND}"
         findings.error(what, f"{describe_value(key)} ({where})")
         return True
     findings.error(f"images without an id: {MEND}", where)
@@ -69,7 +69,7 @@ def _check_image_name(image: dict, findings: Findings) -> None:
     elif is_stray(name):
         findings.error(
             "files of macOS or Windows that are listed as images (._*, Thumbs.db, ...): "
-            "tools/doctor.py --fix leaves them out",
+            "tools/doctor.py --fix removes them",
             name,
         )
 
@@ -78,11 +78,11 @@ def _check_image_size(image: dict, where: str, findings: Findings) -> tuple[int,
     width, height = image.get("width"), image.get("height")
     if is_size(width, height):
         return width, height
-    what = f"images whose width and height are no whole numbers above 0: {MEND}"
+    what = f"images whose width and height are not integers above 0: {MEND}"
     if is_size(as_whole(width) or 0, as_whole(height) or 0):
         what = (
-            "images whose width and height are no whole numbers above 0, but texts, or have a "
-            f"decimal point: {MEND}"
+            "images whose width and height are strings or have a decimal point, instead of "
+            f"integers above 0: {MEND}"
         )
         where += f" ({describe_value(height if is_whole(width) else width)})"
     findings.error(what, where)
@@ -108,7 +108,7 @@ def _check_images(images: list[dict], findings: Findings) -> dict:
         sizes[key] = size
     if len({isinstance(key, str) for key in sizes}) > 1:
         findings.error(
-            f"some image ids are numbers, some are texts: Detectron2 cannot sort them, {MEND}"
+            f"some image ids are numbers, some are strings: Detectron2 cannot sort them, {MEND}"
         )
     return sizes
 
@@ -119,7 +119,7 @@ def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str 
     """
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         texts = isinstance(box, list) and len(box) == 4 and is_text_of_numbers(box)
-        hint = f", but texts: {MEND}" if texts else ""
+        hint = f", but strings: {MEND}" if texts else ""
         findings.error(f"boxes that are not 4 finite numbers x, y, width, height{hint}", where)
         return None
     x, y, width, height = box
@@ -130,29 +130,29 @@ def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str 
         findings.lost("boxes without area", where)
         return "box without area"
     if x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
-        findings.lost("boxes wholly outside their image", where)
+        findings.lost("boxes completely outside their image", where)
         return "box outside its image"
     if is_far(x, x + width, size[0]) or is_far(y, y + height, size[1]):
         findings.error(
-            "boxes far larger than their image: x, y, width, height are wanted, in its pixels",
+            "boxes far larger than their image: they must be x, y, width, height in pixels",
             where,
         )
         return None
     if min(x, y, size[0] - x - width, size[1] - y - height) < -_ROUNDING:
-        findings.note("boxes that reach outside their image, where they are cut", where)
+        findings.note("boxes that reach outside their image, and are clipped", where)
     return ""
 
 
 def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) -> None:
     """Checks what says how an object counts."""
     if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
-        what = f"annotations without {', '.join(missing)}, which evaluation needs: {MEND}"
+        what = f"annotations without {', '.join(missing)}, which evaluation requires: {MEND}"
         findings.error(what, where)
     if item.get("iscrowd", 0) not in (0, 1):
         findings.error(f"annotations whose iscrowd is neither 0 nor 1: {MEND}", where)
     area = item.get("area", 0)
     if use.evaluated and not (are_numbers([area]) and area >= 0):
-        findings.error(f"annotations whose area is no number from 0: {MEND}", where)
+        findings.error(f"annotations whose area is not a number from 0: {MEND}", where)
     if item.get("ignore"):
         findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
@@ -172,7 +172,7 @@ def _check_ids(item: dict, findings: Findings) -> bool:
         return False
     for key in wrong:
         findings.error(
-            f"annotations whose {key} is not written as a whole number: {MEND}",
+            f"annotations whose {key} is not an integer: {MEND}",
             f"{describe_value(item[key])} in {describe_object(item)}",
         )
     return True
@@ -205,10 +205,10 @@ class _Listed:
         found = self._numbers.get(as_whole(value)) if as_whole(value) is not None else None
         if found is None:
             return None
-        one, other = ("texts", "numbers") if isinstance(value, str) else ("numbers", "texts")
+        one, other = ("strings", "numbers") if isinstance(value, str) else ("numbers", "strings")
         self._findings.error(
             f"annotations whose {self._key} are {one}, while the ids of {self._what} are {other}, "
-            f"which never are the same: {MEND}",
+            f"which never match: {MEND}",
             f"{describe_value(value)} in {describe_object(item)}",
         )
         return found
@@ -297,7 +297,7 @@ def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Fi
         findings.error("it has no object to train on")
     if use.evaluated and 0 in seen:
         findings.warn(
-            "the annotation id 0 counts as missed in COCO's evaluation, so that AP is too low: "
+            "the annotation id 0 counts as missed in COCO's evaluation, so AP is too low: "
             f"number from 1, {MEND}"
         )
     if annotations and all(_is_relative(item.get("bbox")) for item in annotations):
@@ -337,14 +337,14 @@ def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
         by_name[category["name"]].append(category["id"])
     for name, ids in by_name.items():
         if len(ids) > 1:
-            what = "classes that have the same name, and are learned and evaluated apart"
+            what = "classes that have the same name, but are learned and evaluated separately"
             findings.warn(what, f"{name} (ids {', '.join(map(str, sorted(ids)))})")
     if not content["images"]:
         findings.error("its annotation file lists no image")
     sizes = _check_images(content["images"], findings)
     if use.trained and "annotations" not in content:
-        findings.error("its annotation file has no 'annotations', so that nothing can be learned")
+        findings.error("its annotation file has no 'annotations', so nothing can be learned")
     elif content.get("annotations") or use.trained:
         _check_annotations(content, sizes, use, findings)
     else:
-        findings.fact("no truth: there are no annotations to evaluate by")
+        findings.fact("no ground truth: there are no annotations to evaluate with")

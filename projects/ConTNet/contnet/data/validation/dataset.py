@@ -76,10 +76,10 @@ def _page(name: str) -> str:
 def _origin(cfg: CfgNode, name: str) -> str:
     """Where the paths of a data set come from."""
     if is_registered(cfg, name):
-        return "mend its path in DATASETS.REGISTER"
+        return "fix its path in DATASETS.REGISTER"
     value = os.environ.get("DETECTRON2_DATASETS")
     if value is not None:
-        return f"DETECTRON2_DATASETS is {value!r}, {_page(name)} shows what belongs there"
+        return f"DETECTRON2_DATASETS is {value!r}, {_page(name)} shows the expected files"
     folder = os.path.realpath("datasets")
     return f"DETECTRON2_DATASETS is not set: data sets are looked for in {folder}"
 
@@ -89,7 +89,7 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        findings.error(f"it is not registered, give your own in DATASETS.REGISTER{hint}")
+        findings.error(f"it is not registered, add your own to DATASETS.REGISTER{hint}")
         return False
     metadata = MetadataCatalog.get(name)
     whole = True
@@ -113,21 +113,21 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
     missing = []
     for image in find_missing(root, images):
         kind = describe_kind(path := os.path.join(root, image))
-        if kind in ("", "missing", "a link that leads nowhere"):
+        if kind in ("", "missing", "a broken link"):
             missing.append(image)
         else:
-            findings.error("images that are missing, their place is taken", f"{path} ({kind})")
+            findings.error("images whose path is not a file", f"{path} ({kind})")
     if not missing:
         return
     matches = match_names(root, missing, images)
     for image, match in matches.items():
-        what = f"images that the folder has under other names ({match.difference}): {MEND}"
+        what = f"images that have other names in the folder ({match.difference}): {MEND}"
         findings.error(what, f"{image!a} is {match.path!a}")
     if lost := [image for image in missing if image not in matches]:
         advice = _advise(cfg, name, lost, len(set(images)))
         for image in lost:
             path = os.path.join(root, image)
-            findings.error(f"images that are missing ({advice})", path)
+            findings.error(f"missing images ({advice})", path)
 
 
 def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
@@ -135,7 +135,7 @@ def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
     how_many = f"{len(lost)} of {total}"
     # Of single ones, another folder may have other images of the same names, as train and val do.
     if len(lost) < total:
-        return f"{how_many}; copy them, or leave them out of a copy of the file: {_DOCTOR} --fix"
+        return f"{how_many}; copy them, or remove them from a copy of the file: {_DOCTOR} --fix"
     if folder := find_beside(find_source(name).image_root, lost):
         return f"{how_many}; did you mean the folder {folder}?"
     return f"{how_many}; {_origin(cfg, name)}"
@@ -147,10 +147,10 @@ def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findi
         return
     who, official = OFFICIAL_COUNTS[name]
     if count == official:
-        findings.fact(f"as many as {who} itself has")
+        findings.fact(f"as many as {who} has")
         return
     findings.warn(
-        f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} itself has "
+        f"{plural(count[0], 'image')} and {plural(count[1], what)}, {who} has "
         f"{official[0]} and {official[1]}"
     )
 
@@ -210,7 +210,7 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> Look |
     for key, value in wanted.items():
         if cfg.DATALOADER[key] != value:
             findings.error(
-                f"DATALOADER.{key} is {cfg.DATALOADER[key]}, labels of images need {value}"
+                f"DATALOADER.{key} is {cfg.DATALOADER[key]}, labelled images require {value}"
             )
     return look
 
@@ -236,7 +236,7 @@ def examine_dataset(cfg: CfgNode, name: str) -> tuple[Findings, Look | None]:
     kind = type(find_source(name))
     if kind in _CHECKS:
         return findings, _CHECKS[kind](cfg, name, findings)
-    findings.note("it has a loader of its own, so that nothing of it is checked")
+    findings.note("it has its own loader, so it is not checked")
     return findings, None
 
 
@@ -250,7 +250,7 @@ def _raise_errors(found: dict[str, Findings]) -> None:
     if errors:
         name, line = errors[0]
         more = f" (and {len(errors) - 1} more kinds of errors)" if len(errors) > 1 else ""
-        raise UserError(f"data set {name}: {line}{more}; {_DOCTOR} with this config tells all")
+        raise UserError(f"data set {name}: {line}{more}; run {_DOCTOR} with this config for all")
 
 
 def has_truth(cfg: CfgNode, name: str) -> bool:

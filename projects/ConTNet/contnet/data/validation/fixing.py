@@ -80,7 +80,7 @@ def _drop_copies(fix: _Fix) -> None:
             seen[number].add(text)
             return new
 
-        fix.keep(key, is_new, f"{key} that repeat another to the letter: left out")
+        fix.keep(key, is_new, f"{key} that are exact duplicates: removed")
 
 
 def _name_images(fix: _Fix) -> None:
@@ -89,12 +89,12 @@ def _name_images(fix: _Fix) -> None:
             continue
         if is_whole(image.get("file_name")):
             image["file_name"] = str(image["file_name"])
-            fix.done["names of images that were numbers: texts"] += 1
+            fix.done["image names that were numbers: converted to strings"] += 1
             continue
         names = [image[key] for key in NAME_KEYS if isinstance(image.get(key), str)]
         if names:
             image["file_name"] = names[0]
-            fix.done["images without file_name: it was under another key"] += 1
+            fix.done["images whose file_name had another key: renamed"] += 1
 
 
 def _match_images(fix: _Fix) -> None:
@@ -104,7 +104,7 @@ def _match_images(fix: _Fix) -> None:
     for image in fix.images:
         if match := matches.get(str(image.get("file_name"))):
             image["file_name"] = match.path
-            fix.done[f"names of images ({match.difference}): as in the folder"] += 1
+            fix.done[f"image names ({match.difference}): changed to those in the folder"] += 1
 
 
 def _drop_images(fix: _Fix) -> None:
@@ -116,12 +116,12 @@ def _drop_images(fix: _Fix) -> None:
     names = [str(image.get("file_name") or "") for image in fix.images]
     lost = {*find_missing(fix.root, names), *filter(is_stray, names), ""}
     if names and lost.issuperset(names):
-        raise UserError(f"none of its {len(names)} images is in {fix.root}: give the right folder")
+        raise UserError(f"none of its {len(names)} images is in {fix.root}: check the folder")
     ids = {image["id"] for image, name in zip(fix.images, names, strict=True) if name in lost}
     ids -= {image["id"] for image, name in zip(fix.images, names, strict=True) if name not in lost}
-    what = "images without a file, or files of macOS or Windows: left out"
+    what = "images without a file, or files of macOS or Windows: removed"
     fix.keep("images", lambda image: str(image.get("file_name") or "") not in lost, what)
-    what = "annotations of such images: left out"
+    what = "annotations of these images: removed"
     fix.keep("annotations", lambda item: item["image_id"] not in ids, what)
 
 
@@ -131,14 +131,14 @@ def _size_images(fix: _Fix) -> None:
             continue
         size = [as_whole(image.get(key)) or 0 for key in ("width", "height")]
         if is_size(*size):
-            fix.done["sizes of images that were no whole numbers: made such"] += 1
+            fix.done["image sizes that were not integers: converted"] += 1
         else:
             try:
                 path = os.path.join(fix.root, image["file_name"])
                 size = read_size({"file_name": path}, max_pixels=0)[:2]
             except UserError:  # damaged, which the doctor tells
                 continue
-            fix.done["sizes of images that were missing: read from the images"] += 1
+            fix.done["missing image sizes: read from the images"] += 1
         image["width"], image["height"] = size
 
 
@@ -176,7 +176,7 @@ def _number_entries(fix: _Fix, key: str, reference: str) -> None:
         if (number := new.get(_key(entry.get("id")))) is None:  # it has none
             number, free = free, free + 1
         entry["id"] = number
-        fix.done[f"ids of {key} that were no whole numbers: made such"] += 1
+        fix.done[f"ids of {key} that were not integers: converted"] += 1
     kept = [[value, number] for (_, value), number in new.items()]
     if kept:
         fix.content.setdefault(MAPPING, {})[f"{key}: [id before, id now]"] = kept
@@ -186,7 +186,7 @@ def _number_entries(fix: _Fix, key: str, reference: str) -> None:
         number = new.get(_key(value), value if is_whole(value) else as_whole(value))
         if number in ids and not (is_whole(value) and value == number):
             item[reference] = number
-            fix.done[f"{reference} of annotations that were no whole numbers: made such"] += 1
+            fix.done[f"{reference} of annotations that were not integers: converted"] += 1
 
 
 def _number_images(fix: _Fix) -> None:
@@ -197,7 +197,7 @@ def _number_images(fix: _Fix) -> None:
     for image in fix.images:
         if image["id"] in seen and image["id"] not in referred:
             image["id"], free = free, free + 1
-            fix.done["image ids that occurred twice, without annotations: new ones"] += 1
+            fix.done["image ids that occurred twice, without annotations: renumbered"] += 1
         seen.add(image["id"])
 
 
@@ -218,14 +218,14 @@ def _number_annotations(fix: _Fix) -> None:
         if not is_whole(old) or number != old:
             item["id"] = number
             new.append([old, number])
-    fix.done["annotation ids that were 0, twice there or no whole numbers: new ones"] += len(new)
+    fix.done["annotation ids that were 0, duplicate or not integers: renumbered"] += len(new)
     if new:
         fix.content.setdefault(MAPPING, {})["annotations: [id before, id now]"] = new
 
 
 def _drop_unlisted(fix: _Fix) -> None:
     ids = {image["id"] for image in fix.images}
-    what = "annotations of images that are not listed: left out"
+    what = "annotations of images that are not listed: removed"
     fix.keep("annotations", lambda x: is_whole(x.get("image_id")) and x["image_id"] in ids, what)
 
 
@@ -251,7 +251,7 @@ def _read_texts(fix: _Fix) -> None:
                 continue
             if (read := _as_number(value)) != value:
                 item[key] = read
-                fix.done[f"{key} with texts in the place of numbers: numbers"] += 1
+                fix.done[f"{key} with strings instead of numbers: converted"] += 1
 
 
 def _mark_crowds(fix: _Fix) -> None:
@@ -261,7 +261,7 @@ def _mark_crowds(fix: _Fix) -> None:
             continue
         if given is None or as_whole(given) in (0, 1) or isinstance(given, bool):
             item["iscrowd"] = int(as_whole(given) or given is True)
-            fix.done["iscrowd that was missing, a text or true/false: 0 or 1"] += 1
+            fix.done["iscrowd that was missing, a string or true/false: set to 0 or 1"] += 1
 
 
 def _clean_polygons(fix: _Fix) -> None:
@@ -271,17 +271,17 @@ def _clean_polygons(fix: _Fix) -> None:
             continue
         if flat := flatten_polygons(mask):
             item["segmentation"] = mask = flat
-            fix.done["masks of points or of one list of numbers: polygons"] += 1
+            fix.done["masks of points or of one list of numbers: converted to polygons"] += 1
         parts = [part for part in mask if isinstance(part, list) and are_numbers(part)]
         kept = usable_polygons(parts)
         if lost := len(mask) - len(kept):
-            fix.done["polygons of too few, an odd number of or no numbers: left out"] += lost
+            fix.done["polygons with too few, an odd number of or no numbers: removed"] += lost
             item["segmentation"] = kept
         if not item["segmentation"]:
             del item["segmentation"]
             item["_lost"] = bool(mask)
     if fix.masks:
-        what = "objects of whose masks nothing was left: left out"
+        what = "objects without a remaining mask: removed"
         fix.keep("annotations", lambda item: not item.get("_lost"), what)
     for item in fix.annotations:
         item.pop("_lost", None)
@@ -329,7 +329,7 @@ def _box_objects(fix: _Fix) -> None:
         coded = _encode(item, sizes)
         if coded is not None and _is_box(box := mask_util.toBbox(coded).tolist()):
             item["bbox"] = box
-            fix.done["boxes that were missing or without area: computed from masks"] += 1
+            fix.done["boxes that were missing or had no area: computed from masks"] += 1
 
     def is_usable(item: dict) -> bool:
         if not _is_box(item.get("bbox")):
@@ -338,7 +338,7 @@ def _box_objects(fix: _Fix) -> None:
         size = sizes.get(item["image_id"], (math.inf, math.inf))
         return x < size[0] and y < size[1] and x + width > 0 and y + height > 0
 
-    fix.keep("annotations", is_usable, "objects without a box in their image: left out")
+    fix.keep("annotations", is_usable, "objects without a box in their image: removed")
 
 
 def _wrong_areas(fix: _Fix, sizes: dict) -> set[int]:
@@ -365,7 +365,7 @@ def _compute_areas(fix: _Fix) -> None:
         width, height = item["bbox"][2:]
         item["area"] = width * height if coded is None else float(mask_util.area(coded))
         source = "boxes" if coded is None else "masks"
-        what = "were wrong" if number else "were missing or no numbers"
+        what = "were wrong" if number else "were missing or not numbers"
         fix.done[f"areas that {what}: computed from {source}"] += 1
 
 

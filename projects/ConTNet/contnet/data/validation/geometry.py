@@ -21,21 +21,21 @@ _SLACK = 0.1  # of an area, before it is another one
 _LEAST = 0.01  # of a box, what the mask that is not there must have had
 _FEW = 20  # areas, too few to see a rule in
 
-_ZERO = "areas that are 0: APs, APm and APl need them, doctor.py --fix computes them"
+_ZERO = "areas of 0: APs, APm and APl need the areas, doctor.py --fix computes them"
 _ABOVE = (
-    "areas above width x height of their box: APs, APm and APl need right ones, doctor.py --fix "
+    "areas above width x height of their box: APs, APm and APl need correct areas, doctor.py --fix "
     "computes them"
 )
 _OTHER = (
-    "areas that are not those of the masks: APs, APm and APl need right ones, doctor.py --fix "
+    "areas that differ from the masks': APs, APm and APl need correct areas, doctor.py --fix "
     "computes them"
 )
 _OTHER_BOX = (
-    "areas of objects without masks that are not width x height: APs, APm and APl need right ones, "
-    "doctor.py --fix computes them"
+    "areas of objects without masks that are not width x height: APs, APm and APl need correct "
+    "areas, doctor.py --fix computes them"
 )
 _FAR = "polygons that reach far outside their image"
-_NOT_HELD = "boxes that do not hold their mask"
+_NOT_HELD = "boxes that do not contain their mask"
 _LARGER = "boxes far larger than their mask"
 
 

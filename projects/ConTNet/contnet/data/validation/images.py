@@ -62,7 +62,7 @@ class ImageRules:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> ImageRules:
         if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-            return cls(cfg.INPUT.MAX_PIXELS, LONGEST, "little of them is seen at a time")
+            return cls(cfg.INPUT.MAX_PIXELS, LONGEST, "crops show only a small part of them")
         longest = min(cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST)
         return cls(cfg.INPUT.MAX_PIXELS, longest, "they are resized to a single row or column")
 
@@ -96,11 +96,11 @@ def _describe(record: dict, decoded: Decoded, rules: ImageRules) -> list[Finding
     """What may surprise of an image that can be read."""
     found, name = [], sample_name(record)
     if decoded.peak is not None:
-        found.append(Finding(FACT, "of 16 bits, of which the upper 8 are taken"))
+        found.append(Finding(FACT, "of 16 bits, of which the upper 8 are used"))
         if 0 < decoded.peak < _DARK:
             what = (
-                f"images of 16 bits whose values stay below {_DARK}, which come out nearly black: "
-                "stretch them to 0 to 65535, or save them with 8 bits"
+                f"images of 16 bits with all values below {_DARK}, which become almost black: "
+                "scale them to 0 to 65535, or save them with 8 bits"
             )
             found.append(Finding(WARNING, what, f"{name} (largest value {decoded.peak})"))
     elif decoded.mode != "RGB":
@@ -110,7 +110,7 @@ def _describe(record: dict, decoded: Decoded, rules: ImageRules) -> list[Finding
         what = f"images more than {rules.longest} times as long as wide, or as high: {rules.thin}"
         found.append(Finding(NOTE, what, f"{name} ({sides[0]}x{sides[1]})"))
     if has_more_frames(record):
-        what = "images of several frames or pages, of which the first is taken"
+        what = "images of several frames or pages, of which the first is used"
         found.append(Finding(NOTE, what, name))
     return found
 
@@ -125,7 +125,7 @@ def inspect_pixels(record: dict, rules: ImageRules) -> tuple[Decoded | None, lis
         except UserError as error:
             place = f"{sample_name(record)} ({decode_error(error.__cause__)})"
             return None, [Finding(ERROR, "images that cannot be read", place)]
-    what = "images that Pillow warns about, and reads"
+    what = "images that Pillow reads with a warning"
     messages = dict.fromkeys(" ".join(str(each.message).split()) for each in said)
     places = [f"{sample_name(record)} ({message})" for message in messages]
     return decoded, [*found, *(Finding(NOTE, what, place) for place in places)]
@@ -135,7 +135,7 @@ def inspect_image(record: dict, rules: ImageRules) -> list[Finding]:
     """Decodes an image to be classified; what is wrong with it."""
     decoded, found = inspect_pixels(record, rules)
     if decoded and decoded.orientation != 1:
-        found.append(Finding(FACT, "turned as EXIF says"))
+        found.append(Finding(FACT, "turned by EXIF"))
     return found
 
 
@@ -150,18 +150,18 @@ def inspect_listed(image: ListedImage, rules: ImageRules) -> list[Finding]:
         return found
     sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
     if (width, height) != stated:
-        what = "images of another size than their annotations say"
+        what = "images whose size differs from that in the annotations"
         turned = decoded.orientation in _EXIF_TURNED
         if turned and (height, width) == stated:
             what = (
-                "images that their EXIF orientation turns when they are read, their annotations "
-                "are for the unturned ones: save the images without it"
+                "images that are rotated by their EXIF orientation when read, but annotated "
+                "without it: save the images without EXIF orientation"
             )
         return [*found, Finding(ERROR, what, sizes)]
     if decoded.orientation != 1:
         what = (
-            "images that their EXIF orientation turns when they are read: annotations must be for "
-            "the turned ones"
+            "images that are rotated by their EXIF orientation when read: annotations must be for "
+            "the rotated images"
         )
         found.append(Finding(NOTE, what, image.path))
     return found

@@ -46,8 +46,8 @@ class LeftOut:
         if crowds > _MANY * self._objects:
             findings.suspect(
                 f"{crowds} of {plural(self._objects, 'object')} are crowds (iscrowd 1), which "
-                "training leaves out and evaluation ignores: if each is one object, as brush masks "
-                "of some labelling tools are, set iscrowd 0"
+                "training skips and evaluation ignores: if each is one object, as in brush masks "
+                "of some labelling tools, set iscrowd 0"
             )
         elif crowds and evaluated:
             findings.fact(f"evaluation ignores {plural(crowds, 'crowd')}")
@@ -71,7 +71,7 @@ class LeftOut:
         counts = {"without objects": empty, "with crowds alone": alone}
         what = [f"{number} {which}" for which, number in counts.items() if number]
         parts.append(_part((empty + alone) * filtered, images, "image", what * filtered))
-        line = f"training leaves out {' and '.join(parts)}"
+        line = f"training skips {' and '.join(parts)}"
         if not filtered and what:
             line += f"; images {' and '.join(what)} stay (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
         return line

@@ -24,7 +24,7 @@ __all__ = [
 
 _NUMBERS = {int, float}
 _DIGITS = 7  # that a number of 32 bits takes at most, in the coding of compressed masks
-MEND = "tools/doctor.py --fix mends it in a copy"
+MEND = "tools/doctor.py --fix fixes it in a copy"
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _check_polygons(polygons: list, where: str, findings: Findings) -> bool:
     for polygon in polygons:
         if not isinstance(polygon, list) or not are_numbers(polygon):
             texts = isinstance(polygon, list) and is_text_of_numbers(polygon)
-            hint = f", but texts: {MEND}" if texts else ""
-            what = f"polygons that are no lists [x, y, x, y, ...] of finite numbers{hint}"
+            hint = f", but strings: {MEND}" if texts else ""
+            what = f"polygons that are not lists [x, y, x, y, ...] of finite numbers{hint}"
             findings.error(what, where)
             sound = False
         elif len(polygon) % 2:
@@ -121,12 +121,12 @@ def _run_lengths(counts: str) -> np.ndarray:
     digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
     last = digits & 32 == 0  # of a run
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:
-        raise ValueError("no compressed mask, or cut off")
+        raise ValueError("not a compressed mask, or truncated")
     ends = np.flatnonzero(last) + 1
     starts = np.concatenate([[0], ends[:-1]])
     lengths = ends - starts
     if lengths.max() > _DIGITS:
-        raise ValueError("a run that no image has")
+        raise ValueError("an invalid run length")
     places = np.arange(len(digits)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((digits & 31) << 5 * places, starts)
     runs -= (digits[ends - 1] & 16 != 0).astype(np.int64) << 5 * lengths
@@ -142,7 +142,7 @@ def _read_runs(counts: object) -> np.ndarray:
     if isinstance(counts, list):
         counts = [int(n) if type(n) is float and n.is_integer() else n for n in counts]
     if not isinstance(counts, list) or set(map(type, counts)) != {int}:
-        raise ValueError("no list of whole numbers")
+        raise ValueError("not a list of integers")
     return np.array(counts, np.int64)
 
 
@@ -173,8 +173,8 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
     if not mask:
         if use.masks and (use.evaluated or not item.get("iscrowd")):
             findings.error(
-                "objects without a mask, which MODEL.MASK_ON needs: set MODEL.MASK_ON False, or "
-                "take a detector of boxes",
+                "objects without a mask, which MODEL.MASK_ON requires: set MODEL.MASK_ON False, or "
+                "use a box detector",
                 where,
             )
         return True
@@ -188,13 +188,13 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
     if isinstance(mask, list):
         if flatten_polygons(mask):
             findings.error(
-                "masks that are one list of numbers, or of points [x, y], in the place of polygons "
+                "masks that are one list of numbers, or of points [x, y], instead of polygons "
                 f"[[x, y, x, y, ...], ...]: {MEND}",
                 where,
             )
             return False
         if use.evaluated and use.masks and any(_is_short(polygon) for polygon in mask):
-            findings.error("polygons of fewer than 3 points, which evaluation takes wrongly", where)
+            findings.error("polygons of fewer than 3 points, which evaluation misreads", where)
         return _check_polygons(mask, where, findings)
     findings.error("masks that are neither polygons nor run-length", where)
     return False
