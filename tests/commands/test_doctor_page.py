@@ -106,7 +106,7 @@ def test_it_names_copies_of_a_training_image(tmp_path, coco_here):
     ids = {int(one.stem), int(other.stem)}
     (row,) = [
         row
-        for row in re.findall(r"<tr>.*?</tr>", text[text.index("look nearly alike") :])
+        for row in re.findall(r"<tr>.*?</tr>", text[text.index("Near-duplicate images") :])
         if all(f"{id_}" in row for id_ in ids)
     ]
     assert "coco_2017_train" in row and "coco_2017_val" in row
