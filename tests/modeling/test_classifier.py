@@ -113,7 +113,11 @@ def test_contnets_take_their_options_from_their_node():
         ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS 25023 leaves nothing"),
         ("res18", "INPUT.FORMAT BGR", "ImageClassifier requires RGB"),
         ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, which has no effect"),
-        ("contti", "MODEL.CONTNET.VARIANT contnet_s", "VARIANT is 'contnet_s', which has no effect"),
+        (
+            "contti",
+            "MODEL.CONTNET.VARIANT contnet_s",
+            "VARIANT is 'contnet_s', which has no effect",
+        ),
         ("contti", "MODEL.CONTNET.NORM GN", "NORM is 'GN', which has no effect"),
         ("contti", "MODEL.CONTNET.TAPS pre", "set it 'stage'"),
         ("contti", "MODEL.CONTNET.OUTPUT_STRIDE 16", "set it 32"),
