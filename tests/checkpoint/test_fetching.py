@@ -338,7 +338,7 @@ def test_the_hub(server, tmp_path):
     found, absent = ask(home, server.url, *addresses, HF_HUB_OFFLINE="1")
     assert found == net and "HF_HUB_OFFLINE is 1" in absent
     found, absent = ask(home, "http://127.0.0.1:9", *addresses)
-    assert found == net and "does not answer" in absent
+    assert found == net and "does not respond" in absent
     assert len(server.sent) == sent
     asked = len(server.asked)  # of what is there the hub is not asked, nor of what it has not
     found = ask(home, server.url, "hf://me/net", "hf://me/old", "hf://me/old/sub/x.pth")

@@ -150,7 +150,7 @@ def check_stopped(result):
 def message_of(images):
     """What names the iteration and the images of a pass."""
     losses = r"loss_mean nan, loss_square \d.*"
-    return rf"the loss is not finite at iteration 2 \({losses}\), images {images}: look"
+    return rf"the loss is not finite at iteration 2 \({losses}\), images {images}: check"
 
 
 def test_a_loss_that_is_not_finite_names_the_images_of_its_pass(coco_here):

@@ -100,6 +100,30 @@ def _build_test_loader(
     return loader
 
 
+class _Guarded(DatasetEvaluator):
+    """An evaluator that may only finish, and write its files, if the guard allows it.
+
+    Args:
+        evaluator: evaluator of the data set.
+        guard: checked on the main process, which writes.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, guard: WriteGuard):
+        self.evaluator = evaluator
+        self.guard = guard
+
+    def reset(self) -> None:
+        self.evaluator.reset()
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        self.evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> dict | None:
+        if comm.is_main_process():
+            self.guard.check()
+        return self.evaluator.evaluate()
+
+
 @dataclass
 class _Outcome:
     """The result of one data set; empty except on the main process.
@@ -268,7 +292,8 @@ class Evaluator:
         loader = ReadableBatches(cfg, loader, evaluator)
         with autocast(cfg):
             shared = share_classes(evaluator, name, self.classes, dataset_class_names(cfg, [name]))
-            metrics = _printable_names(inference_on_dataset(model, loader, shared) or {})
+            guarded = _Guarded(shared, self.guard)
+            metrics = _printable_names(inference_on_dataset(model, loader, guarded) or {})
         skipped = [file for part in comm.gather(loader.skipped) for file in part]
         warnings = list(getattr(evaluator, "warnings", ()))
         if skipped:
