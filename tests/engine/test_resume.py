@@ -318,7 +318,7 @@ def test_an_average_that_a_checkpoint_does_not_have(imagenet_root, monkeypatch, 
     run(classifier_settings(tmp_path))
     before = torch.load(tmp_path / "model_final.pth")["model"]
     run(classifier_settings(tmp_path, *on, "SOLVER.MAX_ITER", "6", "--resume"))
-    assert "has no EMA: it starts from the last weights" in (tmp_path / "log.txt").read_text()
+    assert "has no EMA: the EMA starts from the last weights" in (tmp_path / "log.txt").read_text()
     average = torch.load(tmp_path / "model_final.pth")["ema"]
     for name, value in before.items():  # one step has moved it by a ten-thousandth
         if value.is_floating_point() and "running" not in name:
