@@ -267,8 +267,8 @@ def test_records_without_what_the_order_needs_are_one_line(key):
     ("options", "told"),
     [
         (["SOLVER.IMS_PER_BATCH", 2], []),
-        (["SOLVER.IMS_PER_BATCH", 1], ["1 image in a pass: groups of images of one aspect"]),
-        (["SOLVER.IMS_PER_BATCH", 3], ["3 images in a pass: groups of images of one aspect"]),
+        (["SOLVER.IMS_PER_BATCH", 1], ["1 image in a pass: groups of images of one orientation"]),
+        (["SOLVER.IMS_PER_BATCH", 3], ["3 images in a pass: groups of images of one orientation"]),
         (["SOLVER.IMS_PER_BATCH", 8], ["8 images in a pass: a batch may have landscape and"]),
         (["SOLVER.IMS_PER_BATCH", 8, "SOLVER.GRAD_ACCUM_STEPS", 4], []),
         (["SOLVER.IMS_PER_BATCH", 3, "DATALOADER.GROUP_SIZE", 3], []),
