@@ -77,7 +77,9 @@ def save_decided(folder: Path, name: str, *options: str) -> Path:
     if name.startswith("imagenet"):
         small, sizes = (QUICK, _CLASSIFIER_SIZES)
     own = SYSTEMS.get(name, ("",))[0]
-    words = [*small, *TINY, *own.split(), *OPTIONS.split(), *sizes.split(), *options]
+    # Without test images, also after a test that has made some.
+    none = ("DATASETS.TEST", "()")
+    words = [*small, *TINY, *own.split(), *OPTIONS.split(), *sizes.split(), *none, *options]
     cfg = contnet.load_config(str(CONFIGS / f"{name}.yaml"), words)
     torch.manual_seed(0)
     model = contnet.build_model(cfg).eval()
