@@ -147,7 +147,7 @@ class Evaluator:
 
     Args:
         cfg: the config.
-        guard: called before results.json is written.
+        guard: called before predictions and results.json are written.
         classes: names of the model's classes, in order, to match data sets with some of the
             classes; None if they are unknown.
         warnings: warnings that concern all evaluations, a line each, for results.json.
@@ -166,6 +166,7 @@ class Evaluator:
         self.warnings = warnings
         self._datasets: dict[str, Records | DatasetFromList] = {}
         self._digests: dict[str, str] = {}
+        self._with_truth: list[str] | None = None
         self._evaluators: dict[tuple[str, str], DatasetEvaluator] = {}
 
     def prepare(self) -> None:
@@ -248,10 +249,11 @@ class Evaluator:
         """
         _share_buffers(model)
         self._load()
+        if self._with_truth is None:  # once, for it reads the annotation files
+            tests = self.cfg.DATASETS.TEST
+            self._with_truth = [name for name in tests if has_truth(self.cfg, name)]
         losses = {}
-        for name in self.cfg.DATASETS.TEST:
-            if not has_truth(self.cfg, name):
-                continue
+        for name in self._with_truth:
             loader = _build_test_loader(self.cfg, self._datasets[name], build_loss_mapper(self.cfg))
             prefix = f"{name}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
             with autocast(self.cfg):
