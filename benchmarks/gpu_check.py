@@ -22,7 +22,7 @@ __all__ = ["PARTS", "main"]
 PARTS = {
     "versions": ("machine", "check_versions"),
     "tests": ("machine", "run_tests"),
-    "attention": ("attention", "compare_kernels"),
+    "attention": ("attention", "measure_attention"),
     "faster_rcnn": ("training", "train_and_resume"),
     "network": ("network", "measure_network"),
     "systems": ("training", "train_systems"),

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.margins import compare_margins
 from benchmarks.gpu.part import Part, is_refusal, reason, time_ways
 from contnet.modeling.encoder import attention_mask
 
-__all__ = ["KERNELS", "compare_kernels"]
+__all__ = ["KERNELS", "compare_kernels", "measure_attention"]
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -135,3 +136,12 @@ def compare_kernels(part: Part) -> None:
             with part.fence("attention", **row):
                 case = _make_case(part.device, patches, tokens, heads, mask)
                 _compare(part, kernel, case, row)
+
+
+def measure_attention(part: Part) -> None:
+    """Compares the kernels, and the ways to handle margins.
+
+    The margins come first, because one of the kernels may end the process.
+    """
+    compare_margins(part)
+    compare_kernels(part)

@@ -37,6 +37,13 @@ _TABLES = {
             *("forward_ms", "forward_and_backward_ms"),
         ),
     ),
+    "margins": (
+        "Attention where maps have margins, in bfloat16",
+        (
+            *("map", "patch_size", "margin_patches", "pass", "way", "milliseconds", "least"),
+            *("most", "speed_ratio", "peak_mb", "peak_ratio"),
+        ),
+    ),
     "faster_rcnn": (
         "Faster R-CNN, interrupted and resumed",
         (

@@ -10,6 +10,7 @@ import torch
 from conftest import REPOSITORY
 
 from benchmarks.gpu.machine import GPU_TESTS
+from benchmarks.gpu.margins import WAYS, make_patches
 from benchmarks.gpu.part import Part, measure
 from benchmarks.gpu.report import PAGE, kept_results, make_report, read_results
 from benchmarks.gpu_check import PARTS, main
@@ -48,7 +49,7 @@ def test_the_whole_and_its_report(tmp_path):
     # What a CPU cannot do is said.
     assert all(len(each["left_out"]) > 10 for each in figures if "left_out" in each)
     missing = {each["table"] for each in figures if "left_out" in each}
-    assert missing == {"attention", "network", "regions", "inference"}
+    assert missing == {"attention", "margins", "network", "regions", "inference"}
     assert all("failed" not in each for each in figures)
     losses = [loss for each in figures for loss in each.get("losses", ())]
     assert len(losses) > 10 and all(torch.tensor(losses).isfinite())
@@ -173,6 +174,22 @@ def test_a_failure_stops_nothing(tmp_path):
     assert "refused" in rows[1] and rows[2]["milliseconds"] >= 0
     with pytest.raises(UserError, match="1 of the part's measurements failed"):
         part.finish()
+
+
+@pytest.mark.parametrize("patch_size", [7, 14])
+def test_the_ways_to_handle_margins_agree(patch_size):
+    """On all tokens but those of the padding, with their gradients."""
+    patches = make_patches("cpu", 2, 20, 33, 1, patch_size)
+    assert 0 < len(patches.margins) < len(patches.valid)
+    assert patches.offsets[-1] == len(patches.tokens) == patches.valid.sum()
+    weights = torch.linspace(-1, 1, 64) * patches.valid[..., None]
+    taken = {}
+    for name in ("mask all patches", "mask margin patches"):
+        out = WAYS[name](patches)
+        (gradient,) = torch.autograd.grad((out * weights).sum(), patches.qkv)
+        taken[name] = out[patches.valid], gradient
+    for all_patches, only_margins in zip(*taken.values(), strict=True):
+        torch.testing.assert_close(only_margins, all_patches, rtol=0, atol=0.02)
 
 
 # --- the report ----------------------------------------------------------------------------------
