@@ -1,4 +1,4 @@
-"""VOC's XML and YOLO's text as COCO: equal to what was drawn, and nothing lost without a word."""
+"""Tests conversions of VOC XML and YOLO text to COCO: equal to the drawn set, no silent losses."""
 
 import json
 import unicodedata
@@ -15,7 +15,7 @@ from contnet.data.pipeline.annotations import load_dataset_dicts
 from contnet.launch.arguments import configure
 
 SIZES = [(120, 80), (64, 100), (90, 90)]
-# Class, corners in whole pixels, of each image; the last image has none.
+# Class and corners in whole pixels, for each image; the last image has no objects.
 OBJECTS = [
     [("cat", (10, 20, 50, 60)), ("dog", (0, 0, 120, 80))],
     [("dog", (5, 30, 40, 100))],
@@ -85,7 +85,7 @@ def yolo(tmp_path) -> Path:
 
 @pytest.fixture
 def convert(tmp_path, capsys):
-    """Runs the tool; its status, the file's content and what it said."""
+    """Runs the tool; returns its status, the content of the file, and its output."""
 
     def run(*arguments: object) -> tuple[int, dict, str]:
         out = tmp_path / "out" / "set.json"
@@ -99,7 +99,7 @@ def convert(tmp_path, capsys):
 
 
 def found(content: dict) -> dict[str, list]:
-    """Class and box of every object, by the last part of its image's name."""
+    """Returns class and box of every object, by the last part of its image's name."""
     names = {each["id"]: each["name"] for each in content["categories"]}
     images = {each["id"]: Path(each["file_name"]).name for each in content["images"]}
     objects = {name: [] for name in images.values()}
@@ -147,7 +147,7 @@ def test_yolo_is_what_was_drawn(yolo, convert, place):
 
 
 def test_yolo_in_one_folder(tmp_path, convert):
-    """As darknet and labelImg leave it: labels beside images, the names in classes.txt."""
+    """The layout of darknet and labelImg: labels beside images, names in classes.txt."""
     root = tmp_path / "flat"
     for number, (size, objects) in enumerate(zip(SIZES, OBJECTS, strict=True)):
         draw(root, f"{number}.jpg", size, objects)
@@ -176,7 +176,7 @@ def test_the_doctor_and_the_loader_take_it(form, request, convert, tmp_path, cap
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
 def test_boxes_are_globoxs(form, request, convert):
-    """Of what globox reads, it reads the same."""
+    """The boxes are the same in all files that globox can read."""
     root = request.getfixturevalue(form)
     _, content, _ = convert(form, root)
     if form == "voc":
@@ -256,7 +256,7 @@ def test_roboflows_folders(tmp_path, convert):
     assert status == 0 and len(content["images"]) == 2
 
 
-# --- what files say in other ways ----------------------------------------------------------------
+# --- variants of the files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_names_of_classes_in_any_encoding(voc, convert, encoding):
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_images_that_exif_turns(voc, convert, orientation):
-    """Sizes are those of the upright image; boxes for the stored one are turned with it."""
+    """Sizes are those of the upright image; boxes for the stored image are rotated with it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = draw(voc / "JPEGImages", "0.jpg", SIZES[0], exif=exif)
@@ -331,7 +331,7 @@ def test_images_that_exif_turns(voc, convert, orientation):
 
 @pytest.mark.parametrize("form", ["voc", "yolo"])
 def test_images_larger_than_pillows_limit_are_taken(form, request, convert, monkeypatch):
-    """As in a training with INPUT.MAX_PIXELS 0."""
+    """As in training with INPUT.MAX_PIXELS 0."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     status, content, said = convert(form, request.getfixturevalue(form))
     assert status == 0, said
@@ -505,7 +505,7 @@ def test_mistakes_are_one_line(voc, yolo, tmp_path, monkeypatch, capsys, argumen
 def test_names_of_voc_may_be_given(voc, tmp_path, convert):
     (tmp_path / "names.txt").write_text("dog\nbird\n")
     status, content, said = convert("voc", voc, "--names", tmp_path / "names.txt")
-    assert status == 1 and "does not name: 1" in said
+    assert status == 1 and "whose class is not in the list of names: 1" in said
     assert [(each["id"], each["name"]) for each in content["categories"]] == [
         (1, "dog"),
         (2, "bird"),

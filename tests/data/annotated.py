@@ -1,4 +1,4 @@
-"""Registered sets with annotations of every kind, kept beside them."""
+"""Registered data sets with all kinds of annotations, which are cached."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def _segmentations(rng: np.random.Generator) -> dict[str, object]:
 
 
 def draw_content() -> dict:
-    """An annotation file with all that Detectron2 reads, and what it leaves out."""
+    """Makes an annotation file with everything that Detectron2 reads or skips."""
     rng = np.random.default_rng(5)
     items = []
     for number, segmentation in enumerate(_segmentations(rng).values()):
@@ -66,7 +66,7 @@ def draw_content() -> dict:
     items[3]["keypoints"] = [10, 11, 2, 12.5, 13, 1, 0, 0, 0]
     items[4]["keypoints"] = []
     items.append({"image_id": 7, "segmentation": items[10]["segmentation"], "iscrowd": 1})
-    items.append({"image_id": 999})  # of no image
+    items.append({"image_id": 999})  # without an image
     for number, item in enumerate(items, 1):
         box = np.round(rng.uniform(1, 20, 4), 2).tolist()
         item.update({"id": 100 - number, "category_id": [3, 7, 20][number % 3], "bbox": box})
@@ -85,7 +85,7 @@ def draw_content() -> dict:
 
 
 def usable_content() -> dict:
-    """The same without what the checks refuse."""
+    """Returns the same content without the annotations that the checks refuse."""
     content = draw_content()
     items = content["annotations"]
     refused = {"a part too short", "an odd part", "not finite", "nothing left", "none"}
@@ -102,7 +102,7 @@ def usable_content() -> dict:
 
 
 def described(value: object) -> object:
-    """A value with all its types and the order of its keys."""
+    """Returns a value with all its types and the order of its keys."""
     if isinstance(value, dict):
         return [(key, described(each)) for key, each in value.items()]
     if isinstance(value, (list, tuple)):
@@ -111,7 +111,7 @@ def described(value: object) -> object:
 
 
 class Drawn:
-    """A registered data set of COCO's form, and a config that keeps annotations beside it."""
+    """A registered data set in COCO format, and a config that caches its annotations."""
 
     def __init__(self, folder: Path, content: dict, *options: str):
         self.file = folder / "drawn.json"
@@ -151,7 +151,7 @@ def usable(tmp_path) -> Drawn:
 
 @pytest.fixture
 def scenes(cityscapes_root, tmp_path):
-    """A copy of the drawn Cityscapes, and a config."""
+    """Makes a copy of the drawn Cityscapes, and a config."""
     root = tmp_path / "scenes"
     shutil.copytree(cityscapes_root, root)
     use_cityscapes(root)
@@ -162,5 +162,5 @@ def scenes(cityscapes_root, tmp_path):
 
 
 def scenes_of_detectron2(name: str) -> list[dict]:
-    """In the order of their names, for its own is the file system's."""
+    """Returns Detectron2's records sorted by name; their own order is that of the file system."""
     return sorted(get_detection_dataset_dicts(name), key=lambda record: record["file_name"])

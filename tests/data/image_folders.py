@@ -1,4 +1,4 @@
-"""A drawn ImageNet that may be damaged, its configs, and its forms with label files."""
+"""A drawn ImageNet that tests can damage, its configs, and its layouts with label files."""
 
 import csv
 import shutil
@@ -27,7 +27,7 @@ def drawn_images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def root(drawn_images, tmp_path, monkeypatch) -> Path:
-    """A copy of the drawn set that may be damaged, where DETECTRON2_DATASETS points."""
+    """Makes a copy of the drawn set for DETECTRON2_DATASETS, which tests can damage."""
     shutil.copytree(drawn_images / "imagenet", tmp_path / "imagenet")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     return tmp_path
@@ -44,7 +44,7 @@ def load(cfg: CfgNode, name: str) -> list[dict]:
 
 
 def flatten(root: Path) -> dict[str, str]:
-    """Makes val a flat folder with ImageNet's names; the class of each image."""
+    """Makes val a flat folder with ImageNet's names; returns the class of each image."""
     val = root / "imagenet" / "val"
     files = sorted(val.glob("*/*.JPEG"), key=lambda path: (path.stem, path.parent.name))
     classes = {}
@@ -59,7 +59,7 @@ def flatten(root: Path) -> dict[str, str]:
 
 
 def write_meta(file: Path, numbers: dict[int, str]) -> None:
-    """A meta.mat as the development kit's: leaves, and a class above them."""
+    """Writes a meta.mat like the development kit's, with leaves and a class above them."""
     rows = [(number, name, "words", "gloss", 0) for number, name in numbers.items()]
     rows.append((len(rows) + 1, "n99999999", "entity", "all", len(rows)))
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O")]
@@ -67,7 +67,7 @@ def write_meta(file: Path, numbers: dict[int, str]) -> None:
     scipy.io.savemat(file, {"synsets": synsets})
 
 
-# Not the order of the names.
+# Not in the order of the names.
 NUMBERS = {1: class_name(2), 2: class_name(0), 3: class_name(1)}
 
 

@@ -1,4 +1,4 @@
-"""Annotations that are read once: shared, never stale, made again when damaged."""
+"""Tests the annotation cache: shared, never stale, rebuilt if damaged."""
 
 import json
 import os
@@ -33,7 +33,7 @@ pytest_plugins = ["annotated"]
 
 @pytest.fixture
 def parses(monkeypatch) -> list[int]:
-    """The number of JSON files that were parsed."""
+    """Counts the JSON files that are parsed."""
     counts, plain = [0], json.load
 
     def counted(*args, **kwargs):
@@ -48,7 +48,7 @@ def parses(monkeypatch) -> list[int]:
 
 
 def _begin(drawn: Drawn) -> list[dict]:
-    """What the start of a run asks for."""
+    """Reads what a run reads when it starts."""
     assert count_classes(drawn.cfg, "drawn") == 3
     check_datasets(drawn.cfg, ["drawn"])
     return drawn.load(train=True)[:]
@@ -90,7 +90,7 @@ def _rank(rank: int, world_size: int, cfg, folder: str, results) -> None:
     comm.create_local_process_group(world_size)
     counts, plain = [0], json.load
     json.load = lambda *args, **kwargs: counts.__setitem__(0, counts[0] + 1) or plain(*args)
-    count_classes(cfg, "drawn")  # before the processes know each other, in a real start
+    count_classes(cfg, "drawn")  # in a real start, before the process group exists
     records = load_dataset_dicts(cfg, ["drawn"], train=True)
     results.put((counts[0], type(records), records[:]))
 
@@ -209,11 +209,11 @@ def test_a_loader_of_the_users_own_is_left_alone(usable):
     assert usable.load() == [{"file_name": "a.jpg", "width": 3, "height": 4}]
 
 
-# --- what goes, and what stays -------------------------------------------------------------------
+# --- clean-up ------------------------------------------------------------------------------------
 
 
 def _make(folder: Path, name: str, days: float = 1, size: int = 1000) -> Path:
-    """A file that was last used so many days ago."""
+    """Makes a file that was last used this many days ago."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_bytes(bytes(size))
@@ -298,7 +298,7 @@ def test_a_size_below_0_is_told(tmp_path):
         Drawn(tmp_path, usable_content(), "DATASETS.CACHE_SIZE_GB", "-1")
 
 
-# --- damage, and folders that cannot be written --------------------------------------------------
+# --- damage, and read-only folders ---------------------------------------------------------------
 
 
 def _flip(path: Path, place: int) -> None:
@@ -308,7 +308,7 @@ def _flip(path: Path, place: int) -> None:
 
 
 def _tables(path: Path) -> int:
-    """Where the tables begin."""
+    """Returns the position of the tables."""
     size = int.from_bytes(path.read_bytes()[-40:-32], "little")
     return msgpack.decode(path.read_bytes()[size:-40])["tables"]["starts"][0]
 

@@ -1,4 +1,4 @@
-"""Annotations are equal to Detectron2's, and what is wrong is told each time."""
+"""Tests that annotations equal Detectron2's, and that errors are reported each time."""
 
 import copy
 import json

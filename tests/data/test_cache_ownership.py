@@ -1,4 +1,4 @@
-"""The annotation cache believes what its user alone can have written, and waits for nobody long."""
+"""Tests that the annotation cache trusts only the user's own files, and never waits long."""
 
 import fcntl
 import logging
@@ -29,7 +29,7 @@ def _told(caplog) -> list[str]:
 
 
 def _runs_without(drawn: Drawn, caplog, what: str) -> None:
-    """A run goes on without the cache, and says so once."""
+    """Checks that a run continues without the cache, and logs this once."""
     check_datasets(drawn.cfg, ["drawn"])
     assert drawn.load() == get_detection_dataset_dicts("drawn", filter_empty=False)
     (line,) = _told(caplog)

@@ -1,4 +1,4 @@
-"""Preparation of Cityscapes: label files equal to cityscapesscripts', restarts, damage."""
+"""Tests the Cityscapes label files: equal to cityscapesscripts', restarts, damage."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def random_objects(rng: np.random.Generator, count: int = 60) -> list[dict]:
-    """Polygons of all labels, groups and deleted ones over each other, some beyond the image."""
+    """Draws overlapping polygons of all labels, groups and deleted ones, some outside the map."""
     names = [label.name for label in labels]
     names += [f"{label.name}group" for label in labels if label.hasInstances]
     objects = []
@@ -80,7 +80,7 @@ def test_files_equal_those_of_cityscapesscripts(kind, tmp_path):
 
 
 def test_scenes_have_what_the_rules_are_about(tmp_path):
-    """Otherwise the test above would say less than it seems to."""
+    """Otherwise, the test above would cover less than it should."""
     objects = draw_scene(np.random.default_rng(7))
     assert [item["label"] for item in objects if item.get("deleted")] == ["bus"]
     assert {"cargroup", "license plate", "out of roi"} <= {item["label"] for item in objects}
@@ -117,7 +117,7 @@ def test_what_is_there_stays_and_what_is_missing_is_drawn(tmp_path):
     kept.write_bytes(b"from elsewhere")
     before = lost.read_bytes()
     lost.unlink()
-    leftover = lost.with_name(lost.name + ".tmp")  # of a run that was killed
+    leftover = lost.with_name(lost.name + ".tmp")  # left by a killed run
     leftover.write_bytes(before[:50])
     assert prepare_cityscapes(tmp_path) == (1, 8)
     assert kept.read_bytes() == b"from elsewhere"

@@ -1,4 +1,4 @@
-"""Data sets of image classification: layouts, registration, numbers of classes."""
+"""Tests data sets for classification: layouts, registration, numbers of classes."""
 
 import os
 import shutil
@@ -95,7 +95,7 @@ def test_names_follow_the_environment(root, tmp_path, monkeypatch):
 
 
 def registered(root: Path) -> list[str]:
-    """A flat set and one of class folders, by paths."""
+    """Registers a flat set and a set with class folders, by paths."""
     classes = flatten(root)
     lines(root, classes)
     home = root / "imagenet"

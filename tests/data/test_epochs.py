@@ -1,4 +1,4 @@
-"""Settings in epochs become iterations of the images that training uses."""
+"""Tests that settings in epochs become iterations, by the number of images used in training."""
 
 import shlex
 
@@ -24,14 +24,14 @@ BATCH = ["SOLVER.IMS_PER_BATCH", "2"]
 
 @pytest.fixture
 def own(usable, tmp_path) -> list[str]:
-    """Overrides for a set of five images, of which training uses three."""
+    """Returns overrides for a set of five images, of which training uses three."""
     options = [
         *("DATASETS.REGISTER", f"[['drawn', '{usable.file}', '{tmp_path / 'images'}']]"),
         *("DATASETS.TRAIN", "('drawn',)", "DATASETS.TEST", "()"),
         *("DATASETS.CACHE_DIR", str(usable.cache), "INPUT.MASK_FORMAT", "bitmask"),
         *("OUTPUT_DIR", str(tmp_path / "out"), "DATASETS.CHECK_IMAGES", "none"),
     ]
-    # Without the iterations that small runs set.
+    # Without the iterations of the options for small runs.
     small = [*SMALL]
     place = small.index("SOLVER.WARMUP_ITERS")
     return [*small[:place], *small[place + 2 :], *options]
@@ -46,7 +46,7 @@ def test_all_keys(own):
     SOLVER.CHECKPOINT_PERIOD_EPOCHS 2 TEST.EVAL_PERIOD_EPOCHS 1 TEST.LOSS_PERIOD_EPOCHS 4"""
     settings = settings_of(own, *epochs.split())
     cfg = settings.cfg
-    # 3 images and 2 a step: 1.5 steps an epoch.
+    # 3 images and 2 per step are 1.5 steps per epoch.
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == (12, (6, 10), 1)
     assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, cfg.TEST.LOSS_PERIOD) == (3, 2, 6)
     for note in (
@@ -80,7 +80,7 @@ def test_an_epoch_is_what_the_loader_gives(own, usable, sampler, filtered):
     end = cfg.SOLVER.MAX_ITER
     if sampler == "TrainingSampler":
         assert end == 10 * images
-    else:  # all classes are rare, so that all images with objects come more than once
+    else:  # all classes are rare, so that all images with objects are repeated
         assert end > 20 * images
 
 
@@ -106,13 +106,13 @@ def test_epochs_stay_when_a_recipe_is_scaled(own, processes):
     assert len(scaled) == (processes != 2)
 
 
-# --- which form counts ---------------------------------------------------------------------------
+# --- precedence of the two kinds of keys ---------------------------------------------------------
 
 BASE, MIDDLE, FILE, LINE = range(4)
 
 
 def write_files(folder, contents):
-    """Config files over each other; the name of the last."""
+    """Writes config files that extend each other; returns the path of the last one."""
     below = LEAF
     for number, content in enumerate(contents):
         file = folder / f"{number}.yaml"
@@ -152,7 +152,7 @@ def test_the_form_set_nearer_to_the_command_line_counts(
     if expected is None:
         with pytest.raises(UserError, match=r"SOLVER.MAX_EPOCHS 8.0 and SOLVER.MAX_ITER 7 are bot"):
             settings_of(own, *line, file=file)
-        with pytest.raises(UserError, match="are both set"):  # tools that do not train
+        with pytest.raises(UserError, match="are both set"):  # also for tools that do not train
             configure(file, [*own, *line])
         more = ["SOLVER.MAX_EPOCHS", "0"]
         assert settings_of(own, *line, *more, file=file).cfg.SOLVER.MAX_ITER == 7
@@ -163,7 +163,7 @@ def test_the_form_set_nearer_to_the_command_line_counts(
     assert found == (expected, 0)
 
 
-# --- what is wrong -------------------------------------------------------------------------------
+# --- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_form_set_nearer_to_the_command_line_counts(
         ("SOLVER.STEPS_EPOCHS ('a',)", "SOLVER.STEPS_EPOCHS is ('a',)"),
         ("SOLVER.MAX_EPOCHS 8 SOLVER.STEPS_EPOCHS (4,8)", "is not below SOLVER.MAX_EPOCHS 8"),
         ("SOLVER.MAX_EPOCHS 2 SOLVER.WARMUP_EPOCHS 2", "is not below SOLVER.MAX_EPOCHS 2"),
-        # Steps that are one iteration; a step at the end; a warm-up to be rescaled.
+        # Two steps at the same iteration; a step at the end; a warm-up to be rescaled.
         ("SOLVER.STEPS_EPOCHS (3.2,3.3)", "SOLVER.STEPS_EPOCHS (3.2, 3.3) of 3 images"),
         ("SOLVER.MAX_EPOCHS 8 SOLVER.STEPS (6,12)", "SOLVER.MAX_EPOCHS 8 of 3 images"),
         (
@@ -194,7 +194,7 @@ def test_mistakes_are_told(own, options, told):
 
 
 def test_iterations_are_checked_when_they_are_known(own):
-    """Not against the end of the base, 90000."""
+    """They are not checked against the base's last iteration, 90000."""
     options = "SOLVER.STEPS (90000,) SOLVER.MAX_EPOCHS 100000"
     assert settings_of(own, *options.split()).cfg.SOLVER.MAX_ITER == 150_000
 
@@ -233,4 +233,4 @@ def test_labelled_images(imagenet_root, monkeypatch, tmp_path):
     file = LEAF.replace("mask_rcnn_contti", "imagenet/contti")
     settings = settings_of([*options.split(), "SOLVER.IMS_PER_BATCH", "16"], file=file)
     solver = settings.cfg.SOLVER
-    assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (11, 4)  # of 56 images
+    assert (solver.MAX_ITER, solver.WARMUP_ITERS) == (11, 4)  # 56 images

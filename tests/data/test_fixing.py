@@ -1,4 +1,4 @@
-"""--fix: each damage that it mends, and what the copy then is to the doctor and to pycocotools."""
+"""Tests --fix for each kind of damage; the doctor and pycocotools check the fixed copy."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ pytest_plugins = ["drawn_set"]
 
 
 def _each(key: str, field: str, to: Callable[[object], object]) -> Callable[[Copy], None]:
-    """Changes a field of all entries of a list; None removes it."""
+    """Changes a field in all entries of a list; None removes it."""
 
     def change(data: Copy) -> None:
         for entry in data.content[key]:
@@ -58,7 +58,7 @@ def _category_ids(to: Callable[[int], object]) -> Callable[[Copy], None]:
 
 
 def _more(key: str, **changes: object) -> Callable[[Copy], None]:
-    """One more entry, like the first but for some fields."""
+    """Adds a copy of the first entry with some other fields."""
 
     def change(data: Copy) -> None:
         data.content[key].append({**data.content[key][0], **changes})
@@ -88,7 +88,7 @@ def _same_ids(data: Copy) -> None:
 
 
 def _single(to: Callable[[list], list]) -> Callable[[Copy], None]:
-    """Changes masks of one polygon."""
+    """Changes masks with one polygon."""
     return _each("annotations", "segmentation", lambda mask: mask if mask[1:] else to(mask))
 
 
@@ -179,7 +179,7 @@ def _fix(data: Copy, out: Path, *options: str) -> int:
 
 
 def _statistics(file: Path) -> np.ndarray:
-    """Of detections that depend on the names of images and classes and on the boxes alone."""
+    """Returns COCO statistics of detections that depend only on names and boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(file))
         found = []
@@ -264,7 +264,7 @@ def test_ids_of_before_are_kept(data, tmp_path):
 
 
 def test_nothing_is_guessed(data, capsys, tmp_path):
-    """Two images of one id, and objects that may be of either."""
+    """Two images have the same id, so objects may belong to either."""
     _more("images", file_name=data.content["images"][1]["file_name"])(data)
     data.file.write_text(json.dumps(data.content))
     assert _fix(data, tmp_path / "out.json") == 1

@@ -1,4 +1,4 @@
-"""Images and shards of strangers: only what is meant is opened, and nothing larger than allowed."""
+"""Tests untrusted images and shards: only intended files are opened, and none above the limits."""
 
 import io
 import os
@@ -45,14 +45,14 @@ def _refused(path: Path, what: str) -> None:
 def test_other_formats_are_not_opened(tmp_path, ending):
     path = tmp_path / f"p.{ending}"
     Image.new("RGB", (32, 32)).save(path)
-    _refused(path.rename(tmp_path / "p.png"), "none of those supported")
+    _refused(path.rename(tmp_path / "p.png"), "not one of those supported")
 
 
 def test_ghostscript_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "p.png"
     Image.new("RGB", (32, 32)).save(path, "EPS")
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("it was run"))
-    _refused(path, "none of those supported")
+    _refused(path, "not one of those supported")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "circle", "device", "folder", "a null byte"])

@@ -1,4 +1,4 @@
-"""Label files of flat folders of images, each kind."""
+"""Tests all kinds of label files for flat folders of images."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(root):
 
 
 def test_official_numbers_go_by_the_number_of_the_image(root):
-    """A part of the images keeps its labels."""
+    """A subset of the images keeps its labels."""
     classes = flatten(root)
     official(root, classes)
     gone = next(iter(classes))

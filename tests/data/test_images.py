@@ -1,4 +1,4 @@
-"""Decoding of images, and what a run says of those that are broken."""
+"""Tests decoding of images, and how a run reports broken images."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ pytest_plugins = ["image_folders"]
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Smooth, so that JPEG keeps it; no two corners alike."""
+    """Makes a smooth image, which JPEG preserves; no two corners are equal."""
     y, x = np.mgrid[:48, :64]
     channels = [x * 3 + 20, y * 4 + 30, 220 - x - 2 * y]
     return Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
@@ -82,7 +82,7 @@ def by_doctor(path: Path) -> Image.Image:
     return decoded.image.convert("RGB")
 
 
-# Whatever reads an image, in RGB. Nothing is resized.
+# All functions that read an image, in RGB. Nothing is resized.
 READERS = {
     "files": lambda path: read_image({"file_name": str(path)}),
     "shards": by_shard,
@@ -111,7 +111,7 @@ def assert_all_read(path: Path, expected: object) -> None:
 
 
 def reference(path: Path) -> Image.Image:
-    """As Pillow turns it."""
+    """Returns the image as Pillow rotates it."""
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
@@ -120,7 +120,7 @@ def reference(path: Path) -> Image.Image:
     ("ending", "number"),
     [
         *itertools.product(FILES, range(1, 9)),
-        *itertools.product(["jpg", "png", "webp", "tif"], [0, 9]),  # of no meaning
+        *itertools.product(["jpg", "png", "webp", "tif"], [0, 9]),  # orientations without a meaning
     ],
 )
 def test_exif_turns(picture, tmp_path, ending, number):
@@ -154,7 +154,7 @@ def test_orientation_in_the_xmp_of_a_png(picture, tmp_path):
 
 @pytest.mark.parametrize("first", [1, 6])
 def test_exif_that_is_there_twice(picture, tmp_path, first):
-    """Editors leave the camera's beside their own."""
+    """Editors write their own EXIF data in addition to the camera's."""
     parts = []
     for number in (first, 8):
         exif = Image.Exif()
@@ -178,7 +178,7 @@ def test_the_first_frame_is_taken_and_the_doctor_says_so(picture, tmp_path, endi
     picture.save(path, save_all=True, append_images=[other])
     assert_all_read(path, reference(path))
     notes = [finding.kind for finding in inspect_image({"file_name": str(path)}, RULES)]
-    # The second view of a camera is no frame.
+    # The second view of a camera is not a frame.
     assert any("frames or pages" in note for note in notes) == (ending != "mpo")
 
 
@@ -232,7 +232,7 @@ def test_grey(picture, tmp_path, mode):
 
 
 def save_deep(values: np.ndarray, path: Path) -> None:
-    """Writes grey values of 16 bits."""
+    """Writes grey values with 16 bits."""
     if path.suffix == ".pgm":
         head = f"P5 {values.shape[1]} {values.shape[0]} 65535\n".encode()
         path.write_bytes(head + values.astype(">u2").tobytes())
@@ -282,7 +282,7 @@ def test_label_maps_stay_as_they_are(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("limit", [0, 63, 64, 65])
 def test_the_limit_of_pixels_is_that_of_the_config(tmp_path, monkeypatch, limit):
-    """Whatever Pillow's own is."""
+    """The limit does not depend on Pillow's own limit."""
     path = tmp_path / "p.png"
     Image.new("RGB", (8, 8)).save(path)
     record = {"file_name": str(path)}
@@ -352,7 +352,7 @@ def test_broken_images_are_named(picture, tmp_path, damage):
         NamedErrors(read_image)({"file_name": str(file)})
     message = str(caught.value)
     assert message.startswith(f"the image {file} cannot be read (") and "\n" not in message
-    assert ("none of those supported" in message) == (damage != "cut")
+    assert ("not one of those supported" in message) == (damage != "cut")
     assert "python tools/doctor.py" in message
 
 
@@ -370,7 +370,7 @@ def test_missing_and_strange_images_are_named(picture, tmp_path):
 
 @pytest.fixture
 def broken_run(root, tmp_path) -> list[str]:
-    """The command line of a run, of whose images some are broken."""
+    """Returns the command line of a run in which some images are broken."""
     for folder in (root / "imagenet" / "train").iterdir():
         folder.joinpath("0.JPEG").write_bytes(b"broken")
     unseen = "DATASETS.CHECK_IMAGES none"

@@ -1,4 +1,4 @@
-"""The loader's batches of a classifier: one tensor, and so one open file, for all images."""
+"""Tests a classifier's batches: one tensor, and therefore one open file, for all images."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ INPUT.CLASSIFIER.CROP_TEST 32 DATALOADER.TIMEOUT 60
 
 @pytest.fixture
 def few_files():
-    """Lets this process open 64 files more than it has, fewer than there are images."""
+    """Limits this process to 64 more open files than it has, fewer than there are images."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = set(map(int, os.listdir("/proc/self/fd")))
     free = (number for number in itertools.count() if number not in used)
@@ -52,7 +52,7 @@ def first_batches(workers: int, collate=None) -> list:
 
 
 def assert_equal(one, other) -> None:
-    """Two batches to the bit, whatever holds them."""
+    """Checks that two batches are bit for bit equal, regardless of their types."""
     assert len(one) == len(other)
     for mine, theirs in zip(one, other, strict=True):
         assert mine.keys() == theirs.keys()
@@ -79,7 +79,7 @@ def test_images_are_those_of_a_list(root):
 
 
 def test_an_evaluation_with_more_images_than_open_files(root, few_files, monkeypatch, tmp_path):
-    """With an image that is left out, too."""
+    """One of the images is left out."""
     file = sorted(root.glob("imagenet/val/*/*.JPEG"))[1]
     file.write_bytes(file.read_bytes()[:200])
     options = ("TEST.SKIP_UNREADABLE", "True", "TEST.IMS_PER_PROCESS", "128")
@@ -123,7 +123,7 @@ def test_marked_images_are_apart():
 
 
 def test_all_tensors_of_a_detector_go_to_the_device():
-    """But for instances; what stands for a GPU here has no values."""
+    """This excludes instances; the device that replaces a GPU here has no values."""
     boxes = Instances((32, 32), gt_boxes=Boxes(torch.zeros(1, 4)))
     given = {"file_name": "a", "sem_seg": torch.zeros(32, 32), "instances": boxes}
     batch = [each | given for each in inputs(2)]
@@ -141,7 +141,7 @@ def test_a_stacked_batch_is_left_to_the_model():
 
 
 def test_the_end_of_the_thread_that_pins_is_told():
-    """PyTorch's error, without the reason, which that thread has printed."""
+    """PyTorch's error has no reason; the thread has printed it."""
     cfg = small(1, 4)
     with pytest.raises(RuntimeError) as caught, waiting_for_batch(cfg):
         raise RuntimeError("Pin memory thread exited unexpectedly")

@@ -1,4 +1,4 @@
-"""Our mapper against Detectron2's: the same dict and draws; pixels within one level."""
+"""Tests our mapper against Detectron2's: same dict, same random draws, pixels within one level."""
 
 import copy
 import struct
@@ -36,7 +36,7 @@ KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "DATASETS.TRAIN", "('keypoints_coco_20
 
 
 def draw(path, mode="RGB", **options):
-    """Smooth colours with some grain."""
+    """Draws smooth colours with some noise."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 11, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.BICUBIC)).astype(int)
@@ -61,7 +61,7 @@ def draw_objects(number=5, whole=False, keypoints=False):
             "segmentation": parts[: 1 + i % 2].reshape(1 + i % 2, -1).astype(kind).tolist(),
         }
         if keypoints:
-            # As COCO's records have them: pixel centres, and how visible they are.
+            # As in COCO's records: pixel centres and visibility.
             points = np.add(rng.uniform(0, 90, (17, 3)).astype(int), (0.5, 0.5, 0))
             each["keypoints"] = points.ravel().tolist()
         objects.append(each)
@@ -115,7 +115,7 @@ def assert_same_instances(ours, theirs):
 
 
 def compare(ours, theirs, record, seeds=8, exact=False):
-    """Maps a record by both, with the same seeds; returns the last results."""
+    """Maps a record with both mappers and the same seeds; returns the last results."""
     before = copy.deepcopy(record)
     for seed in range(seeds):
         seed_everything(seed)
@@ -212,7 +212,7 @@ KINDS = {"boxes": [], "polygons": MASKS, "bitmasks": BITMASKS, "keypoints": KEYP
 
 
 def boxes_as(annotations, form):
-    """The same annotations, their boxes of another form."""
+    """Yields the same annotations with boxes in another format."""
     for each in annotations:
         x, y, width, height = each["bbox"]
         box, mode = {
@@ -225,7 +225,7 @@ def boxes_as(annotations, form):
 
 
 def as_floats(annotations):
-    """The same annotations, all numbers written with a point."""
+    """Yields the same annotations with all numbers as floats."""
     for each in annotations:
         floats = {**each, "bbox": [float(number) for number in each["bbox"]]}
         if "segmentation" in each:
@@ -240,7 +240,7 @@ def as_floats(annotations):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mapper", [Mapper, FastMapper])
 def test_whole_numbers_are_coordinates_like_any(record, mapper, kind, augmentation, form):
-    """Detectron2 would cut what it makes of them to whole numbers, by almost a pixel."""
+    """Detectron2 would truncate their transformed coordinates to integers, by almost a pixel."""
     whole = draw_objects(whole=True, keypoints=kind == "keypoints")
     if kind == "keypoints":
         for each in whole:
@@ -354,7 +354,7 @@ def test_other_kinds_of_images_to_the_bit_where_nothing_is_resized(record, tmp_p
 
 
 class Failing:
-    """A mapper that fails for one image, in whatever way."""
+    """A mapper that fails for one image with the given error."""
 
     def __init__(self, error):
         self.error = error
@@ -366,7 +366,7 @@ class Failing:
 
 
 class Listed(Dataset):
-    """Records through a mapper, as the loaders take them."""
+    """Maps records as the loaders do."""
 
     def __init__(self, mapper):
         self.mapper = NamedErrors(mapper)
@@ -393,7 +393,7 @@ ERRORS = [
 ]
 
 
-# A loader takes 5 s to end a worker that has raised.
+# A loader takes 5 s to end a worker that has raised an error.
 @pytest.mark.parametrize(
     ("error", "workers"),
     [*((error, 0) for error in ERRORS), (ERRORS[2], 1), (ERRORS[8], 1)],

@@ -1,4 +1,4 @@
-"""The order of training images: whole epochs, groups of one aspect, the same for any processes."""
+"""Tests the order of training images: whole epochs, aspect groups, same for any process count."""
 
 import itertools
 import logging
@@ -17,7 +17,7 @@ from contnet.utils.errors import UserError
 
 
 def some_of(number: int, landscape: int) -> np.ndarray:
-    """Which images are landscape, spread over the data set."""
+    """Returns which images are landscape, spread over the data set."""
     chosen = np.zeros(number, bool)
     chosen[np.random.default_rng(0).permutation(number)[:landscape]] = True
     return chosen
@@ -27,7 +27,7 @@ def first_of(order: ImageOrder, count: int, start: int = 0) -> list[int]:
     return list(itertools.islice(order.images_from(start), count))
 
 
-# Images, landscape ones (None: no groups), images in a group, with repeats.
+# Images, landscape images (None: no groups), images per group, and repeats.
 ORDERS = {
     "COCO's": (100, 70, 2, False),
     "odd numbers": (11, 4, 3, False),
@@ -63,11 +63,11 @@ def test_each_image_comes_once_in_an_epoch(name):
     images, landscape, _, _ = ORDERS[name]
     order = order_of(name)
     size = order.group_size
-    epochs = 3 * size  # after which no group is open
+    epochs = 3 * size  # after this, no group is incomplete
     found = first_of(order, epochs * images)
     assert set(Counter(found).values()) == {epochs}
     wide = some_of(images, landscape or 0)
-    for kind in np.unique(wide):  # of one aspect, no image is ever far ahead of another
+    for kind in np.unique(wide):  # for an aspect, no image is ever far ahead of another
         part = [image for image in found if wide[image] == kind]
         number = len(set(part))
         for n in range(1, epochs):
@@ -87,7 +87,7 @@ def test_groups_have_one_aspect(name):
     wide = some_of(images, landscape)
     groups = wide[np.reshape(first_of(order_of(name), 100 * size), (100, size))]
     assert (groups == groups[:, :1]).all()
-    if 0 < landscape < images:  # neither aspect is put off, or comes first
+    if 0 < landscape < images:  # neither aspect is delayed or preferred
         assert groups[:, 0].mean() == pytest.approx(landscape / images, abs=0.25)
 
 
@@ -128,7 +128,7 @@ def test_iteration_90000_is_reached_in_a_second(images, landscape, repeated, bat
 
 
 def steps_of(order, batch, passes, world_size, steps=12, start=0):
-    """The images of each step, over all processes; and one process's batches."""
+    """Returns the images of each step, over all processes, and the batches of each process."""
     iterators = []
     for rank in range(world_size):
         sampler = TrainingBatchSampler(order, batch, passes, rank, world_size)
@@ -152,7 +152,7 @@ def test_steps_are_the_same_for_any_number_of_processes(name, world_size, passes
     found = steps_of(order, 16, passes, world_size)
     for (whole,), cells in zip(expected, found, strict=True):
         assert list(itertools.chain(*cells)) == whole
-    # From the middle on, with others.
+    # From the middle on, with other settings.
     rest = steps_of(order, 16, passes, world_size, steps=5, start=7 * 16)
     assert [list(itertools.chain(*cells)) for cells in rest] == [w for (w,) in expected[7:]]
 
@@ -222,7 +222,7 @@ def test_the_state_of_former_versions(caplog):
     assert (sampler.seed, sampler.images_seen(0)) == (9, 166)
     (warning,) = warnings_of(caplog)
     assert "Resuming after 166 images" in warning
-    sampler.load_state_dict(sampler.state_dict(1))  # which is of this version
+    sampler.load_state_dict(sampler.state_dict(1))  # a state of this version
     assert len(warnings_of(caplog)) == 1 and sampler.images_seen(0) == 182
 
 
@@ -250,14 +250,14 @@ def config(*options):
 def test_factors_are_those_of_detectron2():
     sampler = ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
     order = build_order(config(*sampler, "DATALOADER.REPEAT_THRESHOLD", 0.4), dicts_of(10), 3)
-    assert order.images_per_epoch == 9 + 2  # of the rare class: sqrt(0.4 / 0.1)
+    assert order.images_per_epoch == 9 + 2  # the factor of the rare class is sqrt(0.4 / 0.1)
     found = Counter(first_of(order, 10 * 22))
     assert found[0] == pytest.approx(2 * found[1], abs=3)
 
 
 @pytest.mark.parametrize("key", ["width", "annotations"])
 def test_records_without_what_the_order_needs_are_one_line(key):
-    """Of a loader of one's own, or labels of images."""
+    """Such records come from a user's loader, or have image labels."""
     dicts = [{name: each[name] for name in each if name != key} for each in dicts_of(3)]
     with pytest.raises(UserError, match=rf"have no {key}.*ASPECT_RATIO_GROUPING False"):
         build_order(config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), dicts, 3)

@@ -1,4 +1,4 @@
-"""Records come back from their file with the values and types that they were written with."""
+"""Tests that records are read from their file with the same values and types."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""A user's own data set by DATASETS.REGISTER: names, paths, number of classes, every process."""
+"""Tests DATASETS.REGISTER: names, paths, number of classes, every process."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_all_of_coco_is_known():
 
 
 def test_a_loader_of_ones_own_counts_whatever_its_metadata_say(drawn):
-    """A part of an annotation file, as Python chooses it, is not taken for the whole."""
+    """A subset of an annotation file, selected by Python code, is not treated as the whole file."""
     file, images = _entries(f"{drawn}/")[0][1:]
     DatasetCatalog.register("mine", lambda: load_coco_json(file, images, "mine")[:2])
     MetadataCatalog.get("mine").set(json_file=file, image_root=images, evaluator_type="coco")
@@ -235,7 +235,7 @@ def test_train_and_test_must_agree(drawn, tmp_path, change):
     entries = _entries(f"{drawn}/")
     entries[1][1] = str(tmp_path / "val.json")
     cfg = _config(*_options(f"{drawn}/"), "DATASETS.REGISTER", str(entries))
-    if change == "reorder":  # which an evaluation matches by name, and a training set not
+    if change == "reorder":  # valid for evaluation, but not for training
         check_datasets(cfg, NAMES)
         cfg.DATASETS.TRAIN = NAMES
     with pytest.raises(UserError, match=r"mine_val: its classes .*mine_train"):
@@ -248,7 +248,7 @@ def test_file_must_be_there(tmp_path):
 
 
 def _boxes_only(root: Path, target: Path) -> list[str]:
-    """The drawn set as a user may have it: without masks, ids from 10, keypoints, no info."""
+    """Writes the drawn set without masks, with ids from 10, keypoints, and no info."""
     entries = _entries(f"{root}/")
     for entry in entries:
         content = json.loads(Path(entry[1]).read_text())
@@ -270,7 +270,7 @@ def _boxes_only(root: Path, target: Path) -> list[str]:
         ("retinanet_contti", "coco_2017_val", (80, "person")),
         ("cityscapes/mask_rcnn_contti", "cityscapes_fine_instance_seg_val", (8, "person")),
         ("cityscapes/pspnet_contti", "cityscapes_fine_sem_seg_val", (19, "road")),
-        ("imagenet/contti", "imagenet_val", None),  # which knows them once it is loaded
+        ("imagenet/contti", "imagenet_val", None),  # the names are known after loading
     ],
 )
 def test_learned_classes_are_those_of_the_models_outputs(leaf, name, expected):
@@ -302,7 +302,7 @@ def test_boxes_without_masks(drawn, tmp_path):
     ids=["two processes", "torchrun"],
 )
 def test_trains_evaluates_resumes(drawn, train_net, tmp_path, options, launcher):
-    """Two processes train, one goes on from the config that they left."""
+    """Two processes train, and one resumes with the config that they saved."""
     run = tmp_path / "run"
     own = ["OUTPUT_DIR", str(run), "MODEL.CONTNET.NORM", "GN", *_boxes_only(drawn, tmp_path)]
     command = f"{options} --config-file {LEAF} SOLVER.MAX_ITER 2"

@@ -1,4 +1,4 @@
-"""The drawn data set: valid COCO, exact masks, what it promises to show, and how it is made."""
+"""Tests the drawn data set: valid COCO, exact masks, promised contents, and how it is made."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def coco(request, root):
 
 @pytest.fixture
 def catalogs(monkeypatch):
-    """Detectron2's catalogs, empty for one test."""
+    """Provides Detectron2's catalogs, empty for one test."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     monkeypatch.setattr(DatasetCatalog, "data", {})
@@ -57,7 +57,7 @@ def image_bytes(root, split):
     return [path.read_bytes() for path in sorted((root / split).iterdir())]
 
 
-# ---- what it holds
+# ---- contents
 
 
 def test_images_are_as_listed(coco):
@@ -145,7 +145,7 @@ def test_boxes_overlap(coco):
 
 
 def test_an_object_looks_other_than_its_surroundings(coco):
-    """The labels lie where the objects are: colours jump at the masks' borders."""
+    """The labels are at the objects: colours change at the borders of the masks."""
     inside, outside = [], []
     for annotation in coco.anns.values():
         info = coco.imgs[annotation["image_id"]]
@@ -181,7 +181,7 @@ def test_loads_in_detectron2(root, catalogs):
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_polygons_cover_any_mask_exactly(share):
-    """Noise has all there is: holes, islands in holes, pixels that touch at corners."""
+    """Noise has holes, islands in holes, and pixels that touch at corners."""
     rng = np.random.default_rng(1)
     for height, width in [(1, 1), (1, 9), (7, 2), (16, 16), (23, 17)]:
         mask = rng.random((height, width)) < share
@@ -207,7 +207,7 @@ def test_outline_fills_its_circle_and_turns(name):
     assert 56 <= 2 * (32 - rows[0]) <= 60
 
 
-# ---- how it is made
+# ---- creation
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -247,7 +247,7 @@ def test_an_empty_folder_is_filled_and_parents_are_made(tmp_path):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_interrupted_making_leaves_nothing_that_passes_for_a_set(tmp_path, monkeypatch, killed):
-    """`killed` leaves no time to clean up."""
+    """If `killed`, there is no clean-up."""
     drawn = []
 
     def interrupted(*args):
@@ -268,7 +268,7 @@ def test_interrupted_making_leaves_nothing_that_passes_for_a_set(tmp_path, monke
 
 
 def test_the_faster_process_wins(tmp_path, monkeypatch):
-    """Another process makes the whole set while this one draws."""
+    """Another process makes the whole set while this one is drawing."""
 
     def overtaken(*args):
         monkeypatch.setattr(shapes, "draw_picture", draw_picture)
@@ -313,7 +313,7 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         make_shapes(tmp_path / "file" / "shapes", TINY)
 
 
@@ -328,7 +328,7 @@ def test_bad_parameters(tmp_path, bad):
     assert not list(tmp_path.iterdir())
 
 
-# ---- registering
+# ---- registration
 
 
 def test_datasets_are_registered_by_their_paths(root, catalogs):
@@ -364,7 +364,7 @@ def test_cityscapes_labels_lie_where_the_shapes_are(coco, root, tmp_path):
         annotations = coco.loadAnns(coco.getAnnIds(image_id))
         for each in annotations:
             expected[coco.annToMask(each).astype(bool)] = classes[each["category_id"] - 1]
-        # Cityscapes' polygons run through the middle of pixels, COCO's along their edges.
+        # Cityscapes' polygons run through pixel centres, COCO's along pixel edges.
         assert (found == expected).mean() > 0.97
         assert set(objects[found != name2label["road"].id] // 1000) <= set(classes)
         assert len(np.unique(objects)) > len(annotations)

@@ -1,4 +1,4 @@
-"""Shards: against the library webdataset, the converter and its restarts, the index, damage."""
+"""Tests shards: webdataset as the reference, the converter, restarts, the index, damage."""
 
 import io
 import os
@@ -38,7 +38,7 @@ from contnet.utils.files import atomic_write
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    """Class folders with 24 images."""
+    """Makes class folders with 24 images."""
     root = make_imagenet(tmp_path_factory.mktemp("drawn"), val=1)
     return root / "imagenet" / "train"
 
@@ -173,7 +173,7 @@ def test_it_goes_on(source, made):
     before = {file.name: file.read_bytes() for file in files}
     times = {file.name: file.stat().st_mtime_ns for file in files}
     files[1].unlink()
-    files[2].write_bytes(before[files[2].name][:3000])  # damaged by something else
+    files[2].write_bytes(before[files[2].name][:3000])  # damaged externally
     (made / "train-000001.tar.tmp").write_bytes(b"of a killed run")
     (made / "index.npz").unlink()
     assert make_shards(source, made, samples_per_shard=7, workers=2) == (2, 2)
@@ -193,7 +193,7 @@ def test_an_image_that_was_replaced_is_taken_anew(source, tmp_path, same_size):
     new = old[:-1] + b"x" if same_size else old + b"x"
     image.unlink()
     image.write_bytes(new)
-    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and tar leave it
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p and tar do
     assert make_shards(folder, out, samples_per_shard=7, workers=1) == (1, 3)
     (record,) = [r for r in records_of(out) if r["image_id"] == f"{class_name(1)}/2"]
     assert read_sample(record) == new
@@ -208,7 +208,7 @@ def test_the_number_of_workers_changes_nothing(source, made, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_restarted(tmp_path):
-    """Killed when some shards are there; the result is that of a run that nobody killed."""
+    """The result of a killed and restarted conversion is that of an uninterrupted one."""
     folder = tmp_path / "train"
     for label in range(3):
         (folder / class_name(label)).mkdir(parents=True)
@@ -280,7 +280,7 @@ def test_an_image_that_cannot_be_read_is_named(source, tmp_path):
 
 
 def count_looks(monkeypatch, folder: Path) -> list[str]:
-    """Names of the shards that are looked through; the records must be what a new look gives."""
+    """Returns the shards that are indexed again; the records must equal those of a new index."""
     looked = []
 
     def look(path: str):
@@ -303,7 +303,7 @@ def test_index_is_used_while_it_is_fresh(made, monkeypatch):
     assert count_looks(monkeypatch, made) == []
     status = shard.stat()
     members = {"0.png": some_image(), "0.cls": b"1"}
-    write_tar(shard, members)  # shorter, but as old
+    write_tar(shard, members)  # shorter, with the same time
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert count_looks(monkeypatch, made) == [shard.name]
     shutil.copy(shard, made / "train-000009.tar")
@@ -334,7 +334,7 @@ def test_damaged_index_is_made_again(made, monkeypatch, damage):
 
 
 def test_folders_that_cannot_be_written_to(made, monkeypatch, caplog):
-    """Root may write everywhere, so the failure is made."""
+    """The failure is simulated, because root may write everywhere."""
     (made / "index.npz").unlink()
 
     def refuse(path, mode="wb"):
@@ -374,7 +374,7 @@ def _digest(record: dict) -> tuple[int, int]:
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_the_same(made, method):
     records = records_of(made) * 8
-    expected = [_digest(record) for record in records]  # the shards are open when workers start
+    expected = [_digest(record) for record in records]  # the shards are open when the workers start
     with get_context(method).Pool(2) as pool:
         assert pool.map(_digest, records, chunksize=3) == expected
 

@@ -1,4 +1,4 @@
-"""What the doctor counts of data sets, and the images that it takes for alike."""
+"""Tests the doctor's statistics of data sets, and its near-duplicate images."""
 
 import io
 import math
@@ -59,7 +59,7 @@ def test_bins_hold_what_is_from_their_edge_on():
 
 
 def picture(seed: int) -> Image.Image:
-    """A smooth picture."""
+    """Makes a smooth image."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((210, 180), Image.Resampling.BICUBIC)
 
@@ -91,7 +91,7 @@ def test_others_are_not():
 
 
 def test_every_pair_within_two_bits_is_found():
-    """Against all pairs, for fingerprints that are near each other."""
+    """Compares with all pairs, for fingerprints that are close to each other."""
     random = np.random.default_rng(0)
     base = [int(each) for each in random.integers(0, 2**63, 12)]
     prints = []

@@ -1,4 +1,4 @@
-"""Images of a few pixels, or a thousand times as long as wide: each has at least one pixel left."""
+"""Tests images of a few pixels, or with extreme aspect ratios: at least one pixel stays."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def draw(path, width, height):
 
 
 def draw_record(folder, kind, width, height):
-    """A record with one object that fills the image, and with labels for segmenters."""
+    """Makes a record with one object that fills the image, and with labels for segmenters."""
     record = {
         "file_name": draw(folder / "image.png", width, height),
         "width": width,
@@ -140,7 +140,7 @@ def test_they_are_classified(tmp_path, size, is_train):
 
 @pytest.mark.parametrize("size", [(160, 10), (10, 160), (170, 10), (11, 500), (64, 48)], ids=str)
 def test_a_centre_crop_of_a_long_image_is_that_of_the_whole(tmp_path, size):
-    """Below 16 to 1 to the bit; beyond, the resized length is rounded elsewhere."""
+    """Below 16 to 1 it is bit for bit equal; above, the resized length is rounded differently."""
     cfg = load_config(str(REPOSITORY / "configs" / "imagenet" / "contti.yaml"))
     smooth = np.add(*np.mgrid[: size[1], : size[0]])[..., None] + [0, 40, 80]
     path = tmp_path / "image.png"

@@ -1,4 +1,4 @@
-"""Transforms of images for classification."""
+"""Tests transforms of images for classification."""
 
 import random
 
@@ -26,7 +26,7 @@ def test_training_images_differ_by_seed_and_policy():
             outputs.append(transform(picture))
             assert outputs[-1].shape == (3, 32, 32) and outputs[-1].dtype == torch.uint8
         assert torch.equal(outputs[-1], outputs[-3])
-    # All of three policies and two seeds.
+    # The outputs of all three policies and two seeds.
     assert len({each.numpy().tobytes() for each in outputs}) == 6
 
 

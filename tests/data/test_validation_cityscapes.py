@@ -1,4 +1,4 @@
-"""Cityscapes' layout: every kind of damage, and what must pass."""
+"""Tests checks of Cityscapes' layout: every kind of damage, and valid variants."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SEMANTIC = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.
 
 
 def _make_city(root: Path, split: str, count: int) -> None:
-    """Road below, sky above, one car."""
+    """Makes scenes with a road below, sky above, and one car."""
     images, labels = (root / part / split / "town" for part in ("leftImg8bit", "gtFine"))
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
@@ -52,7 +52,7 @@ def _make_city(root: Path, split: str, count: int) -> None:
 
 @pytest.fixture
 def city(tmp_path, monkeypatch) -> Path:
-    """Cityscapes where this process, with Detectron2 imported, looks for it."""
+    """Makes a Cityscapes where this process's Detectron2 finds it."""
     root = tmp_path / "cityscapes"
     for split, count in (("train", 3), ("val", 1)):
         _make_city(root, split, count)
@@ -129,7 +129,7 @@ REMAKE = f"remove them, then {PREPARE}"
 
 
 def _palette(root: Path) -> None:
-    """The same numbers, which would be read as the lightness of their colours."""
+    """Saves the same numbers with a palette, which would be read as brightness."""
     file = _labels(root, "labelTrainIds.png")
     image = Image.fromarray(np.asarray(Image.open(file)))
     image.putpalette([7 * value % 256 for value in range(768)])
@@ -274,7 +274,7 @@ def test_what_the_doctor_says_about_labels_helps(city, capsys):
 
 
 def test_other_objects_to_train_on_are_counted_anew(city, capsys):
-    """What passes as a set to evaluate on need not as one to train on."""
+    """A set that is valid for evaluation may not be valid for training."""
     _no_objects(city)
     names = [f"('cityscapes_fine_instance_seg_{split}',)" for split in ("val", "train")]
     options = ["DATASETS.TRAIN", names[0], "DATASETS.TEST", names[1], *INSTANCE]

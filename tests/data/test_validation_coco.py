@@ -1,4 +1,4 @@
-"""Annotation files of COCO's form: every kind of damage, and what must pass."""
+"""Tests checks of annotation files in COCO format: every kind of damage, and valid variants."""
 
 import copy
 import shutil
@@ -118,10 +118,10 @@ STRUCTURE = {
 
 @pytest.mark.parametrize("damage", STRUCTURE)
 def test_damaged_annotations(data, capsys, damage):
-    """Both tell it: the doctor with the rest, the check before training as the one error."""
+    """The doctor reports it with other findings, the check before training as the only error."""
     change, said = STRUCTURE[damage]
     change(data)
-    # The number of classes is given, so that only the data can be wrong.
+    # The number of classes is set, so that only the data can be wrong.
     options = [*data.options(), "MODEL.ROI_HEADS.NUM_CLASSES", "4"]
     status, lines = _doctor(capsys, *options)
     assert status == 1
@@ -311,7 +311,7 @@ def test_masks_as_the_config_wants_them(data, capsys):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("more", [0, 1])
 def test_compressed_masks_that_fit_and_that_do_not(data, share, more):
-    """`more`: pixels of the mask that its image has not."""
+    """`more`: number of pixels of the mask beyond the image."""
     image = data.content["images"][0]
     size = [image["height"], image["width"]]
     pixels = np.random.default_rng(0).random((size[0] * size[1] + more, 1)) < share

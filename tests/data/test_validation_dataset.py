@@ -1,4 +1,4 @@
-"""What is wrong with sets of images, told before a run and by the doctor."""
+"""Tests errors in image data sets, as reported before a run and by the doctor."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def _nothing(root: Path) -> None:
 
 
 def _flat(*labels: Callable[[Path, dict], None], **changes: str | None) -> Callable[[Path], None]:
-    """A flat val whose classes are changed before they are written; None drops an image's."""
+    """Makes val flat with changed classes; None removes an image's class."""
 
     def damage(root: Path) -> None:
         classes = flatten(root)

@@ -1,4 +1,4 @@
-"""Image files that are damaged, or not as annotated."""
+"""Tests image files that are damaged or do not match their annotations."""
 
 import numpy as np
 import pytest
@@ -72,11 +72,11 @@ def test_damaged_images(data, capsys, damage):
     assert data.image().name in line
 
 
-# --- what is right, or changes numbers alone ------------------------------------------------------
+# --- valid images, and those that only change results ---------------------------------------------
 
 
 def _replace(data: Copy, image: Image.Image, width: int, height: int, **options: object) -> None:
-    """Puts an image in the place of the first one, annotated as (width, height)."""
+    """Replaces the first image, annotated as (width, height)."""
     image.save(data.image(), **options)
     data.content["images"][0] |= {"width": width, "height": height}
     items = data.content["annotations"]
@@ -119,7 +119,7 @@ def test_the_first_images_are_opened_before_a_run(data, damage):
     with pytest.raises(UserError, match=rf"^data set train: .*{data.image()} ") as caught:
         _check(data, "first")
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError):  # again, of what has been kept of its annotations
+    with pytest.raises(UserError):  # again, from the cached annotations
         _check(data, "first")
     assert _check(data, "none") == []
 

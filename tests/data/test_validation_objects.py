@@ -1,4 +1,4 @@
-"""What training leaves out and what changes AP; annotation files that say something else."""
+"""Tests what training skips and what changes AP, and misleading annotation files."""
 
 import gzip
 import unicodedata
@@ -31,11 +31,11 @@ def _every(data: Copy) -> list[dict]:
 
 
 def _repeat(data: Copy, total: int) -> None:
-    """Copies of the first object, until there are so many."""
+    """Repeats the first object until there are ``total`` objects."""
     _every(data)[:] = [{**data.item, "id": number + 1} for number in range(total)]
 
 
-# --- what is left out ----------------------------------------------------------------------------
+# --- skipped objects -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("crowds", "many"), [(0, 0), (1, 0), (5, 0), (6, 1), (60, 1)])
@@ -57,14 +57,14 @@ def test_many_crowds_are_an_error_of_the_doctor_and_a_warning_of_a_training(data
     assert status == 1
     assert any(line.startswith("  ERROR") and "are crowds" in line for line in lines)
     cfg, _ = configure(LEAF, options)
-    for _ in range(2):  # the second from what was kept of the first
+    for _ in range(2):  # the second time from the cache
         warnings, notes = check_datasets(cfg, ["train", "val"])
         assert [line for line in warnings if "data set train" in line and "are crowds" in line]
         assert [line.startswith("data set train: training skips") for line in notes] == [True]
 
 
 def _left_out(data: Copy) -> None:
-    """Of image 1 crowds stay, of image 2 nothing, of the rest all but three objects."""
+    """Makes the objects of image 1 crowds, removes those of image 2, and damages three others."""
     items = _every(data)
     items[:] = [item for item in items if item["image_id"] != 2]
     for item in items:
@@ -85,7 +85,7 @@ def test_what_is_left_out_is_counted(data, filtered):
     assert f"{crowds + 3} of {total} objects ({crowds} crowds" in line
     assert all(f"1 {what}" in line for what in ("box without area", "box outside", "object with"))
     assert f"and {2 * filtered} of 4 images" in line
-    assert "1 without objects" in line and "1 with crowds alone" in line
+    assert "1 without objects" in line and "1 with only crowds" in line
     assert ("stay" in line) is not filtered
 
 
@@ -160,7 +160,7 @@ def test_numbers_that_contradict_each_other(data, wrong, evaluated):
 
 
 def test_areas_of_masks_that_are_not_in_the_file_pass(data):
-    """Boxes of COCO without their masks; areas that differ from the masks' by rounding."""
+    """Areas may differ from the masks' by rounding, and files may have boxes without masks."""
     for item in _every(data):
         item["area"] = 1.02 * item["area"]
     assert _check(data.content).lines(WARNING) == []
@@ -183,7 +183,7 @@ def test_crowds_have_any_area(data):
     assert _check(data.content).lines(WARNING) == []
 
 
-# --- warnings that a run says --------------------------------------------------------------------
+# --- warnings of a run ---------------------------------------------------------------------------
 
 
 def test_what_changes_numbers_is_a_warning_of_a_run(data):
@@ -196,7 +196,7 @@ def test_what_changes_numbers_is_a_warning_of_a_run(data):
     assert f"{data.content['categories'][1]['name']} (ids 1, 2)" in warnings
     assert "areas of 0" in warnings
     trained = _check(data.content, DatasetUse(True, False, masks=False, bitmasks=False))
-    assert len(trained.lines(WARNING)) == 1  # the classes'
+    assert len(trained.lines(WARNING)) == 1  # the warning about classes
 
 
 def test_a_set_without_truth_can_be_evaluated_on(data, capsys):
@@ -209,7 +209,7 @@ def test_a_set_without_truth_can_be_evaluated_on(data, capsys):
     assert any("no ground truth" in line for line in lines)
 
 
-# --- what misleads -------------------------------------------------------------------------------
+# --- misleading files ----------------------------------------------------------------------------
 
 
 def _lines(data: Copy) -> list[str]:
@@ -269,7 +269,7 @@ def test_one_line_says_what_the_difference_is(data, damage):
     lines = _lines(data)
     assert any(said in line for line in lines), lines
     if damage != "nothing":
-        assert len(lines) == 1, lines  # and nothing untrue follows
+        assert len(lines) == 1, lines  # no wrong conclusion follows
 
 
 def test_images_without_a_name_are_not_called_unlisted(data):
@@ -320,7 +320,7 @@ def test_a_path_before_a_name_that_leads_there_is_fine(data):
 
 
 def test_single_missing_images_are_no_wrong_path(data):
-    """Although another folder has an image of that name."""
+    """Another folder has an image with that name."""
     assert (data.root / "val" / data.image(0).name).exists()
     data.image(0).unlink()
     (line,) = _lines(data)
@@ -331,7 +331,7 @@ def test_single_missing_images_are_no_wrong_path(data):
     "other", ["1.xml", "1.png", "masks/1.png", "masks/1.jpg", "val/1.jpg", "b/1.jpg"]
 )
 def test_other_files_of_the_same_name_are_not_taken_for_an_image(data, other):
-    """Labels and masks beside the images, and images of other folders."""
+    """These are labels and masks beside the images, and images in other folders."""
     root = data.root / "train"
     for number, image in enumerate(data.content["images"], 1):
         (root / image["file_name"]).rename(root / f"{number}.jpg")

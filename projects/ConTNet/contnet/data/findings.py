@@ -1,6 +1,6 @@
-"""What a look at a data set brings to light: facts, errors and notes, each kind on one line.
+"""Findings of the checks of a data set: facts, errors and notes, with each kind on one line.
 
-Names and numbers come from files of anyone: what is told of them is made printable here.
+Names and numbers come from files of any origin, so all text is made printable here.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from contnet.utils.text import printable
 
 __all__ = ["ERROR", "FACT", "NOTE", "SHOWN", "SUSPECT", "WARNING", "Finding", "Findings"]
 
-# The doctor has two words, ERROR and NOTE. A run stops at an ERROR and warns of what lies between.
+# The doctor prints only ERROR and NOTE. A run stops at an ERROR and warns of SUSPECT and WARNING.
 ERROR = "ERROR"  # would stop or corrupt training
 SUSPECT = "SUSPECT"  # most likely a mistake: the doctor's ERROR, a run's warning
 WARNING = "WARNING"  # changes what is learned or measured: the doctor's NOTE, a run's warning
 NOTE = "NOTE"
-FACT = "FACT"  # to be counted
-# Settled once all objects are known.
-_LOST = "LOST"  # an object that Detectron2 would leave out
+FACT = "FACT"  # only counted
+# Replaced by `Findings.settle` once all objects are known.
+_LOST = "LOST"  # an object that Detectron2 would skip
 _DOUBT = "DOUBT"  # an object whose numbers contradict each other
 
-SHOWN = 5  # examples of a kind
-_LONGEST = 2000  # characters of what is said of a kind
-_HARMLESS = 1000  # one such object in so many is a note
+SHOWN = 5  # examples that are kept of each kind
+_LONGEST = 2000  # characters of a kind's text
+_HARMLESS = 1000  # one such object in this many is only a note
 
 
 class Finding(NamedTuple):
-    """One thing that was found.
+    """A single finding.
 
     Attributes:
         severity: ERROR, SUSPECT, WARNING, NOTE or FACT.
-        kind: what, and what to do; the same for all of a kind.
-        example: where; empty where ``kind`` says it all.
+        kind: what was found and what to do; the same text for all findings of a kind.
+        example: where it was found; empty if ``kind`` says everything.
     """
 
     severity: str
@@ -48,14 +48,14 @@ class _Kind:
 
 
 class Findings:
-    """What was found in one data set.
+    """The findings in one data set.
 
     Attributes:
-        facts: lines about what is there.
-        classes: names of its classes, in the model's order, by "objects", "label maps" or "labels
-            of images".
-        named: whether these names mean anything.
-        left_out: what training leaves out and why, one line for the log; "" where nobody counted.
+        facts: lines that describe the data set.
+        classes: names of its classes in the model's order, keyed by "objects", "label maps" or
+            "labels of images".
+        named: whether the data set names its classes; otherwise ``classes`` has placeholders.
+        left_out: log line with what training leaves out and why; "" if nothing was counted.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Findings:
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def fact(self, line: str) -> None:
-        """Adds a line about what is there."""
+        """Adds a line that describes the data set."""
         self.facts.append(printable(line))
 
     def add(self, severity: str, kind: str, example: str = "") -> None:
@@ -92,11 +92,11 @@ class Findings:
         self.add(_LOST, kind, example)
 
     def doubt(self, kind: str, example: str) -> None:
-        """An object whose numbers contradict each other; also for :meth:`settle`."""
+        """Adds an object with contradictory numbers; :meth:`settle` decides the severity."""
         self.add(_DOUBT, kind, example)
 
     def settle(self, objects: int) -> None:
-        """Decides on kinds of objects: a note if they are few of all, as in COCO itself."""
+        """Decides the severities of lost and doubtful objects: notes if rare, as in COCO."""
         kinds = {}
         for (severity, kind), found in self._kinds.items():
             few = found.count * _HARMLESS <= objects
@@ -109,7 +109,7 @@ class Findings:
         self._kinds = kinds
 
     def merge(self, other: Findings) -> None:
-        """Adds what was found elsewhere in the same data set."""
+        """Adds the findings of another check of the same data set."""
         self.facts += other.facts
         self.classes |= other.classes
         self.left_out = self.left_out or other.left_out
@@ -119,7 +119,7 @@ class Findings:
             kind.examples = [*kind.examples, *found.examples][:SHOWN]
 
     def state(self) -> dict:
-        """All of it, as JSON can hold it."""
+        """Returns all findings in a form that JSON can store."""
         kinds = [[*key, found.count, found.examples] for key, found in self._kinds.items()]
         return {
             "facts": self.facts,
@@ -131,7 +131,7 @@ class Findings:
 
     @classmethod
     def from_state(cls, state: dict) -> Findings:
-        """What :meth:`state` was taken of."""
+        """Restores findings from the result of :meth:`state`."""
         findings = cls()
         findings.facts, findings.classes = state["facts"], state["classes"]
         findings.named, findings.left_out = state["named"], state["left_out"]
@@ -140,7 +140,7 @@ class Findings:
         return findings
 
     def lines(self, severity: str) -> list[str]:
-        """A line for each kind of a severity, with how often and the first examples."""
+        """Returns a line for each kind of a severity, with the count and the first examples."""
         lines = []
         for (of_kind, kind), found in self._kinds.items():
             if of_kind != severity:

@@ -1,4 +1,4 @@
-"""What every conversion to COCO's format shares: images found by name, boxes, counts, the file."""
+"""Shared parts of the conversions to COCO format: lookup of images, boxes, counts, the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 Points = list[tuple[float, float]]
 
-# Where a point of the stored image lies in the upright one, both of width w and height h as stored.
+# By EXIF orientation: maps a point of the stored image (width w, height h) to the upright image.
 _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     2: lambda x, y, w, h: (w - x, y),
     3: lambda x, y, w, h: (w - x, h - y),
@@ -39,13 +39,13 @@ _TURNS: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     7: lambda x, y, w, h: (h - y, w - x),
     8: lambda x, y, w, h: (y, w - x),
 }
-# Of a box over the edge, in pixels: what rounding does is not worth a word.
+# Pixels by which a box may exceed its image without a note, because of rounding.
 _ROUNDING = 1.0
 _DIGITS = 6
 
 
 def find_files(folder: Path, endings: Iterable[str]) -> list[Path]:
-    """Files below a folder, in the order of their names; without hidden ones, as ``._1.jpg``."""
+    """Returns the files below a folder, sorted by path, without hidden ones such as ``._1.jpg``."""
     endings = tuple(endings)
     found = (path for path in folder.rglob("*") if path.name.lower().endswith(endings))
     kept = (path for path in found if not path.name.startswith(".") and path.is_file())
@@ -53,10 +53,10 @@ def find_files(folder: Path, endings: Iterable[str]) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, in UTF-8 with or without a byte order mark.
+    """Returns the text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the file cannot be read.
     """
     try:
         with open_regular(file, "r", encoding="utf-8-sig") as text:
@@ -68,22 +68,22 @@ def read_text(file: Path) -> str:
 
 
 def comparable(name: str) -> str:
-    """A name as people compare it: any case, any separators, any form of Unicode."""
+    """Normalises case, path separators and Unicode form of a name, for comparisons."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def _stem(name: str) -> str:
-    """The name without an image's ending; other dots are part of it."""
+    """Returns the name without an image extension; other dots are part of the name."""
     path = PurePosixPath(name)
     return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_ENDINGS else name
 
 
 class ImageFolder:
-    """The images below a folder, to be found by what annotations call them.
+    """The images below a folder, which can be found by the names that annotations use.
 
     Attributes:
         root: the folder.
-        files: paths of the images, in the order of their names.
+        files: paths of the images, sorted by name unless they were given.
     """
 
     def __init__(self, root: Path, files: Sequence[Path] | None = None) -> None:
@@ -97,14 +97,14 @@ class ImageFolder:
                 self._by_name[key].append(file)
 
     def name(self, file: Path) -> str:
-        """The path of an image from the root, as ``file_name`` in COCO's format."""
+        """Returns an image's path relative to the root, its ``file_name`` in COCO format."""
         return file.relative_to(self.root).as_posix()
 
     def find(self, name: str) -> list[Path]:
-        """The images that a name or a path may stand for, none or several if that is not clear.
+        """Returns the images that a name or path may mean: none if unknown, several if ambiguous.
 
-        Whole names count before names without their ending, and paths from the root before the
-        last part of a path alone.
+        The whole path is tried first, then without its extension, then only its last part, with
+        and without extension.
         """
         name = comparable(name.strip())
         last = name.rpartition("/")[2]
@@ -115,11 +115,11 @@ class ImageFolder:
 
 
 def turn(points: Points, orientation: int, size: tuple[int, int]) -> Points:
-    """Points of the image as it is stored, in the upright one.
+    """Maps points of the stored image to the upright image.
 
     Args:
         points: x and y in pixels.
-        orientation: EXIF's, 1 to 8.
+        orientation: EXIF orientation, 1 to 8.
         size: width and height of the upright image.
     """
     if orientation not in _TURNS:
@@ -129,7 +129,7 @@ def turn(points: Points, orientation: int, size: tuple[int, int]) -> Points:
 
 
 def bounding_box(points: Points) -> Points:
-    """Upper left and lower right corner of the box around points."""
+    """Returns the upper left and lower right corners of the box around points."""
     xs, ys = zip(*points, strict=True)
     return [(min(xs), min(ys)), (max(xs), max(ys))]
 
@@ -145,7 +145,7 @@ class ClassNames:
 
     Attributes:
         ids: category id by name, in the order of the ids.
-        origin: where they are from, for messages.
+        origin: where the names come from, for messages.
     """
 
     ids: dict[str, int]
@@ -153,10 +153,10 @@ class ClassNames:
 
     @classmethod
     def from_list(cls, names: Sequence[str], origin: str) -> ClassNames:
-        """Classes that are numbered from 1.
+        """Numbers classes from 1.
 
         Raises:
-            UserError: if there is none, or a name occurs twice.
+            UserError: if there are no names, or a name occurs twice.
         """
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
@@ -168,14 +168,15 @@ class ClassNames:
 
 @dataclass
 class Conversion:
-    """A data set on its way to COCO's format.
+    """A data set that is being converted to COCO format.
 
     Attributes:
         classes: its classes.
-        images, annotations: of the file that will be written.
-        read: how many images, objects and classes the source has.
-        left_out: how many of these images and objects are not converted.
-        findings: why something was left out (errors), and what was changed (notes).
+        images, annotations: entries of the file to write.
+        read: number of images and objects in the source.
+        left_out: number of these images and objects that are not converted.
+        findings: why something was left out (errors, or notes if an option asked for it), and what
+            was changed (notes).
     """
 
     classes: ClassNames
@@ -186,7 +187,7 @@ class Conversion:
     findings: Findings = field(default_factory=Findings)
 
     def note_similar_classes(self) -> None:
-        """Notes names that look alike, which one class may have got by mistake."""
+        """Notes class names that differ only in case or Unicode form, perhaps by mistake."""
         groups = defaultdict(list)
         for name in self.classes.ids:
             groups[comparable(name)].append(name)
@@ -198,7 +199,7 @@ class Conversion:
                 )
 
     def measure(self, file: Path, objects: int) -> tuple[int, int, int] | None:
-        """:func:`read_size` of an image, None if it cannot be read and is left out."""
+        """Returns :func:`read_size` of an image; leaves out an unreadable one and returns None."""
         try:
             return read_size({"file_name": str(file)}, max_pixels=0)
         except UserError as error:
@@ -207,38 +208,38 @@ class Conversion:
             return None
 
     def add_image(self, name: str, size: tuple[int, int]) -> None:
-        """Adds an image, to which the next objects belong; it may have none."""
+        """Adds an image, to which the objects that are added next belong."""
         width, height = size
         number = len(self.images) + 1
         self.images.append({"id": number, "file_name": name, "width": width, "height": height})
 
     def leave_image(self, why: str, place: str, objects: int = 0) -> None:
-        """Leaves out an image with its objects."""
+        """Counts an image and its objects as left out."""
         self.left_out.update(images=1, objects=objects)
         self.findings.error(f"images left out, {why}", place)
 
     def leave_object(self, why: str, place: str, *, wanted: bool = False) -> None:
-        """Leaves out an object, as an option says if that is ``wanted``."""
+        """Counts an object as left out: an error, or a note if an option ``wanted`` it."""
         self.left_out["objects"] += 1
         self.findings.add(NOTE if wanted else ERROR, f"objects left out, {why}", place)
 
     def add_object(
         self, name: str, points: Points, place: str, *, polygon: bool, **fields: int
     ) -> None:
-        """Adds an object of the last image, cut at the image's edges, or leaves it out.
+        """Adds an object of the last image, clipped to the image, or leaves it out.
 
         Args:
-            name: of its class.
-            points: in pixels of the upright image; two corners of its box, or a polygon.
-            place: where it stands in the source.
-            polygon: which of these they are.
-            fields: what else its annotation says.
+            name: name of its class.
+            points: pixels of the upright image: two corners of its box, or a polygon.
+            place: where the source has the object, for messages.
+            polygon: whether ``points`` is a polygon.
+            fields: further keys of its annotation.
         """
         if not name:
             self.leave_object("without a class", place)
             return
         if name not in self.classes.ids:
-            self.leave_object(f"of a class that {self.classes.origin} does not name", place)
+            self.leave_object(f"whose class is not in {self.classes.origin}", place)
             return
         image = self.images[-1]
         width, height = image["width"], image["height"]
@@ -269,7 +270,7 @@ class Conversion:
         self.annotations.append(annotation)
 
     def content(self) -> dict:
-        """All of it in COCO's format."""
+        """Returns the content of the annotation file in COCO format."""
         return {
             "info": {"description": "made by tools/convert_dataset.py"},
             "licenses": [],
@@ -279,10 +280,10 @@ class Conversion:
         }
 
     def write(self, file: Path) -> dict[str, int]:
-        """Writes the file, reads it again and compares the counts.
+        """Writes the file, reads it back and compares the counts.
 
         Returns:
-            How many images, objects and classes it has, and of the images, how many are ``empty``.
+            Number of images, objects and classes in the file, and of ``empty`` images.
 
         Raises:
             UserError: if there is no image, or the file cannot be written.

@@ -1,7 +1,7 @@
-"""Pascal VOC's XML files, as labelImg, CVAT, Roboflow and others write them.
+"""Reads Pascal VOC XML files, as written by labelImg, CVAT, Roboflow and others.
 
-Read with the standard library: globox and supervision, which read them too, end at the first
-damaged file, and lose polygons and flags (the tests compare with globox what it does read).
+They are parsed with the standard library: globox and supervision stop at the first damaged file
+and drop polygons and flags (the tests compare with globox what it does read).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PIXELS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _find_images(folder: Path) -> ImageFolder:
-    """The images that belong to a folder of XML files, or to one above such a folder."""
+    """Returns the images for a folder of XML files, or for the parent of such a folder."""
     places = [above / name for above in (folder, folder.parent) for name in _IMAGE_FOLDERS]
     for place in (*places, folder):
         if place.is_dir() and (images := ImageFolder(place)).files:
@@ -47,7 +47,7 @@ def _find_images(folder: Path) -> ImageFolder:
 
 
 class _PlainTree(ElementTree.TreeBuilder):
-    """Refuses a DTD, whose entities may grow without end; VOC's files have none."""
+    """Rejects a DTD, whose entities may grow without limit; VOC files have none."""
 
     def doctype(self, *_: object) -> None:
         raise ElementTree.ParseError("it has a DOCTYPE")
@@ -63,7 +63,7 @@ def _parse(file: Path) -> ElementTree.Element | None:
             data = stream.read()
         try:
             root = _parse_xml(data)
-        except ValueError:  # expat knows no encoding of several bytes a letter, such as GBK
+        except ValueError:  # expat does not support multi-byte encodings such as GBK
             stated = _ENCODING.match(data)
             root = _parse_xml(data.decode(stated[1].decode())) if stated else None
     except (OSError, ElementTree.ParseError, ValueError, LookupError):
@@ -76,8 +76,8 @@ def _text(node: ElementTree.Element, path: str) -> str:
 
 
 def _numbers(node: ElementTree.Element, names: Iterable[str]) -> list[float]:
-    """Values of some children; ValueError for one that is missing or no finite number."""
-    texts = {child.tag: child.text for child in reversed(node)}  # of several the first
+    """Returns the values of some children; ValueError if one is missing or not a finite number."""
+    texts = {child.tag: child.text for child in reversed(node)}  # the first of several
     values = [float((texts.get(name) or "").strip()) for name in names]
     if not all(map(math.isfinite, values)):
         raise ValueError("not finite")
@@ -85,7 +85,7 @@ def _numbers(node: ElementTree.Element, names: Iterable[str]) -> list[float]:
 
 
 def _points(item: ElementTree.Element) -> tuple[Points, bool]:
-    """Corners of an object's box, or its polygon, as the file has them; and whether it is that."""
+    """Returns the corners of an object's box, or its polygon, and whether it is a polygon."""
     if (polygon := item.find("polygon")) is not None and polygon.find("x3") is not None:
         count = sum(re.fullmatch(r"x\d+", child.tag) is not None for child in polygon)
         xs = _numbers(polygon, (f"x{i}" for i in range(1, count + 1)))
@@ -96,14 +96,14 @@ def _points(item: ElementTree.Element) -> tuple[Points, bool]:
 
 
 def _counts_from_one(root: ElementTree.Element, first_pixel: int | None) -> bool:
-    """Whether pixels are counted from 1, both ends of a box included, as VOC's own files do."""
+    """Whether pixels count from 1 and a box includes both corners, as in VOC's own files."""
     if first_pixel is None:
         return _text(root, "source/annotation").upper().startswith("PASCAL VOC")
     return first_pixel == 1
 
 
 def _split_lists(folder: Path) -> dict[str, Path]:
-    """The lists of ImageSets, those of Main first, by name."""
+    """Returns the lists in ImageSets by name; those in Main take precedence."""
     lists = {}
     for above in (folder, folder.parent):
         for kind in ("Main", "*"):
@@ -113,13 +113,13 @@ def _split_lists(folder: Path) -> dict[str, Path]:
 
 
 def _listed_names(file: Path) -> list[str]:
-    """Names of a list; lists of one class have -1, 0 or 1 behind each."""
+    """Returns the names in a list; lists of one class have -1, 0 or 1 after each name."""
     lines = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_text(file).splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
 
 def _select(folder: Path, files: list[Path], split: str, conversion: Conversion) -> list[Path]:
-    """The XML files of a split: a list of ImageSets, a list of its own, or a folder."""
+    """Returns the XML files of a split: a list in ImageSets, another text file, or a folder."""
     lists = _split_lists(folder)
     given = Path(split)
     if split in lists or (given.suffix == ".txt" and given.is_file()):
@@ -143,7 +143,7 @@ def _select(folder: Path, files: list[Path], split: str, conversion: Conversion)
 
 @dataclass
 class _Reader:
-    """Adds the files of one folder to a conversion."""
+    """Adds the files of a folder to a conversion."""
 
     folder: Path
     images: ImageFolder
@@ -180,12 +180,12 @@ class _Reader:
                 self._add_object(item, f"{place}, object {number}", orientation, one_based)
 
     def _find_image(self, file: Path, root: ElementTree.Element) -> Path | str:
-        """The image of the file's own name, or else the one that it names; or why there is none."""
+        """Returns the image with the file's own or stated name; otherwise why there is none."""
         own = self.images.find(file.relative_to(self.folder).with_suffix("").as_posix())
         named = self.images.find(_text(root, "filename"))
         found = [path for path in own if path in named] or own or named
         if len(found) != 1:
-            return "of several with one name" if found else f"not found in {self.images.root}"
+            return "several have the same name" if found else f"not found in {self.images.root}"
         if found[0] in self.taken:
             return f"already described by {self.taken[found[0]]}"
         return found[0]
@@ -193,7 +193,7 @@ class _Reader:
     def _frame(
         self, root: ElementTree.Element, size: tuple[int, int], orientation: int, place: str
     ) -> int | None:
-        """The orientation from which boxes are turned; None if they are for another size."""
+        """Returns the orientation by which to turn boxes; None if they are for another size."""
         try:
             stated = tuple(map(round, _numbers(root.find("size"), ("width", "height"))))
         except (TypeError, ValueError):  # TypeError: there is no size
@@ -243,21 +243,21 @@ def convert_voc(
     first_pixel: int | None = None,
     skip_difficult: bool = False,
 ) -> tuple[Conversion, Path]:
-    """Reads XML files.
+    """Reads a data set of XML files.
 
     Args:
-        folder: holds the XML files, also in folders, or is the one above ``Annotations``.
-        images_folder: holds the images; otherwise ``JPEGImages`` or ``images`` in the folder or
-            beside it, or the folder itself.
-        split: a name of ``ImageSets/Main``, a file with names, or a folder; "": all.
-        names: classes in the order of their ids; otherwise those of all XML files, whatever the
-            split, sorted.
-        first_pixel: what the upper left pixel is called, 0 or 1; with 1, boxes include the pixels
-            of both corners. None: 1 for files that say they are PASCAL VOC's own, otherwise 0.
-        skip_difficult: leaves out objects that are marked difficult.
+        folder: folder with the XML files, also in subfolders, or the parent of ``Annotations``.
+        images_folder: folder with the images; by default ``JPEGImages`` or ``images`` in the folder
+            or beside it, or the folder itself.
+        split: name of a list in ``ImageSets``, text file with names, or folder; "" for everything.
+        names: class names in the order of their ids; by default the sorted names in all XML files,
+            whatever the split.
+        first_pixel: number of the upper left pixel, 0 or 1; with 1, boxes include the pixels of
+            both corners. None for 1 in files that state PASCAL VOC as their source, otherwise 0.
+        skip_difficult: whether to leave out objects that are marked difficult.
 
     Returns:
-        The data set, and the folder from which its images are named.
+        The conversion, and the folder to which the names of its images are relative.
 
     Raises:
         UserError: if there are no XML files, no images, or no such split.

@@ -1,4 +1,4 @@
-"""YOLO's text files: one beside each image or in a folder of labels, a line for each object."""
+"""Reads YOLO labels: a text file beside each image or in a labels folder, one line per object."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from contnet.utils.yaml_text import parse_yaml
 
 __all__ = ["convert_yolo", "read_names"]
 
-# Of data.yaml, in characters and values: names of tens of thousands of classes.
+# Limits of data.yaml in characters and values: enough for tens of thousands of class names.
 _LARGEST, _MOST_VALUES = 2**22, 500_000
 _YAML = (".yaml", ".yml")
 _NAME_FILES = ("data.yaml", "dataset.yaml", "data.yml", "classes.txt", "obj.names")
-# In the folder itself alone.
+# These are searched only in the folder itself.
 _OTHER_NAME_FILES = ("labels/classes.txt", "*.yaml", "*.yml", "*.names", "*/classes.txt")
-# Shares of the image's size; a hundredth more is rounding.
+# Bounds of relative coordinates, with a margin for rounding.
 _LEAST, _MOST = -0.01, 1.01
 
 
@@ -46,7 +46,7 @@ def _read_yaml(file: Path) -> dict:
 
 
 def _class_numbers(names: object, file: Path) -> dict[int, str]:
-    """Names by number, of a list or of a dict."""
+    """Returns class names by number, from a list or a dict."""
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
@@ -59,10 +59,10 @@ def _class_numbers(names: object, file: Path) -> dict[int, str]:
 
 
 def read_names(file: Path) -> dict[int, str]:
-    """Names of classes by number: ``names`` of a yaml file, or the lines of any other file.
+    """Returns class names by number: ``names`` of a YAML file, or the lines of any other file.
 
     Raises:
-        UserError: if it cannot be read or has none.
+        UserError: if the file cannot be read, or a YAML file has no valid names.
     """
     if file.suffix.lower() in _YAML:
         return _class_numbers(_read_yaml(file).get("names"), file)
@@ -70,7 +70,7 @@ def read_names(file: Path) -> dict[int, str]:
 
 
 def _find_names(folder: Path) -> Path:
-    """The file with the names of classes, in the folder or up to two above."""
+    """Returns the file with the class names, in the folder or up to two levels above."""
     places = [(place, _NAME_FILES) for place in (folder, *folder.absolute().parents[:2])]
     for place, patterns in ((folder, _NAME_FILES), (folder, _OTHER_NAME_FILES), *places[1:]):
         for pattern in patterns:
@@ -93,7 +93,7 @@ def _find_names(folder: Path) -> Path:
 
 
 def _swap(path: Path, one: str, other: str) -> Path | None:
-    """The path with the last folder called ``one`` renamed, None if there is none."""
+    """Renames the last folder called ``one`` in a path; returns None if there is none."""
     parts = list(path.parts)
     for place in reversed(range(len(parts))):
         if parts[place].lower() == one:
@@ -102,7 +102,7 @@ def _swap(path: Path, one: str, other: str) -> Path | None:
 
 
 def _find_images(folder: Path) -> Path:
-    """The folder with the images: the one that is given, or what belongs to a folder of labels."""
+    """Returns the image folder: the given folder, or the one that belongs to a labels folder."""
     for place in (folder, _swap(folder.absolute(), "labels", "images"), folder / ".." / "images"):
         if place and place.is_dir() and find_files(place, IMAGE_ENDINGS):
             return place
@@ -112,16 +112,16 @@ def _find_images(folder: Path) -> Path:
 
 
 def _candidates(value: str, base: Path, content: dict) -> list[Path]:
-    """Where a path of data.yaml may lead on this machine; the first that is there counts."""
+    """Returns paths to which an entry of data.yaml may refer; the first that exists is used."""
     value = value.replace("\\", "/")
     tails = PurePosixPath(value).parts
     found = [base / str(content.get("path") or "") / value, base / value]
-    # Roboflow's leave the folder by "..", others have the folders of another machine.
+    # Paths of Roboflow begin with "..", others may be those of another machine.
     return found + [base.joinpath(*tails[start:]) for start in range(len(tails))]
 
 
 def _split_paths(folder: Path, split: str, names_file: Path | None) -> list[Path]:
-    """Folders of images and lists of them that a split stands for."""
+    """Returns the image folders and image lists of a split."""
     known = []
     if names_file and names_file.suffix.lower() in _YAML:
         content = _read_yaml(names_file)
@@ -148,7 +148,7 @@ def _split_paths(folder: Path, split: str, names_file: Path | None) -> list[Path
 
 
 def _listed(conversion: Conversion, file: Path, folder: Path, images: ImageFolder) -> list[Path]:
-    """The images of a list; its paths start in its folder, in the data set's, or anywhere else."""
+    """Returns the images of a list, with paths from its folder, the data set's or elsewhere."""
     chosen = []
     for line in dict.fromkeys(filter(None, map(str.strip, read_text(file).splitlines()))):
         name = line.replace("\\", "/")
@@ -171,10 +171,10 @@ def _listed(conversion: Conversion, file: Path, folder: Path, images: ImageFolde
 
 
 def _parse_line(words: Sequence[str], keypoints: int) -> tuple[int, list[float], str]:
-    """Number of the class, numbers, and what they are: "box", "polygon" or "sixth".
+    """Parses a line to class number, coordinates and kind: "box", "polygon", "keypoints", "sixth".
 
     Raises:
-        ValueError: with what is wrong, for something else.
+        ValueError: if the line is not valid; the message completes "objects left out, ...".
     """
     try:
         first, *numbers = map(float, words)
@@ -190,7 +190,7 @@ def _parse_line(words: Sequence[str], keypoints: int) -> tuple[int, list[float],
     elif len(numbers) >= 6 and len(numbers) % 2 == 0:
         kind = "polygon"
     elif len(numbers) != 4:
-        raise ValueError("with a number of columns of neither a box nor a polygon")
+        raise ValueError("whose number of columns fits neither a box nor a polygon")
     if not all(_LEAST <= number <= _MOST for number in numbers):
         raise ValueError("with numbers outside 0 to 1, such as pixels (YOLO's are relative)")
     return int(first), numbers, kind
@@ -207,7 +207,7 @@ def _to_points(numbers: list[float], kind: str, width: int, height: int) -> Poin
 
 
 def _is_labels(text: str) -> bool:
-    """Whether a text is of objects, not of names or of paths."""
+    """Whether a text contains objects, not class names or paths."""
     try:
         return all(len([float(word) for word in line.split()]) != 1 for line in text.splitlines())
     except ValueError:
@@ -229,7 +229,7 @@ class _Reader:
         self.labels = {comparable(str(file)): file for file in find_files(self.folder, [".txt"])}
 
     def _find_labels(self, image: Path) -> Path | None:
-        """The label file of an image: under labels/ for images/, beside it, or in the folder."""
+        """Returns an image's label file: in labels/ for images/, beside it, or in the folder."""
         own = image.with_suffix(".txt")
         name = Path(self.images.name(image)).with_suffix(".txt")
         swapped = _swap(own, "images", "labels")
@@ -271,7 +271,7 @@ class _Reader:
             self.conversion.leave_object(str(error), place)
             return
         if number not in self.names:
-            why = f"of class numbers that are not in {self.conversion.classes.origin}"
+            why = f"whose class number is not in {self.conversion.classes.origin}"
             self.conversion.leave_object(why, f"{place} ({number})")
             return
         if kind == "sixth":
@@ -282,12 +282,12 @@ class _Reader:
             )
         points = _to_points(numbers, kind, width, height)
         if kind != "polygon" and points != bounding_box(points):
-            self.conversion.leave_object("of negative width or height", place)
+            self.conversion.leave_object("with a negative width or height", place)
             return
         self.conversion.add_object(self.names[number], points, place, polygon=kind == "polygon")
 
     def leave_unused(self, names_file: Path) -> None:
-        """Counts label files that belong to no image."""
+        """Leaves out label files that belong to no image."""
         for file in self.labels.values():
             if file in self.used or file == names_file:
                 continue
@@ -308,17 +308,17 @@ def convert_yolo(
     split: str = "",
     names_file: Path | None = None,
 ) -> tuple[Conversion, Path]:
-    """Reads label files.
+    """Reads a data set with YOLO labels.
 
     Args:
-        folder: holds the images and the labels, in folders or together; or the labels alone.
-        images_folder: holds the images; otherwise ``images`` for ``labels``, or the folder.
-        split: a key of data.yaml, a folder of that name, or a list of images; "": all.
-        names_file: data.yaml, or a file with a name on each line; otherwise looked for in the
-            folder and above. Category ids are the numbers of classes and 1.
+        folder: folder with images and labels, in subfolders or together, or with only the labels.
+        images_folder: folder with the images; by default ``images`` for ``labels``, or ``folder``.
+        split: key of data.yaml, name of a folder, or list of images; "" for everything.
+        names_file: data.yaml, or a file with one name per line; by default searched in the folder
+            and above. Category ids are class numbers plus 1.
 
     Returns:
-        The data set, and the folder from which its images are named.
+        The conversion, and the folder to which the names of its images are relative.
 
     Raises:
         UserError: if there are no images, no names, or no such split.

@@ -1,4 +1,4 @@
-"""Reads an annotation file's JSON; says what a file is that has not the form of COCO instances."""
+"""Reads the JSON of annotation files, and recognises formats other than COCO instances."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LISTS = ("images", "annotations", "categories")
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Of gzip: bytes that any file may have, and how many times more a larger one than it is stored in.
+# Limit of unpacked gzip: bytes that are always allowed, plus this multiple of the stored size.
 _SMALL, _EXPANSION = 1 << 24, 100
-_START = 1 << 20  # characters in which to look for what a file is
+_START = 1 << 20  # characters in which a file's format is looked for
 _CONVERT = "export it as COCO JSON, or as VOC or YOLO for tools/convert_dataset.py"
 _FIX = "tools/doctor.py --fix writes a fixed copy"
 
 
 def _encoding(head: bytes) -> tuple[str, str]:
-    """The encoding of a file that begins so, and what about it pycocotools refuses, or "".
+    """Returns a file's encoding by its first bytes, and why pycocotools refuses it, or "".
 
     Every other byte of ASCII is 0 in UTF-16.
     """
@@ -45,7 +45,7 @@ def _encoding(head: bytes) -> tuple[str, str]:
 
 
 def _explain(start: str) -> str:
-    """Why a text that starts so is not one JSON value; "" if nothing is known."""
+    """Returns why a text with this beginning is not one JSON value; "" if unknown."""
     start = start.lstrip()
     if not start:
         return "it is empty"
@@ -55,7 +55,7 @@ def _explain(start: str) -> str:
             "as COCO JSON"
         )
     if start.startswith("version https://git-lfs"):
-        return "it is a pointer of Git LFS: run git lfs pull"
+        return "it is a Git LFS pointer: run git lfs pull"
     try:
         _, end = json.JSONDecoder().raw_decode(start)
     except ValueError:
@@ -79,8 +79,8 @@ def _load(file: str, mend: bool) -> tuple[object, list[str]]:
             unpacked = stack.enter_context(gzip.open(stream)).read(limit + 1) if mend else b""
             if len(unpacked) > limit:
                 raise UserError(
-                    f"the annotation file {file} is compressed by gzip to less than 1 of "
-                    f"{_EXPANSION}, as no annotations are"
+                    f"the annotation file {file} expands to more than {_EXPANSION} times "
+                    "its size when unpacked, unlike annotations: check where it comes from"
                 )
             stream = io.BytesIO(unpacked)
             head = unpacked[:4]
@@ -104,17 +104,18 @@ def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
     """Reads a JSON file.
 
     Args:
-        file: its path.
-        mend: accept what pycocotools and Detectron2 refuse: gzip, UTF-16, a byte order mark.
+        file: path of the file.
+        mend: whether to accept what pycocotools and Detectron2 refuse: gzip, UTF-16, a byte order
+            mark.
 
     Returns:
-        Its content, and what was accepted.
+        The content, and what was accepted.
 
     Raises:
-        UserError: if it is missing, or not valid.
+        UserError: if the file is missing or not valid.
     """
     collecting = gc.isenabled()
-    gc.disable()  # it would walk through COCO's millions of new objects again and again
+    gc.disable()  # it would traverse COCO's millions of new objects again and again
     try:
         return _load(file, mend)
     except (OSError, EOFError, zlib.error) as error:
@@ -128,12 +129,12 @@ def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
 
 
 class _Form(NamedTuple):
-    """A form that is not COCO's.
+    """A format other than COCO's.
 
     Attributes:
-        name: what it is.
-        has: whether a dict (of a list, its first) is of this form.
-        listed: the file is a list.
+        name: name of the format, for messages.
+        has: whether a dict (of a list, the first one) has this format.
+        listed: whether the file is a list.
         advice: what to do.
     """
 
@@ -147,7 +148,7 @@ def _keys(*names: str) -> Callable[[dict], bool]:
     return set(names).issubset
 
 
-# The first that fits.
+# The first match is used.
 _FORMS = (
     _Form(
         "detections (results), not annotations",
@@ -158,9 +159,9 @@ _FORMS = (
     _Form("only the list 'annotations'", _keys("image_id", "category_id"), True),
     _Form("an export of Label Studio", lambda x: "data" in x and "annotations" in x, True),
     _Form("an export of Label Studio (JSON-MIN)", _keys("annotator", "lead_time"), True),
-    _Form("CreateML's form", _keys("image", "annotations"), True),
-    _Form("BDD100K's form", _keys("name", "labels"), True),
-    _Form("records of Detectron2", _keys("file_name", "annotations"), True),
+    _Form("in CreateML's format", _keys("image", "annotations"), True),
+    _Form("in BDD100K's format", _keys("name", "labels"), True),
+    _Form("a list of Detectron2's records", _keys("file_name", "annotations"), True),
     _Form("an export of Labelbox", lambda x: "data_row" in x or "Labeled Data" in x, True),
     _Form("a file of LabelMe, for one image", _keys("shapes", "imagePath"), False),
     _Form("a project of VIA", lambda x: "_via_img_metadata" in x, False),
@@ -192,7 +193,7 @@ def check_form(content: object, file: str) -> None:
     """Checks that a file's content has the lists of COCO instances; "annotations" may be missing.
 
     Raises:
-        UserError: if not, with the form that it has if that is known.
+        UserError: if a list is missing or not valid; the message names the format if it is known.
     """
     here = content if isinstance(content, dict) else {}
     wrong = [

@@ -1,6 +1,6 @@
-"""Cityscapes' layout on the disk, and its records.
+"""Cityscapes' folder layout, and its records.
 
-Each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` has its files
+The label files of each image ``leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png`` are
 ``gtFine/SPLIT/CITY/NAME_gtFine_*``.
 """
 
@@ -30,7 +30,7 @@ __all__ = [
     "sorted_scenes",
 ]
 
-# What Detectron2 reads of gtFine, in training or evaluation, by type of data set.
+# Files of gtFine that Detectron2 reads in training or evaluation, by type of data set.
 GT_FILES = {
     "cityscapes_instance": ("polygons.json", "instanceIds.png", "labelIds.png"),
     "cityscapes_sem_seg": ("polygons.json", "labelTrainIds.png", "labelIds.png", "instanceIds.png"),
@@ -45,7 +45,7 @@ class Scene:
 
     Attributes:
         image: path of the image.
-        labels: paths by the end of their name, such as "labelIds.png".
+        labels: paths of the label files by the end of their name, such as "labelIds.png".
     """
 
     image: Path
@@ -53,7 +53,7 @@ class Scene:
 
 
 def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
-    """The images of a split, in order.
+    """Returns the images of a split, in order.
 
     Args:
         image_dir: ``leftImg8bit/SPLIT``.
@@ -69,22 +69,22 @@ def find_scenes(image_dir: str, gt_dir: str, kind: str) -> list[Scene]:
 
 
 def sorted_scenes(records: Iterable[dict]) -> list[dict]:
-    """Records of Cityscapes by their names.
+    """Sorts records of Cityscapes by file name.
 
-    Detectron2 lists folders, whose order is each file system's own: machines with copies of the
-    data would otherwise not agree on which image is the tenth.
+    Detectron2 lists folders, whose order depends on the file system: without sorting, machines with
+    copies of the data would not agree on which image is the tenth.
     """
     return sorted(records, key=lambda record: record["file_name"])
 
 
 def _has_labels(file: Path) -> bool:
-    """Whether a polygon file has an object that counts, and not only what frames an image."""
+    """Whether a polygon file has an object that evaluation does not ignore."""
     try:
         with open_regular(file, "r", encoding="utf-8") as text:
             objects = json.load(text)["objects"]
         names = {str(thing["label"]).removesuffix("group") for thing in objects}
     except (LookupError, OSError, RecursionError, TypeError, ValueError):
-        return True  # what is wrong with it is told elsewhere
+        return True  # other checks report a damaged file
     return any(name not in name2label or not name2label[name].ignoreInEval for name in names)
 
 
@@ -99,7 +99,7 @@ class CityscapesSource:
     """A data set of Detectron2's ``register_all_cityscapes``.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         image_dir: ``leftImg8bit/SPLIT``.
         gt_dir: ``gtFine/SPLIT``.
         kind: a key of ``GT_FILES``.
@@ -115,10 +115,10 @@ class CityscapesSource:
         return f"{self.kind}_{Path(self.image_dir).name}"
 
     def digest(self) -> str:
-        """Of all that the records depend on.
+        """Returns a digest of everything that the records depend on.
 
-        These are the polygons, the names of all files, the paths, and the libraries that make
-        records of them.
+        This includes the polygons, the names of all files, the paths, and the versions of the
+        libraries that create the records.
 
         Raises:
             OSError: if a file or folder cannot be read.
@@ -137,12 +137,12 @@ class CityscapesSource:
         return digest.hexdigest()
 
     def has_truth(self) -> bool:
-        """Whether its objects are known; of the split "test" Cityscapes publishes none."""
+        """Whether its objects are known; Cityscapes publishes none for the split "test"."""
         files = Path(self.gt_dir).glob("*/*_gtFine_polygons.json")
         return Path(self.gt_dir).name != "test" or any(map(_has_labels, sorted(files)))
 
     def read(self) -> list[dict]:
-        """Its records, in the order of their names; of images alone where there is no truth."""
+        """Returns its records, sorted by name; without ground truth, they have only images."""
         if not self.has_truth():
             return [_image_record(scene.image) for scene in self.scenes()]
         return sorted_scenes(DatasetCatalog.get(self.name))
@@ -152,5 +152,5 @@ class CityscapesSource:
         return find_scenes(self.image_dir, self.gt_dir, self.kind)
 
     def convert(self, content: list[dict]) -> tuple[list[dict], dict, list[str]]:
-        """What is kept of them: see :meth:`contnet.data.datasets.coco.CocoSource.convert`."""
+        """Returns what is cached; see :meth:`contnet.data.datasets.coco.CocoSource.convert`."""
         return content, {}, []

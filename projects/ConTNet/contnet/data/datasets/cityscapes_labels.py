@@ -1,13 +1,13 @@
-"""Label files of Cityscapes, drawn from its polygons.
+"""Draws the label files of Cityscapes from its polygons.
 
-The download has polygons for every image, in ``gtFine/SPLIT/CITY/*_gtFine_polygons.json``. Beside
-each, training and evaluation need pictures in which a pixel's value is a class or an object::
+The download has polygons for every image, in ``gtFine/SPLIT/CITY/*_gtFine_polygons.json``. Training
+and evaluation also need images beside these files, whose pixel values are classes or objects::
 
     *_gtFine_labelTrainIds.png   class as trained, 0 to 18, or 255: training of segmenters
     *_gtFine_labelIds.png        class as in Cityscapes' table: evaluation of segmenters
     *_gtFine_instanceIds.png     class x 1000 + number of the object: both evaluations
 
-The table of classes and the rules of drawing are those of cityscapesscripts.
+The classes and the drawing rules are those of cityscapesscripts.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from contnet.utils.pools import process_pool
 __all__ = ["LABEL_MAPS", "default_root", "prepare_cityscapes"]
 
 _POLYGONS = "_polygons.json"
-# What polygons that are none raise.
+# Errors that invalid polygons raise.
 _DAMAGES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def _draw_instances(annotation: Annotation) -> Image.Image:
-    """Objects in 16 bits: cityscapesscripts draws in 32, which Pillow 13 no longer writes."""
+    """Draws objects in 16 bits; cityscapesscripts uses 32, which Pillow 13 no longer writes."""
     return Image.fromarray(np.asarray(createInstanceImage(annotation, "ids")).astype(np.uint16))
 
 
@@ -53,16 +53,16 @@ LABEL_MAPS: dict[str, Callable[[Annotation], Image.Image]] = {
 
 
 def default_root() -> Path:
-    """Where Detectron2 looks for Cityscapes: $DETECTRON2_DATASETS, or ./datasets, /cityscapes."""
+    """Returns Detectron2's Cityscapes folder: ($DETECTRON2_DATASETS or ./datasets)/cityscapes."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "cityscapes"
 
 
 def _read(file: Path) -> Annotation:
-    """Polygons of one image, checked.
+    """Reads the polygons of one image and checks them.
 
     Raises:
-        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError: for
-            what are no polygons.
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError: if the
+            polygons are not valid.
     """
     annotation = Annotation()
     with open_regular(file, "r", encoding="utf-8") as text:
@@ -78,7 +78,7 @@ def _read(file: Path) -> Annotation:
 
 
 def _prepare(file: Path) -> tuple[int, str]:
-    """Draws what is missing beside one polygon file; the number of files written, an error."""
+    """Draws the missing files of one polygon file; returns how many were written, and an error."""
     stem = str(file).removesuffix(_POLYGONS)
     missing = {Path(stem + end): draw for end, draw in LABEL_MAPS.items()}
     missing = {path: draw for path, draw in missing.items() if not path.exists()}
@@ -86,7 +86,7 @@ def _prepare(file: Path) -> tuple[int, str]:
         return 0, ""
     try:
         annotation = _read(file)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it also raises
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the errors that it raises
             images = {path: draw(annotation) for path, draw in missing.items()}
     except _DAMAGES as error:
         return 0, f"{file} is damaged ({type(error).__name__}: {error})"
@@ -119,18 +119,18 @@ def _find_polygons(root: Path) -> list[Path]:
 
 
 def prepare_cityscapes(root: Path, workers: int | None = None) -> tuple[int, int]:
-    """Draws the label files that are missing; those that are there stay as they are.
+    """Draws the label files that are missing; existing ones are kept.
 
     Args:
-        root: the folder that holds ``gtFine``.
-        workers: processes; None for as many as there are cores.
+        root: folder that contains ``gtFine``.
+        workers: number of processes; None for the number of cores.
 
     Returns:
-        The number of files written, and of files that were there.
+        The number of files written, and of files that existed.
 
     Raises:
-        UserError: for a folder without polygons, and, once all others are drawn, for polygon files
-            that cannot be used.
+        UserError: if the folder has no polygons, or, after all others are drawn, if some polygon
+            files cannot be used.
     """
     files = _find_polygons(root)
     written, errors = 0, []

@@ -1,4 +1,4 @@
-"""The classes of data sets: the config keys that count them, their names, and comparing them."""
+"""The classes of data sets: the config keys of their number, and their names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from contnet.modeling.pspnet import SEGMENTORS
 
 __all__ = ["CLASS_KEYS", "IMAGE_LABELS", "dataset_class_names", "distinct_class_names"]
 
-# What classification sets have, where others have objects or label maps.
+# The annotations of classification sets; other sets have objects or label maps.
 IMAGE_LABELS = "labels of images"
 
-# By meta-architecture: the keys of the numbers of classes, by what a data set has.
+# Config keys of the number of classes, by meta-architecture and by kind of annotations.
 CLASS_KEYS: dict[str, dict[str, str]] = {
     "GeneralizedRCNN": {"objects": "MODEL.ROI_HEADS.NUM_CLASSES"},
     "RetinaNet": {"objects": "MODEL.RETINANET.NUM_CLASSES"},
@@ -30,14 +30,14 @@ CLASS_KEYS: dict[str, dict[str, str]] = {
 
 
 def dataset_class_names(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
-    """Names of the classes that the model tells apart, in the order of its outputs.
+    """Returns the names of the classes that the model predicts, in the order of its outputs.
 
     Args:
         cfg: MODEL.META_ARCHITECTURE is read.
-        names: of loaded data sets, which agree about their classes.
+        names: names of loaded data sets, which have the same classes.
 
     Returns:
-        None where no data set names them, or the model has more than one kind of them.
+        The names; None if no data set has them, or the model has several kinds of classes.
     """
     kinds = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
     if len(kinds) != 1:
@@ -48,11 +48,11 @@ def dataset_class_names(cfg: CfgNode, names: Iterable[str]) -> list[str] | None:
 
 
 def distinct_class_names(names: Sequence[str], ids: Sequence[int]) -> list[str]:
-    """The names, with ``(id N)`` after those that several classes have.
+    """Returns the names, with ``(id N)`` added to those that several classes have.
 
     Args:
-        names: of classes.
-        ids: of the same classes in the data set's file.
+        names: names of the classes.
+        ids: ids of the same classes in the data set's file.
     """
     distinct = list(names)
     while len(counts := Counter(distinct)) < len(distinct):

@@ -1,9 +1,9 @@
 """Data sets for image classification: their location and content.
 
-A set is one folder in one of three layouts, told apart by what the folder holds:
+A data set is a folder in one of three layouts, which are recognised by the folder's content:
 
-- folders, one for each class, with images in them, by the rules of torchvision's ImageFolder;
-- images, whose classes a label file tells (:mod:`contnet.data.datasets.imagenet_labels`);
+- class folders with images, by the rules of torchvision's ImageFolder;
+- images whose classes are in a label file (:mod:`contnet.data.datasets.imagenet_labels`);
 - shards (:mod:`contnet.data.datasets.shards`).
 
 Records are Detectron2's data set dicts with ``file_name``, ``image_id`` (the path within the
@@ -45,7 +45,7 @@ __all__ = [
 
 EVALUATOR_TYPE = "classification"
 _SHOWN = 3  # names of classes in messages
-_THREADS = 16  # that list folders; on network file systems they mostly wait
+_THREADS = 16  # list folders; on network file systems they mostly wait
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class ClassificationSource:
     """The location of a data set.
 
     Attributes:
-        image_dir: its folder.
-        label_file: for a flat folder; "" to look for one in ``home``.
+        image_dir: folder of the data set.
+        label_file: label file of a flat folder; "" to look for one in ``home``.
         home: the folder ``imagenet``, for its validation set.
-        train_dir: the training set whose classes it must have, where that is there.
+        train_dir: training set whose classes are required, if it exists.
     """
 
     image_dir: str
@@ -70,9 +70,9 @@ class ClassificationSet:
     """The content of a data set.
 
     Attributes:
-        records: of all images, in order.
-        classes: names in the order of the labels, None where nothing tells them.
-        label_file: that was read, "" for none.
+        records: records of all images, in order.
+        classes: class names in the order of the labels; None if they are unknown.
+        label_file: label file that was read; "" for none.
     """
 
     records: list[dict] = field(default_factory=list)
@@ -92,12 +92,12 @@ class ClassificationSet:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a name is an image's; macOS keeps notes on 1.jpg in ._1.jpg."""
+    """Whether a name is an image's; ._1.jpg is not, because macOS keeps metadata of 1.jpg in it."""
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def _is_hidden(folder: str) -> bool:
-    """Whether a folder is a tool's, such as .ipynb_checkpoints with copies of images."""
+    """Whether a folder belongs to a tool, such as .ipynb_checkpoints with copies of images."""
     return folder.startswith(".") or folder == "__MACOSX"
 
 
@@ -112,10 +112,10 @@ class _Listing:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder, or leads to one."""
+    """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle
+    except OSError:  # circular links
         return False
 
 
@@ -137,14 +137,14 @@ def _list(folder: str) -> _Listing:
 
 
 def _list_class(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[str], list[str]]:
-    """Paths of the images of a class, in ImageFolder's order, and of its other files.
+    """Returns paths of the images of a class, in ImageFolder's order, and of its other files.
 
     Args:
-        folder: of the class, or one in it.
-        above: folders that hold it, resolved.
+        folder: folder of the class, or a subfolder of it.
+        above: resolved paths of the folders that contain it.
 
     Raises:
-        OSError: if one cannot be listed, or links lead from one into itself.
+        OSError: if a folder cannot be listed, or a link leads back to a folder that contains it.
     """
     place = os.path.realpath(folder)
     if place in above:
@@ -202,7 +202,7 @@ def _read_folders(
 def _label_order(
     source: ClassificationSource, labels: dict[str, str], told: list[str] | None, file: str
 ) -> list[str]:
-    """The classes of a flat folder in their order."""
+    """Returns the classes of a flat folder in their order."""
     names = sorted(set(labels.values()))
     order = _train_classes(source) or read_classes(source.image_dir) or told or names
     if order is names and all(name.isdecimal() for name in names):
@@ -298,7 +298,7 @@ def _choose(folder: str, found: _Listing) -> str:
 
 
 def _train_classes(source: ClassificationSource) -> list[str] | None:
-    """The classes of the training set in order, None where nothing tells them."""
+    """Returns the classes of the training set in order; None if they are unknown."""
     if not source.train_dir or not os.path.isdir(source.train_dir):
         return None
     found = _list(source.train_dir)
@@ -309,7 +309,7 @@ def _train_classes(source: ClassificationSource) -> list[str] | None:
 def _check_use(
     source: ClassificationSource, content: ClassificationSet, findings: Findings
 ) -> None:
-    """Facts and doubts about the whole."""
+    """Adds facts and notes about the whole data set."""
     names = content.classes
     number = content.number_of_classes
     shown = ""
@@ -330,8 +330,8 @@ def read_set(source: ClassificationSource, findings: Findings) -> Classification
     """Lists the content of a data set, without opening images.
 
     Args:
-        source: where it lies; the folder exists.
-        findings: gets what is wrong; with errors, the content is not to be used.
+        source: location of the data set; the folder exists.
+        findings: receives what is wrong; if there are errors, the content must not be used.
     """
     try:
         found = _list(source.image_dir)
@@ -355,14 +355,14 @@ def read_set(source: ClassificationSource, findings: Findings) -> Classification
 
 
 def count_labels(name: str, source: ClassificationSource) -> int:
-    """The number of classes of a set, without listing its images if that is possible.
+    """Returns the number of classes of a data set, without listing its images if possible.
 
     Args:
-        name: for messages.
-        source: where it lies.
+        name: name of the data set, for messages.
+        source: location of the data set.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if the data set cannot be read.
     """
     findings = Findings()
     try:

@@ -1,7 +1,7 @@
 """Reads annotation files in COCO format, and converts their content to Detectron2's records.
 
-The records equal what Detectron2's ``load_coco_json`` makes of the file. That one reads it again;
-here the content that was checked is used.
+The records equal those of Detectron2's ``load_coco_json``, which would read the file again. Here,
+the content that was checked is converted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "read_instances",
 ]
 
-# Digits of ids beyond any number's size are a text.
+# Longer ids may not fit 64 bits and remain strings.
 _WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
 _LARGEST = 2**63
 _SHOWN = 80  # characters of a value in a message
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 def read_instances(file: str) -> dict:
-    """Reads an annotation file; one without truth, as COCO's test-dev, has no "annotations".
+    """Reads an annotation file; without ground truth (COCO's test-dev), it has no "annotations".
 
     Raises:
-        UserError: if it is missing or has not the form of COCO's.
+        UserError: if the file is missing or not in COCO format.
     """
     content, _ = read_json(file)
     check_form(content, file)
@@ -55,10 +55,10 @@ def read_instances(file: str) -> dict:
 
 
 def class_names(content: dict) -> list[str]:
-    """Names of the classes in the model's order, that of their ids.
+    """Returns the names of the classes in the model's order, which is that of their ids.
 
     Raises:
-        UserError: if there are none, or one has no number as its id or no name.
+        UserError: if there are no categories, or one lacks a name or a unique integer id.
     """
     categories = content["categories"]
     for category in categories:
@@ -81,12 +81,12 @@ def class_names(content: dict) -> list[str]:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value of JSON is a whole number, of 64 bits at most, as arrays hold."""
+    """Whether a JSON value is an integer of at most 64 bits, as arrays hold."""
     return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST
 
 
 def as_whole(value: object) -> int | None:
-    """The whole number that a value is, or that its text spells; otherwise None."""
+    """Returns the integer that a value is, or that a string spells; otherwise None."""
     if is_whole(value):
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST:
@@ -97,7 +97,7 @@ def as_whole(value: object) -> int | None:
 
 
 def describe_value(value: object) -> str:
-    """The beginning of a value, with its type, for a message."""
+    """Returns the beginning of a value, with its type if needed, for a message."""
     if isinstance(value, str):
         return f"the string {json.dumps(value[:_SHOWN])}"
     if isinstance(value, float):
@@ -109,7 +109,7 @@ def describe_value(value: object) -> str:
 
 
 def _mask(mask: list | dict) -> list | dict:
-    """A segmentation without what is no polygon, compressed if it is run-length."""
+    """Returns a segmentation without invalid polygons, compressed if it is run-length."""
     if isinstance(mask, list):
         return [polygon for polygon in mask if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if isinstance(mask["counts"], list):
@@ -118,12 +118,12 @@ def _mask(mask: list | dict) -> list | dict:
 
 
 def _keypoints(values: list) -> list:
-    """x, y, visibility, ...: pixel numbers become coordinates of the pixels' centres."""
+    """Converts pixel indices in x, y, visibility, ... to coordinates of the pixels' centres."""
     return [value if i % 3 == 2 else value + 0.5 for i, value in enumerate(values)]
 
 
 def _object(item: dict, numbers: dict) -> dict | None:
-    """One annotation; None if it has a mask and nothing of it is a polygon."""
+    """Converts an annotation; returns None if its mask has no valid polygon."""
     if item.get("ignore"):
         raise ValueError(f'annotation {item["id"]} has "ignore"')
     thing = {key: item[key] for key in _KEPT if key in item}
@@ -141,14 +141,14 @@ def _object(item: dict, numbers: dict) -> dict | None:
 
 
 def make_records(content: dict, image_root: str) -> Iterator[dict]:
-    """Records in the order of the images' ids; classes count from 0 in the order of theirs.
+    """Yields records sorted by image id; classes are numbered from 0 in the order of their ids.
 
     Args:
-        content: of :func:`read_instances`; its lists become part of the records.
-        image_root: what goes before the names of the images.
+        content: result of :func:`read_instances`; its lists become part of the records.
+        image_root: folder to which the image names are relative.
 
     Raises:
-        LookupError, TypeError, ValueError: for what Detectron2 cannot load either.
+        LookupError, TypeError, ValueError: if Detectron2 could not load the content either.
     """
     numbers = {key: i for i, key in enumerate(sorted(c["id"] for c in content["categories"]))}
     images = {image["id"]: image for image in content["images"]}
@@ -179,18 +179,18 @@ def make_records(content: dict, image_root: str) -> Iterator[dict]:
 
 
 def image_names(content: dict) -> list[str]:
-    """Names of the images that have one, as the file has them."""
+    """Returns the names of the images that have one, as written in the file."""
     names = (image.get("file_name") for image in content["images"])
     return [name for name in names if isinstance(name, str) and name]
 
 
 @dataclass(frozen=True)
 class CocoSource:
-    """A data set in COCO's format, as its metadata describe it.
+    """A data set in COCO format, as its metadata describe it.
 
     Attributes:
-        json_file: the annotation file.
-        image_root: what goes before the names of the images.
+        json_file: path of the annotation file.
+        image_root: folder to which the image names are relative.
     """
 
     json_file: str
@@ -201,7 +201,7 @@ class CocoSource:
         return Path(self.json_file).stem
 
     def digest(self) -> str:
-        """Of all that the records depend on: the bytes of the file, and the paths.
+        """Returns a digest of all that the records depend on: the file's bytes, and the paths.
 
         Raises:
             OSError: if the file cannot be read.
@@ -216,7 +216,7 @@ class CocoSource:
         return read_instances(self.json_file)
 
     def convert(self, content: dict) -> tuple[Iterator[dict], dict, list[str]]:
-        """Records of a file's content, what else a run wants to know, names of the images."""
+        """Returns records of a file's content, facts that a run needs, and the image names."""
         facts = {
             "classes": class_names(content),
             "ids": sorted(category["id"] for category in content["categories"]),

@@ -1,4 +1,4 @@
-"""Opens image files; finds those of an annotation file, also under names that differ a little."""
+"""Opens image files, and finds the files of listed images, also under slightly different names."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ __all__ = [
     "open_image",
 ]
 
-# Pillow's names of what is opened; MPO is opened as JPEG. It knows many more: EPS would run
-# Ghostscript.
+# Pillow's names of the formats that are opened; MPO is opened as JPEG. Others are excluded, such as
+# EPS, which would run Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")
 IMAGE_ENDINGS = tuple(
     ending for ending, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS
 )
-_LOOKED_AT = 1_000_000  # files of a folder
-_BASES = 20  # missing images that are looked for in the folders beside
+_LOOKED_AT = 1_000_000  # files after which listing a folder stops
+_BASES = 20  # missing images that are looked for in neighbouring folders
 
 
 @contextmanager
 def open_image(source: str | Path | IO[bytes]) -> Iterator[Image.Image]:
-    """Opens an image as it is stored, its pixels not yet decoded.
+    """Opens an image as stored, without decoding its pixels.
 
     Args:
-        source: a file's path, or its bytes.
+        source: path of a file, or a stream of its bytes.
 
     Raises:
-        OSError: if it is of none of :data:`IMAGE_FORMATS`, or no regular file.
+        OSError: if its format is not in :data:`IMAGE_FORMATS`, or it is not a regular file.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(source, (str, Path)):
@@ -53,10 +53,10 @@ def open_image(source: str | Path | IO[bytes]) -> Iterator[Image.Image]:
 
 
 class Match(NamedTuple):
-    """A file that an image's name most likely means.
+    """The file to which an image's name most likely refers.
 
     Attributes:
-        path: of the file, within the folder.
+        path: path of the file within the folder.
         difference: how the name differs.
     """
 
@@ -65,11 +65,11 @@ class Match(NamedTuple):
 
 
 def find_missing(root: str, names: Iterable[str]) -> list[str]:
-    """The names, each once, to which there is no file.
+    """Returns the names, without duplicates, for which there is no file.
 
     Args:
-        root: what goes before the names.
-        names: of images.
+        root: folder to which the names are relative.
+        names: names of images.
     """
     by_folder = defaultdict(list)
     for name in dict.fromkeys(names):
@@ -83,7 +83,7 @@ def find_missing(root: str, names: Iterable[str]) -> list[str]:
 
 
 def _parts(name: str) -> list[str]:
-    """Folders and the file that a name consists of, on whatever system it was written."""
+    """Returns the folders and the file of a name, whichever system it was written on."""
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 
@@ -103,7 +103,7 @@ def _unquoted(text: str) -> str:
     return _unicode(unquote(text).strip()).casefold()
 
 
-# How names of files are compared, the strictest first, and what then differs.
+# Comparisons of file names, the strictest first, and the difference that each one ignores.
 _COMPARISONS: tuple[tuple[Callable[[str], str], str], ...] = (
     (_same, ""),
     (_unicode, "another Unicode form of the same letters, NFC or NFD"),
@@ -114,7 +114,7 @@ _COMPARISONS: tuple[tuple[Callable[[str], str], str], ...] = (
 
 
 def _list_files(root: str) -> list[list[str]]:
-    """The parts of the paths of all files below a folder."""
+    """Returns the parts of the paths of all files below a folder."""
     found = []
     for folder, folders, _ in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -126,16 +126,16 @@ def _list_files(root: str) -> list[list[str]]:
 
 
 class _Paths:
-    """Files to be found by how names end.
+    """Finds files by the ends of their paths.
 
-    One of the two paths must end with the other: ``train/1.jpg`` is another image than
-    ``val/1.jpg``.
+    One of file path and name must end with the other, because ``train/1.jpg`` is not the same image
+    as ``val/1.jpg``.
 
     Args:
         files: parts of the files' paths.
-        names: parts of the names that will be looked for.
-        compare: makes equal what may differ.
-        deeper: a file may be in folders that the name has not.
+        names: parts of the names that will be looked up.
+        compare: normalises what may differ.
+        deeper: whether a file may be in folders that the name does not have.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class _Paths:
                     self._ends[key[-length:]].append(file)
 
     def nearest(self, name: list[str]) -> list[str] | None:
-        """The file with most folders of a name; None for none and for a draw."""
+        """Returns the file that shares most folders with a name; None if there is none or a tie."""
         if not self._deepest:
             return None
         key = tuple(map(self._compare, name[-self._deepest :]))
@@ -176,7 +176,7 @@ class _Paths:
 
 
 def _describe(name: str, found: list[str], what: str) -> str:
-    """How a name differs from that of its file."""
+    """Returns how a name differs from that of its file."""
     parts = _parts(name)
     differences = [what] if what else []
     if "\\" in name:
@@ -193,22 +193,22 @@ def _ending(name: str) -> str:
 
 
 def _companions(files: Iterable[list[str]], taken: Iterable[str]) -> set[str]:
-    """Endings of what lies beside images under their names, such as masks and label files."""
+    """Returns the extensions of files that accompany images, such as masks and label files."""
     stems = {os.path.splitext(path)[0] for path in taken}
     paths = map("/".join, files)
     return {_ending(path) for path in paths if os.path.splitext(path)[0] in stems}
 
 
 def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict[str, Match]:
-    """Finds what missing images most likely are called in the folder.
+    """Finds the files that missing images most likely refer to.
 
-    A file is found for one name at most, and not for one if another image has it. Where some images
-    are in their places, others are not looked for in deeper folders.
+    A file is not used if several names or another image refer to it. If some images are in their
+    places, deeper folders are not searched for the others.
 
     Args:
         root: the image folder.
-        missing: of :func:`find_missing`.
-        names: of all images.
+        missing: result of :func:`find_missing`.
+        names: names of all images.
     """
     files = _list_files(root)
     taken = set(names) - set(missing)
@@ -230,7 +230,7 @@ def match_names(root: str, missing: Sequence[str], names: Iterable[str]) -> dict
 
 
 def find_beside(root: str, missing: Sequence[str]) -> str | None:
-    """Another folder beside the image folder, or above it, that has the missing images.
+    """Returns the folder beside or above the image folder that has the missing images, or None.
 
     Args:
         root: the image folder.

@@ -1,4 +1,4 @@
-"""Registers data sets for image classification, ImageNet among them, with Detectron2."""
+"""Registers data sets for image classification, including ImageNet, with Detectron2."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ _DOCTOR = "python tools/doctor.py with this config"
 def _load(name: str, source: ClassificationSource) -> list[dict]:
     findings = Findings()
     if not os.path.isdir(source.image_dir):
-        raise UserError(f"data set {name}: there is no folder {os.path.abspath(source.image_dir)}")
+        raise UserError(
+            f"data set {name}: the folder {os.path.abspath(source.image_dir)} does not exist"
+        )
     content = read_set(source, findings)
     if errors := findings.lines(ERROR):
-        raise UserError(f"data set {name}: {errors[0]}; {_DOCTOR} tells all")
+        raise UserError(f"data set {name}: {errors[0]}; run {_DOCTOR} for all")
     for note in findings.lines(NOTE):
         # Once, not at each evaluation.
         log_first_n(logging.WARNING, f"{name}: {note}", key="message", name=__name__)
     metadata = MetadataCatalog.get(name)
-    # Detectron2's name for the classes of a set; it takes "class_names" for an old word for it.
+    # Detectron2's key for class names; it treats "class_names" as an old form of this key.
     learned = {"thing_classes": content.classes, "label_file": content.label_file}
     for key, value in learned.items():
-        if hasattr(metadata, key):  # from files that may have changed since
+        if hasattr(metadata, key):  # read from files that may have changed
             delattr(metadata, key)
         if value:
             setattr(metadata, key, value)
@@ -44,10 +46,10 @@ def _load(name: str, source: ClassificationSource) -> list[dict]:
 
 
 def register_classification(name: str, source: ClassificationSource) -> None:
-    """Registers a set with Detectron2; nothing is read before it is used.
+    """Registers a data set with Detectron2; nothing is read before it is used.
 
-    Its metadata are ``evaluator_type``, ``image_dir``, ``source``, ``label_file`` where one is
-    used, and once it is loaded ``thing_classes``, the names of its classes, if they are known.
+    Its metadata are ``evaluator_type``, ``image_dir``, ``source``, ``label_file`` if one is used,
+    and after loading ``thing_classes``, the class names, if they are known.
     """
     DatasetCatalog.register(name, partial(_load, name, source))
     metadata = MetadataCatalog.get(name)
@@ -57,9 +59,9 @@ def register_classification(name: str, source: ClassificationSource) -> None:
 
 
 def register_imagenet() -> None:
-    """Registers imagenet_train and imagenet_val, in $DETECTRON2_DATASETS/imagenet as it is now.
+    """Registers imagenet_train and imagenet_val in the current $DETECTRON2_DATASETS/imagenet.
 
-    Without the variable, ``./datasets`` is the place.
+    Without the variable, ``./datasets`` is used.
     """
     root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     home = os.path.join(root, "imagenet")

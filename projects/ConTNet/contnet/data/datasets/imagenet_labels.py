@@ -1,15 +1,15 @@
-"""Label files of flat folders of images: which class each image has.
+"""Label files of flat image folders, which give the class of each image.
 
-Three kinds are told apart by what they hold:
+Three formats are recognised by their content:
 
-- ImageNet's own, ``ILSVRC2012_validation_ground_truth.txt``: a number on each line, for the image
+- ImageNet's own, ``ILSVRC2012_validation_ground_truth.txt``: one number per line, for the image
   whose name ends with the number of the line. The numbers are those of ``meta.mat`` in the
-  development kit, which is not the order of the class names; without that file they mean nothing.
+  development kit, which do not follow the order of the class names and mean nothing without it.
 - Kaggle's, ``LOC_val_solution.csv``: lines ``ImageId,PredictionString``, where the class is the
   first word of the latter.
-- Lines ``image class``, or ``image,class`` in a file that ends with ``.csv``.
+- Lines ``image class``, or ``image,class`` in a ``.csv`` file.
 
-An image may be written with or without its ending.
+Images may be written with or without their extension.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from contnet.utils.files import open_regular
 
 __all__ = ["LABEL_ENDINGS", "LABEL_FILES", "find_label_file", "is_label_file", "read_labels"]
 
-# Looked for in this order in imagenet/ and in the folders of the development kit there.
+# Searched in this order in imagenet/ and in the folders of the development kit there.
 LABEL_FILES = (
     "val_labels.txt",
     "val_labels.csv",
@@ -42,12 +42,12 @@ _HEADERS = {"imageid", "image", "image_id", "file", "file_name", "filename", "pa
 
 
 def is_label_file(path: str) -> bool:
-    """Whether DATASETS.REGISTER takes a path for a label file, not for COCO's annotations."""
+    """Whether DATASETS.REGISTER treats a path as a label file, not as COCO annotations."""
     return path.lower().endswith(LABEL_ENDINGS)
 
 
 def find_label_file(home: str) -> str | None:
-    """The first label file that ``imagenet/`` holds, or None."""
+    """Returns the first label file found in ``imagenet/``, or None."""
     places = [Path(home, folder, name) for name in LABEL_FILES for folder in _KIT]
     return next((str(place) for place in places if place.is_file()), None)
 
@@ -65,10 +65,10 @@ def _read_lines(file: str) -> list[str]:
 
 
 def _read_meta(label_file: str) -> dict[int, str]:
-    """Class names by the numbers of the development kit.
+    """Returns class names by their numbers in the development kit.
 
     Raises:
-        UserError: if there is no meta.mat beside the label file, or it is not ImageNet's.
+        UserError: if there is no meta.mat for the label file, or it is not ImageNet's.
     """
     folder = Path(label_file).parent
     places = [folder / part / _META for part in _KIT]
@@ -83,7 +83,7 @@ def _read_meta(label_file: str) -> dict[int, str]:
         columns = [np.atleast_1d(synsets[key]) for key in ("ILSVRC2012_ID", "WNID", "num_children")]
         rows = zip(*(column.tolist() for column in columns), strict=True)
         names = {int(number): str(name) for number, name, children in rows if int(children) == 0}
-    except Exception as error:  # scipy raises anything on a damaged file
+    except Exception as error:  # scipy raises any exception on a damaged file
         raise UserError(
             f"{path} is not the {_META} of ImageNet's development kit "
             f"({type(error).__name__}: {error}): unpack it again"
@@ -99,7 +99,7 @@ def _read_official(file: str, lines: Sequence[str], images: Sequence[str]) -> di
     for image in images:
         match = re.fullmatch(r".*_val_(\d{8})", os.path.splitext(image)[0])
         if not match or not 1 <= int(match[1]) <= len(lines):
-            continue  # it has no label, which is told
+            continue  # the image has no label, which is reported
         number = int(lines[int(match[1]) - 1])
         if number not in names:
             raise UserError(f"{file}, line {int(match[1])}: {_META} has no class {number}")
@@ -108,7 +108,7 @@ def _read_official(file: str, lines: Sequence[str], images: Sequence[str]) -> di
 
 
 def _read_rows(file: str, lines: Sequence[str]) -> dict[str, str]:
-    """Class names by what the file calls the images."""
+    """Returns class names by the image names in the file."""
     if file.lower().endswith(".csv"):
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     else:
@@ -120,7 +120,7 @@ def _read_rows(file: str, lines: Sequence[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for row in rows:
         if len(row) != 2 or not all(row):
-            # A stray quotation mark makes one row of all lines behind it.
+            # A stray quotation mark merges all following lines into one row.
             raise UserError(
                 f"{file} has the line {str(row)[:200]}, it must be an image and its class"
             )
@@ -134,15 +134,15 @@ def read_labels(file: str, images: Sequence[str]) -> tuple[dict[str, str], list[
     """Reads a label file.
 
     Args:
-        file: of one of the three kinds.
-        images: names of the files in the folder.
+        file: path of a file in one of the three formats.
+        images: names of the image files in the folder.
 
     Returns:
-        The class name of each image that has a label; all class names in their order, None where
-        the file does not tell them; the number of labels for which there is no image.
+        The class name of each image that has a label; all class names in order, None if the file
+        does not define them; the number of labels without an image.
 
     Raises:
-        UserError: for a file of another form.
+        UserError: if the file has another format.
     """
     lines = _read_lines(file)
     if all(line.strip().isdecimal() for line in lines):

@@ -1,8 +1,9 @@
-"""Registers ImageNet, and a user's own data sets by DATASETS.REGISTER; tells the kind of each.
+"""Registers ImageNet and the data sets of DATASETS.REGISTER, and determines a data set's kind.
 
-A data set that is registered here has in its metadata the ``source`` of its records, whose class is
-its kind. Detectron2's own metadata tell that of COCO and Cityscapes under its names. Others have
-none: they are loaded by what was registered for them, in each process, and not checked.
+The metadata of a data set that is registered here has the ``source`` of its records, whose class is
+its kind. For COCO and Cityscapes under Detectron2's names, the source follows from Detectron2's
+metadata. Other data sets have no source: each process loads them with their own loader, and they
+are not checked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = [
     "register_datasets",
 ]
 
-# Detectron2's names of COCO's instances and keypoints, and of Cityscapes.
+# Detectron2's names for COCO instances and keypoints, and for Cityscapes.
 _SPLITS = (
     "2014_train",
     "2014_val",
@@ -49,10 +50,10 @@ _CITYSCAPES = {
 
 
 def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSource | None:
-    """The source of a data set's records, whose class shows the data set's kind.
+    """Returns the source of a data set's records, whose class is the data set's kind.
 
     Returns:
-        None for a name that is not registered, and for a data set with a loader of its own.
+        The source; None if the name is not registered, or the data set has its own loader.
     """
     if name not in DatasetCatalog:
         return None
@@ -66,24 +67,24 @@ def find_source(name: str) -> CocoSource | CityscapesSource | ClassificationSour
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:
-    """Registers a data set in COCO's format; nothing is read before it is used.
+    """Registers a data set in COCO format; nothing is read before it is used.
 
     Args:
-        name: to give in DATASETS.TRAIN and TEST.
-        json_file: the annotation file.
-        image_root: what goes before the names of the images in it.
+        name: name for DATASETS.TRAIN and TEST.
+        json_file: path of the annotation file.
+        image_root: folder to which the image names in the file are relative.
     """
     register_coco_instances(name, {}, json_file, image_root)
     MetadataCatalog.get(name).source = CocoSource(json_file, image_root)
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Registers ImageNet and the sets of DATASETS.REGISTER; again with the same paths is fine.
+    """Registers ImageNet and the data sets of DATASETS.REGISTER; repeating it is harmless.
 
-    Nothing is read: a set's files are looked at when it is used.
+    No files are read before a data set is used.
 
     Raises:
-        UserError: for a name that stands for another data set, and a file without a folder.
+        UserError: if a name belongs to another data set, or a file has no image folder.
     """
     register_imagenet()
     for name, *paths in cfg.DATASETS.REGISTER:
@@ -99,7 +100,7 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def _register(name: str, paths: list[str]) -> None:
-    """Registers an entry of DATASETS.REGISTER, whose paths tell its kind."""
+    """Registers an entry of DATASETS.REGISTER, whose paths determine its kind."""
     *file, folder = paths
     if not file or is_label_file(file[0]):
         register_classification(name, ClassificationSource(folder, *file))
@@ -108,7 +109,7 @@ def _register(name: str, paths: list[str]) -> None:
 
 
 def _paths(name: str) -> list[str]:
-    """The paths of a name in DATASETS.REGISTER; none for other names."""
+    """Returns a data set's paths as DATASETS.REGISTER has them; none if it has no such form."""
     match find_source(name):
         case ClassificationSource(image_dir, label_file):
             return [path for path in (label_file, image_dir) if path]
@@ -118,15 +119,15 @@ def _paths(name: str) -> list[str]:
 
 
 def is_registered(cfg: CfgNode, name: str) -> bool:
-    """Whether a data set is one of DATASETS.REGISTER."""
+    """Whether a data set is an entry of DATASETS.REGISTER."""
     return name in [entry[0] for entry in cfg.DATASETS.REGISTER]
 
 
 def class_key(cfg: CfgNode, name: str) -> str | None:
-    """The key of the number of classes that a data set of DATASETS.REGISTER decides.
+    """Returns the config key of the number of classes that a data set of DATASETS.REGISTER sets.
 
     Returns:
-        None for other data sets, and for models that have no use for such a set.
+        The key; None for other data sets, and for models that do not use this kind of data set.
     """
     if not is_registered(cfg, name):
         return None

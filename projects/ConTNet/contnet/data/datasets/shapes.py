@@ -1,16 +1,16 @@
-"""A small detection data set of drawn shapes in COCO's format, made from a seed.
+"""A small detection data set of drawn shapes in COCO format, generated from a seed.
 
-It lets the whole pipeline (training, evaluation, pictures) run where no data set was downloaded.
-Each image shows 4 to 8 rotated, textured shapes of 20 to 100 pixels that hide parts of each other,
-over a background of gradients, blotches and distracting strokes, with noise.
+With it, the whole pipeline (training, evaluation, pictures) runs without a downloaded data set.
+Each image shows 4 to 8 rotated, textured shapes of 20 to 100 pixels that partly hide each other, on
+a background of gradients, blotches and distracting strokes, with noise.
 
 Boxes, polygons and areas describe the VISIBLE part of an object, as in COCO, and agree exactly: the
-polygons run along pixel edges, so that they rasterise to the very pixels that `area` counts and
+polygons run along pixel edges, so that they rasterise to exactly the pixels that `area` counts and
 `bbox` encloses. Every object shows at least `shapes_drawing.MIN_VISIBLE` of its pixels.
 
-The set's folder holds::
+The folder of the data set contains::
 
-    shapes.json                               the parameters it was made with
+    shapes.json                               its parameters
     annotations/instances_{train,val}.json
     {train,val}/000001.jpg ...
 """
@@ -37,21 +37,22 @@ from contnet.utils.files import explain_os_error
 
 __all__ = ["ShapesConfig", "crop_shapes", "make_shapes", "shapes_datasets"]
 
-_DRAWING = 2  # Goes up when the same parameters would draw other images.
+_DRAWING = 2  # Increased when the same parameters would draw other images.
 _STAMP = "shapes.json"
 _SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What a data set is made from.
+    """The parameters of a data set.
 
     Attributes:
         num_train: number of training images.
         num_val: number of validation images; their random streams differ from the training images'.
         min_side: shortest side of an image, in pixels; at least 128.
         max_side: longest side of an image, in pixels. Height and width are drawn independently.
-        seed: an image depends on the seed, its split and its number only, not on how many are made.
+        seed: random seed; an image depends only on it, the split and the image's number, not on the
+            number of images.
     """
 
     num_train: int = 400
@@ -114,7 +115,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _is_made(root: Path, config: ShapesConfig) -> bool:
-    """Whether `root` holds the whole set (True) or nothing; UserError if it holds anything else."""
+    """Whether `root` has the whole data set; False if it is empty, UserError for anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
@@ -146,14 +147,14 @@ def _describe(stamp: object) -> str:
 
 
 def make_shapes(root: str | Path, config: ShapesConfig | None = None, **overrides: int) -> Path:
-    """Makes the data set under `root`, unless it is there already.
+    """Creates the data set in `root`, unless it exists.
 
-    It is made in a hidden sibling folder that is renamed at the end, so that `root` never holds a
-    part of a set; of two processes that make it at once, the first to finish wins and both return.
-    The same parameters give the same bytes (under the same versions of NumPy and Pillow).
+    It is created in a hidden sibling folder that is renamed at the end, so that `root` never has a
+    part of a data set. If two processes create it at once, the first to finish wins and both
+    return. The same parameters give the same bytes (with the same versions of NumPy and Pillow).
 
     Args:
-        root: the set's folder; parents are made. An empty folder counts as none.
+        root: folder of the data set; parents are created. It may be an empty folder.
         config: the parameters; the defaults of `ShapesConfig` if None.
         overrides: fields of `ShapesConfig` to replace, e.g. ``num_train=40``.
 
@@ -161,10 +162,9 @@ def make_shapes(root: str | Path, config: ShapesConfig | None = None, **override
         The absolute path of `root`.
 
     Raises:
-        UserError: bad parameters, a place that can't be written, or `root` holds something else:
-            other files, a set made with other parameters, or a set that has lost files. What it
-            holds is left as it is.
-        TypeError: an override that is no field of `ShapesConfig`.
+        UserError: if parameters are not valid, the folder cannot be written, or `root` has other
+            files, a data set with other parameters, or an incomplete one. Its content is kept.
+        TypeError: if an override is not a field of `ShapesConfig`.
     """
     root = Path(root).resolve()
     config = ShapesConfig(**{**asdict(config or ShapesConfig()), **overrides})
@@ -181,17 +181,17 @@ def make_shapes(root: str | Path, config: ShapesConfig | None = None, **override
         # Another process may have been faster: its set is the same as ours.
         if not _is_made(root, config):
             reason = explain_os_error(error, root)
-            raise UserError(f"{root}: the shapes can't be written: {reason}") from error
+            raise UserError(f"{root}: the shapes cannot be written: {reason}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return root
 
 
 def shapes_datasets(root: str | Path) -> list[list[str]]:
-    """`shapes_train` and `shapes_val`, as DATASETS.REGISTER takes them.
+    """Returns `shapes_train` and `shapes_val` as entries of DATASETS.REGISTER.
 
     Args:
-        root: a folder that `make_shapes` made.
+        root: a folder that `make_shapes` created.
     """
     root = Path(root).resolve()
     return [
@@ -201,11 +201,11 @@ def shapes_datasets(root: str | Path) -> list[list[str]]:
 
 
 def crop_shapes(root: str | Path, folder: str | Path) -> None:
-    """Cuts every object out of a data set, with a margin of an eighth, for classification.
+    """Crops every object of a data set, with a margin of an eighth, for classification.
 
     Args:
-        root: a folder that `make_shapes` made.
-        folder: becomes ``{train,val}/<class>/<object>.png``; what it held before is removed.
+        root: a folder that `make_shapes` created.
+        folder: gets ``{train,val}/<class>/<object>.png``; its previous content is removed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for split in _SPLITS:

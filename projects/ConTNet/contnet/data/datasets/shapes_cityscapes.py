@@ -1,7 +1,7 @@
 """The drawn shapes as street scenes in Cityscapes' layout.
 
-Each shape has a class of Cityscapes that counts objects, and the background is road. It lets Mask
-R-CNN and PSPNet on Cityscapes run where Cityscapes was not downloaded.
+Each shape has a class of Cityscapes with instances, and the background is road. With them, Mask
+R-CNN and PSPNet on Cityscapes run without the download.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from contnet.utils.errors import UserError
 
 __all__ = ["SHAPE_LABELS", "shapes_to_cityscapes"]
 
-# Of circle, square, triangle and star.
+# Labels of circle, square, triangle and star.
 SHAPE_LABELS = ("car", "truck", "person", "bicycle")
 _CITY = "shapes"
 
 
 def _scene(image: dict, annotations: list[dict]) -> dict:
-    """An image's ``*_polygons.json``, in the order of drawing."""
+    """Returns the content of an image's ``*_polygons.json``, in drawing order."""
     height, width = image["height"], image["width"]
     ground = [[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]]
     objects = [{"label": "road", "polygon": ground}]
     for each in annotations:
-        # Cityscapes' objects have one polygon: one that others cut in pieces becomes several.
+        # Cityscapes' objects have one polygon each: an object in pieces becomes several objects.
         for corners in each["segmentation"]:
             polygon = [list(corner) for corner in zip(corners[::2], corners[1::2], strict=True)]
             objects.append({"label": SHAPE_LABELS[each["category_id"] - 1], "polygon": polygon})
@@ -35,14 +35,14 @@ def _scene(image: dict, annotations: list[dict]) -> dict:
 
 
 def shapes_to_cityscapes(root: str | Path, folder: str | Path) -> None:
-    """Makes a Cityscapes with all its label files out of a set of shapes.
+    """Converts a set of shapes to Cityscapes' layout with all its label files.
 
     Args:
-        root: a folder that `contnet.data.datasets.shapes.make_shapes` made.
-        folder: becomes a DETECTRON2_DATASETS: ``folder/cityscapes/{leftImg8bit,gtFine}``.
+        root: a folder that `contnet.data.datasets.shapes.make_shapes` created.
+        folder: folder for DETECTRON2_DATASETS; gets ``cityscapes/{leftImg8bit,gtFine}``.
 
     Raises:
-        UserError: ``folder/cityscapes`` exists; what it holds is left as it is.
+        UserError: if ``folder/cityscapes`` exists; its content is kept.
     """
     target = Path(folder, "cityscapes")
     if target.exists():

@@ -1,4 +1,4 @@
-"""Draws the pictures of the shapes data set: outlines, paint, objects that hide each other."""
+"""Draws the images of the shapes data set: outlines, textures, objects that hide each other."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = [
 CLASS_NAMES = ("circle", "square", "triangle", "star")
 MIN_VISIBLE = 0.6
 _SUPERSAMPLE = 4
-_MIN_BOX = 20  # Of the longer side of the visible part, in pixels.
-_DIAMETERS = (28.0, 98.0)  # Of the circle around an object; with anti-aliasing up to 100 pixels.
+_MIN_BOX = 20  # Minimum of the longer side of the visible part, in pixels.
+_DIAMETERS = (28.0, 98.0)  # Of the circle around an object; with anti-aliasing, up to 100 pixels.
 _PLACING_TRIES = 40
 _MIN_CONTRAST = 120.0
 
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One drawn object; `visible` is a boolean (H, W) map of its pixels that nothing hides."""
+    """A drawn object; `visible` is a boolean (H, W) map of its pixels that are not hidden."""
 
     class_index: int
     visible: np.ndarray
@@ -46,7 +46,7 @@ class ShapeObject:
 
 
 def _on_circle(radii: np.ndarray) -> np.ndarray:
-    """Corners at equal angles, the first at the top."""
+    """Returns corners at equal angles, the first one at the top."""
     angles = np.arange(len(radii)) * (2 * math.pi / len(radii)) - math.pi / 2
     return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -60,13 +60,13 @@ _OUTLINES: dict[str, np.ndarray] = {
 
 
 def draw_outline(name: str, diameter: float, angle: float, offset: np.ndarray) -> np.ndarray:
-    """Coverage of each pixel by a shape, anti-aliased.
+    """Returns the coverage of each pixel by a shape, anti-aliased.
 
     Args:
         name: one of `CLASS_NAMES`.
-        diameter: of the circle around the shape, in pixels.
+        diameter: diameter of the circle around the shape, in pixels.
         angle: rotation in radians.
-        offset: (2,) position of the centre against the patch's centre, below one pixel.
+        offset: (2,) offset of the centre from the patch's centre, below one pixel.
 
     Returns:
         Square (S, S) float array in 0..1.
@@ -86,7 +86,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A linear ramp from 0 to 1 in a random direction, shape (H, W, 1)."""
+    """Returns a linear ramp from 0 to 1 in a random direction, (H, W, 1)."""
     angle = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     ramp = x * math.cos(angle) + y * math.sin(angle)
@@ -94,7 +94,7 @@ def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _blotches(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth colour clouds around zero."""
+    """Returns smooth colour clouds around zero."""
     cells = int(rng.integers(3, 10))
     coarse = rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8)
     cloud = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -128,7 +128,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _texture(rng: np.random.Generator, side: int, under: np.ndarray) -> np.ndarray:
-    """A square of paint for an object whose surroundings have the mean colour `under`."""
+    """Returns a square texture for an object on surroundings of mean colour `under`."""
     colour = _colour(rng)
     while np.linalg.norm(colour - under) < _MIN_CONTRAST:
         colour = _colour(rng)
@@ -151,14 +151,14 @@ def _texture(rng: np.random.Generator, side: int, under: np.ndarray) -> np.ndarr
 
 
 def mask_box(mask: np.ndarray) -> list[int]:
-    """The tight box (x, y, width, height) of a mask that is not empty."""
+    """Returns the tight box (x, y, width, height) of a mask that is not empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
 def _pixel_edges(mask: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Unit edges around a mask as {start corner: directions}, the mask at their right-hand side."""
+    """Returns unit edges around a mask as {start: directions}, with the mask on their right."""
     padded = np.pad(mask, 1)
     inside = padded[1:-1, 1:-1]
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -175,14 +175,14 @@ def _pixel_edges(mask: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]
 
 
 def _loops(mask: np.ndarray) -> list[np.ndarray]:
-    """Closed outlines (N, 2) of a mask: clockwise as seen around parts, the other way in holes."""
+    """Returns closed outlines (N, 2) of a mask: clockwise around parts, the other way in holes."""
     edges = _pixel_edges(mask)
     loops = []
     while edges:
         start = at = next(iter(edges))
         step, corners = (0, 0), []
         while at != start or not corners:
-            # Where two pixels touch at a corner only, either way on encloses the same pixels.
+            # If two pixels touch only at a corner, both continuations enclose the same pixels.
             taken = edges[at].pop()
             if not edges[at]:
                 del edges[at]
@@ -199,10 +199,10 @@ def _signed_area(loop: np.ndarray) -> float:
 
 
 def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """Polygons, (N, 2) corners each, that together cover exactly the mask's pixels.
+    """Returns polygons, (N, 2) corners each, that together cover exactly the mask's pixels.
 
-    COCO's polygons have no holes: a mask with a hole is cut through the hole from top to bottom and
-    its halves are outlined one by one.
+    COCO's polygons have no holes: a mask with a hole is cut through the hole from top to bottom,
+    and its halves are outlined separately.
     """
     loops = _loops(mask)
     hole = next((loop for loop in loops if _signed_area(loop) < 0), None)
@@ -216,9 +216,9 @@ def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _add_object(rng: np.random.Generator, image: np.ndarray, objects: list[ShapeObject]) -> None:
-    """Paints one more object over `image`, and appends it to `objects`, unless it finds no place.
+    """Paints another object over `image` and appends it to `objects`, unless there is no place.
 
-    A place must leave enough of the new object inside the image and enough of the others visible.
+    A place leaves enough of the new object inside the image and enough of the others visible.
     """
     height, width = image.shape[:2]
     class_index = int(rng.integers(len(CLASS_NAMES)))
@@ -247,7 +247,7 @@ def _add_object(rng: np.random.Generator, image: np.ndarray, objects: list[Shape
 def draw_picture(
     rng: np.random.Generator, min_side: int, max_side: int
 ) -> tuple[Image.Image, list[ShapeObject]]:
-    """Draws a picture whose sides are between two numbers of pixels, and returns its objects."""
+    """Draws a picture with sides from `min_side` to `max_side` pixels; also returns its objects."""
     height, width = rng.integers(min_side, max_side, 2, endpoint=True).tolist()
     image = _background(rng, height, width)
     objects: list[ShapeObject] = []

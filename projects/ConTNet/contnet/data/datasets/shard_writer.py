@@ -1,11 +1,10 @@
-"""Makes shards (:mod:`contnet.data.datasets.shards`) of a folder of labelled images.
+"""Creates shards (:mod:`contnet.data.datasets.shards`) from a folder of labelled images.
 
 They are for file systems that are slow with many small files.
 
-The bytes of the images stay as they are. Their order is shuffled by a fixed seed, so that whoever
-reads shards from begin to end meets all classes. Beside the shards lie ``classes.txt``,
-``index.npz`` and ``shards.json``, which says what the shards were made of and how many images there
-must be.
+The bytes of the images are unchanged. Their order is shuffled with a fixed seed, so that readers of
+whole shards get images of all classes. The shards' folder also has ``classes.txt``, ``index.npz``
+and ``shards.json``, which records what the shards were made from and the number of images.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from contnet.utils.pools import process_pool
 
 __all__ = ["SAMPLES_PER_SHARD", "make_shards"]
 
-SAMPLES_PER_SHARD = 5000  # of ImageNet, about 550 MB
+SAMPLES_PER_SHARD = 5000  # about 550 MB of ImageNet
 _SEED = 0
 
 
@@ -55,7 +54,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One shard to be."""
+    """A shard to create."""
 
     path: str
     samples: list[_Sample]
@@ -76,7 +75,7 @@ def _read_source(folder: Path) -> ClassificationSet:
 
 
 def _samples(records: Sequence[dict]) -> list[_Sample]:
-    """The records with keys: their paths without endings and, as WebDataset wants, dots."""
+    """Returns samples whose keys are paths without extensions and, as WebDataset requires, dots."""
     used: set[str] = set()
     samples = []
     for record in records:
@@ -134,31 +133,31 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _is_kept(shard: Shard, plan: _Plan) -> bool:
-    """Whether a shard has the planned samples, and none of their files has changed since."""
+    """Whether a shard has the planned samples, and their files have not changed since."""
     planned = [(sample.key, sample.label) for sample in plan.samples]
     if list(zip(shard.keys, shard.labels.tolist(), strict=True)) != planned:
         return False
     for sample, length in zip(plan.samples, shard.lengths.tolist(), strict=True):
         status = os.stat(sample.path)
-        # A copy may bring an old time of writing along, but not one of change.
+        # A copied file may keep its old modification time, but not its change time.
         if status.st_size != length or status.st_ctime_ns > shard.mtime:
             return False
     return True
 
 
 def _existing(plan: _Plan) -> Shard | None:
-    """The shard, if it is there and need not be made again."""
+    """Returns the shard if it exists and need not be created again."""
     if not os.path.exists(plan.path):
         return None
     try:
         shard = index_shard(plan.path)
     except UserError:
-        return None  # damaged since
+        return None  # damaged
     return shard if _is_kept(shard, plan) else None
 
 
 def _make(plan: _Plan) -> tuple[Shard, bool]:
-    """Makes a shard, unless it is there; its index, and whether it was made."""
+    """Creates a shard unless it exists; returns its index, and whether it was created."""
     try:
         if (shard := _existing(plan)) is not None:
             return shard, False
@@ -198,21 +197,21 @@ def make_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     workers: int | None = None,
 ) -> tuple[int, int]:
-    """Makes the shards that are missing, and those of images that changed; others stay.
+    """Creates shards that are missing or whose images have changed; others are kept.
 
     Args:
-        source: class folders; or a flat folder called ``val`` whose label file and training set lie
+        source: class folders; or a flat folder called ``val`` with its label file and training set
             beside it.
-        target: empty, or left by a run with the same images and options that was cut.
-        samples_per_shard: images in each shard; the last has the rest.
-        workers: processes; None for as many as there are cores.
+        target: empty folder, or that of an interrupted run with the same images and options.
+        samples_per_shard: images per shard; the last one has the rest.
+        workers: number of processes; None for the number of cores.
 
     Returns:
-        The number of shards made, and of those that were there.
+        The number of shards created, and of shards kept.
 
     Raises:
-        UserError: for a source that cannot be used, a target with other content, and files that
-            cannot be read or written.
+        UserError: if the source cannot be used, the target has other content, or files cannot be
+            read or written.
     """
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise UserError(f"{target} is inside {source}: use a folder outside")

@@ -1,11 +1,11 @@
-"""Shards: tar files of labelled images in WebDataset's format.
+"""Shards: tar files of labelled images in WebDataset format.
 
-A folder holds ``NAME-000000.tar``, ``NAME-000001.tar`` and so on; each sample of a shard is two
-members, ``KEY.jpg`` (or another ending of images) and ``KEY.cls``, the label as a number in text.
-``classes.txt`` beside them names the classes, one a line, in the order of the labels.
+A folder contains ``NAME-000000.tar``, ``NAME-000001.tar`` and so on. Each sample of a shard has two
+members, ``KEY.jpg`` (or another image extension) and ``KEY.cls``, the label as a number in text.
+``classes.txt`` beside them has the class names, one per line, in the order of the labels.
 
-Images are read by their place within the tar file. ``index.npz`` keeps the places; it is made when
-it is missing, and a shard is looked through again when its size or time is not the index's.
+Images are read by their offset in the tar file. ``index.npz`` stores the offsets; it is created if
+it is missing, and a shard is indexed again if its size or time differs from the index.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.txt"
 INDEX_FILE = "index.npz"
-MANIFEST_FILE = "shards.json"  # of shards that tools/make_shards.py makes
+MANIFEST_FILE = "shards.json"  # written by tools/make_shards.py
 SHARD_ENDING = ".tar"
 
-_FORMAT = 1  # of the index
-_MOST_CLASSES = 10_000_000  # more than there are images; each gets memory
-_OPEN_FILES = 64  # of each process
+_FORMAT = 1  # version of the index
+_MOST_CLASSES = 10_000_000  # limit, because each class needs memory
+_OPEN_FILES = 64  # per process
 # WebDataset's rule: a key ends at the first dot after the last slash.
 _MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 
@@ -66,13 +66,13 @@ class Shard:
     """The samples of one tar file, in its order.
 
     Attributes:
-        name: of the file.
-        size: of the file in bytes.
-        mtime: of the file, when it was last written, in nanoseconds.
-        keys: of the samples.
-        offsets: of the images' bytes in the file.
-        lengths: of the images, in bytes.
-        labels: of the samples.
+        name: name of the file.
+        size: size of the file in bytes.
+        mtime: modification time of the file in nanoseconds.
+        keys: keys of the samples.
+        offsets: offsets of the images in the file, in bytes.
+        lengths: sizes of the images in bytes.
+        labels: labels of the samples.
     """
 
     name: str
@@ -97,8 +97,8 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> int
         label = -1
     if not 0 <= label < _MOST_CLASSES:
         raise UserError(
-            f"{path}: {member.name} contains {text!r}, it must be a label from 0, below "
-            f"{_MOST_CLASSES}"
+            f"{path}: {member.name} contains {text!r}, it must be a label of at least 0 "
+            f"and less than {_MOST_CLASSES}"
         )
     return label
 
@@ -121,10 +121,10 @@ def _pair(images: dict, labels: dict, path: str) -> None:
 
 
 def index_shard(path: str) -> Shard:
-    """Looks through a shard's headers and labels.
+    """Indexes a shard by its headers and labels.
 
     Raises:
-        UserError: for a file that is no whole tar file of pairs of image and label.
+        UserError: if the file is not a complete tar file of pairs of image and label.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -141,13 +141,13 @@ def index_shard(path: str) -> Shard:
                     _put(images, key, place, path, "images")
                 elif kind == "cls":
                     _put(labels, key, _read_label(tar, member, path), path, "labels")
-            # tarfile takes a damaged header for the end.
+            # tarfile treats a damaged header as the end.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"it is truncated after {tar.offset} bytes")
     except UserError:
         raise
-    except Exception as error:  # tarfile raises anything on damaged headers, and recurses
+    except Exception as error:  # tarfile raises any exception on damaged headers, and recurses
         raise UserError(
             f"the shard {path} cannot be read ({error}): copy or make it again"
         ) from error
@@ -174,7 +174,7 @@ def _to_texts(data: np.ndarray) -> list[str]:
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """Writes ``index.npz``; processes that do so at once do not disturb each other."""
+    """Writes ``index.npz``; processes that write it at the same time do not interfere."""
     own = folder / f"{INDEX_FILE}.{socket.gethostname()}.{os.getpid()}"
     with atomic_write(own) as file:
         np.savez(
@@ -191,7 +191,7 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def _stored(folder: Path) -> dict[str, Shard]:
-    """What ``index.npz`` says, by file; nothing if it is missing or damaged."""
+    """Returns the content of ``index.npz`` by shard; empty if the file is missing or damaged."""
     try:
         with (
             open_regular(folder / INDEX_FILE) as stream,
@@ -209,8 +209,8 @@ def _stored(folder: Path) -> dict[str, Shard]:
                 raise ValueError("its tables have another format")
     except FileNotFoundError:
         return {}
-    except Exception as error:  # NumPy and zipfile raise anything on damaged bytes
-        logger.info(f"{folder / INDEX_FILE} is damaged ({error}) and not used")
+    except Exception as error:  # NumPy and zipfile raise any exception on damaged bytes
+        logger.info(f"{folder / INDEX_FILE} is damaged ({error}) and is not used")
         return {}
     counts = [count for _, _, count in files]
     fits = min(counts, default=0) >= 0
@@ -219,7 +219,7 @@ def _stored(folder: Path) -> dict[str, Shard]:
         or len(names) != len(files)
         or any(len(part) != sum(counts) for part in (keys, *columns))
     ):
-        logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not match) and not used")
+        logger.info(f"{folder / INDEX_FILE} is damaged (its parts do not match) and is not used")
         return {}
     shards, start = {}, 0
     for name, (size, mtime, count) in zip(names, files, strict=True):
@@ -229,12 +229,12 @@ def _stored(folder: Path) -> dict[str, Shard]:
         if _is_possible(shard):
             shards[name] = shard
         else:
-            logger.info(f"{folder / INDEX_FILE} has impossible numbers for {name}, not used")
+            logger.info(f"{folder / INDEX_FILE} has invalid numbers for {name}, which are not used")
     return shards
 
 
 def _is_possible(shard: Shard) -> bool:
-    """Whether all images lie in the file, and the labels are such."""
+    """Whether all images lie within the file and all labels are valid."""
     low, high = shard.labels.min(initial=0), shard.labels.max(initial=0)
     return bool(
         (shard.offsets >= 0).all()
@@ -245,7 +245,7 @@ def _is_possible(shard: Shard) -> bool:
     )
 
 
-_unwritten: dict[str, Shard] = {}  # by path: shards of folders that cannot be written to
+_unwritten: dict[str, Shard] = {}  # by path: shards of folders that are not writable
 
 
 def _is_fresh(shard: Shard | None, path: str) -> bool:
@@ -254,7 +254,7 @@ def _is_fresh(shard: Shard | None, path: str) -> bool:
 
 
 def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
-    """Looks through shards, in processes where that saves time, with a bar on a terminal."""
+    """Indexes shards, in processes if that saves time, with a progress bar in a terminal."""
     workers = min(workers or available_cpus(), len(paths))
     bar = partial(tqdm, total=len(paths), unit="shard", desc="index", disable=None)
     if workers == 1:
@@ -264,15 +264,15 @@ def _look(paths: Sequence[str], workers: int | None) -> list[Shard]:
 
 
 def read_index(folder: str, names: Sequence[str], workers: int | None = None) -> list[Shard]:
-    """The samples of a folder's shards; looks through those that ``index.npz`` does not know.
+    """Returns the samples of a folder's shards, after indexing those that ``index.npz`` lacks.
 
     Args:
-        folder: with the shards.
-        names: of the shards, in order.
-        workers: processes that look; None for as many as there are cores.
+        folder: folder of the shards.
+        names: file names of the shards, in order.
+        workers: number of processes for indexing; None for the number of cores.
 
     Raises:
-        UserError: for a shard that cannot be used.
+        UserError: if a shard cannot be used.
     """
     stored = _stored(Path(folder))
     paths = {name: os.path.join(folder, name) for name in names}
@@ -298,11 +298,11 @@ def read_index(folder: str, names: Sequence[str], workers: int | None = None) ->
 
 
 def shard_records(folder: str, shards: Sequence[Shard]) -> list[dict]:
-    """Detectron2's data set dicts of all samples, in the order of the shards.
+    """Returns Detectron2's data set dicts of all samples, in the order of the shards.
 
     Returns:
-        ``file_name`` is the tar file, ``offset`` and ``size`` (in bytes) the image's place in it;
-        ``image_id`` is the key, behind the shard's name where keys occur twice; and ``label``.
+        Dicts with ``file_name``, the tar file; ``offset`` and ``size`` of the image in it, in
+        bytes; ``image_id``, the key, after the shard's name if keys occur twice; and ``label``.
     """
     keys = [key for shard in shards for key in shard.keys]
     double = len(set(keys)) < len(keys)
@@ -330,10 +330,10 @@ def shard_records(folder: str, shards: Sequence[Shard]) -> list[dict]:
 
 
 def read_classes(folder: str) -> list[str] | None:
-    """The names in ``classes.txt``, in order; None without that file.
+    """Returns the names in ``classes.txt``, in order; None if there is no such file.
 
     Raises:
-        UserError: for names that are empty or occur twice.
+        UserError: if the file cannot be read, or names are empty or occur twice.
     """
     path = Path(folder, CLASSES_FILE)
     try:
@@ -350,10 +350,10 @@ def read_classes(folder: str) -> list[str] | None:
 
 
 def read_manifest(folder: str) -> dict | None:
-    """What ``shards.json`` says of a folder that tools/make_shards.py made, None without it.
+    """Returns the content of ``shards.json``, which tools/make_shards.py writes, or None.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if the file is damaged.
     """
     path = Path(folder, MANIFEST_FILE)
     try:
@@ -371,7 +371,7 @@ def read_manifest(folder: str) -> dict | None:
 
 
 class _Handle:
-    """An open file, closed when nobody uses it any more."""
+    """An open file that is closed when it is no longer used."""
 
     def __init__(self, number: int):
         self.number = number
@@ -386,10 +386,10 @@ def _open(path: str) -> _Handle:
 
 
 def read_sample(record: dict) -> bytes:
-    """An image's bytes; forked processes may share the open files, for none has a position.
+    """Reads an image's bytes; forked processes may share the open files, which have no position.
 
     Args:
-        record: of :func:`shard_records`.
+        record: record of :func:`shard_records`.
 
     Raises:
         OSError: if the shard cannot be read, or ends before the image does.
@@ -402,7 +402,7 @@ def read_sample(record: dict) -> bytes:
 
 
 def sample_name(record: dict) -> str:
-    """How messages call an image: its path, or its shard and key."""
+    """Returns an image's name for messages: its path, or its shard and key."""
     if "offset" in record:
         return f"{record['file_name']} key {record['image_id']}"
     return record["file_name"]

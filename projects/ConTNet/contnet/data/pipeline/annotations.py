@@ -1,10 +1,10 @@
-"""A cache of parsed annotations, for all processes of a machine and for later runs.
+"""A cache of parsed annotations, shared by all processes of a machine and by later runs.
 
-What Detectron2 would parse in every process becomes a file of records in DATASETS.CACHE_DIR, which
-the processes map. Its name has a digest of all that the records depend on: the bytes of every
-annotation file and the paths, and the number of the format. So there is no stale file, only one
-that is no longer used, which goes when the folder is full. What the checks of a data set found is
-kept in the same way.
+What Detectron2 would parse in every process is stored as a file of records in DATASETS.CACHE_DIR,
+which the processes map. The file's name has the number of the format and a digest of what the
+records depend on: the bytes of the annotation files and the paths. So a file is never stale, only
+unused; unused files are removed when the folder is full. The findings of a data set's checks are
+cached in the same way.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ __all__ = [
     "release_memory",
 ]
 
-# Raise it when the same annotations would give other records or findings. Files of other formats
-# are removed.
+# Must be increased if the same annotations would give other records or findings. Files of other
+# formats are removed.
 _FORMAT = 3
 _FILE = re.compile(r".+-[0-9a-f]{24}(?:\.v(?P<format>\d+))?\.(?:records|checks)")
-# Seconds after its last use in which a file stays: what a run has checked must be there when its
-# processes begin.
+# Seconds for which a file is kept after its last use, because what a run has checked must exist
+# when its processes start.
 _SPARED = 3600
-_LABEL = 100  # characters of a data set's name in that of a file
+_LABEL = 100  # characters of a data set's name in a file name
 
 logger = logging.getLogger(__name__)
 
 
 def release_memory() -> None:
-    """Has malloc return what parsing took; by itself it keeps hundreds of megabytes."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+    """Returns memory to the system after parsing; malloc would keep hundreds of megabytes."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only in glibc
         trim(0)
 
 
@@ -68,13 +68,13 @@ def release_memory() -> None:
 
 
 def _touch(path: Path) -> None:
-    """Notes that a file is used; in a folder that cannot be written nothing will be removed."""
+    """Marks a file as used; in a folder that is not writable, nothing is removed anyway."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a file, unless a process has it open; whether it is gone."""
+    """Removes a file unless a process has it open; returns whether it was removed."""
     try:
         with open_private(path, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +88,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _tell_of(folder: Path, error: OSError) -> None:
-    """Says, once in a process, why nothing is kept in a folder."""
+    """Warns, once per process, that nothing is cached in a folder, and why."""
     what = "is not used" if error.errno in (errno.EPERM, errno.ETIMEDOUT) else "cannot be written"
     message = (
         "Annotations are not cached, so each process reads them at each start: "
@@ -99,11 +99,11 @@ def _tell_of(folder: Path, error: OSError) -> None:
 
 
 def _prune(folder: Path, limit: float) -> None:
-    """Removes files of other formats; then those longest unused, while there are too many.
+    """Removes files of other formats, and while the folder is too large, the least recently used.
 
     Args:
-        folder: which this process has locked.
-        limit: in bytes.
+        folder: the cache folder, which this process has locked.
+        limit: maximum size in bytes.
     """
     files = []
     for path in folder.iterdir():
@@ -122,15 +122,15 @@ def _prune(folder: Path, limit: float) -> None:
 
 
 class AnnotationCache:
-    """What is kept of one data set, as its files are now.
+    """The cached files of one data set, for the current state of its annotation files.
 
     Args:
-        folder: for all data sets.
-        source: of this one.
-        limit: of the folder, in bytes.
+        folder: cache folder for all data sets.
+        source: source of this data set.
+        limit: maximum size of the folder in bytes.
 
     Attributes:
-        patience: seconds to wait for another process that reads into the folder.
+        patience: seconds to wait for another process that has locked the folder.
 
     Raises:
         UserError: if the annotations cannot be read.
@@ -158,15 +158,15 @@ class AnnotationCache:
         return self.folder / f"{self.source.label[:_LABEL]}-{key[:24]}.v{_FORMAT}.{ending}"
 
     def is_current(self) -> bool:
-        """Whether the annotations are still those that the digest is of."""
+        """Whether the annotations are unchanged since their digest was computed."""
         return self._digest() == self.digest
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """Lets one process at a time read and write; a process that dies lets go of it.
+        """Locks the folder for one process at a time; the lock of a process that dies is released.
 
-        Yields False, after a word in the log, where the folder cannot be written, or where another
-        process does not let go of it.
+        Yields False, after a warning in the log, if the folder cannot be written, or if another
+        process does not release the lock.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -181,7 +181,7 @@ class AnnotationCache:
                 yield True
 
     def _take(self, lock: IO) -> None:
-        """Locks a file; TimeoutError where that is not possible for too long."""
+        """Locks a file; raises TimeoutError if it stays locked for longer than ``patience``."""
         start, told = time.monotonic(), False
         while True:
             try:
@@ -203,10 +203,10 @@ class AnnotationCache:
             time.sleep(0.1)
 
     def recall_records(self) -> RecordFile | None:
-        """The file of records, if it is there and whole."""
+        """Returns the file of records if it exists and is intact, otherwise None."""
         try:
             file = RecordFile.open_whole(self.path)
-        except (FileNotFoundError, BlockingIOError):  # not there, or about to be removed
+        except (FileNotFoundError, BlockingIOError):  # does not exist, or is being removed
             return None
         except OSError as error:
             _tell_of(self.folder, error)
@@ -218,14 +218,14 @@ class AnnotationCache:
         return file
 
     def keep_records(self, content: object) -> RecordFile | None:
-        """Writes the file of records; None, after a word in the log, where that is impossible.
+        """Writes the file of records; returns None, after a warning in the log, if that fails.
 
         Args:
-            content: what ``source.read`` returned. This process has locked the folder.
+            content: result of ``source.read``. This process has locked the folder.
 
         Raises:
-            UserError: if the annotations are no longer those that the digest is of, or Detectron2
-                could not load them.
+            UserError: if the annotations have changed since their digest was computed, or
+                Detectron2 could not load them.
         """
         if not self.is_current():
             raise UserError(
@@ -243,23 +243,23 @@ class AnnotationCache:
             ) from error
         logger.info(f"The annotations {self.source.label} are cached in {self.path}")
         file = RecordFile(self.path)
-        with contextlib.suppress(OSError):  # others may remove files, too
+        with contextlib.suppress(OSError):  # other processes may remove files, too
             _prune(self.folder, self.limit)
         return file
 
     def load_records(self) -> RecordFile | None:
-        """The file of records, made if need be; None where it cannot be written."""
+        """Returns the file of records, after writing it if needed; None if that fails."""
         if file := self.recall_records():
             return file
         with self.lock() as writable:
-            file = self.recall_records()  # of a process that was faster
+            file = self.recall_records()  # another process may have written it
             if writable and file is None:
                 file = self.keep_records(self.source.read())
         release_memory()
         return file
 
     def recall_findings(self, *key: object) -> Findings | None:
-        """What :meth:`keep_findings` has written for this key; None for anything else."""
+        """Returns the findings that :meth:`keep_findings` wrote for this key, otherwise None."""
         path = self._path("checks", *key)
         try:
             with open_private(path, "r", encoding="ascii") as file:
@@ -272,7 +272,7 @@ class AnnotationCache:
         return Findings.from_state(json.loads(state))
 
     def keep_findings(self, found: Findings, *key: object) -> None:
-        """Keeps what checks have found, unless that is an error, which is looked at anew."""
+        """Stores the findings of checks, unless they have errors, which are checked again."""
         if found.lines(ERROR):
             return
         state = json.dumps(found.state())
@@ -284,11 +284,11 @@ class AnnotationCache:
 
 
 def open_cache(cfg: CfgNode, name: str) -> AnnotationCache | None:
-    """What is kept of a data set; None where nothing can be, or the folder is turned off.
+    """Opens the cache of a data set; returns None if it cannot be cached or caching is off.
 
     Args:
         cfg: DATASETS.CACHE_DIR and DATASETS.CACHE_SIZE_GB are read.
-        name: of the data set.
+        name: name of the data set.
 
     Raises:
         UserError: if its annotations cannot be read.
@@ -312,14 +312,15 @@ def open_cache(cfg: CfgNode, name: str) -> AnnotationCache | None:
 
 
 def cache_cityscapes(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Keeps the records of data sets in Cityscapes' layout, before processes wait for them.
+    """Caches the records of data sets in Cityscapes' layout before a run's processes need them.
 
-    Detectron2 reads the polygons in parallel, by the fewer processes the more ranks the run has.
-    (Of COCO's form, the checks keep the records.)
+    Detectron2 reads the polygons in parallel, with fewer processes the more ranks the run has. (The
+    checks cache the records of data sets in COCO format.)
 
     Args:
         cfg: DATASETS is read.
-        names: of data sets that have passed their checks; others than Cityscapes' are left out.
+        names: names of data sets that have passed their checks; only those in Cityscapes' layout
+            are cached.
     """
     for name in names:
         if isinstance(find_source(name), CityscapesSource) and (cache := open_cache(cfg, name)):
@@ -327,7 +328,7 @@ def cache_cityscapes(cfg: CfgNode, names: Sequence[str]) -> None:
 
 
 def _once_per_machine(function: Callable[[], object]) -> object:
-    """Its result in the first process of this machine; all processes of the run call this."""
+    """Returns the result of this machine's first process; all processes of the run call this."""
     result = None
     if comm.get_local_rank() == 0:
         try:
@@ -342,20 +343,19 @@ def _once_per_machine(function: Callable[[], object]) -> object:
 
 
 def _load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
-    """The records of a data set, which all processes of a machine share.
+    """Returns the records of a data set, which all processes of a machine share.
 
     All processes of a run call this together. The first one of each machine reads the annotations,
-    unless they have been read before. ``usable`` leaves out images without objects, or with crowds
-    alone.
+    unless they are cached. ``usable`` leaves out images that have no objects, or only crowds.
 
     Returns:
-        None where Detectron2 must load the data set itself: the folder is turned off or cannot be
-        written, or the data set is of another kind.
+        The records; None if Detectron2 must load the data set itself, because the cache is off or
+        cannot be written, or the data set is of another kind.
 
     Raises:
         UserError: if the annotations cannot be read.
     """
-    opened = []  # by the first process, so that no other run removes the file
+    opened = []  # kept by the first process, so that no other run removes the file
 
     def prepare() -> str | None:
         cache = open_cache(cfg, name)
@@ -366,7 +366,7 @@ def _load_records(cfg: CfgNode, name: str, usable: bool) -> Records | None:
     if path is None:
         return None
     file = opened[0] if opened else RecordFile(path)
-    if "classes" in file.facts:  # what Detectron2's loader tells the metadata
+    if "classes" in file.facts:  # which Detectron2's loader would set
         metadata = MetadataCatalog.get(name)
         metadata.thing_classes = file.facts["classes"]
         ids = {key: i for i, key in enumerate(file.facts["ids"])}
@@ -381,15 +381,15 @@ def load_dataset_dicts(cfg: CfgNode, names: Sequence[str], train: bool) -> Seque
 
     Args:
         cfg: DATASETS and DATALOADER.FILTER_EMPTY_ANNOTATIONS are read.
-        names: of registered data sets.
-        train: leave out images without annotations, if the config says so.
+        names: names of registered data sets.
+        train: whether to leave out images without annotations, if the config says so.
 
     Returns:
-        Detectron2's data set dicts: records that processes share, where all of these data sets
-        have such, otherwise a list.
+        Detectron2's data set dicts: records that processes share if all of these data sets have
+        them, otherwise a list.
 
     Raises:
-        UserError: if one cannot be loaded.
+        UserError: if a data set cannot be loaded.
     """
     filter_empty = train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     every = []

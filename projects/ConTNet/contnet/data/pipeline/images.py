@@ -1,9 +1,9 @@
-"""Decodes images: from files and shards, upright, with 8 bits.
+"""Decodes images from files and shards: upright, with 8 bits.
 
-All readers of the project end here, so that an image is the same in training, in evaluation and to
-the doctor. What is upright is said by ``PIL.ImageOps.exif_transpose``. A file may come from
-anywhere: it must be a regular one of a few formats, and what it would take to decode is bounded by
-INPUT.MAX_PIXELS before it is decoded.
+All readers of the project use this module, so that an image is the same in training, in evaluation
+and in the doctor. The orientation follows ``PIL.ImageOps.exif_transpose``. Because a file may come
+from anywhere, it must be a regular file in one of a few formats, and INPUT.MAX_PIXELS limits its
+size before it is decoded.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 _limit_lock = threading.Lock()
-_unlimited = 0  # threads within without_pillow_limit
-_pillow_limit = None  # what they restore
+_unlimited = 0  # number of threads in without_pillow_limit
+_pillow_limit = None  # the limit that they restore
 
 _EXIF_ORIENTATION = 0x0112  # the tag's number
 _TIFF_TILE = (322, 323)  # the tags of a tile's width and height
@@ -56,17 +56,17 @@ _TURNS = {
 
 
 class UnreadableFile(UserError):
-    """A file that is no image, or a damaged or too large one; the message names it."""
+    """Raised for a file that is not an image, is damaged or is too large; the message names it."""
 
 
 class Decoded(NamedTuple):
     """A decoded image, and how it is stored.
 
     Attributes:
-        image: upright, in a mode of 8 bits.
-        mode: Pillow's, in which it is stored.
-        orientation: of its EXIF, 1 to 8; 1 where there is none.
-        peak: its largest value before it got 8 bits; None where it had them.
+        image: upright image, in a mode of 8 bits.
+        mode: Pillow mode in which it is stored.
+        orientation: EXIF orientation, 1 to 8; 1 if there is none.
+        peak: largest value before the conversion to 8 bits; None if there was no such conversion.
     """
 
     image: Image.Image
@@ -77,9 +77,9 @@ class Decoded(NamedTuple):
 
 @contextmanager
 def without_pillow_limit() -> Iterator[None]:
-    """Lets Pillow handle images of any size, within INPUT.MAX_PIXELS, without a warning.
+    """Lets Pillow handle images of any size without a warning; INPUT.MAX_PIXELS limits them.
 
-    The limit is one of the process: the last thread that leaves restores it.
+    Pillow's limit is global: the last thread that leaves restores it.
     """
     global _unlimited, _pillow_limit
     with _limit_lock:
@@ -97,7 +97,7 @@ def without_pillow_limit() -> Iterator[None]:
 
 @contextmanager
 def _open(record: dict) -> Iterator[Image.Image]:
-    """The image as it is stored, its pixels not yet decoded."""
+    """Opens the image as stored, without decoding its pixels."""
     if "pixels" in record:
         yield record["pixels"]
         return
@@ -107,11 +107,11 @@ def _open(record: dict) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none, or where EXIF is damaged."""
+    """Returns the EXIF orientation, 1 to 8; 1 if there is none, or if EXIF is damaged."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
         return int(value) if value in _TURNS else 1
-    except Exception:  # Pillow raises anything on damaged EXIF; the pixels may be whole
+    except Exception:  # Pillow raises any exception on damaged EXIF; the pixels may be intact
         return 1
 
 
@@ -129,37 +129,37 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _load(image: Image.Image, max_pixels: int) -> tuple[Image.Image, int]:
-    """The image upright, and its EXIF orientation."""
+    """Returns the upright image and its EXIF orientation."""
     _check_pixels(image, max_pixels)
     orientation = _orientation(image)
     image.load()
-    # Loading has turned a TIFF, by every Pillow; some keep its orientation afterwards.
+    # Every Pillow version turns a TIFF on loading; some keep its orientation tag.
     turns = {} if image.format == "TIFF" else _TURNS
     return image.transpose(turns[orientation]) if orientation in turns else image, orientation
 
 
 def _to_8_bits(image: Image.Image) -> tuple[Image.Image, int | None]:
-    """The image in a mode of 8 bits; its largest value before, unless it is in one already."""
-    if image.mode.startswith("I"):  # grey in 16 bits; Pillow would cut values off at 255
+    """Returns the image in an 8-bit mode, and its largest value if it had 16 bits, else None."""
+    if image.mode.startswith("I"):  # grey in 16 bits; Pillow would clip values to 255
         values = np.asarray(image)
         low, peak = int(values.min(initial=0)), int(values.max(initial=0))
         if low < 0 or peak > 65535:
             raise ValueError(f"its pixel values, {low} to {peak}, do not fit 8 or 16 bits")
-        # The upper 8 bits, which Pillow takes of colours in 16 bits, too.
+        # The upper 8 bits, which Pillow uses for colours in 16 bits, too.
         return Image.fromarray((values >> 8).astype(np.uint8)), peak
     if image.mode == "F":
         raise ValueError("its pixel values are not integers: save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA"), None  # Pillow warns otherwise
-    if image.mode == "LAB":  # leads to RGB alone
+    if image.mode == "LAB":  # can be converted only to RGB
         return image.convert("RGB"), None
     return image, None
 
 
 def decode_error(error: Exception) -> str:
-    """Why an image cannot be decoded; Pillow's own words may name an address in memory."""
+    """Returns why an image cannot be decoded; Pillow's own message may have a memory address."""
     if isinstance(error, UnidentifiedImageError):
-        return f"its format is none of those supported: {', '.join(IMAGE_FORMATS)}"
+        return f"its format is not one of those supported: {', '.join(IMAGE_FORMATS)}"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
@@ -169,10 +169,10 @@ def decode_error(error: Exception) -> str:
 
 @contextmanager
 def _named(what: str, record: dict) -> Iterator[None]:
-    """Makes whatever goes wrong with a file an error that names it."""
+    """Turns any error with a file into an :class:`UnreadableFile` that names it."""
     try:
         yield
-    except Exception as error:  # decoders raise anything on a damaged file
+    except Exception as error:  # decoders raise any exception on a damaged file
         raise UnreadableFile(
             f"the {what} {printable(sample_name(record))} cannot be read "
             f"({printable(decode_error(error))})"
@@ -192,36 +192,36 @@ def decode(record: dict, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decodes an image.
 
     Args:
-        record: with ``file_name``; with ``offset`` and ``size`` too it is in a shard, with
-            ``pixels`` it is this image of Pillow's.
+        record: dict with ``file_name``; with ``offset`` and ``size`` too, the image is in a shard;
+            with ``pixels``, it is this Pillow image.
         max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
 
     Raises:
-        UnreadableFile: if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if the image cannot be decoded completely or has too many pixels.
     """
     with _decoded(record, max_pixels) as decoded:
         return decoded
 
 
 def has_more_frames(record: dict) -> bool:
-    """Whether several frames or pages are stored, of which the first is the image.
+    """Whether a file has several frames or pages, of which only the first is used.
 
-    The views of a stereo camera count once.
+    The views of a stereo camera count as one.
     """
     with _named("image", record), without_pillow_limit(), _open(record) as stored:
         return stored.format != "MPO" and getattr(stored, "is_animated", False)
 
 
 def read_size(record: dict, max_pixels: int = MAX_PIXELS) -> tuple[int, int, int]:
-    """Width and height of an image when it is upright, and the orientation of its EXIF, 1 to 8.
+    """Returns the width and height of the upright image, and its EXIF orientation, 1 to 8.
 
-    Only the head is read, but for a TIFF that is turned, so that the rest may be damaged. The
-    arguments and errors are those of :func:`decode`; 0 is no limit for what is not decoded.
+    Only the header is read, except for a TIFF that is turned, so the rest may be damaged. The
+    arguments and errors are those of :func:`decode`, but 0 is the default limit for such a TIFF.
     """
     with _named("image", record), without_pillow_limit(), _open(record) as stored:
         orientation = _orientation(stored)
         if stored.format == "TIFF" and orientation != 1:
-            # Not every Pillow has turned its size before it is loaded.
+            # Not every Pillow version swaps its width and height before it is loaded.
             return *_load(stored, max_pixels or MAX_PIXELS)[0].size, orientation
         _check_pixels(stored, max_pixels)
         return *(stored.size[::-1] if orientation >= 5 else stored.size), orientation
@@ -231,8 +231,8 @@ def read_image(record: dict, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image; the arguments and errors are those of :func:`decode`.
 
     Returns:
-        It in RGB, 8 bits each, turned as its EXIF says. Transparency is dropped, and of 16 bits
-        the upper 8 are taken.
+        The upright RGB image, 8 bits per channel. Transparency is dropped, and 16-bit values are
+        reduced to their upper 8 bits.
     """
     with _decoded(record, max_pixels) as decoded:
         image = decoded.image
@@ -243,22 +243,22 @@ def read_pixels(record: dict, image_format: str, max_pixels: int = MAX_PIXELS) -
     """Decodes an image into an array, as Detectron2's ``read_image`` does.
 
     Args:
-        record: as for :func:`decode`, with the same errors.
+        record: see :func:`decode`; the errors are the same, too.
         image_format: INPUT.FORMAT: BGR, YUV-BT.601, or one of Pillow's modes.
         max_pixels: INPUT.MAX_PIXELS; 0 for no limit.
 
     Returns:
-        (H, W, C), upright; uint8, of YUV-BT.601 floats.
+        The upright image, (H, W, C), uint8; floats for YUV-BT.601.
     """
     with _decoded(record, max_pixels) as decoded:
         return convert_PIL_to_numpy(decoded.image, image_format)
 
 
 def read_labels(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes a label map of 8 bits, upright: uint8 (H, W), its values as they are.
+    """Decodes an upright label map of 8-bit grey values: uint8 (H, W), values unchanged.
 
     Raises:
-        UnreadableFile: if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if the label map cannot be decoded completely or has too many pixels.
     """
     record = {"file_name": path}
     with _named("label map", record), without_pillow_limit(), _open(record) as stored:
@@ -266,10 +266,10 @@ def read_labels(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def read_stored(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decodes an image as it is stored, such as a label map of 16 bits: (H, W) or (H, W, C).
+    """Decodes an image as stored, such as a 16-bit label map: (H, W) or (H, W, C).
 
     Raises:
-        UnreadableFile: if it cannot be decoded whole or has too many pixels.
+        UnreadableFile: if the image cannot be decoded completely or has too many pixels.
     """
     with (
         _named("label map", {"file_name": path}),

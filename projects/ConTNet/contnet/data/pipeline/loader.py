@@ -1,9 +1,9 @@
-"""The loader of training batches, an endless sequence that can be resumed.
+"""The loader of training batches: an endless sequence that can be resumed.
 
-The order of images (:mod:`contnet.data.pipeline.order`) is one for the whole run. An optimiser step
-takes the next SOLVER.IMS_PER_BATCH images of it, and deals them to the processes and to the passes
-of each. So which images a step has depends neither on the number of processes, passes or workers
-nor on their timing, and a run is resumed by the number of images seen.
+A run has one order of images (:mod:`contnet.data.pipeline.order`). Each optimiser step takes the
+next SOLVER.IMS_PER_BATCH images and distributes them to the processes and their passes. The images
+of a step therefore depend neither on the number of processes, passes or workers nor on their
+timing, and a run is resumed from the number of images seen.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class SeededDataset(Dataset):
     """Loads (seed, position, index) triples, each with its own random state.
 
     Args:
-        dicts: Detectron2's data set dicts; a list is serialised, records are so already.
-        mapper: makes a model input from one.
+        dicts: Detectron2's data set dicts; a list is serialised, :class:`Records` already are.
+        mapper: converts a data set dict to a model input.
     """
 
     def __init__(self, dicts: Sequence[dict], mapper: Callable[[dict], dict]):
@@ -78,14 +78,14 @@ class SeededDataset(Dataset):
 
 
 class TrainingBatchSampler(Sampler):
-    """Batches of (seed, position, index) for the passes of one process, without end.
+    """Yields batches of (seed, position, index) for the passes of one process, endlessly.
 
     Args:
-        order: of the images.
-        step_size: images of an optimiser step, over all processes and passes.
-        passes: of each process in a step.
-        rank: of this process.
-        world_size: number of processes; it divides ``step_size`` together with ``passes``.
+        order: order of the images.
+        step_size: images per optimiser step, over all processes and passes.
+        passes: passes of each process per step.
+        rank: rank of this process.
+        world_size: number of processes; ``world_size * passes`` divides ``step_size``.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class TrainingBatchSampler(Sampler):
     ):
         self.order = order
         self.step_size = step_size
-        self.start = 0  # images that the run has seen before the first step here
+        self.start = 0  # images that the run has seen before this sampler's first step
         self._size = step_size // (passes * world_size)
-        # Where a step's batches for this process begin.
+        # Where this process's batches begin within a step.
         self._places = range(rank * self._size, step_size, world_size * self._size)
 
     @property
     def seed(self) -> int:
-        """Of order and augmentation."""
+        """Seed of order and augmentation."""
         return self.order.seed
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
@@ -116,7 +116,7 @@ class TrainingBatchSampler(Sampler):
                 yield step[place : place + self._size]
 
     def images_seen(self, steps: int) -> int:
-        """Images that the run has seen after ``steps`` optimiser steps here."""
+        """Returns how many images the run has seen after ``steps`` more optimiser steps."""
         return self.start + steps * self.step_size
 
     def _order_state(self) -> dict:
@@ -128,13 +128,13 @@ class TrainingBatchSampler(Sampler):
         }
 
     def state_dict(self, steps: int) -> dict:
-        """The state from which a later run continues after ``steps`` optimiser steps here."""
+        """Returns the state from which a run resumes after ``steps`` more optimiser steps."""
         return {"seed": self.seed, "images_seen": self.images_seen(steps), **self._order_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues after the images that another run has seen; warns if the order differs."""
+        """Resumes after the images that another run has seen; warns if the order differs."""
         self.order = self.order.with_seed(state["seed"])
-        if "images_seen" not in state:  # of the first versions, which counted batches
+        if "images_seen" not in state:  # from the first versions, which counted batches
             batches = state["batches"] * state["batch_size"] * state["world_size"]
             self.start = state["start"] + batches
             reason = "the checkpoint's version ordered them differently"
@@ -145,16 +145,16 @@ class TrainingBatchSampler(Sampler):
             reason = ", ".join(f"{key} {state[key]} -> {here[key]}" for key in changed)
         if reason:
             logger.warning(
-                f"Resuming after {self.start} images, but their order is not that of the "
+                f"Resuming after {self.start} images, but their order differs from that of the "
                 f"interrupted run ({reason})"
             )
 
 
 def micro_batch_size(cfg: CfgNode, processes: int) -> int:
-    """Number of images per process and forward pass.
+    """Returns the number of images per process and forward pass.
 
     Raises:
-        UserError: if SOLVER.IMS_PER_BATCH does not divide over processes and passes.
+        UserError: if SOLVER.IMS_PER_BATCH is not a multiple of processes x passes.
     """
     parts = processes * cfg.SOLVER.GRAD_ACCUM_STEPS
     size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, parts)
@@ -168,7 +168,7 @@ def micro_batch_size(cfg: CfgNode, processes: int) -> int:
 
 
 def _is_landscape(dicts: Sequence[dict]) -> np.ndarray:
-    """Whether each image is wider than high, (N,)."""
+    """Returns whether each image is wider than tall, (N,)."""
     if isinstance(dicts, Records):
         sizes = dicts.sizes
     else:
@@ -177,7 +177,7 @@ def _is_landscape(dicts: Sequence[dict]) -> np.ndarray:
 
 
 def _repeat_factors(cfg: CfgNode, dicts: Sequence[dict]) -> np.ndarray | None:
-    """How often each image comes in an epoch, as DATALOADER.SAMPLER_TRAIN has it; None: once."""
+    """Returns how often each image occurs per epoch by DATALOADER.SAMPLER_TRAIN; None for once."""
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name == "TrainingSampler":
         return None
@@ -192,15 +192,15 @@ def _repeat_factors(cfg: CfgNode, dicts: Sequence[dict]) -> np.ndarray | None:
 
 
 def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
-    """The order in which a run sees its training images.
+    """Builds the order in which a run sees its training images.
 
     Args:
         cfg: DATALOADER is read.
         dicts: Detectron2's data set dicts.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
-        UserError: for an unknown sampler, and for records without what sampler or grouping need.
+        UserError: for an unknown sampler, or if records lack what the sampler or grouping needs.
     """
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     try:
@@ -215,7 +215,7 @@ def build_order(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> ImageOrder:
 
 
 def _tell_of_groups(size: int, group_size: int) -> None:
-    """Says if batches of ``size`` images are not one group each."""
+    """Logs if batches of ``size`` images are not one group each."""
     if group_size == 1 or size == group_size or not comm.is_main_process():
         return
     if size % group_size:
@@ -234,12 +234,12 @@ def _worker_failed(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 def init_worker(number: int) -> None:
-    """Has a worker not print that the training has ended while it fetched a batch.
+    """Keeps a worker from printing an error if training ends while it fetches a batch.
 
-    It also collects garbage, which the process that it was forked from may not.
+    It also enables garbage collection, which may be disabled in the process that forked it.
 
     Args:
-        number: of the worker, as a DataLoader tells its ``worker_init_fn``.
+        number: index of the worker, which a DataLoader passes to its ``worker_init_fn``.
     """
     sys.excepthook = _worker_failed
     gc.enable()
@@ -247,18 +247,18 @@ def init_worker(number: int) -> None:
 
 @contextlib.contextmanager
 def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
-    """Around the wait for a batch, in the main thread: a bound, and a word of the workers.
+    """Applies a timeout to the main thread's wait for a batch, and reports failed workers.
 
-    Around the start of the workers too, which go on when a signal reaches all processes.
+    It also encloses the start of the workers, which continue when a signal reaches all processes.
 
-    PyTorch's own time limit does not bound the handing over of a tensor by a stopped worker.
+    PyTorch's own timeout does not cover the transfer of a tensor from a stopped worker.
 
     Args:
         cfg: DATALOADER and MODEL.DEVICE are read.
 
     Raises:
-        UserError: after DATALOADER.TIMEOUT, if there are workers.
-        RuntimeError: if a worker has ended; PyTorch's, or one that reads like it.
+        UserError: after DATALOADER.TIMEOUT seconds, if there are workers.
+        RuntimeError: if a worker has exited; PyTorch's error, or one with a similar message.
     """
     seconds = cfg.DATALOADER.TIMEOUT if cfg.DATALOADER.NUM_WORKERS else 0
 
@@ -277,15 +277,15 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
             yield
     except UserError:
         if pins_memory(cfg):
-            # PyTorch will wait for the thread that pins, which may wait for a stopped worker.
+            # PyTorch waits for the pinning thread, which may wait for a stopped worker.
             end_children()
         raise
     except (ConnectionError, EOFError, RuntimeError) as error:
-        pinning = "Pin memory thread" in str(error)  # which receives the tensors for a GPU
+        pinning = "Pin memory thread" in str(error)  # the thread receives tensors for a GPU
         if isinstance(error, RuntimeError) and not pinning:
             raise
-        # It was killed as it handed a tensor over. PyTorch's handler raises an error that says how,
-        # once it hears of it.
+        # A worker was killed while it sent a tensor. PyTorch's signal handler raises an error with
+        # the cause as soon as it is notified.
         time.sleep(1)
         if pinning:
             raise
@@ -294,30 +294,30 @@ def waiting_for_batch(cfg: CfgNode) -> Iterator[None]:
         if seconds:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        if left:  # of whoever has set it before
+        if left:  # of a timer that was set before
             left -= time.monotonic() - start
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval)
 
 
 def build_collator(cfg: CfgNode) -> Callable[[list[dict]], Sequence[dict]]:
-    """Builds the function that collates inputs in a worker: one image tensor for a classifier."""
+    """Returns the function that collates inputs in a worker; one image tensor for a classifier."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return collate_images
     return trivial_batch_collator
 
 
 def pins_memory(cfg: CfgNode) -> bool:
-    """Whether batches are pinned, so a GPU copies them while the main thread continues."""
+    """Whether batches are pinned, so that a GPU copies them while the main thread continues."""
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
 def to_device(batch: Sequence[dict], device: str) -> Sequence[dict]:
-    """The batch with its images and label maps on a device; waits for no copy.
+    """Moves a batch's images and label maps to a device, without waiting for the copies.
 
-    Instances stay for Detectron2's models to move: their boxes know no copy without waiting.
+    Instances are left to Detectron2's models, because their boxes cannot be copied asynchronously.
 
     Args:
-        batch: of the loader. An :class:`ImageBatch` is left to the model, which copies it whole.
+        batch: batch of the loader. An :class:`ImageBatch` is returned as is; the model copies it.
         device: MODEL.DEVICE.
     """
     if isinstance(batch, ImageBatch):
@@ -330,16 +330,17 @@ def to_device(batch: Sequence[dict], device: str) -> Sequence[dict]:
 
 
 def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLoader:
-    """The loader of this rank's training batches; its ``batch_sampler`` can be resumed.
+    """Builds the loader of this rank's training batches; its ``batch_sampler`` can be resumed.
 
     Args:
         cfg: MODEL.META_ARCHITECTURE, MODEL.DEVICE, SOLVER.IMS_PER_BATCH, SOLVER.GRAD_ACCUM_STEPS,
             DATALOADER and INPUT are read.
         dicts: Detectron2's data set dicts.
-        seed: of order and augmentation, the same on all ranks.
+        seed: seed of order and augmentation, the same on all ranks.
 
     Raises:
-        UserError: if the batch does not divide over the processes, or for an unknown sampler.
+        UserError: if the batch does not divide over processes and passes, or for an unknown
+            sampler.
     """
     rank, world_size = comm.get_rank(), comm.get_world_size()
     size = micro_batch_size(cfg, world_size)
@@ -356,6 +357,6 @@ def build_train_loader(cfg: CfgNode, dicts: Sequence[dict], seed: int) -> DataLo
         collate_fn=build_collator(cfg),
         pin_memory=pins_memory(cfg),
         worker_init_fn=init_worker,
-        # Its own generator: starting workers must not draw from the training's random state.
+        # Its own generator, because starting workers must not change the training's random state.
         generator=torch.Generator(),
     )

@@ -1,11 +1,11 @@
-"""Mappers: from a data set dict to a model input.
+"""Mappers convert a data set dict to a model input.
 
-:class:`Mapper` is Detectron2's with images that are read by us, for evaluation. :class:`FastMapper`
-does the same for training, with less work. Augmentations, their random draws and annotations are
-Detectron2's own. Images are kept as planes
-from the start, as the model takes them, and PyTorch resizes them: with Pillow's filter in a third
-of its time, and here and there rounded to the next level. Boxes and polygons of an image are
-transformed together, without a copy of all annotations before.
+:class:`Mapper`, for evaluation, is Detectron2's with the project's image reader.
+:class:`FastMapper` does the same for training in less time. Augmentations, their random draws and
+annotations are Detectron2's. Images are stored as planes from the start, as the model takes them,
+and PyTorch resizes them with Pillow's filter in a third of Pillow's time; a few values are rounded
+to the next level. Boxes and polygons of an image are transformed together, without first copying
+all annotations.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ __all__ = ["ClassificationMapper", "FastMapper", "Mapper", "NamedErrors", "build
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, smoothed where it shrinks; uint8 (H, W, 3) to (height, width, 3)."""
+    """Resizes with antialiased bilinear interpolation, uint8 (H, W, 3) to (height, width, 3)."""
     planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     planes = functional.interpolate(planes[None], (height, width), mode="bilinear", antialias=True)
     return planes[0].contiguous().numpy().transpose(1, 2, 0)
 
 
 def _flip(image: np.ndarray) -> np.ndarray:
-    """Left to right."""
+    """Flips an image horizontally."""
     planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return planes.flip(2).numpy().transpose(1, 2, 0)
 
 
 class _PlanarInput(T.AugInput):
-    """An image (H, W, C) whose memory holds planes, and a label map, if there is one."""
+    """An image (H, W, C) that is stored as planes, and a label map if there is one."""
 
     def transform(self, transform: T.Transform) -> None:
-        """Applies one transform to both; the usual ones in a quicker way."""
+        """Applies a transform to both, with faster code for the usual transforms."""
         image = self.image
         colours = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         if colours and type(transform) is T.ResizeTransform and transform.interp == Image.BILINEAR:
@@ -76,13 +76,13 @@ class _PlanarInput(T.AugInput):
 
 
 def _as_floats(boxes: object) -> np.ndarray:
-    """Boxes as they are, or as floats if they are whole numbers."""
+    """Returns boxes as an array; integers become floats."""
     boxes = np.asarray(boxes)
     return boxes if boxes.dtype.kind == "f" else boxes.astype(float)
 
 
 def _own_arrays(annotation: dict) -> dict:
-    """A copy whose coordinates may be transformed in place, and are not cut to whole numbers."""
+    """Returns a copy whose coordinates are floats and can be transformed in place."""
     copy = {**annotation, "bbox": [float(number) for number in annotation["bbox"]]}
     if isinstance(copy.get("segmentation"), list):
         copy["segmentation"] = [np.array(polygon, float) for polygon in copy["segmentation"]]
@@ -94,11 +94,11 @@ def _own_arrays(annotation: dict) -> dict:
 def _transform_boxes(
     annotations: Sequence[dict], transforms: T.TransformList, shape: tuple[int, int]
 ) -> Boxes:
-    """Boxes in the transformed image of ``shape`` (height, width), all at once."""
-    # As floats: Detectron2 cuts what it transforms to whole numbers if it was given in such.
+    """Transforms all boxes and clips them to the new image of ``shape`` (height, width)."""
+    # As floats, because Detectron2 would truncate the results for integer coordinates.
     if all(each["bbox_mode"] == BoxMode.XYWH_ABS for each in annotations):
         boxes = np.array([each["bbox"] for each in annotations], float)
-        # Detectron2 takes the sums in single precision.
+        # Detectron2 computes the sums in single precision.
         boxes = boxes.astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]
         boxes = transforms.apply_box(boxes.astype(float))
@@ -114,7 +114,7 @@ def _transform_boxes(
 def _transform_polygons(
     annotations: Sequence[dict], transforms: T.TransformList
 ) -> list[list[np.ndarray]]:
-    """Polygons of each object as flat arrays; all points at once, if each moves by itself."""
+    """Transforms polygons to flat arrays, all points together if each point moves independently."""
     shapes = [[np.array(points, float) for points in each["segmentation"]] for each in annotations]
     every = [polygon for polygons in shapes for polygon in polygons]
     apart = all(type(t).apply_polygons is T.Transform.apply_polygons for t in transforms.transforms)
@@ -128,14 +128,14 @@ def _transform_polygons(
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``: the same config, augmentations and result.
+    """Detectron2's ``DatasetMapper``, with the same config, augmentations and result.
 
-    Images are read by :mod:`contnet.data.pipeline.images`, and at least one pixel is left of them.
-    Whole numbers are coordinates like any; Detectron2 would cut what it makes of them.
+    Images are read by :mod:`contnet.data.pipeline.images` and keep at least one pixel. Integer
+    coordinates are treated like floats; Detectron2 would truncate the transformed ones.
 
     Args:
         max_pixels: INPUT.MAX_PIXELS.
-        **kwargs: of Detectron2's mapper.
+        **kwargs: arguments of Detectron2's mapper.
     """
 
     aug_input: type[T.AugInput] = T.AugInput
@@ -152,13 +152,13 @@ class Mapper(DatasetMapper):
         return {**arguments, "max_pixels": cfg.INPUT.MAX_PIXELS}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """A model input: the record with ``image``, uint8 (C, H, W), and what belongs to it.
+        """Returns the model input: the record with ``image`` (C, H, W) and its ground truth.
 
         Args:
-            dataset_dict: a record of a data set, which stays as it is.
+            dataset_dict: record of a data set, which is not modified.
 
         Raises:
-            SizeMismatchError: if the image has another size than the record says.
+            SizeMismatchError: if the image's size differs from the record's.
             UnreadableFile: if a file cannot be read.
         """
         record = dict(dataset_dict)
@@ -195,7 +195,7 @@ class Mapper(DatasetMapper):
 
 
 class FastMapper(Mapper):
-    """The same for training, by less work: pixels within one level, all else to the bit."""
+    """A faster mapper for training: pixels differ by one level at most, the rest is identical."""
 
     aug_input = _PlanarInput
 
@@ -219,13 +219,13 @@ class FastMapper(Mapper):
         dataset_dict["instances"] = detection_utils.filter_empty_instances(instances)
 
     def _has_polygons(self, annotations: Sequence[dict]) -> bool:
-        """Whether masks are wanted as polygons and all are given as such."""
+        """Whether masks are wanted as polygons and all are given as polygons."""
         shapes = [each.get("segmentation") for each in annotations]
         return self.instance_mask_format == "polygon" and all(isinstance(s, list) for s in shapes)
 
 
 def _describe(error: Exception) -> str:
-    """What an error is; of one that no damaged file explains, also where it comes from."""
+    """Describes an error, with where it was raised unless a damaged file explains it."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SizeMismatchError):
         return what
@@ -234,21 +234,22 @@ def _describe(error: Exception) -> str:
 
 
 class NamedErrors:
-    """A mapper that names the image that it cannot load.
+    """Wraps a mapper so that its errors name the image.
 
     Args:
-        mapper: makes a model input of a record.
+        mapper: converts a record to a model input.
     """
 
     def __init__(self, mapper: Callable[[dict], dict]):
         self.mapper = mapper
 
     def __call__(self, record: dict) -> dict:
-        """What the mapper makes.
+        """Returns the mapper's model input.
 
         Raises:
-            UserError: naming the image, whatever goes wrong: damaged or missing files, another size
-                than the record says, annotations that no augmentation can take.
+            UserError: if the image cannot be loaded: a damaged or missing file, another size than
+                the record's, annotations that no augmentation can handle. Only running out of
+                memory keeps its own error.
         """
         try:
             return self.mapper(record)
@@ -256,9 +257,9 @@ class NamedErrors:
             raise UserError(
                 f"{error}: run python tools/doctor.py with this config for a full list"
             ) from error
-        except UserError:  # of a user's own mapper
+        except UserError:  # from a user's own mapper
             raise
-        except Exception as error:  # in a worker process its traceback would not tell the image
+        except Exception as error:  # in a worker process, its traceback would not name the image
             if out_of_memory(error):  # which is not the image's fault
                 raise
             raise UserError(
@@ -268,11 +269,11 @@ class NamedErrors:
 
 
 class ClassificationMapper:
-    """Makes an input of ImageClassifier from a record of a classification data set.
+    """Converts a record of a classification data set to an input of ImageClassifier.
 
     Args:
         cfg: INPUT is read.
-        is_train: with augmentation.
+        is_train: whether to augment the image.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool):
@@ -282,12 +283,12 @@ class ClassificationMapper:
     def __call__(self, record: dict) -> dict:
         """Returns the record with ``image``, uint8 (3, H, W), RGB."""
         image = read_image(record, self.max_pixels)
-        with without_pillow_limit():  # Pillow asks again when it crops
+        with without_pillow_limit():  # Pillow checks its limit again when it crops
             return {**record, "image": torch.as_tensor(self.transform(image))}
 
 
 def build_train_mapper(cfg: CfgNode) -> FastMapper | ClassificationMapper:
-    """The mapper from a data set dict to a model input, with the model's augmentation."""
+    """Builds the training mapper for the config's model, with its augmentation."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=True)
     if cfg.MODEL.META_ARCHITECTURE in SEGMENTORS:

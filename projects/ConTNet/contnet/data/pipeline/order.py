@@ -1,10 +1,10 @@
-"""The order of training images: one endless sequence for the whole run, computed from any place on.
+"""The order of training images: one endless sequence per run, computable from any position.
 
-In each epoch every image comes once, or as often as its repeat factor says. Landscape and portrait
-images form a sequence each, which is cut into groups of one size; an epoch's groups are those that
-become full in it, shuffled. A group may take its first images from earlier epochs, so no image is
-left out. How many groups there are before an epoch follows from numbers of images alone, so that
-nothing is replayed.
+In each epoch, every image occurs once, or as often as its repeat factor says. Landscape and
+portrait images form a sequence each, which is cut into groups of equal size. An epoch consists of
+the groups that become full in it, shuffled. A group may begin with images of earlier epochs, so no
+image is left out. The number of groups before an epoch depends only on numbers of images, so
+resuming does not replay anything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["ImageOrder"]
 
-# What random numbers are for, beside the shuffling of streams 0 and 1.
+# Keys of random generators, besides those of streams 0 and 1.
 _GROUPS, _OFFSETS = 100, 101
 
 
@@ -27,13 +27,13 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 
 class _Stream:
-    """The endless sequence of the images of one aspect.
+    """The endless sequence of the images of one orientation.
 
     Args:
-        images: their numbers, rising.
-        repeats: how often each comes in an epoch on average; None: once.
-        seed: of the run.
-        number: of the stream.
+        images: indices of the images, ascending.
+        repeats: how often each image occurs per epoch on average; None for once.
+        seed: seed of the run.
+        number: index of the stream.
     """
 
     def __init__(self, images: np.ndarray, repeats: np.ndarray | None, seed: int, number: int):
@@ -46,18 +46,18 @@ class _Stream:
         self._number = number
 
     def _times_before(self, epoch: int) -> np.ndarray:
-        """How often each image has come before an epoch, if some are repeated."""
-        # In each epoch the factor is rounded down or up, so that the sum never is off by 1.
+        """Returns how often each image has occurred before an epoch, if images are repeated."""
+        # The factor is rounded down or up in each epoch, so that the sum is off by less than 1.
         return np.floor(epoch * self._repeats + self._offsets)
 
     def count_before(self, epoch: int) -> int:
-        """Length of the sequence before an epoch."""
+        """Returns the length of the sequence before an epoch."""
         if self._repeats is None:
             return epoch * len(self._images)
         return int(self._times_before(epoch).sum())
 
     def draw(self, epoch: int) -> np.ndarray:
-        """The part of an epoch."""
+        """Returns the images of an epoch, shuffled."""
         images = self._images
         if self._repeats is not None:
             times = self._times_before(epoch + 1) - self._times_before(epoch)
@@ -65,7 +65,7 @@ class _Stream:
         return _generator(self._seed, self._number, epoch).permutation(images)
 
     def last_before(self, epoch: int, count: int) -> np.ndarray:
-        """The last images before an epoch; at most as many as there are."""
+        """Returns the last ``count`` images before an epoch, which must exist."""
         parts = [self._images[:0]]
         while count > 0:
             epoch -= 1
@@ -75,15 +75,15 @@ class _Stream:
 
 
 class ImageOrder:
-    """An endless sequence of images, a pure function of these arguments.
+    """An endless sequence of images that depends only on these arguments.
 
     Args:
-        images: how many there are.
-        seed: of the run.
-        group_size: images in a group.
-        landscape: whether each image is wider than high, (N,); None: groups may mix them.
-        repeats: how often each image comes in an epoch on average, at least once, (N,); None: all
-            come once.
+        images: number of images.
+        seed: seed of the run.
+        group_size: images per group.
+        landscape: whether each image is wider than tall, (N,); None for no groups.
+        repeats: how often each image occurs per epoch on average, at least once, (N,); None for
+            once.
     """
 
     def __init__(
@@ -109,21 +109,21 @@ class ImageOrder:
         ]
 
     def with_seed(self, seed: int) -> ImageOrder:
-        """The order of the same images under another seed."""
+        """Returns the order of the same images for another seed."""
         return ImageOrder(self.images, seed, self.group_size, self._landscape, self._repeats)
 
     @property
     def images_per_epoch(self) -> float:
-        """How many images an epoch has, on average where some are repeated."""
+        """Number of images per epoch, on average if some are repeated."""
         return self.images if self._repeats is None else math.fsum(self._repeats)
 
     def _groups_before(self, epoch: int) -> int:
         return sum(stream.count_before(epoch) // self.group_size for stream in self._streams)
 
     def _epoch_of(self, group: int) -> int:
-        """The epoch in which a group becomes full."""
+        """Returns the epoch in which a group becomes full."""
         size, length = self.group_size, self.images_per_epoch
-        # A sum of rounded factors differs by less than 1 an image; a stream may carry a group.
+        # A sum of rounded factors is off by less than 1 per image; a stream may carry over a group.
         slack = self.images + (len(self._streams) + 1) * size
         first = max(0, math.floor((group * size - slack) / length))
         last = math.ceil((group * size + slack) / length) + 1
@@ -131,11 +131,11 @@ class ImageOrder:
         return first + bisect.bisect_right(epochs, group, key=self._groups_before) - 1
 
     def _draw(self, epoch: int, carried: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The images of the groups that become full in an epoch, and those that wait for more.
+        """Returns the images of the groups that become full in an epoch, and those carried over.
 
         Args:
-            epoch: its number.
-            carried: of each stream, those that wait when it begins.
+            epoch: number of the epoch.
+            carried: the images that each stream carries over into the epoch.
         """
         groups, waiting = [], []
         for stream, before in zip(self._streams, carried, strict=True):
@@ -143,17 +143,17 @@ class ImageOrder:
             full = len(images) // self.group_size * self.group_size
             groups.append(images[:full].reshape(-1, self.group_size))
             waiting.append(images[full:])
-        if len(groups) == 1:  # which is shuffled
+        if len(groups) == 1:  # one stream, already shuffled
             return groups[0].ravel(), waiting
         groups = np.concatenate(groups)
         order = _generator(self.seed, _GROUPS, epoch).permutation(len(groups))
         return groups[order].ravel(), waiting
 
     def images_from(self, position: int) -> Iterator[int]:
-        """The numbers of the images from a position on, without end.
+        """Yields the indices of the images from a position on, endlessly.
 
         Args:
-            position: in the sequence, from 0.
+            position: position in the sequence, from 0.
         """
         epoch = self._epoch_of(position // self.group_size)
         skip = position - self._groups_before(epoch) * self.group_size

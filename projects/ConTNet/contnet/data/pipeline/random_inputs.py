@@ -1,4 +1,4 @@
-"""Random images with random truth, as a model's inputs where there is no data set."""
+"""Random images with random ground truth, as a model's inputs if there is no data set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contnet.data.datasets.classes import CLASS_KEYS, IMAGE_LABELS
 
 __all__ = ["random_inputs"]
 
-_OBJECTS = 7  # of an image, COCO's mean
-_LEAST_SIDE = 0.02  # of a box, by the image's side
+_OBJECTS = 7  # per image, the mean of COCO
+_LEAST_SIDE = 0.02  # of a box, relative to the image's side
 
 
 def _random_objects(cfg: CfgNode, size: tuple[int, int], classes: int) -> Instances:
-    """Boxes; where there are masks, they are the whole boxes."""
+    """Returns random boxes; if there are masks, they cover the boxes."""
     height, width = size
     sides = torch.tensor([width, height, width, height])
     corners, extents = torch.rand(_OBJECTS, 2) * 0.7, torch.rand(_OBJECTS, 2) * 0.3
@@ -36,7 +36,7 @@ def _random_objects(cfg: CfgNode, size: tuple[int, int], classes: int) -> Instan
 
 
 def _truths(cfg: CfgNode, size: tuple[int, int]) -> Iterator[tuple[str, Instances | Tensor | int]]:
-    """What training needs beside an image, by name."""
+    """Yields the ground truth that training needs besides an image, by name."""
     for kind, key in CLASS_KEYS[cfg.MODEL.META_ARCHITECTURE].items():
         classes = get_value(cfg, key)
         if kind == "objects":
@@ -48,17 +48,17 @@ def _truths(cfg: CfgNode, size: tuple[int, int]) -> Iterator[tuple[str, Instance
 
 
 def random_inputs(cfg: CfgNode, number: int, size: tuple[int, int], seed: int = 0) -> list[dict]:
-    """Inputs that the config's model trains on and predicts from.
+    """Returns inputs for training and prediction with the config's model.
 
     Args:
-        cfg: of a model of ``CLASS_KEYS``; says what truth there is, and of how many classes.
-        number: of images.
+        cfg: config of a model in ``CLASS_KEYS``; determines the ground truth and its classes.
+        number: number of images.
         size: height and width in pixels.
-        seed: of images and truth.
+        seed: seed of images and ground truth.
 
     Returns:
-        For each image Detectron2's dict: ``image`` (uint8, channels x H x W), its ``height`` and
-        ``width``, and the truth.
+        Detectron2's dict for each image: ``image`` (uint8, channels x H x W), its ``height`` and
+        ``width``, and the ground truth.
     """
     height, width = size
     channels = len(cfg.MODEL.PIXEL_MEAN)

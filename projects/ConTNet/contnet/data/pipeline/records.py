@@ -1,9 +1,9 @@
-"""A file of data set records that processes share: written once, then mapped into memory.
+"""A file of data set records that processes share: written once, then memory-mapped.
 
-The records come first, each packed by msgspec, then tables of numbers, then a header, and at the
-end the header's place and a SHA-256 of all that precedes it. What MessagePack has no type for is of
-an extension type, so that a record comes back with the very same values and types; reading runs no
-code.
+The records come first, each packed by msgspec, followed by tables of numbers, a header, and at the
+end the header's position and a SHA-256 of everything before it. What MessagePack has no type for is
+stored as an extension type, so that a record is restored with the same values and types. Reading
+does not execute code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from contnet.utils.files import atomic_write
 __all__ = ["RecordFile", "Records", "write_records"]
 
 _MAGIC = b"records of contnet\n\0\0\0\0\0"
-_END = struct.Struct("<Q32s")  # where the header starts; digest
+_END = struct.Struct("<Q32s")  # position of the header; digest
 _FLOAT = np.dtype("<f8")
 _COUNT = np.dtype("<i8")
 _BYTE = np.dtype("u1")
@@ -43,12 +43,12 @@ _PLAIN = {str, bytes, int, float, bool, type(None)}
 
 
 def _extend(value: object) -> object:
-    """A value in which lists of floats, and what MessagePack has no type for, are extensions."""
+    """Replaces lists of floats, and what MessagePack has no type for, by extensions."""
     kind = type(value)
     if kind is dict:
         return {key: _extend(each) for key, each in value.items()}
     if kind is list:
-        if value and {float}.issuperset(map(type, value)):  # polygons, which are most of it
+        if value and {float}.issuperset(map(type, value)):  # polygons, most of the data
             return msgpack.Ext(_FLOATS, np.asarray(value, _FLOAT).tobytes())
         return [_extend(each) for each in value]
     if kind is tuple:
@@ -60,15 +60,15 @@ def _extend(value: object) -> object:
     if kind is str and not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError:  # a file's name that is no text
+        except UnicodeEncodeError:  # a file name that is not valid Unicode
             return msgpack.Ext(_NO_UNICODE, value.encode(errors="surrogatepass"))
-    if kind not in _PLAIN:  # msgspec would make a list of a set, a number of an enumeration
+    if kind not in _PLAIN:  # msgspec would encode a set as a list and an enum as a number
         raise TypeError(f"a {kind.__name__} cannot be cached")
     return value
 
 
 def _restore(code: int, data: memoryview) -> object:
-    """What :func:`_extend` has put into an extension type."""
+    """Restores a value from an extension of :func:`_extend`."""
     if code == _FLOATS:
         return np.frombuffer(data, _FLOAT).tolist()
     if code == _TUPLE:
@@ -81,7 +81,7 @@ def _restore(code: int, data: memoryview) -> object:
 
 
 def _pack(value: object) -> bytes:
-    """A value of JSON's types, or bytes, a tuple or a box mode, as MessagePack.
+    """Packs a value of JSON's types, bytes, a tuple or a box mode as MessagePack.
 
     Raises:
         TypeError: for any other type.
@@ -93,7 +93,7 @@ _unpack = msgpack.Decoder(ext_hook=_restore).decode
 
 
 def _is_usable(record: dict) -> bool:
-    """Whether Detectron2 keeps an image where it leaves out those without annotations."""
+    """Whether Detectron2 keeps an image when it filters those without annotations."""
     items = record.get("annotations")
     return items is None or any(item.get("iscrowd", 0) == 0 for item in items)
 
@@ -102,7 +102,7 @@ def _is_usable(record: dict) -> bool:
 
 
 class _Hashed:
-    """Writes to a file, and digests and counts what it writes."""
+    """Writes to a file, and hashes and counts what it writes."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -115,7 +115,7 @@ class _Hashed:
         self.position += len(data)
 
     def write_table(self, table: np.ndarray) -> list:
-        """Writes a table at a multiple of 8 bytes; returns its place and shape."""
+        """Writes a table at a multiple of 8 bytes; returns its position and shape."""
         self.write(bytes(-self.position % 8))
         place = self.position
         self.write(table.tobytes())
@@ -131,17 +131,17 @@ class _Hashed:
 def write_records(
     path: Path, records: Iterable[dict], facts: dict, names: Sequence[str] = ()
 ) -> None:
-    """Writes records of Detectron2's form into a file, which is whole or not there.
+    """Writes records in Detectron2's format to a file, atomically.
 
     Args:
-        path: of the file.
-        records: with ``width`` and ``height``; each is needed only until the next one.
-        facts: what else to keep, little.
-        names: a long list of texts to keep.
+        path: path of the file.
+        records: data set dicts with ``width`` and ``height``; each is needed only until the next.
+        facts: small additional data to store.
+        names: a long list of strings to store.
 
     Raises:
-        OSError: if it cannot be written.
-        TypeError: for a value that cannot be packed.
+        OSError: if the file cannot be written.
+        TypeError: if a value cannot be packed.
         ValueError: if there are no records.
     """
     starts, sizes, usable = [], [], []
@@ -167,23 +167,23 @@ def write_records(
 
 
 class RecordFile(Sequence):
-    """The records of a file, read as they are asked for; pickled as its path.
+    """The records of a file, read on access; pickled as the file's path.
 
-    The file is locked, shared by all that have it open, as long as this object lives.
+    The file stays locked, shared by all that have it open, as long as this object exists.
 
     Args:
-        path: of a file that is whole.
+        path: path of a complete file.
 
     Attributes:
-        facts: as given to :func:`write_records`.
-        sizes: (width, height) of each record's image, (N, 2).
-        usable: numbers of the records that have an object that is no crowd.
+        facts: see :func:`write_records`.
+        sizes: width and height of each record's image, (N, 2).
+        usable: indices of the records that remain when images without objects are filtered out.
     """
 
     def __init__(self, path: str | Path):
         self.path = os.fspath(path)
         with open_private(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the map goes on to hold it
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the memory map keeps the lock
             self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         end = len(self._view) - _END.size
         place, _ = _END.unpack_from(self._view, end)
@@ -201,15 +201,15 @@ class RecordFile(Sequence):
 
     @property
     def names(self) -> list[str]:
-        """As given to :func:`write_records`; a new list each time."""
+        """The names that :func:`write_records` was given; a new list each time."""
         return _unpack(self._names)
 
     @classmethod
     def open_whole(cls, path: str | Path) -> RecordFile | None:
-        """The file, if every byte of it is as it was written.
+        """Opens a file if its digest matches its content, otherwise returns None.
 
         Raises:
-            OSError: if there is none, it is not this user's, or another process removes it.
+            OSError: if the file does not exist, is not this user's, or is being removed.
         """
         with open_private(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -233,14 +233,14 @@ class RecordFile(Sequence):
 
 
 class Records(Sequence):
-    """The records of one or several files, one after another, as Detectron2's loaders take them.
+    """The records of one or several files, one after another, for Detectron2's loaders.
 
-    Nothing of them is in this process's own memory, so processes that have the same files open
-    share them. A record is a new dict each time.
+    The records are not in this process's own memory, so processes that open the same files share
+    them. Every access returns a new dict.
 
     Args:
-        files: in order.
-        usable: leave out images without objects, or with crowds alone.
+        files: the files, in order.
+        usable: whether to leave out images that have no objects, or only crowds.
     """
 
     def __init__(self, files: Sequence[RecordFile], usable: bool):
@@ -252,7 +252,7 @@ class Records(Sequence):
         return len(file.usable if self._usable else file)
 
     def _find(self, index: int) -> tuple[RecordFile, int]:
-        """The file of a record, and its number there."""
+        """Returns the file of a record, and the record's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect.bisect_right(self._ends, index)
@@ -271,7 +271,7 @@ class Records(Sequence):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Width and height of each record's image, in pixels, (N, 2)."""
+        """Width and height of each record's image in pixels, (N, 2)."""
         return np.concatenate(
             [file.sizes[file.usable] if self._usable else file.sizes for file in self.files]
         )

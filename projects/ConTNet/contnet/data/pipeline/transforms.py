@@ -1,4 +1,4 @@
-"""Transforms of images before the network sees them: timm's and Detectron2's, by the config."""
+"""Transforms of input images: timm's for classification, Detectron2's for segmentation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from contnet.modeling.thin_images import keep_a_pixel
 
 __all__ = ["LONGEST", "build_classification_transform", "build_segmentation_augmentation"]
 
-# Times as long as wide that an image may be, when it is classified, before its ends are cut off.
+# Largest ratio of an image's sides in classification; the ends of longer images are cut off.
 LONGEST = 16
 
 
 def build_segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
-    """Detectron2's augmentation, with the crop after the resize and no crop of a single class."""
+    """Builds Detectron2's augmentation; after the resize, a crop that limits any single class."""
     augmentations = detection_utils.build_augmentation(cfg, is_train=True)
     crop = cfg.INPUT.CROP
     if crop.ENABLED:
-        # Detectron2's resize comes first, its flips after it.
+        # Detectron2 puts the resize first and the flips after it.
         augmentations.insert(
             1,
             T.RandomCrop_CategoryAreaConstraint(
@@ -40,9 +40,9 @@ def build_segmentation_augmentation(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 def _cut_ends(image: Image.Image) -> Image.Image:
-    """The middle of a very long image, which is all that a centre crop shows of it.
+    """Crops a very long image to its middle, which is all that a centre crop shows of it.
 
-    Otherwise resizing its short side would make it gigabytes long.
+    Otherwise, resizing its short side would make the image gigabytes large.
     """
     longest = LONGEST * min(image.size)
     if max(image.size) <= longest:
@@ -51,7 +51,7 @@ def _cut_ends(image: Image.Image) -> Image.Image:
 
 
 class _RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, with crops of at least one pixel."""
+    """timm's random resized crop, with crops of at least one pixel."""
 
     @staticmethod
     def get_params(img: Image.Image, scale: tuple, ratio: tuple) -> tuple[int, int, int, int]:
@@ -61,7 +61,7 @@ class _RandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _keep_a_pixel(transform: object) -> object:
-    """Replaces timm's crop by the one above."""
+    """Replaces timm's random resized crop by the one above."""
     if type(transform) is not RandomResizedCropAndInterpolation:
         return transform
     crop = _RandomResizedCrop(transform.size, transform.scale, transform.ratio)
@@ -70,14 +70,14 @@ def _keep_a_pixel(transform: object) -> object:
 
 
 def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Image.Image], object]:
-    """timm's augmentation for training, or a resize and a centre crop for testing.
+    """Builds timm's augmentation for training, or a resize and a centre crop for testing.
 
     Args:
         cfg: INPUT.CLASSIFIER, INPUT.RANDOM_FLIP and the pixel statistics are read.
-        is_train: which of the two.
+        is_train: whether to build the training transform.
 
     Returns:
-        A function from an RGB image to uint8 (3, H, W).
+        A function from an RGB image to a uint8 tensor (3, H, W).
     """
     node = cfg.INPUT.CLASSIFIER
     if not is_train:
@@ -93,9 +93,9 @@ def build_classification_transform(cfg: CfgNode, is_train: bool) -> Callable[[Im
         color_jitter=node.COLOR_JITTER or None,
         auto_augment=node.AUTO_AUGMENT or None,
         interpolation=node.INTERPOLATION,
-        # What some of the policies fill borders with.
+        # Some of the policies fill borders with it.
         mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
-        # Leaves normalisation, and erasing after it, to the model.
+        # The model does the normalisation, and the erasing after it.
         use_prefetcher=True,
     )
     transform.transforms = [_keep_a_pixel(each) for each in transform.transforms]

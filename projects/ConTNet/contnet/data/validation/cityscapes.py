@@ -1,6 +1,6 @@
-"""What can be wrong with a data set in Cityscapes' layout.
+"""Checks a data set in Cityscapes' layout.
 
-:func:`check_layout` looks at folders and polygon files, :func:`inspect_images` at the pixels of one
+:func:`check_layout` checks folders and polygon files, :func:`inspect_images` the pixels of one
 image and its label files.
 """
 
@@ -32,7 +32,7 @@ _COUNTS = {"train": 2975, "val": 500, "test": 1525}
 _SIZE = (2048, 1024)
 _PREPARE = "run python tools/prepare_cityscapes.py"
 _COPY = "copy gtFine again"
-# Preparation keeps files that are there.
+# tools/prepare_cityscapes.py keeps existing files.
 _REMAKE = f"remove them, then {_PREPARE}"
 
 _LABELS = {number for number in id2label if number >= 0}
@@ -59,12 +59,12 @@ def check_layout(
     """Checks that every image has its files and that the polygons can be used.
 
     Args:
-        image_dir: ``leftImg8bit/SPLIT``; it and the next exist.
-        gt_dir: ``gtFine/SPLIT``.
+        image_dir: ``leftImg8bit/SPLIT``, which exists.
+        gt_dir: ``gtFine/SPLIT``, which exists if ``truth``.
         kind: a key of ``GT_FILES``.
-        findings: gets what is found.
-        trained: the split is one of DATASETS.TRAIN.
-        truth: its objects are published; otherwise label files do not matter.
+        findings: receives what is found.
+        trained: whether the split is in DATASETS.TRAIN.
+        truth: whether its objects are published; otherwise label files are not checked.
         filtered: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
     scenes = find_scenes(image_dir, gt_dir, kind)
@@ -100,7 +100,7 @@ def check_layout(
 
 
 def _check_strays(image_dir: str, findings: Findings) -> None:
-    """Looks for what Detectron2 would take for an image."""
+    """Checks for files that Detectron2 would treat as images."""
     for city in sorted(Path(image_dir).glob("*")):
         files = file_names(city)
         for path in sorted(city.iterdir()) if city.is_dir() else [city]:
@@ -129,7 +129,7 @@ def _read_polygons(file: Path) -> dict | None:
 
 
 def _check_polygons(scene: Scene, findings: Findings) -> list[str]:
-    """Checks the polygons of an image; their labels."""
+    """Checks the polygons of an image; returns their labels."""
     file = scene.labels["polygons.json"]
     content = _read_polygons(file)
     if content is None:
@@ -148,7 +148,7 @@ def _check_polygons(scene: Scene, findings: Findings) -> list[str]:
 def _check_objects(
     labels: list[list[str]], trained: bool, filtered: bool, findings: Findings
 ) -> None:
-    """Counts the objects of the classes that have such, by the labels of each image."""
+    """Counts the objects of classes with instances, from the labels of each image."""
     counts = Counter(label for of_image in labels for label in of_image if label in _THINGS)
     findings.fact(plural(counts.total(), "object"))
     if trained:
@@ -162,7 +162,7 @@ def _check_objects(
 
 
 def _count_left_out(labels: list[list[str]], filtered: bool, findings: Findings) -> None:
-    """Counts groups, which Cityscapes marks so, and images without objects."""
+    """Counts groups, which are Cityscapes' crowds, and images without objects."""
     left_out = LeftOut()
     for image, of_image in enumerate(labels):
         for label in of_image:
@@ -199,7 +199,7 @@ def _is_polygon(polygon: object) -> bool:
 
 
 def _wrong_values(end: str, values: np.ndarray) -> list[int]:
-    """Values that a label file of a kind must not have."""
+    """Returns values that are not valid in a kind of label file."""
     if end == "labelTrainIds.png":
         return [value for value in values.tolist() if value not in _TRAIN_IDS]
     if end == "labelIds.png":
@@ -237,7 +237,7 @@ def _inspect_labels(end: str, path: Path, size: tuple[int, int]) -> list[Finding
 
 
 def inspect_images(scene: Scene, rules: ImageRules) -> list[Finding]:
-    """Decodes an image and its label files; what is wrong with them, missing ones left out."""
+    """Decodes an image and its label files, if they exist, and returns findings."""
     decoded, found = inspect_pixels({"file_name": str(scene.image)}, rules)
     if decoded is None:
         return found

@@ -1,4 +1,4 @@
-"""Whether data sets have the classes of the model, and of each other."""
+"""Checks that data sets have the classes of the model and of each other."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["check_classes", "count_classes"]
 def check_classes(
     cfg: CfgNode, found: Mapping[str, Findings], trained: Sequence[str] | None = None
 ) -> None:
-    """Adds errors where data sets have other classes than the model, or than each other.
+    """Adds errors if data sets have other classes than the model, or than each other.
 
-    A data set that is only evaluated on may have some of the model's classes, in any order.
+    A data set that is only evaluated may have some of the model's classes, in any order.
 
     Args:
         cfg: MODEL and DATASETS are read.
-        found: of all data sets of a run, by name.
-        trained: names of the classes of the weights to evaluate, empty where nothing tells them;
-            None for a training, whose model has the classes of its training sets.
+        found: findings of all data sets of a run, by name.
+        trained: class names of the weights to evaluate, empty if they are unknown; None for a
+            training, whose model has the classes of its training sets.
     """
     keys = CLASS_KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
     first: dict[str, tuple[str, list[str]]] = {}
     for name, findings in found.items():
         for kind, classes in findings.classes.items():
-            # Of a model that needs objects and label maps, each set has one of the two.
+            # If a model needs objects and label maps, each data set has one of the two.
             if keys and kind not in keys and (len(keys) == 1 or kind == IMAGE_LABELS):
                 needs = " and ".join(keys)
                 findings.error(f"it has {kind}, but {cfg.MODEL.META_ARCHITECTURE} requires {needs}")
@@ -71,7 +71,7 @@ def check_classes(
 
 
 def _is_subset(names: Sequence[str], expected: Sequence[str]) -> bool:
-    """Whether classes can be found among others by name: no two have the same."""
+    """Whether all classes are among others and can be matched by name, because names are unique."""
     distinct = all(len(set(each)) == len(each) for each in (names, expected))
     return distinct and set(names) <= set(expected)
 
@@ -94,7 +94,7 @@ def _shown(classes: Sequence[str]) -> str:
 
 
 def _check_unnamed(cfg: CfgNode, key: str | None, number: int, findings: Findings) -> None:
-    """Of a set that has labels without names, whose last classes may have no image."""
+    """Checks a set with labels but no names, whose last classes may have no images."""
     if key is None or get_value(cfg, key) == number:
         return
     said = f"its labels go up to {number - 1}, but {key} is {get_value(cfg, key)}"
@@ -111,14 +111,14 @@ def _check_number(cfg: CfgNode, key: str, number: int, findings: Findings) -> No
 
 
 def count_classes(cfg: CfgNode, name: str) -> int:
-    """The number of classes of a data set of DATASETS.REGISTER, by its file or folder.
+    """Returns the number of classes of a data set of DATASETS.REGISTER, from its file or folder.
 
     Args:
         cfg: as for :func:`contnet.data.validation.examine.examine_coco`.
-        name: of the data set.
+        name: name of the data set.
 
     Raises:
-        UserError: if that cannot be read.
+        UserError: if the file or folder cannot be read.
     """
     source = find_source(name)
     if isinstance(source, ClassificationSource):

@@ -1,7 +1,7 @@
-"""What can be wrong in an annotation file of COCO's form, told without opening an image.
+"""Checks an annotation file in COCO format without opening images.
 
-The severities follow what Detectron2 does: what stops it, or gives wrong targets, is an error; an
-object that it leaves out is one unless it is rare (COCO's own file has two boxes without area).
+The severities follow what Detectron2 does: what stops it, or gives wrong targets, is an error; so
+is an object that it leaves out, unless that is rare (COCO's own file has two boxes without area).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["NAME_KEYS", "DatasetUse", "check_instances", "is_size", "is_stray"]
 _NO_POLYGON = "object without a usable polygon"
 _LARGEST = 2**31  # pixels of a side
 _IDS = ("id", "image_id", "category_id")
-# Under which converters write the name of an image.
+# Keys under which converters write the name of an image.
 NAME_KEYS = ("path", "filename", "fileName", "coco_url", "image", "name", "url")
 _STRAYS = {"thumbs.db", ".ds_store", "desktop.ini"}
-# COCO's own boxes reach out by rounding.
+# COCO's own boxes exceed their images by rounding.
 _ROUNDING = 1.0
 
 
@@ -42,13 +42,13 @@ def is_size(width: object, height: object) -> bool:
 
 
 def is_stray(name: str) -> bool:
-    """Whether a file of that name is what macOS or Windows puts beside images."""
+    """Whether a file of that name is one that macOS or Windows puts beside images."""
     base = name.replace("\\", "/").rpartition("/")[2]
     return base.startswith("._") or base.lower() in _STRAYS
 
 
 def _check_image_id(image: dict, where: str, findings: Findings) -> bool:
-    """Whether an image has an id that can be used as a key."""
+    """Checks the id of an image; returns whether it can be used as a key."""
     key = image.get("id")
     if is_whole(key) or isinstance(key, str):
         return True
@@ -90,7 +90,7 @@ def _check_image_size(image: dict, where: str, findings: Findings) -> tuple[int,
 
 
 def _check_images(images: list[dict], findings: Findings) -> dict:
-    """(width, height) of the images by id; None for what is wrong with an image."""
+    """Returns (width, height) of the images by id; None in place of a wrong size."""
     sizes, names = {}, set()
     for image in images:
         name = image.get("file_name")
@@ -114,8 +114,10 @@ def _check_images(images: list[dict], findings: Findings) -> dict:
 
 
 def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str | None:
-    """Checks a box; returns why training leaves the object out, "" if it does not, None if the
-    box is wrong.
+    """Checks a box.
+
+    Returns:
+        Why training leaves the object out; "" if it does not, None if the box is wrong.
     """
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         texts = isinstance(box, list) and len(box) == 4 and is_text_of_numbers(box)
@@ -144,7 +146,7 @@ def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str 
 
 
 def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) -> None:
-    """Checks what says how an object counts."""
+    """Checks area, iscrowd and ignore, which decide how an object counts."""
     if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
         what = f"annotations without {', '.join(missing)}, which evaluation requires: {MEND}"
         findings.error(what, where)
@@ -152,7 +154,7 @@ def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) ->
         findings.error(f"annotations whose iscrowd is neither 0 nor 1: {MEND}", where)
     area = item.get("area", 0)
     if use.evaluated and not (are_numbers([area]) and area >= 0):
-        findings.error(f"annotations whose area is not a number from 0: {MEND}", where)
+        findings.error(f"annotations whose area is not a number of at least 0: {MEND}", where)
     if item.get("ignore"):
         findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
@@ -162,7 +164,7 @@ def _is_id(value: object) -> bool:
 
 
 def _check_ids(item: dict, findings: Findings) -> bool:
-    """Whether an annotation has its ids."""
+    """Checks the ids of an annotation; returns whether none is missing."""
     wrong = [key for key in _IDS if not _is_id(item.get(key))]
     if not wrong:
         return True
@@ -179,13 +181,13 @@ def _check_ids(item: dict, findings: Findings) -> bool:
 
 
 class _Listed:
-    """Ids that a list of the file has, to look those of annotations up.
+    """Looks up ids of annotations in a list of the file.
 
     Args:
-        ids: of the entries of the list.
-        key: under which an annotation has it.
-        what: the entries are.
-        findings: gets what is found.
+        ids: ids of the list's entries.
+        key: key of the annotations that refers to them.
+        what: what the entries are.
+        findings: receives what is found.
     """
 
     def __init__(self, ids: Container, key: str, what: str, findings: Findings):
@@ -196,7 +198,7 @@ class _Listed:
         self._numbers: dict[int | None, int | str] | None = None
 
     def find(self, item: dict) -> int | str | None:
-        """The entry's id that an annotation means; says so if it is one only as a number."""
+        """Returns the id to which an annotation refers; adds an error if their types differ."""
         value = item[self._key]
         if value in self._ids:
             return value
@@ -218,13 +220,13 @@ class _Objects:
     """Checks objects one by one.
 
     Args:
-        content: of the file.
-        sizes: of :func:`_check_images`.
-        use: what the run wants of it.
-        findings: gets what is found.
+        content: content of the file.
+        sizes: result of :func:`_check_images`.
+        use: how the run uses the data set.
+        findings: receives what is found.
 
     Attributes:
-        trainable: number of objects that are no crowds, in images that are listed.
+        trainable: number of objects that are not crowds, in images that are listed.
         left_out: what training leaves out.
     """
 
@@ -257,10 +259,10 @@ class _Objects:
         self.left_out.count(key, CROWD if crowd else reason, stays=reason != _NO_POLYGON)
 
     def _check_shape(self, item: dict, size: tuple[int, int], where: str) -> str:
-        """Checks box and mask; why training leaves the object out, "" if it does not."""
+        """Checks box and mask; returns why training leaves the object out, "" if it does not."""
         reason = _check_box(item.get("bbox"), size, where, self._findings)
         if not check_mask(item, size, self._use, where, self._findings) or reason is None:
-            return ""  # wrong, which is told
+            return ""  # wrong, which is already reported
         mask = item.get("segmentation")
         if mask and isinstance(mask, list) and not usable_polygons(mask):
             return _NO_POLYGON
@@ -269,7 +271,7 @@ class _Objects:
         return reason
 
     def finish(self) -> None:
-        """Tells what is known only now."""
+        """Adds findings that need all objects."""
         self._geometry.finish()
 
 
@@ -317,9 +319,9 @@ def check_instances(content: dict, use: DatasetUse, findings: Findings) -> None:
     """Checks the content of an annotation file.
 
     Args:
-        content: of :func:`read_instances`.
-        use: what the run wants of it.
-        findings: gets what is found, with the names of the classes.
+        content: result of :func:`read_instances`.
+        use: how the run uses the data set.
+        findings: receives what is found, and the names of the classes.
 
     Raises:
         UserError: if its categories cannot be used.

@@ -1,7 +1,7 @@
 """Checks data sets as a config uses them.
 
-A training makes these checks before it starts, and decodes the first images; tools/doctor.py makes
-them too, and decodes all.
+A training run makes these checks before it starts and opens the first images; tools/doctor.py makes
+them, too, and opens all images.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _DOCTOR = "python tools/doctor.py"
-# By built-in name: who publishes it, and its images and objects, or images and classes.
+# By built-in name: its publisher, and its numbers of images and objects, or images and classes.
 OFFICIAL_COUNTS = {
     "coco_2017_train": ("COCO", (118287, 860001)),
     "coco_2017_val": ("COCO", (5000, 36781)),
@@ -68,13 +68,13 @@ _FOLDERS = {
 
 
 def _page(name: str) -> str:
-    """Where the layout of a built-in data set is told."""
+    """Returns the page that describes the layout of a built-in data set."""
     pages = {CityscapesSource: "docs/cityscapes.md", ClassificationSource: "docs/imagenet.md"}
     return pages.get(type(find_source(name)), "docs/data.md")
 
 
 def _origin(cfg: CfgNode, name: str) -> str:
-    """Where the paths of a data set come from."""
+    """Returns where the paths of a data set come from, for a message."""
     if is_registered(cfg, name):
         return "fix its path in DATASETS.REGISTER"
     value = os.environ.get("DETECTRON2_DATASETS")
@@ -98,7 +98,7 @@ def _are_there(cfg: CfgNode, name: str, findings: Findings) -> bool:
         if not path:
             continue
         if fact == "gt_dir" and Path(path).name == "test" and not os.path.exists(path):
-            continue  # that of Cityscapes' server alone
+            continue  # only Cityscapes' server has it
         place = os.path.realpath(path)
         findings.fact(f"{what} {place}")
         if not os.path.exists(path):
@@ -131,9 +131,9 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
 
 
 def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
-    """What to do about missing images."""
+    """Returns what to do about missing images."""
     how_many = f"{len(lost)} of {total}"
-    # Of single ones, another folder may have other images of the same names, as train and val do.
+    # If only some are missing, another folder may have other images of these names (train, val).
     if len(lost) < total:
         return f"{how_many}; copy them, or remove them from a copy of the file: {_DOCTOR} --fix"
     if folder := find_beside(find_source(name).image_root, lost):
@@ -142,7 +142,7 @@ def _advise(cfg: CfgNode, name: str, lost: Sequence[str], total: int) -> str:
 
 
 def _compare_count(name: str, count: tuple[int, int], what: str, findings: Findings) -> None:
-    """Says whether a built-in set is whole: its images, and how many of what else."""
+    """Compares the counts of a built-in data set with the official ones."""
     if name not in OFFICIAL_COUNTS:
         return
     who, official = OFFICIAL_COUNTS[name]
@@ -164,7 +164,7 @@ def _check_coco(cfg: CfgNode, name: str, findings: Findings) -> Look | None:
         return None
     findings.merge(examined.findings)
     _check_files(cfg, name, examined.images, findings)
-    # Only built-in names have their classes before the file is loaded.
+    # Only built-in data sets have class names before the file is loaded.
     expected = metadata.get("thing_classes")
     if expected and list(expected) != findings.classes["objects"]:
         findings.error(
@@ -215,7 +215,7 @@ def _check_classification(cfg: CfgNode, name: str, findings: Findings) -> Look |
     return look
 
 
-# By the kind of a data set: adds what is found of it; what opens its images.
+# By kind of data set: adds findings, and returns what opens the images.
 _CHECKS: dict[type, Callable[[CfgNode, str, Findings], Look | None]] = {
     CocoSource: _check_coco,
     CityscapesSource: _check_cityscapes,
@@ -224,11 +224,11 @@ _CHECKS: dict[type, Callable[[CfgNode, str, Findings], Look | None]] = {
 
 
 def examine_dataset(cfg: CfgNode, name: str) -> tuple[Findings, Look | None]:
-    """What can be told of a data set without opening its images, and what would open them.
+    """Returns a data set's findings, found without opening its images, and what opens them.
 
     Args:
         cfg: DATASETS, DATALOADER, MODEL and INPUT are read.
-        name: of the data set, registered or not.
+        name: name of the data set, registered or not.
     """
     findings = Findings()
     if not _are_there(cfg, name, findings):
@@ -241,7 +241,7 @@ def examine_dataset(cfg: CfgNode, name: str) -> tuple[Findings, Look | None]:
 
 
 def check_dataset(cfg: CfgNode, name: str) -> Findings:
-    """The findings of :func:`examine_dataset`."""
+    """Returns the findings of :func:`examine_dataset`."""
     return examine_dataset(cfg, name)[0]
 
 
@@ -254,11 +254,11 @@ def _raise_errors(found: dict[str, Findings]) -> None:
 
 
 def has_truth(cfg: CfgNode, name: str) -> bool:
-    """Whether anything can be measured on a data set that has passed its checks.
+    """Whether a data set that has passed its checks has ground truth for evaluation.
 
     Args:
         cfg: as for :func:`check_dataset`.
-        name: of the data set; of one with a loader of its own that is not known, and True.
+        name: name of the data set; True is assumed for one with its own loader.
     """
     source = find_source(name)
     if isinstance(source, CityscapesSource):
@@ -270,8 +270,8 @@ class Remarks(NamedTuple):
     """Lines for the log of a run.
 
     Attributes:
-        warnings: what changes what is learned or measured.
-        notes: what training leaves out, one of each set.
+        warnings: what changes the results of training or evaluation.
+        notes: what training leaves out, one line per data set.
     """
 
     warnings: list[str]
@@ -281,11 +281,11 @@ class Remarks(NamedTuple):
 def check_datasets(
     cfg: CfgNode, names: Sequence[str], trained: Sequence[str] | None = None
 ) -> Remarks:
-    """Makes the checks of a run's data sets; opens as many images as DATASETS.CHECK_IMAGES says.
+    """Checks the data sets of a run; opens as many images as DATASETS.CHECK_IMAGES says.
 
     Args:
         cfg: as for :func:`check_dataset`.
-        names: of the data sets.
+        names: names of the data sets.
         trained: as for :func:`contnet.data.validation.classes.check_classes`.
 
     Raises:
@@ -297,7 +297,7 @@ def check_datasets(
     _raise_errors(found)
     which = cfg.DATASETS.CHECK_IMAGES
     for name, (findings, look) in examined.items():
-        # Of a set that is only evaluated, TEST.SKIP_UNREADABLE leaves damaged images out.
+        # TEST.SKIP_UNREADABLE leaves damaged images out of a data set that is only evaluated.
         skips = cfg.TEST.SKIP_UNREADABLE and name not in cfg.DATASETS.TRAIN
         if look and which != "none" and not skips:
             items = look.find_all() if which == "all" else look.first

@@ -1,7 +1,7 @@
 """Finds near-duplicates: copies in another size or compression, frames of one video.
 
-Each image is shrunk to 9x8 grey pixels. Whether each pixel is darker than its right neighbour gives
-a fingerprint of 64 bits (a difference hash). Fingerprints of copies differ in few bits.
+Each image is shrunk to 9x8 grey pixels. Comparing each pixel with its right neighbour gives a
+fingerprint of 64 bits (a difference hash). Fingerprints of copies differ in few bits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["find_near_duplicates", "fingerprint", "fingerprints"]
 
 _BITS = 2  # maximum difference between the fingerprints of near-duplicates
 _PARTS = 4  # of 16 bits; fingerprints that differ in fewer bits share at least one part
-_MOST = 1000  # fingerprints with a common part; of more, only equal ones are near-duplicates
+_MOST = 1000  # fingerprints with a common part; if there are more, only equal ones count
 
 
 def fingerprint(record: dict, max_pixels: int) -> int | None:
-    """The fingerprint of an image; None if it cannot be read or has nearly one colour.
+    """Returns the fingerprint of an image; None if it cannot be read or has nearly one colour.
 
     Args:
         record: data set dict of the image.
@@ -37,7 +37,7 @@ def fingerprint(record: dict, max_pixels: int) -> int | None:
     except UnreadableFile:
         return None
     pixels = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=int)
-    if np.ptp(pixels) < 8:  # all of these look alike
+    if np.ptp(pixels) < 8:  # all such images look alike
         return None
     bits = (pixels[:, 1:] > pixels[:, :-1]).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
@@ -46,7 +46,7 @@ def fingerprint(record: dict, max_pixels: int) -> int | None:
 def fingerprints(
     records: Sequence[dict], max_pixels: int, name: str, workers: int
 ) -> list[int | None]:
-    """The fingerprints of images, with a progress bar in a terminal.
+    """Returns the fingerprints of images, with a progress bar in a terminal.
 
     Args:
         records: data set dicts of the images.
@@ -61,7 +61,7 @@ def fingerprints(
 
 
 def find_near_duplicates(prints: Sequence[int | None]) -> list[list[int]]:
-    """Groups of near-duplicates.
+    """Groups near-duplicates.
 
     Args:
         prints: fingerprints of the images.

@@ -1,4 +1,4 @@
-"""Checks of annotations, kept with the records so that unchanged files are checked once."""
+"""Checks annotations; findings are cached with the records, so unchanged files are checked once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Examined", "dataset_use", "examine_cityscapes", "examine_coco"]
 
 
 class Examined(NamedTuple):
-    """What is known of an annotation file of COCO's form.
+    """What is known about an annotation file in COCO format.
 
     Attributes:
-        findings: of its checks.
-        images: names of its images, as the file has them.
+        findings: findings of its checks.
+        images: names of its images, as written in the file.
         objects: number of its annotations.
-        first: its first images, as :func:`contnet.data.validation.images.listed` has them.
+        first: its first images, from :func:`contnet.data.validation.images.listed`.
     """
 
     findings: Findings
@@ -46,7 +46,7 @@ def _recall(cache: AnnotationCache, use: DatasetUse) -> Examined | None:
     if found is None or (file := cache.recall_records()) is None:
         return None
     records = [file[i] for i in range(min(FIRST, len(file)))]
-    first = listed("", records)  # their names are paths
+    first = listed("", records)  # their file names are paths
     return Examined(found, file.names, file.facts["objects"], first)
 
 
@@ -60,11 +60,11 @@ def _examine_anew(cache: AnnotationCache, use: DatasetUse, writable: bool) -> Ex
 
 
 def dataset_use(cfg: CfgNode, name: str) -> DatasetUse:
-    """What a config wants of a data set.
+    """Returns how a config uses a data set.
 
     Args:
         cfg: DATASETS, DATALOADER, MODEL.MASK_ON and INPUT.MASK_FORMAT are read.
-        name: of the data set.
+        name: name of the data set.
     """
     return DatasetUse(
         trained=name in cfg.DATASETS.TRAIN,
@@ -78,11 +78,11 @@ def dataset_use(cfg: CfgNode, name: str) -> DatasetUse:
 def examine_coco(cfg: CfgNode, name: str) -> Examined:
     """Checks the annotation file of a data set, unless it has passed the same checks before.
 
-    Its records are kept at the same time, so that the file is read once.
+    The records are cached at the same time, so that the file is read only once.
 
     Args:
         cfg: as for :func:`dataset_use`.
-        name: of a data set of COCO's form.
+        name: name of a data set in COCO format.
 
     Raises:
         UserError: if the file cannot be read, or its categories cannot be used.
@@ -95,7 +95,7 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
     if known := _recall(cache, use):
         return known
     with cache.lock() as writable:
-        if known := _recall(cache, use):  # from a process that was faster
+        if known := _recall(cache, use):  # another process was faster
             return known
         examined = _examine_anew(cache, use, writable)
     release_memory()
@@ -103,11 +103,11 @@ def examine_coco(cfg: CfgNode, name: str) -> Examined:
 
 
 def examine_cityscapes(cfg: CfgNode, name: str) -> Findings:
-    """Checks folders and polygons, unless the same ones have passed before.
+    """Checks folders and polygons, unless they have passed the same checks before.
 
     Args:
-        cfg: DATASETS is read.
-        name: of a data set in Cityscapes' layout, whose folders exist.
+        cfg: DATASETS and DATALOADER are read.
+        name: name of a data set in Cityscapes' layout, whose folders exist.
     """
     cache = open_cache(cfg, name)
     trained = name in cfg.DATASETS.TRAIN

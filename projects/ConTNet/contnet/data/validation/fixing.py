@@ -1,7 +1,7 @@
-"""Mends what is sure in an annotation file of COCO's form: each step counts what it has done.
+"""Fixes clear errors in an annotation file in COCO format; each step counts its fixes.
 
-What would need a guess (whose annotations are those of an id that two images have, whether a crowd
-is one object) is left as it is, for the doctor to tell.
+What would need a guess (which of two images with one id an annotation belongs to, whether a crowd
+is one object) is not changed, and is reported by the doctor.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from contnet.utils.errors import UserError
 
 __all__ = ["MAPPING", "mend"]
 
-MAPPING = "contnet_fix"  # the key under which the copy says which id was which
+MAPPING = "contnet_fix"  # key under which the copy lists old and new ids
 
 
 @dataclass
 class _Fix:
-    """A file that is being mended.
+    """A file that is being fixed.
 
     Attributes:
-        content: of the file; changed in place.
+        content: content of the file, which is changed in place.
         root: its image folder.
-        masks: objects need masks.
-        done: how many things were mended, by what was done.
+        masks: whether objects need masks.
+        done: number of fixes, by description.
     """
 
     content: dict
@@ -54,7 +54,7 @@ class _Fix:
         return self.content.get("annotations", [])
 
     def keep(self, key: str, good: Callable[[dict], bool], what: str) -> None:
-        """Drops entries of a list of the file that are not good."""
+        """Removes entries of a list of the file that are not good."""
         if key in self.content:
             kept = [entry for entry in self.content[key] if good(entry)]
             self.done[what] += len(self.content[key]) - len(kept)
@@ -65,10 +65,10 @@ class _Fix:
 
 
 def _drop_copies(fix: _Fix) -> None:
-    """Drops entries that repeat an earlier one to the letter, id included."""
+    """Removes entries that are identical to an earlier one, including the id."""
     for key in ("images", "annotations", "categories"):
         seen: dict[str, set[str]] = defaultdict(set)
-        # Few ids occur twice, and only the text of such entries is made.
+        # Few ids occur twice, and only such entries are serialised.
         often = Counter(describe_value(entry.get("id")) for entry in fix.content.get(key, ()))
 
         def is_new(entry: dict, seen: dict = seen, often: Counter = often) -> bool:
@@ -108,10 +108,10 @@ def _match_images(fix: _Fix) -> None:
 
 
 def _drop_images(fix: _Fix) -> None:
-    """Drops images without a file, and their annotations.
+    """Removes images without a file, and their annotations.
 
     Raises:
-        UserError: if none has one.
+        UserError: if no image has a file.
     """
     names = [str(image.get("file_name") or "") for image in fix.images]
     lost = {*find_missing(fix.root, names), *filter(is_stray, names), ""}
@@ -136,7 +136,7 @@ def _size_images(fix: _Fix) -> None:
             try:
                 path = os.path.join(fix.root, image["file_name"])
                 size = read_size({"file_name": path}, max_pixels=0)[:2]
-            except UserError:  # damaged, which the doctor tells
+            except UserError:  # damaged, which the doctor reports
                 continue
             fix.done["missing image sizes: read from the images"] += 1
         image["width"], image["height"] = size
@@ -146,12 +146,12 @@ def _size_images(fix: _Fix) -> None:
 
 
 def _key(value: object) -> tuple[str, object]:
-    """Tells 1 from 1.0 and "1", which Python and JSON's readers do or do not."""
+    """Returns a dict key for an id that is not an integer; 1.0 and "1" have different keys."""
     return type(value).__name__, value if isinstance(value, (float, str)) else None
 
 
 def _new_ids(values: list) -> dict[tuple, int]:
-    """A whole number for each id that is none: the one that it spells, if that is free."""
+    """Returns an integer for each id that is not one: its numeric value, if that is free."""
     taken = {value for value in values if is_whole(value)}
     others = dict.fromkeys(_key(value) for value in values if isinstance(value, (float, str)))
     free = max([*taken, *(as_whole(value) or 0 for _, value in others), 0]) + 1
@@ -166,14 +166,14 @@ def _new_ids(values: list) -> dict[tuple, int]:
 
 
 def _number_entries(fix: _Fix, key: str, reference: str) -> None:
-    """Makes whole numbers of the ids of a list, and of those by which annotations refer to it."""
+    """Converts the ids of a list, and the annotations' references to them, to integers."""
     entries = fix.content[key]
     new = _new_ids([entry.get("id") for entry in entries])
     free = max([*new.values(), *(e["id"] for e in entries if is_whole(e.get("id"))), 0]) + 1
     for entry in entries:
         if is_whole(entry.get("id")):
             continue
-        if (number := new.get(_key(entry.get("id")))) is None:  # it has none
+        if (number := new.get(_key(entry.get("id")))) is None:  # it has no id
             number, free = free, free + 1
         entry["id"] = number
         fix.done[f"ids of {key} that were not integers: converted"] += 1
@@ -208,7 +208,7 @@ def _number_categories(fix: _Fix) -> None:
 def _number_annotations(fix: _Fix) -> None:
     ids = [item.get("id") for item in fix.annotations]
     new: list[list] = []
-    seen = {0}  # which counts as missed in COCO's evaluation
+    seen = {0}  # counts as missed in COCO's evaluation
     free = max((number for number in map(as_whole, ids) if number), default=0) + 1
     for item, old in zip(fix.annotations, ids, strict=True):
         number = as_whole(old)
@@ -233,7 +233,7 @@ def _drop_unlisted(fix: _Fix) -> None:
 
 
 def _as_number(value: object) -> object:
-    """A number for a text that spells one; anything else as it is."""
+    """Returns the number that a string spells, also within lists; other values are unchanged."""
     if isinstance(value, list):
         return [_as_number(each) for each in value]
     try:
@@ -288,7 +288,7 @@ def _clean_polygons(fix: _Fix) -> None:
 
 
 def _encode(item: dict, sizes: dict) -> dict | None:
-    """The mask of an object, run-length, if it has a sound one."""
+    """Returns the run-length mask of an object, or None if it has no valid mask."""
     mask, size = item.get("segmentation"), sizes.get(item["image_id"])
     if not mask or size is None:
         return None
@@ -300,7 +300,7 @@ def _encode(item: dict, sizes: dict) -> dict | None:
     if not isinstance(mask, list):
         return None
     width, height = size
-    # Far outside there is no mask to measure, and the doctor tells it.
+    # Far outside there is no mask to measure, and the doctor reports that.
     if any(is_far(min(part), max(part), max(size)) for part in mask):
         return None
     return mask_util.merge(mask_util.frPyObjects(mask, height, width))
@@ -309,7 +309,7 @@ def _encode(item: dict, sizes: dict) -> dict | None:
 def _is_box(box: object) -> bool:
     try:
         return len(box) == 4 and are_numbers(box) and min(box[2:]) > 0
-    except TypeError:  # it is no list
+    except TypeError:  # it is not a list
         return False
 
 
@@ -342,7 +342,7 @@ def _box_objects(fix: _Fix) -> None:
 
 
 def _wrong_areas(fix: _Fix, sizes: dict) -> set[int]:
-    """Ids of the objects whose areas the doctor doubts."""
+    """Returns the ids of the objects whose areas the doctor doubts."""
     geometry = Geometry(Findings(), evaluated=True)
     geometry.doubtful_areas = []
     for item in fix.annotations:
@@ -369,7 +369,7 @@ def _compute_areas(fix: _Fix) -> None:
         fix.done[f"areas that {what}: computed from {source}"] += 1
 
 
-# In this order: later steps rely on earlier ones.
+# The order matters: later steps rely on earlier ones.
 _STEPS: tuple[Callable[[_Fix], None], ...] = (
     _drop_copies,
     _name_images,
@@ -389,15 +389,15 @@ _STEPS: tuple[Callable[[_Fix], None], ...] = (
 
 
 def mend(content: dict, root: str, masks: bool) -> Counter:
-    """Mends an annotation file's content in place.
+    """Fixes an annotation file's content in place.
 
     Args:
-        content: with lists of dicts "images" and "categories", and maybe "annotations".
+        content: dict with lists of dicts "images" and "categories", and maybe "annotations".
         root: its image folder.
-        masks: objects without a usable mask are left out.
+        masks: whether to remove objects whose mask has no usable polygon.
 
     Returns:
-        How many things were mended, by what was done. Which id was which is in the content, under
+        The number of fixes, by description. The old and new ids are in the content, under
         ``MAPPING``.
 
     Raises:

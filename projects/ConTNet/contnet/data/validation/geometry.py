@@ -1,4 +1,4 @@
-"""Whether areas, boxes and masks of objects agree: many objects at a time, as arrays."""
+"""Checks whether areas, boxes and masks of objects agree, for many objects at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contnet.data.validation.masks import usable_polygons
 
 __all__ = ["Geometry", "describe_object", "is_far"]
 
-_BATCH = 2000  # objects
+_BATCH = 2000  # objects that are compared at a time
 # Pixels by which a box may miss its mask: whole pixels on either side.
 _ROUNDING = 2.0
-_SLACK = 0.1  # of an area, before it is another one
-_LEAST = 0.01  # of a box, what the mask that is not there must have had
-_FEW = 20  # areas, too few to see a rule in
+_SLACK = 0.1  # relative difference of areas that agree
+_LEAST = 0.01  # least share of its box that a mask fills
+_FEW = 20  # fewer areas than these show no rule
 
 _ZERO = "areas of 0: APs, APm and APl need the areas, doctor.py --fix computes them"
 _ABOVE = (
@@ -40,23 +40,23 @@ _LARGER = "boxes far larger than their mask"
 
 
 def describe_object(item: dict) -> str:
-    """Where an annotation is, for a message."""
+    """Returns the ids of an annotation, for a message."""
     return f"annotation {item['id']} of image {item['image_id']}"
 
 
 def is_far(low: float, high: float, side: int) -> bool:
-    """Whether coordinates leave an image by more than half of its side; also of arrays."""
+    """Whether coordinates exceed an image by more than half of its side; also for arrays."""
     return (low < -0.5 * side) | (high > 1.5 * side)
 
 
 class _Masks(NamedTuple):
-    """Of N objects; corners and areas in pixels.
+    """Measures of N masks; corners and areas in pixels.
 
     Attributes:
-        corners: x0, y0, x1, y1 of what encloses the mask, (N, 4).
-        least: area that the mask has at least, (N,).
-        most: area that it has at most; parts may overlap.
-        blur: by how much pixels may change the area.
+        corners: x0, y0, x1, y1 of the box around each mask, (N, 4).
+        least: minimum area of each mask, (N,).
+        most: maximum area of each mask, (N,); its parts may overlap.
+        blur: area that rounding to pixels may add or remove, (N,).
     """
 
     corners: np.ndarray
@@ -103,7 +103,7 @@ def _measure_rle(masks: list[dict]) -> _Masks:
 
 
 class _Queue:
-    """Objects of one kind that are compared together."""
+    """Objects with one kind of mask, which are compared together."""
 
     def __init__(self, measure: Callable[[list], _Masks] | None):
         self.measure = measure
@@ -112,14 +112,14 @@ class _Queue:
 
 
 class Geometry:
-    """Compares the objects of a file; :meth:`finish` tells the rest.
+    """Compares the objects of a file in batches; :meth:`finish` compares the rest.
 
     Args:
-        findings: gets what is found.
-        evaluated: areas are used.
+        findings: receives what is found.
+        evaluated: whether areas are used.
 
     Attributes:
-        doubtful_areas: annotations whose areas are wrong, if they are wanted.
+        doubtful_areas: annotations with wrong areas; None if they are not collected.
     """
 
     def __init__(self, findings: Findings, evaluated: bool):
@@ -131,7 +131,7 @@ class Geometry:
         self._bare_areas: list[np.ndarray] = []
 
     def add(self, item: dict, size: tuple[int, int]) -> None:
-        """Takes an object whose box has an area and whose mask has the right form."""
+        """Adds an object whose box has an area and whose mask has the right form."""
         mask = item.get("segmentation")
         queue = self._queues[2 if not mask else isinstance(mask, dict)]
         queue.items.append(item)
@@ -140,12 +140,12 @@ class Geometry:
             self._compare(queue)
 
     def finish(self) -> None:
-        """Compares what is left."""
+        """Compares the remaining objects."""
         for queue in self._queues:
             self._compare(queue)
         self._compare_bare()
 
-    @np.errstate(all="ignore")  # of numbers near the largest, which lie outside all images
+    @np.errstate(all="ignore")  # overflows of huge numbers, which are outside all images
     def _compare(self, queue: _Queue) -> None:
         if not queue.items:
             return
@@ -155,10 +155,10 @@ class Geometry:
         boxes = np.array([item["bbox"] for item in items], dtype=float)
         areas = np.array([_number(item.get("area")) for item in items])
         product = boxes[:, 2] * boxes[:, 3]
-        # Areas of crowds are not used: evaluation leaves them out whatever their size.
+        # Areas of crowds are not used: evaluation ignores crowds of any size.
         areas[[bool(item.get("iscrowd")) for item in items]] = np.nan
         zero = areas == 0
-        # Corners may count as pixels of their own.
+        # Some areas count both corners: (width + 1) x (height + 1).
         above = areas > 1.01 * product + boxes[:, 2:].sum(axis=1) + 1
         self._tell_area(_ZERO, items, zero)
         self._tell_area(_ABOVE, items, above)
@@ -179,8 +179,8 @@ class Geometry:
         low, high = measured.corners[:, :2], measured.corners[:, 2:]
         far = is_far(low, high, sizes).any(axis=1)
         self._tell(self._findings.error, _FAR, items, far)
-        far |= [bool(item.get("iscrowd")) for item in items]  # of many parts, some hidden
-        # Boxes may end at the image's edge, where their masks go on.
+        far |= [bool(item.get("iscrowd")) for item in items]  # they have many parts, some hidden
+        # Boxes may end at the image's edge while their masks continue.
         low, high = np.clip(low, 0, sizes), np.clip(high, 0, sizes)
         begin, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         cut = np.clip(begin, 0, sizes), np.clip(end, 0, sizes)
@@ -192,14 +192,14 @@ class Geometry:
 
     @np.errstate(all="ignore")
     def _compare_bare(self) -> None:
-        """Areas of objects without masks: width x height, or of masks that are not in the file."""
+        """Compares areas without masks: they may be width x height, or of masks not in the file."""
         if not self._bare_items:
             return
         areas, products = np.concatenate(self._bare_areas).T
         differs = np.abs(areas - products) > _SLACK * products + 1
         share = areas / products
         one_factor = len(share) >= _FEW and np.ptp(np.quantile(share, [0.1, 0.9])) < 0.01
-        if 2 * differs.sum() > len(differs) and not one_factor:  # most are of masks
+        if 2 * differs.sum() > len(differs) and not one_factor:  # most belong to masks
             differs &= share < _LEAST
         self._tell_area(_OTHER_BOX, self._bare_items, differs)
 
@@ -217,5 +217,5 @@ class Geometry:
 
 
 def _number(value: object) -> float:
-    """NaN for what is no number, which is told elsewhere."""
+    """Returns a number as float; NaN for anything else, which is reported elsewhere."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else np.nan

@@ -1,6 +1,6 @@
-"""What can be wrong with image files: damaged, too large, too dark, turned, thin, of another size.
+"""Checks image files: damaged, too large, too dark, rotated, thin, or of another size.
 
-The doctor opens all images of a data set by this, and a training the first ones.
+The doctor opens all images of a data set with these checks, and a training run the first ones.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ __all__ = [
     "look_at_images",
 ]
 
-FIRST = 8  # images of each set that a training opens before it starts
+FIRST = 8  # images of each data set that a training run opens before it starts
 _MODES = {"L": "grey", "P": "palette", "CMYK": "CMYK"}
-_EXIF_TURNED = range(5, 9)  # width and height change places
-# Of 16 bits, 12 are often all that a camera or scanner fills.
+_EXIF_TURNED = range(5, 9)  # width and height are swapped
+# Cameras and scanners often use only 12 of 16 bits.
 _DARK = 4096
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What a run asks of images.
+    """What a run requires of images.
 
     Attributes:
         max_pixels: INPUT.MAX_PIXELS.
-        longest: times as long as wide that an image may be before it loses pixels.
-        thin: what becomes of longer ones.
+        longest: largest ratio of an image's sides at which it loses no pixels.
+        thin: what happens to longer images.
     """
 
     max_pixels: int
@@ -68,7 +68,7 @@ class ImageRules:
 
 
 class ListedImage(NamedTuple):
-    """An image as an annotation file has it."""
+    """An image as an annotation file describes it."""
 
     path: str
     width: object
@@ -76,12 +76,12 @@ class ListedImage(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What opens the images of a data set.
+    """How the images of a data set are opened.
 
     Attributes:
-        inspect: decodes the image of an item; what it finds.
+        inspect: decodes the image of an item and returns findings.
         first: items of a few images.
-        find_all: the items of all images.
+        find_all: returns the items of all images.
     """
 
     inspect: Callable[[object], list[Finding]]
@@ -93,13 +93,13 @@ class Look(NamedTuple):
 
 
 def _describe(record: dict, decoded: Decoded, rules: ImageRules) -> list[Finding]:
-    """What may surprise of an image that can be read."""
+    """Returns what may surprise about an image that can be read."""
     found, name = [], sample_name(record)
     if decoded.peak is not None:
-        found.append(Finding(FACT, "of 16 bits, of which the upper 8 are used"))
+        found.append(Finding(FACT, "with 16 bits, of which the upper 8 are used"))
         if 0 < decoded.peak < _DARK:
             what = (
-                f"images of 16 bits with all values below {_DARK}, which become almost black: "
+                f"16-bit images with all values below {_DARK}, which become almost black: "
                 "scale them to 0 to 65535, or save them with 8 bits"
             )
             found.append(Finding(WARNING, what, f"{name} (largest value {decoded.peak})"))
@@ -107,16 +107,16 @@ def _describe(record: dict, decoded: Decoded, rules: ImageRules) -> list[Finding
         found.append(Finding(FACT, f"stored as {_MODES.get(decoded.mode, decoded.mode)}"))
     sides = decoded.image.size
     if max(sides) > rules.longest * min(sides):
-        what = f"images more than {rules.longest} times as long as wide, or as high: {rules.thin}"
+        what = f"images with one side more than {rules.longest} times the other: {rules.thin}"
         found.append(Finding(NOTE, what, f"{name} ({sides[0]}x{sides[1]})"))
     if has_more_frames(record):
-        what = "images of several frames or pages, of which the first is used"
+        what = "images with several frames or pages, of which the first is used"
         found.append(Finding(NOTE, what, name))
     return found
 
 
 def inspect_pixels(record: dict, rules: ImageRules) -> tuple[Decoded | None, list[Finding]]:
-    """Decodes an image as training does, unless it cannot be; what is found in any data set."""
+    """Decodes an image as training does; returns it, or None if it is unreadable, and findings."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -132,7 +132,7 @@ def inspect_pixels(record: dict, rules: ImageRules) -> tuple[Decoded | None, lis
 
 
 def inspect_image(record: dict, rules: ImageRules) -> list[Finding]:
-    """Decodes an image to be classified; what is wrong with it."""
+    """Decodes an image for classification and returns findings."""
     decoded, found = inspect_pixels(record, rules)
     if decoded and decoded.orientation != 1:
         found.append(Finding(FACT, "turned by EXIF"))
@@ -140,13 +140,13 @@ def inspect_image(record: dict, rules: ImageRules) -> list[Finding]:
 
 
 def inspect_listed(image: ListedImage, rules: ImageRules) -> list[Finding]:
-    """Decodes an image of an annotation file; what is wrong with it."""
+    """Decodes an image of an annotation file and returns findings."""
     decoded, found = inspect_pixels({"file_name": image.path}, rules)
     if decoded is None:
         return found
     width, height = decoded.image.size
     stated = as_whole(image.width), as_whole(image.height)
-    if None in stated:  # which is told of the file
+    if None in stated:  # reported for the annotation file
         return found
     sizes = f"{image.path} ({width}x{height}, annotations {image.width}x{image.height})"
     if (width, height) != stated:
@@ -171,11 +171,11 @@ def inspect_listed(image: ListedImage, rules: ImageRules) -> list[Finding]:
 
 
 def listed(root: str, images: Sequence[dict]) -> list[ListedImage]:
-    """Those images of an annotation file whose files are there; what is missing is told elsewhere.
+    """Returns the images of an annotation file whose files exist; others are reported elsewhere.
 
     Args:
         root: the image folder.
-        images: as the annotation file has them.
+        images: the images in the annotation file.
     """
     named = [image for image in images if isinstance(image.get("file_name"), str)]
     paths = [os.path.join(root, image["file_name"]) for image in named]
@@ -187,7 +187,7 @@ def listed(root: str, images: Sequence[dict]) -> list[ListedImage]:
 
 
 def find_listed(name: str) -> list[ListedImage]:
-    """The images of a data set of COCO's form whose files are there."""
+    """Returns the images of a data set in COCO format whose files exist."""
     metadata = MetadataCatalog.get(name)
     return listed(metadata.image_root, read_instances(metadata.json_file)["images"])
 
@@ -195,7 +195,7 @@ def find_listed(name: str) -> list[ListedImage]:
 def _in_parallel(
     function: Callable[[object], list[Finding]], items: Sequence, name: str, workers: int
 ) -> Iterator[list[Finding]]:
-    """Results in the order of the items, with a progress bar where there is a terminal."""
+    """Yields results in the order of the items, with a progress bar in a terminal."""
     with process_pool(workers) as pool:
         chunk = max(1, min(128, len(items) // (4 * workers)))
         results = pool.map(function, items, chunksize=chunk)
@@ -209,14 +209,14 @@ def look_at_images(
     findings: Findings,
     workers: int,
 ) -> None:
-    """Opens images; adds what is found.
+    """Opens images and adds what is found.
 
     Args:
-        inspect: of a :class:`Look`.
-        items: of it.
-        name: of the data set.
-        findings: of the data set.
-        workers: processes, where there are more than a few images.
+        inspect: attribute of a :class:`Look`.
+        items: items of that :class:`Look`.
+        name: name of the data set.
+        findings: findings of the data set.
+        workers: number of processes, used for more than a few images.
     """
     facts = Counter()
     few = len(items) <= FIRST

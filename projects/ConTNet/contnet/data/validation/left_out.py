@@ -1,4 +1,4 @@
-"""What training leaves out of a data set, and why."""
+"""Counts what training leaves out of a data set, and why."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["CROWD", "LeftOut"]
 
 CROWD = "crowd"
 _PLURALS = {"box": "boxes"}
-_MANY = 0.05  # crowds of all objects; COCO has one in a hundred
+_MANY = 0.05  # share of crowds that is suspicious; COCO has 0.01
 
 
 class LeftOut:
-    """Counts objects and images as Detectron2 leaves them out."""
+    """Counts the objects and images that Detectron2 leaves out."""
 
     def __init__(self) -> None:
         self._objects = 0
@@ -28,9 +28,10 @@ class LeftOut:
         """Counts an object.
 
         Args:
-            image: what tells its image from others.
-            reason: why it is left out, such as ``CROWD`` or "box without area"; "" if it is not.
-            stays: its image is kept nevertheless.
+            image: identifies its image.
+            reason: why the object is left out, such as ``CROWD`` or "box without area"; "" if it is
+                not.
+            stays: whether its image is kept nevertheless.
         """
         self._objects += 1
         if reason:
@@ -41,7 +42,7 @@ class LeftOut:
             self._trained.add(image)
 
     def check_crowds(self, evaluated: bool, findings: Findings) -> None:
-        """Adds whether there are too many crowds, or how many evaluation ignores."""
+        """Adds a finding if there are too many crowds, or else how many evaluation ignores."""
         crowds = self._reasons[CROWD]
         if crowds > _MANY * self._objects:
             findings.suspect(
@@ -58,7 +59,7 @@ class LeftOut:
         Args:
             images: number of images.
             filtered: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
-            findings: gets it.
+            findings: receives the result.
         """
         findings.left_out = self._describe(images, filtered)
         findings.fact(findings.left_out)
@@ -68,7 +69,7 @@ class LeftOut:
         empty = images - len(self._trained) - alone
         reasons = [_plural(number, what) for what, number in self._reasons.items()]
         parts = [_part(self._reasons.total(), self._objects, "object", reasons)]
-        counts = {"without objects": empty, "with crowds alone": alone}
+        counts = {"without objects": empty, "with only crowds": alone}
         what = [f"{number} {which}" for which, number in counts.items() if number]
         parts.append(_part((empty + alone) * filtered, images, "image", what * filtered))
         line = f"training skips {' and '.join(parts)}"
@@ -78,7 +79,7 @@ class LeftOut:
 
 
 def _plural(number: int, what: str) -> str:
-    """Of words such as "box without area", whose first is counted."""
+    """Returns a count of things such as "box without area", whose first word is the noun."""
     noun, _, rest = what.partition(" ")
     return f"{number} {_PLURALS.get(noun, noun + 's') if number != 1 else noun} {rest}".rstrip()
 

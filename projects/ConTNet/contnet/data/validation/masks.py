@@ -1,4 +1,4 @@
-"""What can be wrong with the masks of an annotation file of COCO's form."""
+"""Checks the masks of an annotation file in COCO format."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = [
 ]
 
 _NUMBERS = {int, float}
-_DIGITS = 7  # that a number of 32 bits takes at most, in the coding of compressed masks
+_DIGITS = 7  # of a number of 32 bits in a compressed mask, at most
 MEND = "tools/doctor.py --fix fixes it in a copy"
 
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """What a run wants of a data set.
+    """How a run uses a data set.
 
     Attributes:
-        trained: it is one of DATASETS.TRAIN.
-        evaluated: it is one of DATASETS.TEST.
+        trained: whether it is in DATASETS.TRAIN.
+        evaluated: whether it is in DATASETS.TEST.
         masks: MODEL.MASK_ON.
-        bitmasks: INPUT.MASK_FORMAT is bitmask.
+        bitmasks: whether INPUT.MASK_FORMAT is bitmask.
         filtered: DATALOADER.FILTER_EMPTY_ANNOTATIONS.
     """
 
@@ -47,7 +47,7 @@ class DatasetUse:
 
 
 def are_numbers(values: Iterable) -> bool:
-    """Whether all are finite numbers; true and false are none."""
+    """Whether all values are finite numbers; true and false are not."""
     values = list(values)
     try:
         return _NUMBERS.issuperset(map(type, values)) and math.isfinite(sum(map(abs, values)))
@@ -56,7 +56,7 @@ def are_numbers(values: Iterable) -> bool:
 
 
 def is_text_of_numbers(values: Iterable) -> bool:
-    """Whether there are texts among the values, and all of them spell numbers."""
+    """Whether some of the values are strings, and all of them can be read as numbers."""
     try:
         return any(isinstance(value, str) for value in values) and are_numbers(map(float, values))
     except (OverflowError, TypeError, ValueError):
@@ -64,15 +64,15 @@ def is_text_of_numbers(values: Iterable) -> bool:
 
 
 def usable_polygons(mask: list) -> list[list]:
-    """The polygons of a mask that Detectron2 keeps."""
+    """Returns the polygons of a mask that Detectron2 keeps."""
     return [part for part in mask if len(part) >= 6 and not len(part) % 2]
 
 
 def flatten_polygons(mask: list) -> list | None:
-    """Polygons as COCO has them, of one that is in no list, or of lists of points [x, y].
+    """Converts one polygon outside a list, or lists of points [x, y], to COCO's polygons.
 
     Returns:
-        None where it is neither of the two.
+        The polygons; None if the mask has neither of these forms.
     """
     if are_numbers(mask) and mask:
         return [mask]
@@ -91,7 +91,7 @@ def _is_line(value: object) -> bool:
 
 
 def _check_polygons(polygons: list, where: str, findings: Findings) -> bool:
-    """Whether all are lists of numbers."""
+    """Checks polygons; returns whether all are lists of finite numbers."""
     sound = True
     for polygon in polygons:
         if not isinstance(polygon, list) or not are_numbers(polygon):
@@ -112,14 +112,16 @@ def _is_short(polygon: object) -> bool:
 
 
 def _run_lengths(counts: str) -> np.ndarray:
-    """The runs of a compressed mask: in digits of 5 bits, from the fourth on as the difference to
-    the last but one.
+    """Returns the run lengths of a compressed mask.
+
+    Their digits have 5 bits; from the fourth run on, the difference to the run two places before
+    is stored.
 
     Raises:
-        ValueError: for a text that pycocotools' C code must not be given, which trusts it.
+        ValueError: if the text is not valid; pycocotools' C code does not check it.
     """
     digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    last = digits & 32 == 0  # of a run
+    last = digits & 32 == 0  # digit of its run
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:
         raise ValueError("not a compressed mask, or truncated")
     ends = np.flatnonzero(last) + 1
@@ -136,7 +138,7 @@ def _run_lengths(counts: str) -> np.ndarray:
 
 
 def _read_runs(counts: object) -> np.ndarray:
-    """The runs of a mask, compressed or not; ValueError if they are none."""
+    """Returns the run lengths of a mask, compressed or not; ValueError if they are not valid."""
     if isinstance(counts, str):
         return _run_lengths(counts)
     if isinstance(counts, list):
@@ -149,7 +151,7 @@ def _read_runs(counts: object) -> np.ndarray:
 def is_mask_of(mask: dict, size: tuple) -> bool:
     """Whether a run-length mask fits an image of (width, height).
 
-    pycocotools allocates what a mask says, and counts pixels in 32 bits.
+    pycocotools allocates the size that a mask states, and counts pixels in 32 bits.
     """
     width, height = size
     pixels = width * height
@@ -167,7 +169,7 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
     """Checks the mask of an object in an image of (width, height).
 
     Returns:
-        Whether it can be measured; no mask can.
+        Whether the object can be measured; one without a mask can.
     """
     mask = item.get("segmentation")
     if not mask:

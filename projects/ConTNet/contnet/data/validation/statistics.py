@@ -42,7 +42,7 @@ class DatasetStatistics:
 
 
 def count_pixels(files: Sequence[str], classes: int, most: int = _LABEL_MAPS) -> np.ndarray:
-    """Pixels of each class (classes,), in at most ``most`` label maps spread over the files."""
+    """Counts pixels by class, (classes,), in at most ``most`` label maps spread over the files."""
     step = max(1, -(-len(files) // most))
     counts = np.zeros(256, dtype=np.int64)
     for file in files[::step]:
@@ -86,6 +86,6 @@ def read_statistics(records: Iterable[dict], class_names: Sequence[str]) -> Data
 
 
 def count_in_bins(values: Sequence[float], edges: Sequence[float]) -> list[int]:
-    """Number of values below the first edge, between neighbouring edges, and from the last on."""
+    """Counts values below the first edge, between neighbouring edges, and from the last edge on."""
     places = np.searchsorted(np.asarray(edges, float), np.asarray(values, float), side="right")
     return np.bincount(places, minlength=len(edges) + 1).tolist()
