@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures, one module for each subject; the GPU check; comparisons."""
+"""Benchmarks of tools/benchmark.py, one module per subject; the GPU check; comparisons."""

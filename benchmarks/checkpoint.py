@@ -1,4 +1,4 @@
-"""Time that a training loses to a checkpoint, written in the background and waited for."""
+"""Time that training loses to a checkpoint, written in the background and synchronously."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contnet.launch.preflight_config import load_checked_config
 
 __all__ = ["add_arguments", "measure", "run"]
 
-# Cheap steps, so that there can be many: the state is as large with few proposals as with many.
+# Few proposals make steps cheap, and do not change the size of the state.
 _FEW = {
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": "100",
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": "50",
@@ -33,19 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="in a window: so many that a file is written in their time, for the rest counts as "
-        "lost (default 3 on a CPU, 60 on a GPU)",
+        help="steps in a window, long enough to write a file, because the rest of the writing "
+        "counts as lost (default 3 on a CPU, 60 on a GPU)",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="in pixels"
+        "--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="size in pixels"
     )
     parser.add_argument(
-        "--folder", default=".", metavar="FOLDER", help="on the disk that is written to"
+        "--folder", default=".", metavar="FOLDER", help="folder on the disk to write to"
     )
 
 
 class _Training:
-    """Steps of a detector on one image, and checkpoints of it."""
+    """Training steps of a detector on one image, and its checkpoints."""
 
     def __init__(self, args: argparse.Namespace, folder: str):
         options = {"MODEL.DEVICE": args.device, "SOLVER.BASE_LR": "1e-9", **_FEW}
@@ -68,7 +68,7 @@ class _Training:
             )
 
     def window(self, background: bool | None = None) -> None:
-        """Saves, unless ``background`` is None, and does some steps."""
+        """Saves a checkpoint, unless ``background`` is None, and runs some steps."""
         torch.manual_seed(0)
         if background is not None:
             start = time.perf_counter()
@@ -89,16 +89,16 @@ def measure(args: argparse.Namespace, folder: str) -> dict:
     """Times windows with and without checkpoints.
 
     Args:
-        args: of the command line; ``folder`` is not read.
-        folder: empty; what is written stays in it.
+        args: options of the command line; ``folder`` is not used.
+        folder: an empty folder; the checkpoints remain in it.
 
     Returns:
-        ``megabytes`` of a file, ``steps`` of a window; lists of milliseconds: ``step_ms``, and of
-        each way of saving ``{way}_save_ms`` in ``save()`` and ``{way}_lost_ms`` in all; ``share``,
-        which the background loses of what a synchronous save does.
+        ``megabytes`` of a checkpoint, ``steps`` of a window; lists of milliseconds: ``step_ms``
+        and, for each way of saving, ``{way}_save_ms`` in ``save()`` and ``{way}_lost_ms`` in total;
+        ``share``: time lost in the background relative to a synchronous save.
     """
     training = _Training(args, folder)
-    training.step()  # which makes the optimiser's state
+    training.step()  # creates the optimiser's state
     ways = {
         "none": training.window,
         "synchronous": lambda: training.window(False),

@@ -1,9 +1,9 @@
-"""Whether two checkouts train the same, to the bit.
+"""Checks whether two checkouts train bit for bit the same.
 
-Small forms of the models are trained for a few iterations on drawn data, with one thread and a
-fixed seed, by the train_net.py of either checkout. Losses, metrics, detections, weights, their
-averages and the optimiser's state are compared. Tensors are compared in the order of the modules,
-without their names, so that modules may be renamed.
+The train_net.py of each checkout trains small models for a few iterations on drawn data, with one
+thread and a fixed seed. Losses, metrics, detections, weights, EMA weights and the optimiser's state
+are compared. Tensors are compared in the order of the modules, without their names, so that modules
+may be renamed.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ DATASETS.TRAIN ('crops_train',) DATASETS.TEST ('crops_val',) SOLVER.IMS_PER_BATC
 INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.RESIZE_TEST 64 INPUT.CLASSIFIER.CROP_TEST 56
 """
 _CUT_AT = "model_0000003.pth"
-# In metrics.json, what differs between equal runs.
+# Keys of metrics.json that differ between equal runs.
 _TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 _LOG_LINES = 15
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and what follows it.
+    """A training run and what follows it.
 
     Attributes:
-        config: the config file, below ``configs``.
+        config: config file in ``configs``.
         opts: config keys and values.
-        processes: that train together.
-        resume: then cut the training in the middle and resume it.
-        evaluate: then evaluate the final weights alone, in one process.
+        processes: number of training processes.
+        resume: whether to also resume the training from its middle.
+        evaluate: whether to also evaluate the final weights separately, in one process.
     """
 
     config: str
@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
     ),
     "fcos": Case(
         "fcos_contti.yaml",
-        # A rate at which it detects something in the end.
+        # A learning rate with which it detects something in the end.
         _DETECTOR
         + "MODEL.FPN.OUT_CHANNELS 64 MODEL.FCOS.SCORE_THRESH_TEST 0.0 SOLVER.BASE_LR 0.03",
     ),
@@ -98,14 +98,14 @@ CASES: dict[str, Case] = {
 
 
 class TrainingError(Exception):
-    """A training that failed; the message says where, and ends with the end of its log."""
+    """A training failed; the message has the checkout and the end of the log."""
 
 
 # --- runs ----------------------------------------------------------------------------------------
 
 
 def _draw_data(folder: Path) -> list[str]:
-    """Makes ``folder`` a DETECTRON2_DATASETS; returns the options that register its own sets."""
+    """Draws data sets in ``folder``, the DETECTRON2_DATASETS; returns options to register them."""
     shapes = make_shapes(folder / "shapes", num_train=12, num_val=6, min_side=128, max_side=160)
     crop_shapes(shapes, folder / "crops")
     shapes_to_cityscapes(shapes, folder)
@@ -114,14 +114,14 @@ def _draw_data(folder: Path) -> list[str]:
 
 
 def _train_net(checkout: Path, data: Path, arguments: Sequence[str], folder: Path) -> None:
-    """Runs a checkout's train_net.py, which writes into ``folder``.
+    """Runs a checkout's train_net.py, which writes to ``folder``.
 
     Raises:
-        TrainingError: if it fails.
+        TrainingError: if the training fails.
     """
     environment = {
         **os.environ,
-        # Before an installed package, which may be that of another checkout.
+        # Takes precedence over an installed package, which may be that of another checkout.
         "PYTHONPATH": str(checkout / "projects" / "ConTNet"),
         "OMP_NUM_THREADS": "1",
         "DETECTRON2_DATASETS": str(data),
@@ -143,7 +143,7 @@ def _train_net(checkout: Path, data: Path, arguments: Sequence[str], folder: Pat
 
 
 def _cut(trained: Path, folder: Path) -> None:
-    """Copies a run's folder as it would be if the run had ended after its first checkpoint."""
+    """Copies a run's folder as if the run had been interrupted after its first checkpoint."""
     shutil.copytree(trained, folder)
     (folder / "last_checkpoint").write_text(_CUT_AT)
     for file in folder.glob("*.pth"):
@@ -152,7 +152,7 @@ def _cut(trained: Path, folder: Path) -> None:
 
 
 def _run(case: Case, checkout: Path, data: Path, register: list[str], folder: Path) -> list[Path]:
-    """The folders of a case's runs in one checkout; those of the same place are to be equal."""
+    """Runs a case in one checkout; returns the folders of its runs."""
     config = ["--config-file", str(checkout / "configs" / case.config)]
     opts = [*_COMMON.split(), *register, *case.opts.split()]
     train = [*config, "--num-gpus", str(case.processes), *opts]
@@ -174,7 +174,7 @@ def _run(case: Case, checkout: Path, data: Path, register: list[str], folder: Pa
 
 
 def _metrics(folder: Path) -> dict[str, dict]:
-    """What a run measured, by iteration and by evaluation."""
+    """Returns a run's metrics by iteration and by evaluation."""
     found = {}
     if (lines := folder / "metrics.json").exists():
         for line in map(json.loads, lines.read_text().splitlines()):
@@ -191,13 +191,13 @@ def _metrics(folder: Path) -> dict[str, dict]:
 
 
 def _detections(folder: Path) -> dict[str, bytes]:
-    """The files of detections that the last evaluation of a run wrote, by their paths."""
+    """Returns the content of the detection files of a run's last evaluation, by path."""
     files = sorted((folder / "inference").glob("**/*.json"))
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in nested dicts and lists, in order."""
+    """Yields all tensors in nested dicts and lists, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -206,7 +206,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _optimizer_state(content: object) -> Mapping | None:
-    """The state of the optimiser, wherever a checkpoint has it."""
+    """Finds the state of the optimiser anywhere in a checkpoint."""
     if not isinstance(content, Mapping):
         return None
     if {"state", "param_groups"} <= content.keys():
@@ -215,14 +215,14 @@ def _optimizer_state(content: object) -> Mapping | None:
 
 
 def _digest(tensor: Tensor) -> str:
-    """SHA-256 over data type, shape and bytes."""
+    """Returns the SHA-256 of data type, shape and bytes."""
     data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(head + data).hexdigest()
 
 
 def _digests(file: Path) -> dict[str, list[tuple[tuple[int, ...], str]]]:
-    """Shape and digest of each tensor of a checkpoint, by what it belongs to."""
+    """Returns shape and digest of each tensor of a checkpoint, by part."""
     content = torch.load(file, map_location="cpu", weights_only=True)
     parts = {
         "weights": content["model"],
@@ -246,7 +246,7 @@ def _compare_metrics(before: Path, after: Path) -> list[str]:
             if key not in old[place] or key not in new[place]:
                 side = "after" if key in new[place] else "before"
                 one_sided[f"{place.partition(',')[0]}: only {side} has {key}"] = None
-            # As text, in which not-a-number equals itself.
+            # Compared as text, because nan does not equal itself.
             elif repr(old[place][key]) != repr(new[place][key]):
                 values = f"{old[place][key]!r} before, {new[place][key]!r} after"
                 differences.append(f"{place}, {key}: {values}")
@@ -272,10 +272,10 @@ def _compare_checkpoints(before: Path, after: Path) -> list[str]:
 
 
 def compare_runs(before: Path, after: Path) -> list[str]:
-    """How two runs' folders differ, a line for each kind; none if they are equal to the bit.
+    """Compares the folders of two runs; returns no lines if they are bit for bit equal.
 
-    The first value that differs is told, the metrics that only one of them has, the first file of
-    detections and the first tensor that differ.
+    The lines have the first metric that differs, the metrics that only one run has, the first
+    detection file and the first tensor that differ.
     """
     differences = _compare_metrics(before, after) + _compare_detections(before, after)
     files = [folder / "model_final.pth" for folder in (before, after)]
@@ -288,15 +288,15 @@ def compare_runs(before: Path, after: Path) -> list[str]:
 
 
 def compare_checkouts(before: Path, after: Path, names: Sequence[str] = tuple(CASES)) -> bool:
-    """Runs cases in two checkouts and prints a line for each, and how they differ.
+    """Runs cases in two checkouts and prints a line for each, with the differences.
 
     Args:
-        before: folder of a checkout.
-        after: folder of the other one.
-        names: of cases.
+        before: folder of the first checkout.
+        after: folder of the second checkout.
+        names: names of the cases.
 
     Returns:
-        Whether all are equal to the bit.
+        Whether all runs are bit for bit equal.
     """
     equal = True
     with tempfile.TemporaryDirectory(prefix="contnet_compare_") as temporary:
@@ -304,7 +304,7 @@ def compare_checkouts(before: Path, after: Path, names: Sequence[str] = tuple(CA
         register = _draw_data(data)
         for name in names:
             start = time.perf_counter()
-            # A case's folders take some hundred MB.
+            # The folders of a case take some hundred MB.
             with tempfile.TemporaryDirectory(dir=temporary) as place:
                 try:
                     runs = [
@@ -314,7 +314,7 @@ def compare_checkouts(before: Path, after: Path, names: Sequence[str] = tuple(CA
                     differences = [
                         line for pair in zip(*runs, strict=True) for line in compare_runs(*pair)
                     ]
-                    verdict = "DIFFERENT" if differences else "equal to the bit"
+                    verdict = "DIFFERENT" if differences else "equal bit for bit"
                 except TrainingError as error:
                     verdict, differences = "FAILED", [str(error)]
             print(f"{name}: {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -325,37 +325,37 @@ def compare_checkouts(before: Path, after: Path, names: Sequence[str] = tuple(CA
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/compare_checkouts.py."""
+    """Builds the parser of tools/compare_checkouts.py."""
     parser = argparse.ArgumentParser(
-        description="Trains small models in two checkouts and says whether they are equal to the "
-        "bit. Exit status: 0 if they are, 1 if not."
+        description="Trains small models in two checkouts and checks whether the results are equal "
+        "bit for bit. Exit status: 0 if they are, 1 if not."
     )
     parser.add_argument("before", type=Path, metavar="BEFORE", help="folder of a checkout")
     parser.add_argument(
-        "after", type=Path, nargs="?", metavar="AFTER", help="of another one (default: this one)"
+        "after", type=Path, nargs="?", metavar="AFTER", help="another checkout (default: this one)"
     )
     parser.add_argument("--only", choices=CASES, metavar="CASE", help=f"one of {', '.join(CASES)}")
     return parser
 
 
 def main(repository: Path, argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/compare_checkouts.py.
+    """Runs tools/compare_checkouts.py.
 
     Args:
         repository: folder of this checkout.
-        argv: the command line, this process's own by default.
+        argv: command line; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0 if the checkouts are equal to the bit, else 1.
+        The exit status: 0 if the results are bit for bit equal, else 1.
 
     Raises:
-        SystemExit: with status 2, for a mistake in the command line.
+        SystemExit: with status 2, if the command line is not valid.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     checkouts = [args.before.resolve(), (args.after or repository).resolve()]
     for checkout in checkouts:
-        # Without its own package, a checkout would use the installed one.
+        # A checkout without its own package would use the installed one.
         for part in ("train_net.py", "configs", "projects/ConTNet/contnet"):
             if not (checkout / part).exists():
                 parser.error(f"{checkout} has no {part}: give the folder of a checkout")

@@ -1,4 +1,4 @@
-"""COCO evaluation of drawn detections against Detectron2's evaluator on pycocotools."""
+"""COCO evaluation of random detections, compared with Detectron2's evaluator and pycocotools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["add_arguments", "run"]
 HEIGHT, WIDTH = 480, 640
 CLASSES = 80
 DETECTIONS = 100
-# Whole masks are large: so many images are enough to time how they are encoded.
+# Number of images to time the encoding of masks.
 MASK_IMAGES = 20
 NAME = "benchmark_of_evaluation"
 
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """XYWH (count, 4) inside the image, as many small ones as large ones."""
+    """Returns XYWH boxes (count, 4) inside the image, with log-uniform sizes."""
     sizes = np.exp(rng.uniform(np.log(8), np.log(300), (count, 2)))
     places = rng.uniform(size=(count, 2)) * (np.array([WIDTH, HEIGHT]) - sizes)
     return np.concatenate([places, sizes], axis=1)
 
 
 def _outline(rng: np.random.Generator, box: np.ndarray) -> list[float]:
-    """A polygon of 24 corners in a box."""
+    """Returns a polygon with 24 corners in a box."""
     angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     around = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     around = 0.5 + around * rng.uniform(0.35, 0.5, (24, 1))
@@ -57,7 +57,7 @@ def _outline(rng: np.random.Generator, box: np.ndarray) -> list[float]:
 
 
 def make_truth(images: int, seed: int) -> dict:
-    """The content of an annotation file: seven objects in an image on average, 1 in 50 a crowd."""
+    """Makes an annotation file with 7 objects per image on average, 2 % of them crowds."""
     rng = np.random.default_rng(seed)
     annotations = []
     for image in range(1, images + 1):
@@ -86,7 +86,7 @@ def make_truth(images: int, seed: int) -> dict:
 
 
 def make_detections(truth: dict, seed: int) -> Iterator[Instances]:
-    """For each image 100 boxes: two near each object, one of them right, and others anywhere."""
+    """Yields 100 boxes per image: two near each object, one with a high score, and random boxes."""
     rng = np.random.default_rng([seed, 1])
     objects: dict[int, list[dict]] = {image["id"]: [] for image in truth["images"]}
     for each in truth["annotations"]:
@@ -111,7 +111,7 @@ def make_detections(truth: dict, seed: int) -> Iterator[Instances]:
 
 
 def _run_lengths(rng: np.random.Generator, instances: Instances) -> list[dict]:
-    """A mask in each box."""
+    """Makes a run-length encoded mask in each box."""
     boxes = instances.pred_boxes.tensor.numpy().astype(float)
     boxes = BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
     masks = rle.frPyObjects([_outline(rng, box) for box in boxes], HEIGHT, WIDTH)
@@ -141,7 +141,7 @@ def _as_results(found: Detections, task: str) -> list[dict]:
 
 
 class _Clock:
-    """Seconds of what runs under it, by name; what is printed meanwhile is thrown away."""
+    """Times blocks of code by name, and discards what they print."""
 
     def __init__(self):
         self.seconds: dict[str, list[float]] = {}
@@ -174,11 +174,11 @@ def _time_average_precision(file: Path, found: Detections, task: str, rounds: in
         for evaluation in evaluations.values():
             evaluation.summarize()
     theirs, ours = (evaluation.stats for evaluation in evaluations.values())
-    print(f"AP {100 * ours[0]:.3f}, greatest difference of a number {abs(ours - theirs).max():.1e}")
+    print(f"AP {100 * ours[0]:.3f}, largest difference of a metric {abs(ours - theirs).max():.1e}")
 
 
 def _time_step(found: list[Instances], rounds: int) -> None:
-    """From a model's output to the printed numbers."""
+    """Times the evaluation from a model's output to the metrics."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, "tasks": ["bbox"], "use_fast_impl": False}
@@ -191,7 +191,7 @@ def _time_step(found: list[Instances], rounds: int) -> None:
                     for i, instances in enumerate(found):
                         evaluator.process([{"image_id": i + 1}], [{"instances": instances}])
                     evaluator.evaluate()
-    print(f"the whole step, boxes of {len(found)} images")
+    print(f"whole evaluation, boxes of {len(found)} images")
     print_ratios(clock.seconds, "Detectron2")
 
 

@@ -1,4 +1,4 @@
-"""The parts of tools/gpu_check.sh, each in a process of its own, and the report of them."""
+"""The parts of tools/gpu_check.sh, each in a separate process, and their report."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from contnet.utils.command import run_command
 
 __all__ = ["PARTS", "main"]
 
-# The module of benchmarks.gpu and its function, the most valuable first. A process imports no more
-# than it needs: with all, that is seconds.
+# Module of benchmarks.gpu and function of each part, the most valuable first. A process imports
+# only the module that it needs, because importing all takes seconds.
 PARTS = {
     "versions": ("machine", "check_versions"),
     "tests": ("machine", "run_tests"),
@@ -39,7 +39,7 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 def _run_part(name: str, device: str, output: Path) -> None:
     runs = output / name
     shutil.rmtree(runs, ignore_errors=True)
-    # Detectron2 reads it when it is imported.
+    # Detectron2 reads this variable when it is imported.
     os.environ["DETECTRON2_DATASETS"] = str(runs / "datasets")
     part = Part(name, device, output)
     module, function = PARTS[name]
@@ -51,7 +51,7 @@ def _run_part(name: str, device: str, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures one part, whose figures go into a file of the output folder, or writes the report.
+    """Runs one part, whose results go to a file in the output folder, or writes the report.
 
     Returns:
         The exit status.
@@ -66,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="FILE",
         help=f"write the report of the output folder's results (default: this repository's {PAGE}),"
-        " and keep them beside it",
+        " and copy them beside it",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of a part")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device")
     parser.add_argument(
         "--output",
         type=lambda name: Path(name).resolve(),
         default=Path("output/gpu_check").resolve(),
         metavar="FOLDER",
-        help="what tools/gpu_check.sh writes into (default: output/gpu_check)",
+        help="output folder of tools/gpu_check.sh (default: output/gpu_check)",
     )
     args = parser.parse_args(argv)
     if args.report is not None:

@@ -1,4 +1,4 @@
-"""How fast a machine could run a ConTNet: its MACs and bytes against two ceilings."""
+"""Lower bounds for the time of a ConTNet on a machine, from its MACs and bytes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from contnet.modeling.macs import macs_of_call
 
 __all__ = ["count_parts", "least_seconds", "measure_ceilings"]
 
-# What the others do to each number can be macs while they read or write it.
+# Other operations can be computed while their values are read or written.
 _COUNTED = ("convolution", "linear", "attention")
 
 
 def measure_ceilings(
     device: str, dtype: torch.dtype, side: int | None = None, copied: int = 2**28
 ) -> tuple[float, float]:
-    """MACs a second of a large matrix product, and bytes a second of a large copy.
+    """Measures MACs per second of a large matrix product, and bytes per second of a large copy.
 
     Args:
         device: cpu or cuda.
-        dtype: of the product.
-        side: of its matrices.
-        copied: bytes that the copy reads.
+        dtype: type of the matrices.
+        side: side of the matrices.
+        copied: number of bytes that the copy reads.
     """
     side = side or (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -40,21 +40,21 @@ def measure_ceilings(
 
 
 def _moved(module: nn.Module, x: Tensor, out: Tensor) -> int:
-    """Numbers that one call must at least read and write."""
+    """Returns the minimum number of values that a call reads and writes."""
     if isinstance(module, Attention):
         return 4 * x.numel()  # query, key, value and the result
     return x.numel() + out.numel() + module.weight.numel()
 
 
 def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int, int]]:
-    """Counts what a forward pass must do at least.
+    """Counts the minimum work of a forward pass.
 
     Args:
-        model: any; it is run on the meta device and comes back there.
-        images: shape (N, C, H, W).
+        model: the network; it is moved to the meta device.
+        images: shape (N, C, H, W) of the images.
 
     Returns:
-        MACs and numbers moved by part, as "stages.0 linear".
+        MACs and number of values moved, by part, such as "stages.0 linear".
     """
     parts = defaultdict(lambda: (0, 0))
     model = model.to("meta")
@@ -80,7 +80,7 @@ def count_parts(model: ConTNet, images: tuple[int, ...]) -> dict[str, tuple[int,
 def least_seconds(
     parts: dict[str, tuple[int, int]], ceilings: tuple[float, float], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds below which no part can come: it computes, or it moves its bytes."""
+    """Returns the minimum seconds of each part, to compute or to move its bytes."""
     products, copied = ceilings
     return {
         name: max(macs / products, moved * dtype.itemsize / copied)

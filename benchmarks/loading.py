@@ -1,9 +1,9 @@
 """Loading of training images: a detector's mapper in one thread, or a classifier's whole loader.
 
-By default images with masks are loaded by our mapper and by Detectron2's. With ``--classifier`` the
-loader of a classifier, with workers, gives batches whose images lie in one tensor, and lists of
-images as Detectron2's loaders do; what counts there is also how long the main thread is at work
-for a batch until its images lie on the device, for meanwhile it starts nothing else there.
+By default, our mapper and Detectron2's load images with masks. With ``--classifier``, a
+classifier's loader with workers makes batches with one tensor of images, or lists of images as
+Detectron2's loaders do; the time that the main thread needs to move a batch to the device is also
+measured, because meanwhile it starts no other work there.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ HEIGHT, WIDTH = 480, 640
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="FOLDER", help="instead of drawn ones")
-    parser.add_argument("--annotations", metavar="JSON", help="of these images, in COCO's format")
-    parser.add_argument("--number", type=int, default=30, metavar="N", help="of images")
-    parser.add_argument("--size", type=int, default=800, help="of the shorter side, in pixels")
+    parser.add_argument("--images", metavar="FOLDER", help="image folder (default: drawn images)")
+    parser.add_argument("--annotations", metavar="JSON", help="annotations in COCO format")
+    parser.add_argument("--number", type=int, default=30, metavar="N", help="number of images")
+    parser.add_argument("--size", type=int, default=800, help="shorter side in pixels")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed passes of each")
     own = parser.add_argument_group("a classifier's loader")
-    own.add_argument("--classifier", action="store_true", help="measure it, not the mappers")
-    own.add_argument("--batch", type=int, default=128, metavar="N", help="images of a batch")
-    own.add_argument("--batches", type=int, default=40, metavar="N", help="of a timed pass")
+    own.add_argument("--classifier", action="store_true", help="measure a classifier's loader")
+    own.add_argument("--batch", type=int, default=128, metavar="N", help="batch size")
+    own.add_argument("--batches", type=int, default=40, metavar="N", help="batches per timed pass")
     own.add_argument("--workers", type=int, default=available_cpus(), metavar="N")
 
 
 def _draw(rng: np.random.Generator) -> Image.Image:
-    """Colours, edges and grain of all sizes: as many bytes in JPEG as a photograph."""
+    """Draws colours, edges and noise at all scales; its JPEG is as large as a photograph's."""
     picture = np.full((HEIGHT, WIDTH, 3), 128.0)
     for size in (4, 8, 16, 32, 64, 128, 256):
         noise = rng.normal(scale=90 / size**0.6, size=(size * 3 // 4, size, 3)).astype(np.float32)
@@ -72,7 +72,7 @@ def _draw(rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_objects(rng: np.random.Generator) -> list[dict]:
-    """Seven polygons of 40 corners."""
+    """Draws seven polygons with 40 corners."""
     objects = []
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     for _ in range(7):
@@ -130,7 +130,7 @@ def _device() -> str:
 
 
 def _to_device(batch: Sequence[dict]) -> None:
-    """What a model does with the images first."""
+    """Moves a batch to the device as a model does."""
     device = _device()
     if isinstance(batch, ImageBatch):
         batch.images.to(device, non_blocking=True)
@@ -139,7 +139,7 @@ def _to_device(batch: Sequence[dict]) -> None:
 
 
 def _build_loaders(args: argparse.Namespace, records: Sequence[dict]) -> dict[str, DataLoader]:
-    """Of a classifier: as Detectron2's collate, and ours."""
+    """Builds a classifier's loaders with Detectron2's way of collating and with ours."""
     cfg = get_cfg()
     add_contnet_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
@@ -154,9 +154,9 @@ def _build_loaders(args: argparse.Namespace, records: Sequence[dict]) -> dict[st
 
 
 def _time_batches(loader: DataLoader, number: int) -> tuple[float, float]:
-    """Seconds of ``number`` batches, and those of them in which the main thread was at work."""
+    """Returns the seconds for ``number`` batches, and the main thread's CPU seconds in them."""
     batches = iter(loader)
-    for batch in itertools.islice(batches, loader.num_workers + 1):  # until all are at work
+    for batch in itertools.islice(batches, loader.num_workers + 1):  # until all workers are busy
         _to_device(batch)
     start, busy = time.perf_counter(), time.thread_time()
     for batch in itertools.islice(batches, number):
@@ -170,7 +170,7 @@ def _run_classifier(args: argparse.Namespace, records: Sequence[dict]) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in loaders}
     busy: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(args.rounds):
-        # One after the other: the workers of both would take each other's processors.
+        # One after the other, because the workers of both would compete for the cores.
         for name, loader in loaders.items():
             whole, at_work = _time_batches(loader, args.batches)
             seconds[name].append(whole)
@@ -179,7 +179,7 @@ def _run_classifier(args: argparse.Namespace, records: Sequence[dict]) -> None:
     for name in loaders:
         speed = args.batches * args.batch / median(seconds[name])
         each = 1e3 * median(busy[name]) / args.batches
-        print(f"{name}: {speed:.1f} images a second, {each:.2f} ms of the main thread a batch")
+        print(f"{name}: {speed:.1f} images/s, {each:.2f} ms of the main thread per batch")
 
 
 def _run_mappers(args: argparse.Namespace, records: Sequence[dict]) -> None:
@@ -201,14 +201,14 @@ def _run_mappers(args: argparse.Namespace, records: Sequence[dict]) -> None:
     theirs, ours = (way() for way in ways.values())
     print_ratios(seconds, "Detectron2")
     for name, times in seconds.items():
-        print(f"{name}: {len(records) / median(times):.1f} images a second")
+        print(f"{name}: {len(records) / median(times):.1f} images/s")
     pairs = zip(theirs, ours, strict=True)
     differences = [(a["image"].int() - b["image"].int()).abs() for a, b in pairs]
     share = sum((each > 0).sum().item() for each in differences) / sum(
         map(torch.numel, differences)
     )
     greatest = max(each.max().item() for each in differences)
-    print(f"greatest difference of a value {greatest}, of {1e5 * share:.1f} in 100,000 values")
+    print(f"largest difference of a value {greatest}, in {1e5 * share:.1f} in 100,000 values")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The command line of tools/benchmark.py: one subject for each thing that is measured."""
+"""The command line of tools/benchmark.py, with one subcommand for each subject."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contnet.utils.command import run_command
 
 __all__ = ["build_parser", "main"]
 
-# Each module's docstring opens with what it measures; add_arguments(parser), run(args).
+# The first line of a module's docstring is its help; modules have add_arguments and run.
 SUBJECTS = {
     "checkpoint": checkpoint,
     "evaluation": evaluation,
@@ -25,8 +25,8 @@ SUBJECTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/benchmark.py."""
-    parser = argparse.ArgumentParser(description="Measures side by side, as ratios.")
+    """Builds the parser of tools/benchmark.py."""
+    parser = argparse.ArgumentParser(description="Times alternatives in turns and prints ratios.")
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, module in SUBJECTS.items():
         first = module.__doc__.splitlines()[0]
@@ -41,6 +41,6 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/benchmark.py; its exit status."""
+    """Runs tools/benchmark.py and returns the exit status."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

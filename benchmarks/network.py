@@ -1,4 +1,4 @@
-"""A backbone's forward, or forward and backward, beside the plain ConTNet and other networks."""
+"""Forward, or forward and backward pass, of ConTNet, the plain ConTNet and other networks."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=VARIANTS, default="contnet_m")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
+        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="size in pixels"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--precision", choices=DTYPES, default="fp32", help="of ConTNet's fast path, by autocast"
+        "--precision", choices=DTYPES, default="fp32", help="precision of ConTNet, by autocast"
     )
     parser.add_argument(
-        "--plain-precision", choices=DTYPES, default="fp32", help="of the plain one and of others"
+        "--plain-precision", choices=DTYPES, default="fp32", help="precision of the others"
     )
-    parser.add_argument("--backward", action="store_true", help="forward and backward")
+    parser.add_argument("--backward", action="store_true", help="measure forward and backward")
     parser.add_argument(
         "--checkpointing",
         choices=GRAD_CHECKPOINTING_MODES,
         default="",
-        help="what ConTNet computes again",
+        help="what ConTNet recomputes in the backward pass",
     )
     parser.add_argument(
-        "--optimized", action="store_true", help="contnet.optimize_for_inference as well"
+        "--optimized", action="store_true", help="also contnet.optimize_for_inference"
     )
-    parser.add_argument("--others", action="store_true", help="ResNet-50, Swin-T, DeiT-S as well")
-    parser.add_argument("--limit", action="store_true", help="share of the machine's limit")
+    parser.add_argument("--others", action="store_true", help="also ResNet-50, Swin-T, DeiT-S")
+    parser.add_argument("--limit", action="store_true", help="show the machine's limit")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each")
 
 
 def _other_networks(size: tuple[int, int]) -> dict[str, tuple[nn.Module, int]]:
-    """Networks, and of what the sides of their images must be multiples."""
+    """Builds networks; returns each with the number that its image sides must be multiples of."""
     cfg = get_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
@@ -94,11 +94,11 @@ def _print_memory(ways: dict[str, Callable[[], None]]) -> None:
         torch.cuda.reset_peak_memory_stats()
         way()
         peak = torch.cuda.max_memory_allocated() - before
-        print(f"{name}: peak of {peak / 2**20:.0f} MiB over what was there before")
+        print(f"{name}: peak of {peak / 2**20:.0f} MiB above what was allocated before")
 
 
 def _print_kept(ways: dict[str, Callable[[], None]], weights: set[int]) -> None:
-    """Counts what a forward pass keeps for the backward pass, weights apart; on any device."""
+    """Counts the memory that a forward pass keeps for the backward pass, without weights."""
     for name, way in ways.items():
         kept = {}
 
@@ -128,13 +128,13 @@ def _print_limit(args: argparse.Namespace, seconds: float) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the ratios of what was asked for.
+    """Prints the ratios of the selected networks.
 
     Raises:
-        UserError: for an optimised network that is to go backward.
+        UserError: if ``--optimized`` and ``--backward`` are combined.
     """
     if args.optimized and args.backward:
-        raise UserError("--optimized is for inference: leave --backward out")
+        raise UserError("--optimized is only for inference: remove --backward")
     torch.manual_seed(0)
     model = contnet.create_model(args.variant).train(args.backward).to(args.device)
     model.set_grad_checkpointing(args.checkpointing)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
             fits = functional.pad(image, (0, -args.size[1] % unit, 0, -args.size[0] % unit))
             ways[name] = _way(other, fits, args, args.plain_precision)
     with contextlib.nullcontext() if args.backward else torch.inference_mode():
-        # A graph is recorded at the second call.
+        # The second call records a graph.
         seconds = alternate(ways, args.rounds, warmup=2 if args.optimized else 1)
         print_ratios(seconds, "plain")
         if image.is_cuda:

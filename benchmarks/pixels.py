@@ -1,4 +1,4 @@
-"""How the time and the memory of a forward pass grow with the number of pixels."""
+"""Growth of the time and memory of a forward pass with the number of pixels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start_peak(device: str) -> int:
-    """Bytes in use, above which the peak is counted from now on."""
-    if device == "cpu":  # which never forgets its peak
+    """Resets the peak of memory if possible; returns the bytes in use."""
+    if device == "cpu":  # whose peak cannot be reset
         return _peak(device)
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
@@ -42,7 +42,7 @@ def _peak(device: str) -> int:
 
 
 def _measure(variant: str, size: tuple[int, int], device: str, rounds: int) -> tuple[float, int]:
-    """Median seconds of a forward pass, and the bytes that its peak adds to what was there."""
+    """Returns the median seconds of a forward pass, and its peak above the bytes in use."""
     model = contnet.create_model(variant).eval().to(device)
     image = torch.randn(1, 3, *size, device=device)
     seconds = []
@@ -58,10 +58,10 @@ def _measure(variant: str, size: tuple[int, int], device: str, rounds: int) -> t
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints seconds and bytes of each size, and the exponents that fit them best."""
+    """Prints time and memory for each size, and the exponents that fit them best."""
     pixels, seconds, memory = [], [], []
     for size in SIZES:
-        # A process of its own, as a process never forgets its peak.
+        # A separate process, because the peak of a process cannot be reset.
         with get_context("spawn").Pool(1) as pool:
             took, peak = pool.apply(_measure, (args.variant, size, args.device, args.rounds))
         pixels.append(size[0] * size[1])

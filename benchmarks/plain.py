@@ -1,8 +1,9 @@
-"""ConTNet computed in the plainest way, as the yardstick of speed and of numbers.
+"""A plain implementation of ConTNet, as the reference for speed and results.
 
-Every encoder unfolds its map into patches and folds it again, attention is a softmax written out,
-maps stay (N, C, H, W), and an image that is no multiple of 224 is padded as a whole. It runs the
-weights of a :class:`~contnet.modeling.contnet.ConTNet` and shares none of its computation.
+Each encoder unfolds its feature map into patches and folds it again, attention is an explicit
+softmax, maps stay (N, C, H, W), and an image whose sides are not multiples of 224 is padded as a
+whole. It calls the layers of a :class:`~contnet.modeling.contnet.ConTNet`, but does not share the
+code of its blocks and encoders.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from contnet.modeling.encoder import Attention, Encoder, Mlp
 
 __all__ = ["IMAGE_UNIT", "run_plain"]
 
-IMAGE_UNIT = 224  # 32 pixels to one of the last map, 7 of those to a patch
+IMAGE_UNIT = 224  # stride 32 times patch size 7
 
 
 def _relative_bias(attention: Attention, size: int) -> Tensor:
-    """Bias of each head and pair of tokens (heads, P*P, P*P), tokens row by row."""
+    """Returns the bias of each head and pair of tokens (heads, P*P, P*P), tokens row by row."""
     axis = torch.arange(size)
     row, column = axis.repeat_interleave(size), axis.repeat(size)
     down, right = (part[:, None] - part + size - 1 for part in (row, column))
@@ -49,7 +50,7 @@ def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _encode(encoder: Encoder, x: Tensor) -> Tensor:
-    """A map (N, C, H, W), cut into patches, encoded and put together again."""
+    """Cuts a map (N, C, H, W) into patches, encodes them and joins them again."""
     n, c, h, w = x.shape
     size = encoder.patch_size
     tokens = x.unfold(2, size, size).unfold(3, size, size)
@@ -85,12 +86,12 @@ def _run_block(block: ConTBlock, x: Tensor) -> Tensor:
 
 
 def run_plain(model: ConTNet, images: Tensor) -> Tensor:
-    """Runs a ConTNet's weights the plain way.
+    """Computes a ConTNet with the plain implementation.
 
     Args:
-        model: of output stride 32. It equals this function where H and W are multiples of 224;
-            elsewhere it pads no image, and this function does.
-        images: (N, C, H, W).
+        model: network with output stride 32. Its results equal those of this function if H and W
+            are multiples of 224; for other sizes, only this function pads the images.
+        images: images (N, C, H, W).
 
     Returns:
         Logits (N, num_classes).

@@ -1,7 +1,7 @@
-"""A training step in two processes against one, at the same batch per process.
+"""A training step in two processes compared with one, at the same batch size per process.
 
-Beside them, two processes that do not talk to each other: what those lose, they lose to the machine
-(memory, caches, clock), and the rest to the exchange of gradients.
+Two processes without communication are measured too: their loss is due to the machine (memory,
+caches, clock), and the rest is due to the exchange of gradients.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="contnet_m", help="for contnet.create_model")
+    parser.add_argument("--model", default="contnet_m", help="name for contnet.create_model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images per process")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"), help="in pixels"
+        "--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"), help="size in pixels"
     )
 
 
@@ -48,7 +48,7 @@ def _stepper(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
 
 
 def _together(step: Callable[[], None], ranks: tuple[int, ...]) -> Callable[[], None]:
-    """Has these ranks do a step, and all ranks wait for each other before and after."""
+    """Returns a call in which these ranks run a step, with barriers before and after it."""
 
     def way() -> None:
         distributed.barrier()
@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace) -> None:
         "two": _together(_stepper(wrap_ddp(models[1], args.device), images), (0, 1)),
         "only the exchange": _together(lambda: distributed.all_reduce(gradients), (0, 1)),
     }
-    if args.device == "cpu":  # where the trainer fixes an order in which the exchange comes late
+    if args.device == "cpu":  # where the trainer sets an order with a late exchange
         usual = create_ddp_model(models[2], broadcast_buffers=False, device_ids=None)
         ways["two, usual order"] = _together(_stepper(usual, images), (0, 1))
     seconds = alternate(ways, args.rounds)
@@ -87,5 +87,5 @@ def _measure(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and torch.cuda.device_count() < 2:
-        raise UserError("this machine has not two GPUs: measure with --device cpu")
+        raise UserError("this machine does not have two GPUs: use --device cpu")
     launch_run(_measure, args, Processes(num_gpus=2), args.device)

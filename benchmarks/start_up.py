@@ -1,4 +1,4 @@
-"""Start of a run: annotations as large as COCO's, and Cityscapes', beside Detectron2's loader."""
+"""Start of a run with annotations like COCO's and Cityscapes', and with Detectron2's loader."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from contnet.data.validation.examine import examine_cityscapes, examine_coco
 
 __all__ = ["add_arguments", "draw_cityscapes", "draw_coco", "run"]
 
-_SHAPES = 4000  # different polygons; objects share them
+_SHAPES = 4000  # number of different polygons, shared by objects
 _NAME = "drawn"
 _SCENES = "cityscapes_fine_instance_seg_train"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=118_000, metavar="N", help="of COCO's form")
-    parser.add_argument("--objects", type=int, default=860_000, metavar="N", help="in these images")
+    parser.add_argument("--images", type=int, default=118_000, metavar="N", help="COCO images")
+    parser.add_argument("--objects", type=int, default=860_000, metavar="N", help="objects in them")
     parser.add_argument(
-        "--processes", type=int, nargs="*", default=(1, 8), metavar="N", help="ranks of one node"
+        "--processes", type=int, nargs="*", default=(1, 8), metavar="N", help="ranks on one node"
     )
     parser.add_argument(
         "--detectron2",
@@ -50,17 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(1, 2),
         metavar="N",
-        help="processes to measure Detectron2's loader with, which needs much memory",
+        help="processes for Detectron2's loader, which needs much memory",
     )
-    parser.add_argument("--scenes", type=int, default=2975, metavar="N", help="of Cityscapes' form")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="for the drawn files")
+    parser.add_argument("--scenes", type=int, default=2975, metavar="N", help="Cityscapes scenes")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="folder for the drawn files")
 
 
 # --- drawn annotations ---------------------------------------------------------------------------
 
 
 def _outline(rng: np.random.Generator, points: int, width: float, height: float) -> np.ndarray:
-    """A wobbly closed outline of (points, 2) within an image."""
+    """Draws an irregular closed outline (points, 2) within an image."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, points))
     radii = rng.uniform(0.7, 1, points) * rng.uniform(0.02, 0.2)
     circle = np.stack([np.cos(angles) * width, np.sin(angles) * height], axis=1)
@@ -68,7 +68,7 @@ def _outline(rng: np.random.Generator, points: int, width: float, height: float)
 
 
 def _coco_objects(rng: np.random.Generator) -> list[str]:
-    """Objects of COCO's form as text, without the ids and the closing bracket."""
+    """Makes COCO objects as JSON text, without ids and the closing bracket."""
     texts = []
     for _ in range(_SHAPES):
         outline = _outline(rng, int(rng.integers(8, 48)), 640, 480)
@@ -86,7 +86,7 @@ def _coco_objects(rng: np.random.Generator) -> list[str]:
 
 
 def draw_coco(file: Path, images: int, objects: int) -> None:
-    """Writes an annotation file like that of COCO 2017, where one image in a hundred is empty."""
+    """Writes an annotation file like that of COCO 2017, with one in a hundred images empty."""
     rng = np.random.default_rng(0)
     shapes = _coco_objects(rng)
     owners = rng.integers(0, images, objects)
@@ -107,7 +107,7 @@ def draw_coco(file: Path, images: int, objects: int) -> None:
 
 
 def _scene(rng: np.random.Generator) -> list[dict]:
-    """About as many polygons and points as a scene of Cityscapes has."""
+    """Draws about as many polygons and points as in a Cityscapes scene."""
     labels = ["road", "building", "vegetation", "sky", "pole", "traffic sign", "car", "person"]
     objects = []
     for number in range(50):
@@ -118,7 +118,7 @@ def _scene(rng: np.random.Generator) -> list[dict]:
 
 
 def draw_cityscapes(root: Path, scenes: int) -> None:
-    """Writes ``root/cityscapes`` with the polygons of a training split; other files are empty."""
+    """Writes ``root/cityscapes`` with the polygons of a training split and empty other files."""
     rng = np.random.default_rng(0)
     for number in range(scenes):
         city, name = f"city{number % 18}", f"city{number % 18}_{number:06d}_000019"
@@ -132,11 +132,11 @@ def draw_cityscapes(root: Path, scenes: int) -> None:
         Path(f"{labels}polygons.json").write_text(json.dumps(content))
 
 
-# --- one process of a start ----------------------------------------------------------------------
+# --- one rank ------------------------------------------------------------------------------------
 
 
 def _count_parses(counts: list[int]) -> None:
-    """Has every parse of a JSON file by this process counted."""
+    """Makes this process count its calls of ``json.load``."""
     plain = json.load
 
     def counted(*args, **kwargs):
@@ -147,13 +147,13 @@ def _count_parses(counts: list[int]) -> None:
 
 
 def _pss() -> int:
-    """Bytes of this process's memory; of what n processes share, an nth."""
+    """Returns the bytes of this process's memory, with its share of memory that processes share."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def _load(cfg: CfgNode, ours: bool) -> Records | DatasetFromList:
-    """The data set call of a run's rank."""
+    """Loads the data set as a rank of a run does."""
     if ours:
         return load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True)
     return DatasetFromList(get_detection_dataset_dicts(cfg.DATASETS.TRAIN), copy=False)
@@ -193,9 +193,9 @@ def _rank(rank: int, processes: int, cfg: CfgNode, ours: bool, folder: str) -> N
 
 
 def _start(cfg: CfgNode, processes: int, ours: bool, title: str) -> int:
-    """Starts so many ranks of a machine, prints what they took; the memory they added, in bytes.
+    """Starts ranks and prints their time and memory; returns the memory that they added, in bytes.
 
-    What they added is measured when all have gone through all records.
+    The memory is measured after all ranks have read all records.
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (processes, cfg, ours, folder), nprocs=processes)
@@ -211,7 +211,7 @@ def _start(cfg: CfgNode, processes: int, ours: bool, title: str) -> int:
     return added
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- all measurements ----------------------------------------------------------------------------
 
 
 def _config(folder: Path, name: str) -> CfgNode:
@@ -246,7 +246,7 @@ def _measure_coco(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _times(cfg: CfgNode) -> Iterator[tuple[str, float]]:
-    """What a start spends on the polygons, part by part."""
+    """Yields the seconds of each part of a start with Cityscapes polygons."""
     parts = {
         "checks": partial(examine_cityscapes, cfg, _SCENES),
         "reading": partial(cache_cityscapes, cfg, [_SCENES]),

@@ -1,4 +1,4 @@
-"""Training steps of two configs' models beside each other."""
+"""Training steps of the models of two configs."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=("configs/faster_rcnn_r50.yaml", "configs/faster_rcnn_contm.yaml"),
         metavar="FILE",
-        help="of detectors with boxes; the first is the baseline (default: Faster R-CNN's)",
+        help="configs of detectors; the first is the baseline (default: Faster R-CNN)",
     )
-    parser.add_argument("--unfrozen", action="store_true", help="freeze nothing, BN in both")
+    parser.add_argument("--unfrozen", action="store_true", help="freeze no layers, BN in both")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
+        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="size in pixels"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps of each")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of both")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys for both")
 
 
 def build_step(
     cfg: CfgNode, images: int, size: tuple[int, int]
 ) -> tuple[nn.Module, Optimizer, Callable[[], None]]:
-    """A detector, its optimiser, and a call that trains a step on random images.
+    """Builds a detector, its optimiser, and a function that runs a training step on random images.
 
     Args:
-        cfg: of the detector.
-        images: how many.
-        size: height and width in pixels.
+        cfg: config of the detector.
+        images: number of images.
+        size: height and width of the images in pixels.
     """
     batch = random_inputs(cfg, images, size)
     model = build_model(cfg).train()
@@ -54,7 +54,7 @@ def build_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with EventStorage(), autocast(cfg):  # where the model puts its metrics
+        with EventStorage(), autocast(cfg):  # for the model's metrics
             loss = sum(model(batch).values())
         loss.backward()
         optimizer.step()
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the ratios of the two configs' steps."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # A rate at which random weights stay finite, so that the losses cost what they cost.
+    # A small learning rate, so that random weights stay finite and the losses cost as usual.
     opts = ["MODEL.DEVICE", device, "SOLVER.BASE_LR", "1e-6", *args.opts]
     if args.unfrozen:
         opts += ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.CONTNET.FREEZE_AT", "0"]

@@ -1,4 +1,4 @@
-"""Times ways of doing one thing side by side, so that what slows the machine slows all of them."""
+"""Times alternatives in turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _finish() -> None:
 def alternate(
     ways: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Times each way in turn, round after round.
+    """Times alternatives in turns.
 
     Args:
-        ways: what to time, by name; each is called without arguments.
-        rounds: timed calls of each.
-        warmup: calls of each before, which are not timed.
+        ways: functions to time, by name; they are called without arguments.
+        rounds: number of timed calls of each.
+        warmup: number of earlier calls of each that are not timed.
 
     Returns:
         The seconds of each call, by name.
@@ -48,14 +48,15 @@ def alternate(
 
 
 def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
-    """Prints the median of each way, its spread, and how often it fits into the baseline's.
+    """Prints median and range of each alternative, and the baseline's time relative to its own.
 
     Args:
-        seconds: what :func:`alternate` returns.
-        baseline: the way that the others are compared with.
+        seconds: result of :func:`alternate`.
+        baseline: name of the alternative that the others are compared with.
 
     Returns:
-        The ratio of each way: the median over rounds of the baseline's seconds by its own.
+        The speed ratio of each alternative: median over rounds of the baseline's seconds divided by
+        its own.
     """
     width = max(len(name) for name in seconds)
     ratios = {}
@@ -77,7 +78,7 @@ def _processor() -> str:
 
 
 def describe_machine() -> str:
-    """One line: date, processor, cores, threads, GPU if there is one, versions."""
+    """Returns one line with date, processor, cores, threads, GPU (if any) and versions."""
     device = f"{_processor()}, {available_cpus()} cores, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f", {torch.cuda.get_device_name()}"

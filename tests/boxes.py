@@ -1,4 +1,4 @@
-"""A small set in COCO's form with one error of each kind, and runs whose predictions have them."""
+"""A small set in COCO format with one error of each kind, and runs with these predictions."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ __all__ = ["CLASSES", "KINDS_BY_IMAGE", "make_boxes", "make_run"]
 
 CLASSES = {3: "cat", 7: "dog"}
 _FULL = [10, 10, 100, 100]
-_LOW = [10, 10, 100, 40]  # IoU 0.4 with the full one
-_CORNER = [150, 150, 20, 20]  # with no overlap
+_LOW = [10, 10, 100, 40]  # IoU 0.4 with the full box
+_CORNER = [150, 150, 20, 20]  # no overlap with the full box
 
 # By image: objects as (category, box) and detections as (category, box, score).
 _OBJECTS = {
@@ -33,7 +33,7 @@ _DETECTIONS = [
     (4, 7, _CORNER, 0.95),
     (5, 3, _FULL, 0.95),
     (5, 3, _CORNER, 0.55),  # background
-    (5, 7, _CORNER, 0.2),  # background, below the score that is shown
+    (5, 7, _CORNER, 0.2),  # background, below the minimum score
     (6, 7, _FULL, 0.97),
 ]
 KINDS_BY_IMAGE = {
@@ -47,7 +47,7 @@ KINDS_BY_IMAGE = {
 
 
 def make_boxes(root: Path) -> Path:
-    """Writes the annotation file and the images; the file's path."""
+    """Writes the annotation file and the images; returns the file's path."""
     images, annotations = [], []
     for number, objects in _OBJECTS.items():
         name = f"{number}.png"
@@ -72,7 +72,7 @@ def make_boxes(root: Path) -> Path:
 
 
 def make_run(folder: Path, truth: Path, detections=None, **settings) -> Path:
-    """Writes what a training leaves, but for weights; the folder."""
+    """Writes the files of a training run, except weights; returns the folder."""
     rows = _DETECTIONS if detections is None else detections
     rows = [
         dict(zip(("image_id", "category_id", "bbox", "score"), each, strict=True)) for each in rows

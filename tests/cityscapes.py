@@ -1,7 +1,7 @@
-"""Drawn street scenes in Cityscapes' layout, small and made from a seed.
+"""Drawn street scenes in Cityscapes' layout, small and seeded.
 
-Each scene has what the rules of Cityscapes' labels are about: objects that hide parts of others, a
-group, a region that does not count, a deleted polygon, a label that is not drawn.
+Each scene covers the rules of Cityscapes' labels: objects that hide parts of others, a group, a
+region that does not count, a deleted polygon, and a label that is not drawn.
 """
 
 import json
@@ -32,7 +32,7 @@ def _car(left: float, bottom: float, size: float) -> list[list[int]]:
 
 
 def draw_scene(rng: np.random.Generator, height: int = 64, width: int = 128) -> list[dict]:
-    """The objects of a scene in the order of drawing, as in ``*_polygons.json``."""
+    """Returns the objects of a scene in drawing order, as in ``*_polygons.json``."""
     horizon = height * rng.uniform(0.35, 0.45)
     scene = [
         ("sky", _box(0, 0, width, horizon)),
@@ -43,7 +43,7 @@ def draw_scene(rng: np.random.Generator, height: int = 64, width: int = 128) -> 
         ("pole", _box(width * rng.uniform(0.4, 0.6), 2, 3, horizon)),
         ("traffic sign", _box(width * 0.55, 2, 9, 8)),
     ]
-    for _ in range(3):  # they overlap at times
+    for _ in range(3):  # they sometimes overlap
         size = rng.uniform(20, 36)
         left, bottom = rng.uniform(-8, width - 20), rng.uniform(horizon + 12, height - 2)
         scene.append(("car", _car(left, bottom, size)))
@@ -66,7 +66,7 @@ def write_polygons(file: Path, objects: list[dict], height: int = 64, width: int
 
 
 def _paint(rng: np.random.Generator, instance_ids: np.ndarray) -> Image.Image:
-    """A picture in the colours of the classes, each object in a shade of its own, with noise."""
+    """Paints an image in the colours of the classes, each object in its own shade, with noise."""
     picture = np.zeros((*instance_ids.shape, 3))
     for value in np.unique(instance_ids):
         colour = np.array(id2label[value if value < 1000 else value // 1000].color)
@@ -78,7 +78,7 @@ def _paint(rng: np.random.Generator, instance_ids: np.ndarray) -> Image.Image:
 def make_cityscapes(
     root: Path, num_train: int = 4, num_val: int = 2, height: int = 64, width: int = 128
 ) -> Path:
-    """Makes ``root/cityscapes``, prepared; returns ``root``, a DETECTRON2_DATASETS."""
+    """Makes ``root/cityscapes`` with label files; returns ``root``, a DETECTRON2_DATASETS."""
     rng = np.random.default_rng(0)
     folder = root / "cityscapes"
     for split, count in {"train": num_train, "val": num_val}.items():
@@ -99,7 +99,7 @@ def make_cityscapes(
 def use_cityscapes(root: Path) -> None:
     """Points Detectron2's names, such as cityscapes_fine_sem_seg_val, to ``root/cityscapes``.
 
-    For this process only; one that is started with DETECTRON2_DATASETS=root needs no call.
+    This is only for this process; a process with DETECTRON2_DATASETS=root does not need it.
     """
     for name in DatasetCatalog.list():
         if name.startswith(("cityscapes_fine_instance_seg_", "cityscapes_fine_sem_seg_")):

@@ -1,6 +1,6 @@
-"""A tiny data set of drawn shapes under the names and categories of COCO 2017.
+"""A tiny data set of drawn shapes with the names and categories of COCO 2017.
 
-So the shipped configs run in tests as they are, without COCO and without changes to them.
+With it, the shipped configs run unchanged in tests, without COCO.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: one thread, fixed seeds, a tiny COCO."""
+"""Settings of all tests: one thread, fixed seeds, a tiny COCO."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Detectron2 reads it when it is imported; the tests bring their own data.
+# Detectron2 reads this variable at import; the tests have their own data.
 os.environ.pop("DETECTRON2_DATASETS", None)
 torch.set_num_threads(1)
-# Annotations that tests have read are kept for this session, not in the user's home.
+# Annotations are cached for this session, not in the user's home.
 _CACHE = tempfile.TemporaryDirectory(prefix="contnet_cache_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-# Makes any shipped run one of seconds on a CPU; and a detector, which has more to be made smaller.
+# Options that make a shipped run take seconds on a CPU, and further ones for detectors.
 QUICK_OPTIONS = """
 MODEL.DEVICE cpu SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0 SEED 3 SOLVER.WARMUP_ITERS 2
 """
@@ -36,33 +36,33 @@ MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_MASK_HEAD.CONV_DIM 16
 """
 QUICK = QUICK_OPTIONS.split()
 SMALL = [*QUICK, *SMALL_OPTIONS.split()]
-# In metrics.json, what differs between equal runs: times, and memory of processes.
+# Keys of metrics.json that differ between equal runs: times and memory of processes.
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "host_memory_mb"}
 
 
 def finish(process: subprocess.Popen) -> str:
-    """The output of a run that must succeed."""
+    """Waits for a run that must succeed; returns its output."""
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
     return output
 
 
 def pytest_configure() -> None:
-    """Has commands hear the usual signals, also if the tests run in the background or by nohup."""
+    """Restores the usual signals for commands if the tests run in the background or with nohup."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_IGN:  # which commands would inherit
+        if signal.getsignal(number) == signal.SIG_IGN:  # commands would inherit this
             signal.signal(number, lambda *_: None)
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.json, without times."""
+    """Returns the lines of a run's metrics.json, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():
-    """Start every test from the same random state."""
+    """Starts every test with the same random state."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def fixed_seeds():
 
 @pytest.fixture(autouse=True)
 def own_loggers():
-    """Takes away the log handlers that a run in this process adds."""
+    """Removes the log handlers that a run in this process adds."""
     from detectron2.utils.logger import setup_logger
 
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "contnet")]
@@ -83,7 +83,7 @@ def own_loggers():
 
 @pytest.fixture(autouse=True)
 def forget_datasets():
-    """Tests may take the same names for other files, whichever come before them."""
+    """Removes registered data sets, so that tests can reuse the same names."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     known = set(DatasetCatalog.list())
@@ -95,7 +95,7 @@ def forget_datasets():
 
 @pytest.fixture(scope="session")
 def coco_root(tmp_path_factory) -> Path:
-    """A DETECTRON2_DATASETS with a tiny COCO 2017."""
+    """Makes a DETECTRON2_DATASETS with a tiny COCO 2017."""
     from coco import make_coco
 
     return make_coco(tmp_path_factory.mktemp("datasets"))
@@ -103,7 +103,7 @@ def coco_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def coco_here(coco_root, tmp_path, monkeypatch) -> Path:
-    """A working folder with the tiny COCO where this process, with Detectron2 imported, looks."""
+    """Changes to a folder in which this process's Detectron2 finds the tiny COCO."""
     from detectron2.data import MetadataCatalog
 
     file = MetadataCatalog.get("coco_2017_train").json_file
@@ -116,7 +116,7 @@ def coco_here(coco_root, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def cityscapes_root(tmp_path_factory) -> Path:
-    """A DETECTRON2_DATASETS with a tiny Cityscapes, to which Detectron2's names point."""
+    """Makes a DETECTRON2_DATASETS with a tiny Cityscapes, used by Detectron2's names."""
     from cityscapes import make_cityscapes, use_cityscapes
 
     root = make_cityscapes(tmp_path_factory.mktemp("datasets"))
@@ -126,7 +126,7 @@ def cityscapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_root(tmp_path_factory) -> Path:
-    """A DETECTRON2_DATASETS with a tiny ImageNet of 7 classes; 35 images to validate on."""
+    """Makes a DETECTRON2_DATASETS with a tiny ImageNet of 7 classes and 35 validation images."""
     from imagenet import make_imagenet
 
     return make_imagenet(tmp_path_factory.mktemp("datasets"), classes=7, train=8, val=5)
@@ -134,13 +134,13 @@ def imagenet_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def imagenet_here(imagenet_root, monkeypatch) -> None:
-    """The tiny ImageNet is the one of this process."""
+    """Makes this process use the tiny ImageNet."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
 
 
 @pytest.fixture(scope="session")
 def train_net(coco_root) -> Callable[..., subprocess.Popen]:
-    """Starts ``train_net.py`` in a process of its own; arguments are a string and a list."""
+    """Starts ``train_net.py`` in a separate process; arguments are a string and a list."""
 
     def start(options: str, *more: str, launcher: tuple[str, ...] = (), **environment: str):
         command = [sys.executable, *launcher, str(REPOSITORY / "train_net.py"), *options.split()]

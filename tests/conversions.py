@@ -1,4 +1,4 @@
-"""Runs of tools/convert_weights.py, weights for them, and what their results hold."""
+"""Runs tools/convert_weights.py, makes weights for it, and checks its results."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ ALL = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": Fals
 
 
 def chosen(mask):
-    """The options whose bits are set."""
+    """Returns the options whose bits are set."""
     return {k: v for i, (k, v) in enumerate(ALL.items()) if mask >> i & 1}
 
 
@@ -28,7 +28,7 @@ COUNT = "num_batches_tracked"
 
 
 def as_file(source, folder):
-    """The path of a file, or of one made of what is to be in it."""
+    """Returns the path of a file, which is written first if ``source`` is its content."""
     if not isinstance(source, (str, Path)):
         torch.save(source, folder / "source.pth")
         source = folder / "source.pth"
@@ -36,7 +36,7 @@ def as_file(source, folder):
 
 
 def told(source, options):
-    """The options with --no-pre-norm, if source is the content of a file with a ConTNet."""
+    """Adds --no-pre-norm to the options if source is the content of a file with a ConTNet."""
     if isinstance(source, (str, Path)) or any(option.endswith("pre-norm") for option in options):
         return options
     names = [
@@ -48,7 +48,7 @@ def told(source, options):
 
 @pytest.fixture
 def convert(tmp_path, capsys):
-    """Runs the tool on a file or on what is to be in one; returns its result's path and lines."""
+    """Runs the tool on a file or content; returns the path of the result and the output lines."""
 
     def run(source, *options, target="result.pth"):
         options = told(source, options)
@@ -63,7 +63,7 @@ def convert(tmp_path, capsys):
 
 @pytest.fixture
 def refuse(tmp_path, capsys):
-    """Runs the tool on what it must refuse; returns its one line."""
+    """Runs the tool, which must fail; returns its error line."""
 
     def run(source, *options, target="result.pth"):
         options = told(source, options)
@@ -80,14 +80,14 @@ def refuse(tmp_path, capsys):
 
 
 def load(path):
-    """Tensors and metadata of a result."""
+    """Returns the tensors and metadata of a result."""
     with open(path, "rb") as file:
         content = read_content(file, str(path))
     return content["model"], content["contnet"]
 
 
 def rebuilt(path):
-    """The network that a result of ours says it is, with its weights."""
+    """Builds the network that the metadata of a result describe, with its weights."""
     tensors, metadata = load(path)
     model = contnet.create_model(metadata["network"], **metadata["options"])
     model.load_state_dict(tensors, strict=True)
@@ -95,7 +95,7 @@ def rebuilt(path):
 
 
 def assert_same(a, b):
-    """Same names but for the norms' counts, and bit-equal tensors."""
+    """Checks for the same names, except the norms' counts, and bit-equal tensors."""
     a, b = ({k: v for k, v in x.items() if not k.endswith(COUNT)} for x in (a, b))
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -108,12 +108,12 @@ def _ours(name, options):
 
 
 def ours(name="contnet_ti", **options):
-    """A state dict of ours in which no tensor is a constant; its tensors are not to be changed."""
+    """Returns a state dict in which no tensor is constant; callers must not change the tensors."""
     return dict(_ours(name, tuple(options.items())))
 
 
 def shaken(model):
-    """A network whose norms are not the identity, and whose outputs stay small."""
+    """Returns the network with norms that are not the identity; its outputs stay small."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
@@ -124,6 +124,6 @@ def shaken(model):
 
 
 def make_detector(leaf, *options):
-    """A small model with random weights."""
+    """Builds a small model with random weights."""
     small = QUICK if leaf.startswith("imagenet/") else SMALL
     return build_model(load_config(str(REPOSITORY / "configs" / leaf), [*small, *options]))

@@ -1,10 +1,10 @@
-"""What happens to files: they are cut by a kill, zeroed by a lost node, written by others."""
+"""Damaged files: cut by a kill, zeroed by a lost node, or overwritten."""
 
 from pathlib import Path
 
 __all__ = ["DAMAGES", "damage"]
 
-# None stands for a folder of that name.
+# None stands for a folder with that name.
 DAMAGES: dict[str, bytes | None] = {
     "empty": b"",
     "cut": b"[{",
@@ -20,7 +20,7 @@ DAMAGES: dict[str, bytes | None] = {
 
 
 def damage(file: Path, content: bytes | None) -> None:
-    """Replaces a file."""
+    """Replaces a file with damaged content."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     file.mkdir() if content is None else file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""A drawn set in COCO's form that may be damaged, and what the doctor says of it."""
+"""A drawn set in COCO format that tests can damage, and the doctor's output for it."""
 
 import json
 import shutil
@@ -21,11 +21,11 @@ def drawn(tmp_path_factory) -> Path:
 
 
 class Copy:
-    """A copy of the drawn set whose training split may be damaged.
+    """A copy of the drawn set whose training split tests can damage.
 
     Attributes:
-        root: its folder.
-        content: of the annotation file, written by :meth:`options`.
+        root: folder of the copy.
+        content: content of the annotation file, written by :meth:`options`.
     """
 
     def __init__(self, root: Path):
@@ -86,7 +86,7 @@ def _turned(orientation: int, turn_sizes: bool) -> Callable[[Copy], None]:
 
 
 def rename_images(old: Callable[[str], str], new: Callable[[str], str]) -> Callable[[Copy], None]:
-    """New names of all images in the folder, others in the annotation file."""
+    """Renames all images in the folder, and differently in the annotation file."""
 
     def change(data: Copy) -> None:
         for image in data.content["images"]:

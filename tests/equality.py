@@ -1,4 +1,4 @@
-"""Whether what two trainings have left is equal, to the bit."""
+"""Bit for bit comparison of what two training runs have saved."""
 
 import torch
 
@@ -6,7 +6,7 @@ __all__ = ["equal"]
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two nested values are equal; tensors by each of their numbers."""
+    """Returns whether two nested values are equal, and tensors in each of their values."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

@@ -1,7 +1,7 @@
-"""A tiny data set for classification in ImageFolder's layout, drawn from a seed.
+"""A tiny data set for classification in ImageFolder's layout, drawn with a seed.
 
-Each class is a shape in a colour of its own, at a random place over a dull background with noise:
-easy to tell apart, whole or cropped.
+Each class is a shape in its own colour, at a random place on a dull background with noise, so that
+the classes are easy to tell apart, even when cropped.
 """
 
 import colorsys
@@ -16,12 +16,12 @@ _SHAPES = ("ellipse", "rectangle", "triangle")
 
 
 def class_name(label: int) -> str:
-    """A name like a WordNet id; names sort as labels do."""
+    """Returns a name like a WordNet id; names sort like labels."""
     return f"n{label + 1:08d}"
 
 
 def draw_picture(label: int, classes: int, size: int, rng: np.random.Generator) -> Image.Image:
-    """A picture of a class, ``size`` pixels high and a third wider."""
+    """Draws an image of a class, ``size`` pixels high and a third wider."""
     width = size * 4 // 3
     picture = Image.fromarray(rng.integers(90, 130, (size, width, 3)).astype(np.uint8))
     red, green, blue = colorsys.hsv_to_rgb(label / classes, 1, rng.uniform(0.8, 1))
@@ -44,12 +44,12 @@ def make_imagenet(
     """Makes ``folder/imagenet/{train,val}/CLASS/N.JPEG``; returns ``folder``.
 
     Args:
-        folder: becomes a DETECTRON2_DATASETS.
+        folder: folder for DETECTRON2_DATASETS.
         classes: number of classes.
-        train: images of each class to train on.
-        val: images of each class to validate on.
+        train: number of training images per class.
+        val: number of validation images per class.
         size: height of the images in pixels; they are a third wider.
-        seed: of all that is random.
+        seed: seed of all random values.
     """
     folder = Path(folder)
     for split, (name, count) in enumerate({"train": train, "val": val}.items()):

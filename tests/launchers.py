@@ -1,4 +1,4 @@
-"""What SLURM, submitit on one machine and torchrun tell a process by its environment."""
+"""Environment variables that SLURM, submitit on one machine, and torchrun set for a process."""
 
 __all__ = ["LOCAL", "STEP", "TORCHRUN"]
 

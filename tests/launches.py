@@ -1,5 +1,6 @@
-"""Counts what a GPU would be asked to do, on a machine without one: tensors are fake, of a device
-"cuda", so that PyTorch takes a GPU's paths, and autocast a GPU's types.
+"""Counts the launches of a GPU on a machine without one.
+
+Tensors are fake and on the device "cuda", so that PyTorch uses a GPU's paths and autocast types.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ def _storage(tensor):
 
 
 def _nbytes(tensor):
-    """Of what is in memory: an expanded dimension counts once."""
+    """Returns the bytes in memory: an expanded dimension counts once."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * math.prod(size for size, stride in pairs if stride)
 
@@ -33,7 +34,7 @@ def _nbytes(tensor):
 class Launches(TorchDispatchMode):
     """Counts operations that compute or copy, and the bytes that they read and write.
 
-    One operation is one launch, though a kernel or two more may stand behind it, as behind the
+    One operation counts as one launch, although it may run one or two more kernels, such as the
     gradient of a convolution.
     """
 
@@ -53,7 +54,7 @@ class Launches(TorchDispatchMode):
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    """The kernel that a GPU takes: the choice itself asks the GPU that there is not."""
+    """Selects the kernel that a GPU would use; PyTorch's selection would query the missing GPU."""
     if attn_mask is None and q.dtype in _HALF:
         return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
     if attn_mask is not None:
@@ -70,7 +71,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0):
 
 @contextlib.contextmanager
 def _autocast(dtype):
-    """torch.autocast("cuda", dtype), which switches itself off where there is no GPU."""
+    """Replaces torch.autocast("cuda", dtype), which turns itself off without a GPU."""
     torch.set_autocast_enabled("cuda", dtype != torch.float32)
     torch.set_autocast_dtype("cuda", dtype)
     torch.autocast_increment_nesting()
@@ -84,7 +85,7 @@ def _autocast(dtype):
 
 
 def _last_first(node, seen):
-    """The nodes of a graph of gradients from one on: each after all that it hands gradients to."""
+    """Yields a gradient graph's nodes from a node on, each after all nodes that it feeds."""
     if node is None or node in seen:
         return
     seen.add(node)
@@ -94,9 +95,9 @@ def _last_first(node, seen):
 
 
 def _backward(output, gradient):
-    """Runs a graph of gradients: the engine itself would ask the GPU that there is not for threads.
+    """Runs a gradient graph; PyTorch's engine would query the missing GPU for threads.
 
-    Gradients of parameters are not kept, which costs no launch.
+    Gradients of parameters are not stored, which needs no launch.
     """
     gradients = {output.grad_fn: {0: gradient}}
     for node in reversed(list(_last_first(output.grad_fn, set()))):
@@ -116,12 +117,12 @@ def _backward(output, gradient):
 
 
 def count_launches(model, size, dtype):
-    """Launches and bytes of the forward pass in training, and of the backward pass.
+    """Counts launches and bytes of the forward pass in training, and of the backward pass.
 
     Args:
-        model: on the CPU; only the forms of its tensors are taken.
-        size: of the images, (N, C, H, W).
-        dtype: of autocast; float32 for none.
+        model: model on the CPU; only the shapes of its tensors are used.
+        size: shape (N, C, H, W) of the images.
+        dtype: type of autocast; float32 for none.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.backends.cudnn.flags(enabled=False):

@@ -1,4 +1,4 @@
-"""The shipped configs, what makes their models tiny, and a random batch for each."""
+"""The shipped configs, options that make their models tiny, and a random batch for each."""
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ TINY = [
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
     *("SOLVER.IMS_PER_BATCH", "2"),
-    # Recipes of ImageNet start at a rate of 0.
+    # ImageNet recipes start with a learning rate of 0.
     *("SOLVER.WARMUP_FACTOR", "0.001"),
 ]
 
-# A CPU's bfloat16 has garbage for the gradient of a convolution at stride 2 of one pixel.
+# In bfloat16 on a CPU, the gradient of a convolution at stride 2 on one pixel is garbage.
 _LARGER = "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MAX_SIZE_TRAIN 128"
 _WINDOWS = """
 INPUT.CROP.SIZE [64,64] INPUT.MIN_SIZE_TRAIN (64,96) TEST.SLIDING_WINDOW.ENABLED True
@@ -35,7 +35,7 @@ TEST.SLIDING_WINDOW.SIZE [64,64] TEST.SLIDING_WINDOW.STRIDE [64,64]
 _PICTURES = """
 INPUT.CLASSIFIER.SIZE 56 INPUT.CLASSIFIER.CROP_TEST 56 TEST.AUG.ENABLED False
 """
-# A config of each system, what makes it small, and the tasks that it is evaluated on.
+# A config of each system, options that make it small, and the tasks that it is evaluated on.
 SYSTEMS = {
     "faster_rcnn_contti": ("", "bbox"),
     "mask_rcnn_contti": ("", "bbox segm"),
@@ -48,7 +48,7 @@ SYSTEMS = {
 
 
 def random_batch(cfg):
-    """A batch that the config's model trains on."""
+    """Returns a batch that the config's model can train on."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
         return [{"image": image, "label": i} for i, image in enumerate(images)]

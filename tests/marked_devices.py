@@ -1,15 +1,15 @@
-"""Pretends a GPU where there is none, to find what would fail on one.
+"""Simulates a GPU on a machine without one, to find code that would fail on a GPU.
 
-Within :func:`pretended_gpu` all is computed on the CPU, but tensors that code puts on "cuda" are
-marked: they say that they are there, and must not meet others. PyTorch's rules are kept: an
-operation wants its tensors on one device, but takes a number (of no dimensions) of the CPU, and
-indices of the CPU into what is on the GPU; copies alone cross over. Operations of the backward pass
-and of torchvision are watched, too. Autocast has the types that it has on a GPU.
+Within :func:`pretended_gpu`, everything is computed on the CPU, but tensors that code puts on
+"cuda" are marked: they report that device, and must not be mixed with others. PyTorch's rules hold:
+an operation needs its tensors on one device, but accepts scalar tensors of the CPU, and CPU indices
+into tensors on the GPU; only copies may cross devices. Operations of the backward pass and of
+torchvision are checked, too. Autocast has the types that it has on a GPU.
 
-There are no streams, graphs or memory. A thread's tensors carry their marks, but mixtures are
-refused in the main thread alone. What C++ or TorchScript makes without a tensor to go by, such as
-zeros in a backward pass, is where it is first used. The gradient of a tensor that has changed
-devices is where the gradient behind it is.
+There are no streams, graphs or memory. A thread's tensors carry their marks, but mixed devices are
+refused only in the main thread. A tensor that C++ or TorchScript makes without a source tensor,
+such as zeros in a backward pass, is on the device where it is first used. The gradient of a tensor
+that has changed devices is on the device of the gradient that it is computed from.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ __all__ = ["FLOAT32_ON_GPU", "pretended_gpu"]
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda", 0)
 _aten = torch.ops.aten
 
-# --- marks, and what must not be mixed -----------------------------------------------------------
+# --- marks, and the rules for mixed devices ------------------------------------------------------
 
-# Take tensors of both devices.
+# Operations that accept tensors of both devices.
 _CROSSING = {
     _aten.copy_.default,
     _aten.fill_.Tensor,
@@ -36,15 +36,15 @@ _CROSSING = {
     _aten.set_.source_Storage,
     _aten.set_.source_Storage_storage_offset,
 }
-# Take indices of the CPU.
+# Operations that accept CPU indices.
 _INDEXING = {_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_}
 _INDEXING |= {_aten._index_put_impl_, _aten._unsafe_index_put}
-# Take no number of the CPU.
+# Operations that accept no scalar tensors of the CPU.
 _STRICT = {_aten.cat, _aten.stack}
 
 
 def _tensors(values):
-    """Those of what an operation takes or returns."""
+    """Returns the tensors in an operation's inputs or outputs."""
     if isinstance(values, Tensor):
         return [] if values.is_sparse else [values]
     nested = isinstance(values, (list, tuple))
@@ -52,8 +52,8 @@ def _tensors(values):
 
 
 def _mark(tensor):
-    """Whether it is on the GPU; None where that is still open."""
-    # A storage's Python object lives, with its attributes, as long as the storage.
+    """Returns whether a tensor is on the GPU; None if that is not determined yet."""
+    # A storage's Python object and its attributes live as long as the storage.
     return not tensor.is_sparse and getattr(tensor.untyped_storage(), "marked", False)
 
 
@@ -62,7 +62,7 @@ def _device(tensor):
 
 
 def _place(tensor, device, sources=()):
-    """The tensor on a device; a copy of it, if its storage is one of those that it was made of."""
+    """Returns the tensor on a device; a copy of it, if it shares its storage with ``sources``."""
     marked = device.type == "cuda"
     if _mark(tensor) is not marked:
         storages = {source.untyped_storage()._cdata for source in _tensors(sources)}
@@ -73,7 +73,7 @@ def _place(tensor, device, sources=()):
 
 
 class _Watch(TorchDispatchMode):
-    """Sees each operation, refuses mixtures, and marks what comes of marked tensors."""
+    """Checks each operation for mixed devices, and marks the results of marked tensors."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,7 +92,7 @@ class _Watch(TorchDispatchMode):
 
     @staticmethod
     def _settle(func, args, kwargs):
-        """Puts what is still open on the GPU, and refuses what is not there.
+        """Puts undetermined tensors on the GPU, and refuses tensors on the CPU.
 
         Raises:
             RuntimeError: if an operation mixes devices.
@@ -113,7 +113,7 @@ class _Watch(TorchDispatchMode):
                     )
 
 
-# --- what code asks of "cuda" --------------------------------------------------------------------
+# --- replacements for "cuda" ---------------------------------------------------------------------
 
 _MAKERS = """
 arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like
@@ -124,7 +124,7 @@ _MAKING_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_
 
 
 def _made(make):
-    """A function that makes a tensor, on the device that it is asked for."""
+    """Wraps a function that makes a tensor, to put it on the requested device."""
 
     @functools.wraps(make)
     def run(*args, device=None, pin_memory=False, **kwargs):
@@ -191,7 +191,7 @@ _STORAGE = {
 
 
 class _Stream:
-    """A stream, or an event of one, on which nothing is ever under way."""
+    """A stream or event without pending work."""
 
     def record(self):
         pass
@@ -211,7 +211,7 @@ class _Generator(torch.Generator):
 _MODULE = {
     "is_available": lambda: True,
     "is_bf16_supported": lambda: True,
-    # So that nothing made within it is kept for later.
+    # True, so that no tensor from this context is cached.
     "is_current_stream_capturing": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
@@ -236,7 +236,7 @@ FLOAT32_ON_GPU = (
 
 
 def _in_float32(operation):
-    """What a GPU's autocast makes of an operation."""
+    """Returns an operation as a GPU's autocast runs it."""
 
     def cast(tensor):
         return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
@@ -252,7 +252,7 @@ def _in_float32(operation):
 
 @contextlib.contextmanager
 def _autocast_of_a_gpu():
-    """Has torch.autocast("cuda") cast on the CPU."""
+    """Makes torch.autocast("cuda") cast on the CPU."""
     library = torch.library.Library("aten", "IMPL")
     for name in FLOAT32_ON_GPU:
         packet, _, overload = name.partition(".")
@@ -272,7 +272,7 @@ def _autocast_of_a_gpu():
 
 @contextlib.contextmanager
 def pretended_gpu():
-    """Within it "cuda" is a device, of which there is one."""
+    """Provides one simulated "cuda" device."""
     makers = {name: _made(getattr(torch, name)) for name in _MAKERS.split()}
     with contextlib.ExitStack() as stack:
         for owner, names in (

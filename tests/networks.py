@@ -1,4 +1,4 @@
-"""ConTNets with random weights, images for them, and how far two results are apart."""
+"""ConTNets with random weights, images for them, and the difference of two results."""
 
 import torch
 
@@ -6,7 +6,7 @@ import contnet
 
 
 def randomised(name, dtype=torch.float32, **options):
-    """A network whose tables and norms are no longer what they start as."""
+    """Returns a network whose tables and norms do not have their initial values."""
     torch.manual_seed(0)
     model = contnet.create_model(name, num_classes=10, drop_rate=0, last_drop_rate=0, **options)
     with torch.no_grad():
@@ -16,11 +16,11 @@ def randomised(name, dtype=torch.float32, **options):
 
 
 def images(size, batch=2, dtype=torch.float32):
-    """A fixed random batch."""
+    """Returns a fixed random batch."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, *size, generator=generator).to(dtype)
 
 
 def difference(a, b):
-    """The largest difference, by the largest number."""
+    """Returns the largest difference, relative to the largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,4 +1,4 @@
-"""The package's reference network with random weights, and beside it our network with the same."""
+"""The package's reference network with random weights, and our network with the same weights."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ __all__ = ["VARIANTS", "Encoder", "make_oracle", "make_pair"]
 
 
 def randomise(model, seed):
-    """Give every parameter and statistic a value that shows in the output; zeros hide errors."""
+    """Gives every parameter and statistic a value that affects the output; zeros hide errors."""
     generator = torch.Generator().manual_seed(seed)
     norms = (nn.LayerNorm, nn.BatchNorm2d)
     with torch.no_grad():
@@ -31,12 +31,12 @@ def randomise(model, seed):
 
 
 def make_oracle(name, seed=0, **options):
-    """A randomised reference network in evaluation mode."""
+    """Makes a randomised reference network in evaluation mode."""
     return randomise(ReferenceNetwork(name, **options), seed).eval()
 
 
 def make_pair(name, seed=0, ours=(), **options):
-    """A reference network and ours with its converted weights; `ours` are options only we have."""
+    """Makes a reference network and ours with its weights; ``ours`` are options of only ours."""
     theirs = make_oracle(name, seed, **options)
     model = contnet.create_model(name, **options, **dict(ours))
     converted, _ = contnet.convert_state_dict(theirs.state_dict())

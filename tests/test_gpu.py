@@ -1,4 +1,4 @@
-"""What only a GPU can show: a CPU's numbers, mixed precision, CUDA graphs, training."""
+"""Tests that need a GPU: agreement with a CPU, mixed precision, CUDA graphs, training."""
 
 import json
 
@@ -23,8 +23,8 @@ pytestmark = [
 
 @pytest.fixture
 def full_precision():
-    """No TF32, which keeps three digits."""
-    # Not by monkeypatch, which would delete cuBLAS's switch to undo: it is no plain attribute.
+    """Turns TF32 off, which has only three digits."""
+    # monkeypatch would delete cuBLAS's switch to undo it, which is not a plain attribute.
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
@@ -79,7 +79,7 @@ def test_graphs_serve_every_shape(budget):
         earlier.append((out, out.clone()))
         with torch.no_grad():
             assert difference(out, model(x)) < 1e-3
-    # A replay leaves what earlier ones returned alone.
+    # A replay does not change earlier outputs.
     assert all(torch.equal(out, then) for out, then in earlier)
 
 

@@ -1,4 +1,4 @@
-"""``--help`` of every script says what there is, and leaves nothing behind."""
+"""Tests ``--help`` of every script, which must not leave files."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_help_writes_nothing(script, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
     assert left(places["home"]) == left(places["here"]) == []
-    # Importing torchvision makes this folder, and puts nothing into it.
+    # Importing torchvision makes this empty folder.
     made = left(places["temporary"])
     assert all(name.startswith("torchinductor_") and "/" not in name for name in made)
     assert {path: path.stat().st_mtime_ns for path in files} == before

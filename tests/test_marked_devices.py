@@ -1,4 +1,4 @@
-"""The pretended GPU of marked_devices.py refuses what a GPU refuses, and takes what it takes."""
+"""Tests that the simulated GPU of marked_devices.py accepts and refuses the same as a GPU."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The pins, their ranges and the set-up script, without a network."""
+"""Tests the pins, their ranges and the set-up script, without a network."""
 
 import configparser
 import importlib.metadata
@@ -20,13 +20,13 @@ HASHED = ["build.txt", "lock.txt", "numpy1.txt", "detectron2.txt"]
 
 
 def read_lines(name):
-    """Requirement lines of a file, continuation lines joined, comments left out."""
+    """Returns the requirement lines of a file, with joined continuation lines, without comments."""
     text = (REQUIREMENTS / name).read_text().replace("\\\n", " ")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
 def read_pins(name):
-    """Name to version of a file of pins."""
+    """Returns versions by name from a file of pins."""
     pins = {}
     for line in read_lines(name):
         requirement = Requirement(line.split(" --hash")[0])
@@ -44,7 +44,7 @@ def read_setup():
 
 
 def declared(section="options", key="install_requires"):
-    """The requirements of a dependency list."""
+    """Returns the requirements of a dependency list."""
     return [Requirement(line) for line in read_setup()[section][key].splitlines() if line]
 
 
@@ -112,7 +112,7 @@ def test_existing_torch_file_is_setup_cfg_without_torch():
 
 
 def installed_pins():
-    """The locked packages that are installed here; skips where another set is installed."""
+    """Returns the locked packages that are installed; skips in other environments."""
     pins = read_pins("lock.txt")
     versions = {
         canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions()
@@ -123,7 +123,7 @@ def installed_pins():
 
 
 def needs_of(name, python):
-    """What an installed package asks for on a Python version, without its extras."""
+    """Yields an installed package's requirements on a Python version, without extras."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     for line in importlib.metadata.requires(name) or ():
         requirement = Requirement(line)
@@ -138,7 +138,7 @@ def test_lock_is_closed_and_consistent(python, overlay):
     pins = read_pins("lock.txt") | replaced
     names = set(installed_pins()) - set(replaced)
     if overlay:
-        names -= {"ml-dtypes"}  # The extra export, which needs numpy 2 (docs/install.md).
+        names -= {"ml-dtypes"}  # extra export, which needs numpy 2 (docs/install.md)
     assert len(names) > 50
     for name in names:
         for requirement in needs_of(name, python):
@@ -147,7 +147,7 @@ def test_lock_is_closed_and_consistent(python, overlay):
 
 
 def test_only_pinned_packages_can_ask_for_torch():
-    """pip may replace torch only for a package that names it: those are pinned."""
+    """pip may replace torch only for packages that require it, so these are pinned."""
     pinned = {
         requirement.name
         for requirement in map(Requirement, read_lines("existing-torch.txt"))
@@ -180,7 +180,7 @@ def test_versions_agree():
 
 @pytest.mark.numpy1
 def test_arrays_pass_between_the_libraries():
-    """numpy, OpenCV, Pillow, pycocotools, torch and Detectron2 take each other's arrays."""
+    """numpy, OpenCV, Pillow, pycocotools, torch and Detectron2 accept each other's arrays."""
     import cv2
     import numpy as np
     import torch
@@ -198,8 +198,8 @@ def test_arrays_pass_between_the_libraries():
     assert (masks.decode(masks.encode(mask)) == mask).all()
 
 
-# The set-up script, on a copy of the files it reads and with a Python whose environments only
-# write down what they are asked for.
+# The set-up script runs on a copy of its files, with a Python whose environments only record the
+# requested installations.
 
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
@@ -221,7 +221,7 @@ if [ -e "{folder}/broken" ] && echo "$*" | grep -q -e "$(cat "{folder}/broken")"
 fi
 """
 
-# ClusterSettings under which pip reaches nothing.
+# Settings with which pip has no index.
 NO_INDEX = {
     "PIP_CONFIG_FILE": os.devnull,
     "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -254,7 +254,7 @@ def add_python(folder, name="python3", version="3.12.0", before="pass"):
 
 
 def pretend(version):
-    """Python code that makes the interpreter claim a version."""
+    """Returns Python code that makes the interpreter report a version."""
     return f"sys.version_info = {tuple(int(part) for part in version.split('.'))}"
 
 
@@ -274,7 +274,7 @@ def run_setup(folder, *arguments, **environment):
 
 
 def installs(folder):
-    """The pip calls since the last look."""
+    """Returns the pip calls since the last call of this function."""
     calls = folder / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
     calls.unlink(missing_ok=True)
@@ -389,9 +389,9 @@ def test_setup_leaves_foreign_folders_alone(setup_folder):
 
 
 def test_setup_without_a_network(setup_folder):
-    """A real environment and a real pip, whose index refuses connections.
+    """Uses a real environment and a real pip, whose index refuses connections.
 
-    The environment is made again by its own Python, as when it is activated.
+    The environment is remade with its own Python, as when it is active.
     """
     command = [sys.executable, "-m", "venv", "--without-pip", setup_folder / "env"]
     subprocess.run(command, check=True)

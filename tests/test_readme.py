@@ -1,4 +1,4 @@
-"""What README and docs say is checked: commands, Python, links, names, keys, counts."""
+"""Tests README and docs: commands, Python, links, names, keys, counts."""
 
 import importlib
 import json
@@ -48,14 +48,14 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 README = REPOSITORY / "README.md"
 SIZES = REPOSITORY / "docs" / "network.md"
 PACKAGE = REPOSITORY / "projects" / "ConTNet"
-# Besides python, torchrun and make, which are looked into.
+# Besides python, torchrun and make, whose arguments are checked.
 KNOWN_PROGRAMS = {".", "cd", "export", "git", "pip", "sh"}
 TORCHRUN_OPTIONS = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
 
 
 @dataclass
 class Block:
-    """A code block: its language ("" where it is indented), its text, its first line's number."""
+    """A code block: its language ("" if indented), its text, the number of its first line."""
 
     language: str
     text: str
@@ -63,7 +63,7 @@ class Block:
 
 
 def find_blocks(markdown: str) -> list[Block]:
-    """Fenced and indented code blocks of a page."""
+    """Returns the fenced and indented code blocks of a page."""
     blocks, lines, start, language = [], [], 0, None
     before = ""
     for number, line in enumerate(markdown.splitlines(), 1):
@@ -86,13 +86,13 @@ def find_blocks(markdown: str) -> list[Block]:
 
 
 def read_commands(text: str) -> list[list[str]]:
-    """The commands of a shell block as words, without assignments before them."""
+    """Returns the commands of a shell block as words, without assignments before them."""
     commands, pending = [], ""
     for line in text.replace("\\\n", " ").splitlines():
         pending += line
         try:
             words = shlex.split(pending, comments=True)
-        except ValueError:  # a quote is open
+        except ValueError:  # an open quote
             pending += "\n"
             continue
         pending = ""
@@ -120,7 +120,7 @@ def every_command() -> list:
 
 
 def check_overrides(config_file: str, opts: list[str]) -> None:
-    """The config exists and every KEY VALUE is legal in it."""
+    """Checks that the config exists and every KEY VALUE is valid."""
     load_checked_config(find_config(config_file), opts)
 
 
@@ -199,7 +199,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_command(words: list[str], monkeypatch) -> None:
-    """Raises unless this project understands the command."""
+    """Fails unless this project supports the command."""
     program, *arguments = words
     if program == "torchrun":
         script = arguments.index("train_net.py")
@@ -331,16 +331,16 @@ def python_pages() -> list:
     pages = [p for p in PAGES if any(b.language == "python" for b in find_blocks(p.read_text()))]
     assert README in pages
     slow = {"network.md": pytest.mark.slow}
-    # Two files, which tests/launch/test_extensions.py writes and runs.
+    # It has two files, which tests/launch/test_extensions.py writes and runs.
     pages = [page for page in pages if page.name != "architecture.md"]
     return [pytest.param(p, id=p.name, marks=slow.get(p.name, ())) for p in pages]
 
 
 @pytest.mark.parametrize("page", python_pages())
 def test_python_runs(page, tmp_path, monkeypatch):
-    """A page's blocks run one after the other, each in the names of those before."""
+    """A page's blocks run one after the other, in the same namespace."""
     monkeypatch.chdir(tmp_path)
-    if page.name == "prediction.md":  # which predicts an image by a run
+    if page.name == "prediction.md":  # it predicts an image with a run
         save_untrained(Path("output/faster_rcnn_contm"), "faster_rcnn_contti")
         Path("photos").mkdir()
         Image.new("RGB", (90, 60)).save("photos/a.jpg")
@@ -352,7 +352,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 
 def table_of_sizes() -> dict[str, tuple[str, ...]]:
-    """Counted columns of a page's table: parameters, MACs, attention."""
+    """Returns counted columns of a page's table: parameters, MACs, attention."""
     rows = re.findall(r"^\| ConT-(\w+) \|(.*)\|$", SIZES.read_text(), re.MULTILINE)
     cells = [(name.lower(), [cell.strip() for cell in row.split("|")]) for name, row in rows]
     whole = [(name, row) for name, row in cells if len(row) == 5]
@@ -398,7 +398,7 @@ def test_mentioned_files_exist(page):
 
 
 def resolve(name: str) -> object:
-    """The object that a name with dots stands for."""
+    """Returns the object with a dotted name."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -426,7 +426,7 @@ def test_wrong_names_are_found():
 
 
 def unknown_keys(text: str) -> list[str]:
-    """Config keys in a text that the config has not."""
+    """Returns the config keys in a text that do not exist."""
     unknown = []
     cfg = load_config(str(REPOSITORY / "configs" / "faster_rcnn_contm.yaml"))
     for key in sorted(set(re.findall(r"\b[A-Z][A-Z_]+(?:\.[A-Z][A-Z_0-9]*)+\b", text))):
@@ -466,35 +466,35 @@ def test_every_recipe_is_in_the_model_zoo():
 
 @pytest.mark.slow
 def test_model_zoo_is_up_to_date():
-    """Otherwise: python tools/model_zoo.py."""
+    """If this fails, run: python tools/model_zoo.py."""
     assert (REPOSITORY / "MODEL_ZOO.md").read_text() == make_zoo(REPOSITORY)
 
 
 def test_results_of_unknown_configs_are_refused(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results.yaml").write_text("[{paper: {nothing: {}}, here: {}}]")
-    with pytest.raises(UserError, match=r"no configs/nothing\.yaml"):
+    with pytest.raises(UserError, match=r"configs/nothing\.yaml does not exist"):
         make_zoo(tmp_path)
 
 
-# --- one command for real ------------------------------------------------------------------------
+# --- a command sequence for real -----------------------------------------------------------------
 
 
 def commands_below(heading: str) -> list[list[str]]:
-    """The commands of a section of the README."""
+    """Returns the commands in a section of the README."""
     section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     return [words for b in find_blocks(section) if is_shell(b) for words in read_commands(b.text)]
 
 
 @pytest.mark.slow
 def test_your_own_data_in_ten_minutes(tmp_path):
-    """The commands of the README as they stand, on drawn data; the training is cut short."""
+    """Runs the README's commands on drawn data, with a shortened training."""
     shapes = make_shapes(tmp_path / "shapes", num_train=8, num_val=4)
     images = tmp_path / "mine" / "images"
     images.mkdir(parents=True)
     for (_, file, folder), split in zip(shapes_datasets(shapes), ("train", "val"), strict=True):
         content = json.loads(Path(file).read_text())
-        for each in content["images"]:  # of equal names in both
+        for each in content["images"]:  # both splits have the same names
             name = f"{split}_{each['file_name']}"
             shutil.copy(Path(folder, each["file_name"]), images / name)
             each["file_name"] = name

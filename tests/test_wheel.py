@@ -1,4 +1,4 @@
-"""The built wheel: from an empty folder it trains a shipped config and predicts."""
+"""Tests the built wheel in an empty folder: it trains a shipped config and predicts."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from contnet.commands.console import COMMANDS
 from contnet.config.shipped import SHIPPED_CONFIGS, find_config
 
-# They need the repository beside them.
+# Tools that need the repository.
 OF_THE_REPOSITORY = {"benchmark", "compare_checkouts", "gpu_check", "model_zoo"}
 SHAPES = """
 from contnet.data.datasets.shapes import make_shapes, shapes_datasets
@@ -25,7 +25,7 @@ print(shapes_datasets("shapes"))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Of a copy, for setuptools writes beside the sources."""
+    """Builds the wheel of a copy, because setuptools writes beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("projects", "configs"):
@@ -106,7 +106,7 @@ def test_names_of_configs(tmp_path, monkeypatch):
         assert find_config(name) == whole
     for name in ("nothing", "/imagenet/contm_strong", "../configs/demo", ""):
         assert find_config(name) == name
-    # A file that is there goes before a shipped config of its name.
+    # An existing file takes precedence over a shipped config with its name.
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("")
     assert find_config("configs/demo.yaml") == "configs/demo.yaml"

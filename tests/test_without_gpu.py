@@ -1,4 +1,4 @@
-"""What every system does on a GPU, on one that is pretended: nothing mixes devices or types."""
+"""Tests every system on a simulated GPU: devices and types are never mixed."""
 
 import json
 import math
@@ -25,11 +25,11 @@ TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (64,) TEST.AUG.MAX_SIZE 96
 
 @pytest.fixture(autouse=True)
 def data_here(coco_here, cityscapes_root, imagenet_here):
-    """All data sets, tiny."""
+    """Provides tiny versions of all data sets."""
 
 
 def trainer_of(name, folder, *options):
-    """A trainer on the GPU, whose loss scaler begins where the gradients are finite."""
+    """Builds a trainer on the GPU, with an initial loss scale for finite gradients."""
     words = [*SMALL, *TINY, *OPTIONS.split(), *SYSTEMS[name][0].split(), *options]
     folder.mkdir()
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), [*words, "OUTPUT_DIR", str(folder)])
@@ -41,7 +41,7 @@ def trainer_of(name, folder, *options):
 
 
 def tensors(content):
-    """All tensors in nested dicts and lists."""
+    """Returns all tensors in nested dicts and lists."""
     if isinstance(content, torch.Tensor):
         return [content]
     parts = content.values() if isinstance(content, dict) else content
@@ -52,7 +52,7 @@ def tensors(content):
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_run_stays_on_the_gpu(name, dtype, tmp_path):
-    """Training, evaluation of the EMA, checkpoints in the background, and a resume from one."""
+    """Training, evaluation of the EMA, background checkpoints, and a resume."""
     with pretended_gpu():
         whole = trainer_of(name, tmp_path / "whole", "SOLVER.AMP.DTYPE", dtype)
         whole.resume_or_load()
@@ -68,7 +68,7 @@ def test_a_run_stays_on_the_gpu(name, dtype, tmp_path):
         assert whole.scaler.is_enabled() == (dtype == "float16")
         assert whole.scaler.get_scale() == (
             2.0**-10 if dtype == "float16" else 1
-        )  # no step left out
+        )  # no step was skipped
     lines = (tmp_path / "whole" / "metrics.json").read_text().splitlines()
     losses = [json.loads(line)["total_loss"] for line in lines]
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)

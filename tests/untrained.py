@@ -1,4 +1,4 @@
-"""Files of models that have not been trained, and hold their config and names of classes."""
+"""Saves untrained models with their config and class names."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ MODEL.SEM_SEG_HEAD.NUM_CLASSES 3 MODEL.CLASSIFIER.NUM_CLASSES 3
 
 
 def save_untrained(folder: Path, name: str) -> Path:
-    """The checkpoint of a system of ``SYSTEMS`` with three classes."""
+    """Saves the checkpoint of a system of ``SYSTEMS`` with three classes."""
     small = QUICK if name.startswith("imagenet") else SMALL
     words = [*small, *TINY, *SYSTEMS[name][0].split(), *OPTIONS.split()]
     cfg = contnet.load_config(str(CONFIGS / f"{name}.yaml"), words)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Says what a config's model costs, module by module; ``--help`` lists the options."""
+"""Prints the costs of each module of a config's model; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures speed side by side; ``--help`` lists the subjects."""
+"""Runs a benchmark; ``--help`` lists the subjects."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Says whether two checkouts train the same, to the bit; ``--help`` lists the options."""
+"""Checks whether two checkouts train bit for bit the same; ``--help`` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Lists, resolves and compares configs, and explains keys; ``--help`` lists the options."""
+"""Lists, resolves and compares configs, and explains their keys; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts VOC's XML or YOLO's text files to COCO's format; ``--help`` lists the options."""
+"""Converts VOC XML files or YOLO text files to COCO JSON; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts weights of ConTNets and ResNets to MODEL.WEIGHTS and back; ``--help`` says how."""
+"""Converts weights of ConTNets and ResNets between formats; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates a small classifier on drawn shapes; needs no download and no GPU."""
+"""Trains and evaluates a small classifier on drawn shapes, without downloads or a GPU."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Says what is wrong with the data sets of a config file; ``--help`` lists the options."""
+"""Checks the data sets of a config file; ``--help`` lists the options."""
 
 import sys
 

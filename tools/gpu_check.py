@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/gpu.md from what tools/gpu_check.sh has left; ``--help`` lists the options."""
+"""Writes docs/gpu.md from the results of tools/gpu_check.sh; ``--help`` lists the options."""
 
 import sys
 from pathlib import Path

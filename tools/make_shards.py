@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes shards of class folders of images; ``--help`` lists the options."""
+"""Packs class folders of images into shards; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes MODEL_ZOO.md anew from the configs and docs/results.yaml."""
+"""Writes MODEL_ZOO.md from the configs and docs/results.yaml."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Shows and saves what a trained model finds in images; ``--help`` lists the options."""
+"""Runs a trained model on images and videos; ``--help`` lists the options."""
 
 import sys
 

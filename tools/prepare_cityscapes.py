@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the label files of Cityscapes that training and evaluation need; may be run again."""
+"""Draws the missing label files of Cityscapes; ``--help`` lists the options."""
 
 import sys
 

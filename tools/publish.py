@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a folder of a trained model that others can use; ``--help`` lists the options."""
+"""Creates a folder with a trained model that others can use; ``--help`` lists the options."""
 
 import sys
 

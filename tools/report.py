@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes one HTML page of a run, or of several beside each other; ``--help`` lists the options."""
+"""Writes an HTML report of one run or of several runs; ``--help`` lists the options."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submits to SLURM what train_net.py would run; ``--help`` lists the options."""
+"""Submits a training run of train_net.py to SLURM; ``--help`` lists the options."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""What tools/gpu_check.sh checks and measures, and the report of it."""
+"""Parts of tools/gpu_check.sh and their report."""

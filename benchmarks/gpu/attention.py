@@ -1,4 +1,4 @@
-"""The kernels of attention: whether they agree, what they refuse, how long they take."""
+"""Compares the attention kernels: differences, unsupported inputs, and times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HEAD_DIM = 64
 
 @dataclass
 class _Case:
-    """Attention within patches, as the network calls it."""
+    """Inputs of attention within patches, as in the network."""
 
     qkv: Tensor  # (patches, tokens, 3 * channels)
     valid: Tensor | None
@@ -48,7 +48,7 @@ class _Case:
     def forward_and_backward(self) -> tuple[Tensor, ...]:
         leaves = [self.qkv] if self.bias is None else [self.qkv, self.bias]
         out = self.attend()
-        # Another gradient for each number of a token, but no random ones.
+        # A different gradient for each channel of a token, without random numbers.
         weights = torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)
         return out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)
 
@@ -80,7 +80,7 @@ def _with_kernel(kernel: str, function: Callable[[], object]) -> object:
 
 
 def _differences(taken: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    """The largest difference of each tensor, in parts of its largest number."""
+    """Returns the largest difference of each tensor, relative to its largest value."""
     return [
         ((mine.float() - each).abs().max() / each.abs().max().clamp(min=1e-6)).item()
         for mine, each in zip(taken, exact, strict=True)
@@ -99,7 +99,7 @@ def _compare(part: Part, kernel: str, case: _Case, row: dict) -> None:
             if not is_refusal(error):
                 raise
             why = [str(each.message).partition(" (Trig")[0] for each in said]
-            # Those of the kernels that may not be taken here are no reasons.
+            # Messages about the disabled kernels are not reasons.
             why = [each for each in why if not each.endswith(("because:", "runtime disabled."))]
             part.record("attention", **row, refused=" ".join(why)[:300] or reason(error))
             return
@@ -119,16 +119,16 @@ def _compare(part: Part, kernel: str, case: _Case, row: dict) -> None:
 
 
 def compare_kernels(part: Part) -> None:
-    """Compares each kernel in bfloat16 with the written out softmax in float32."""
-    # Of the first stage at 224 px and 128 images, whose encoders have patches of 7 and of 14.
+    """Compares each kernel in bfloat16 with an explicit softmax in float32."""
+    # Shapes of the first stage at 224 px and 128 images, whose encoders have patch sizes 7 and 14.
     shapes = [(8192, 49, 1), (2048, 196, 2)] if part.on_gpu else [(8, 49, 1), (8, 196, 2)]
     cases = [(*shape, mask) for shape in shapes for mask in _MASKS]
-    many = (65536, 49, 1, "none")  # more patches than some kernels can count
+    many = (65536, 49, 1, "none")  # more patches than some kernels support
     if part.on_gpu:
         cases.append(many)
     else:
         part.record("attention", patches=many[0], left_out="too many for a CPU")
-    # A kernel that ends the process takes no figures of another with it.
+    # Results of the earlier kernels are kept if a kernel crashes the process.
     for kernel in KERNELS:
         for patches, tokens, heads, mask in cases:
             row = {"patches": patches, "tokens": tokens, "heads": heads, "mask": mask}

@@ -1,4 +1,4 @@
-"""What there is: versions, the card's ceilings, and the tests that need a GPU."""
+"""Records versions and the GPU's peak speeds, and runs the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contnet.utils.errors import UserError
 __all__ = ["GPU_TESTS", "check_versions", "run_tests"]
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
-# Files with tests that are marked gpu: to collect all files would take a minute.
+# Files with tests that are marked gpu; collecting all files would take a minute.
 GPU_TESTS = ("test_gpu.py", "checkpoint/test_background_writer.py", "launch/test_errors.py")
 _PACKAGES = ("torchvision", "timm", "sal-detectron2", "numpy")
 
@@ -34,9 +34,9 @@ def _version(package: str) -> str | None:
 
 
 def check_versions(part: Part) -> None:
-    """Records what the figures hold for, and the speeds of a copy and of a matrix product."""
+    """Records the versions and settings, and the speeds of a copy and of a matrix product."""
     if part.on_gpu and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no GPU here: try the script with --device cpu")
+        raise UserError("PyTorch finds no GPU here: run the script with --device cpu")
     part.record(
         "versions",
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -46,7 +46,7 @@ def check_versions(part: Part) -> None:
         gpu=torch.cuda.get_device_name() if part.on_gpu else None,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version() if part.on_gpu else None,
-        # Whether "fp32" means TF32 where nothing else is said.
+        # Whether "fp32" means TF32 unless noted otherwise.
         tf32_convolutions=torch.backends.cudnn.allow_tf32,
         tf32_products=torch.backends.cuda.matmul.allow_tf32,
         python=platform.python_version(),
@@ -73,4 +73,4 @@ def run_tests(part: Part) -> None:
     wrong = [case for case in suite.iter("testcase") if case.find("failure") is not None]
     part.record("tests", **counts, failed_tests=[case.get("name") for case in wrong])
     if status or (part.on_gpu and counts["skipped"]):
-        raise UserError("not all tests passed")
+        raise UserError("some tests failed or were skipped, see the log of this part")

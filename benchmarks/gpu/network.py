@@ -1,4 +1,4 @@
-"""ConT-M beside the plain way of running its weights: time, memory, kernels, compiled encoders."""
+"""Compares ConT-M with its plain implementation: time, memory, kernels, compiled encoders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _call(
     backward: bool = False,
     kernels: str = "",
 ) -> None:
-    """Forward, and backward from the mean, with the attention kernels of that name alone."""
+    """Runs forward, and backward from the mean, with only the named attention kernels."""
     allowed = [KERNELS[name] for name in kernels.split(" or ")] if kernels else []
     chosen = sdpa_kernel(allowed) if allowed else contextlib.nullcontext()
     with chosen, torch.set_grad_enabled(backward):
@@ -82,7 +82,7 @@ def _ways(model: ConTNet, images: Tensor, backward: bool) -> dict[str, Way]:
     }
     for mode in ("gelu", "mlp", "block") if backward else ():
         own = partial(_checkpointed, model, mode)
-        # What is computed again in the backward pass is computed in the mode of then.
+        # The mode must still be set when the backward pass recomputes activations.
         ways[f"ours bf16, {mode} computed again"] = partial(call, own, dtype="bf16")
     return ways
 
@@ -100,10 +100,10 @@ def _baselines(ways: dict[str, Way]) -> dict[str, str]:
 
 
 def measure_network(part: Part) -> None:
-    """The plain way and ours in both precisions, checkpointing, kernels of attention."""
+    """Measures both implementations in both precisions, checkpointing, and attention kernels."""
     model = make_network(part)
     batches = _batches(part)
-    # The choices of kernels come last, as one of them may end the process.
+    # The kernels come last, because one of them may crash the process.
     for make in (_ways, *(partial(_attention_ways, choices=each) for each in _CHOICES)):
         for images in batches:
             for backward in (True, False):
@@ -117,7 +117,7 @@ def measure_network(part: Part) -> None:
 
 
 def measure_inference(part: Part) -> None:
-    """One image: plain, ours, and what optimize_for_inference makes of it."""
+    """Measures inference on one image: plain, ours, and after optimize_for_inference."""
     model = make_network(part).eval()
     if not part.on_gpu:
         part.record("inference", way="graphs", left_out="CUDA graphs need a GPU")
@@ -143,7 +143,7 @@ def measure_inference(part: Part) -> None:
 
 
 def record_profile(part: Part, what: str, step: Way) -> None:
-    """Records the kernels that most of a step's time goes to, and how busy the device is."""
+    """Records the kernels that take most of a step's time, and how busy the device is."""
     steps = 3 if part.on_gpu else 1
     for _ in range(steps):
         step()
@@ -181,7 +181,7 @@ def record_profile(part: Part, what: str, step: Way) -> None:
 
 
 def profile_step(part: Part) -> None:
-    """The network's forward and backward pass in bfloat16, at each size."""
+    """Profiles the network's forward and backward pass in bfloat16, at each size."""
     model = make_network(part).train()
     for images in _batches(part):
         what = f"network, {_size(images)}"
@@ -193,12 +193,12 @@ def profile_step(part: Part) -> None:
 
 
 def measure_compiled(part: Part) -> None:
-    """The encoders compiled, with budgets for what they keep for the backward pass."""
-    # The partition by a budget needs no compiler; it is what a CPU can try quickly.
+    """Measures compiled encoders with memory budgets for the activations."""
+    # Partitioning by a budget needs no compiler, so it also runs quickly on a CPU.
     backend = "inductor" if part.on_gpu else "aot_eager_decomp_partition"
     if not part.on_gpu:
         part.record(
-            "network", way="encoders compiled by inductor", left_out=f"{backend} in its place"
+            "network", way="encoders compiled by inductor", left_out=f"{backend} is used instead"
         )
     for images in _batches(part):
         for budget in _BUDGETS if part.on_gpu else _BUDGETS[1:]:
@@ -206,7 +206,7 @@ def measure_compiled(part: Part) -> None:
             with part.fence("network", way=f"encoders compiled, budget {budget}", **row):
                 torch._dynamo.reset()
                 model = make_network(part).train()
-                # Copies of the weights, so that the plain way stays as it is.
+                # A second model, so that the plain implementation is not compiled.
                 plain = make_network(part).train()
                 compile_encoders(model, budget, backend)
                 ways = {

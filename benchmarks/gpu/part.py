@@ -1,4 +1,4 @@
-"""A part of the GPU check: what it measures is recorded at once, and a failure is a figure too."""
+"""A part of the GPU check, which records each result at once, including failures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Way = Callable[[], object]
 
 
 class Part:
-    """One part, on one device.
+    """A part of the check on one device.
 
     Args:
-        name: as the script has it.
-        device: "cuda", or "cpu", where everything is small and tells no speed.
-        output: folder for the figures, and for what a part leaves only while it runs.
+        name: name of the part in the script.
+        device: "cuda", or "cpu" for a small run without meaningful speeds.
+        output: folder for the results and for temporary files.
     """
 
     def __init__(self, name: str, device: str, output: Path):
@@ -41,19 +41,19 @@ class Part:
         return self.device == "cuda"
 
     def record(self, table: str, **figures: object) -> None:
-        """Adds a line to the part's figures: a row of a table of the report."""
+        """Adds a row of a table of the report to the part's results."""
         with open(self.output / f"{self.name}.figures", "a") as file:
             print(json.dumps({"table": table, **figures}), file=file)
 
     @contextmanager
     def fence(self, table: str, **row: object) -> Iterator[None]:
-        """Goes on after whatever fails in the block, which becomes a row with the reason.
+        """Continues after an error in the block, and records it as a row with the reason.
 
-        That a kernel of attention refuses what it is asked for is no failure.
+        Inputs that an attention kernel does not support do not count as failures.
         """
         try:
             yield
-        except Exception as error:  # of any library
+        except Exception as error:  # errors of any library
             if is_refusal(error):
                 self.record(table, **row, refused=reason(error))
             else:
@@ -64,7 +64,7 @@ class Part:
             self.clean()
 
     def clean(self) -> None:
-        """Gives memory back."""
+        """Frees memory."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -74,23 +74,23 @@ class Part:
             torch.cuda.synchronize()
 
     def finish(self) -> None:
-        """Raises UserError if anything failed."""
+        """Raises UserError if any measurement failed."""
         if self.failures:
             raise UserError(f"{self.failures} of the part's measurements failed, see its log")
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether no kernel of attention that may be taken can do what it should."""
+    """Whether none of the enabled attention kernels supports the inputs."""
     return re.search(r"No (available kernel|viable backend)", str(error)) is not None
 
 
 def reason(error: Exception) -> str:
-    """One short line."""
+    """Returns an error as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _peak_mb(part: Part, way: Way) -> float | None:
-    """MiB that a call takes at its peak, above what was there before; None on a CPU."""
+    """Returns a call's peak memory above what was allocated before, in MiB; None on a CPU."""
     if not part.on_gpu:
         return None
     before = torch.cuda.memory_allocated()
@@ -115,7 +115,7 @@ def _milliseconds(part: Part, way: Way) -> float:
 
 
 def time_ways(part: Part, ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call of each way, in turn, by the events of a GPU."""
+    """Times functions in turns; returns milliseconds by name, from CUDA events on a GPU."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -130,21 +130,21 @@ def measure(
     baselines: Mapping[str, str] | None = None,
     **row: object,
 ) -> None:
-    """Times ways in turn and takes their peaks; each has a row, also if it fails.
+    """Records times and peak memory of functions in turns; a function that fails also has a row.
 
     Args:
-        part: it records.
-        table: of the report.
-        ways: what to call, by name.
-        baselines: the way that a way is compared with.
-        row: what all rows have.
+        part: part that records the rows.
+        table: table of the report.
+        ways: functions to measure, by name.
+        baselines: name of the baseline of each function.
+        row: values that all rows have.
     """
     rounds, warmup = (5, 3) if part.on_gpu else (1, 1)
     ready: dict[str, Way] = {}
     peaks: dict[str, float | None] = {}
     for name, way in ways.items():
         with part.fence(table, way=name, **row):
-            for _ in range(warmup):  # each of the first calls may plan something anew
+            for _ in range(warmup):  # the first calls may compile or plan
                 way()
             peaks[name] = _peak_mb(part, way)
             ready[name] = way

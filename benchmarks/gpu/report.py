@@ -1,4 +1,4 @@
-"""Writes docs/gpu.md from the results of tools/gpu_check.sh; without any, `not measured`."""
+"""Writes docs/gpu.md from the results of tools/gpu_check.sh."""
 
 from __future__ import annotations
 
@@ -105,16 +105,16 @@ _ENDS = ("failed", "refused", "left_out")
 
 
 def read_results(file: Path) -> list[dict]:
-    """The lines of a results file.
+    """Reads the lines of a results file.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: if the file is missing, empty or damaged.
     """
     try:
         results = [json.loads(line) for line in file.read_text().splitlines()]
         assert all({"part", "status", "seconds", "figures"} <= set(line) for line in results)
     except FileNotFoundError as error:
-        raise UserError(f"there is no {file}: tools/gpu_check.sh writes it") from error
+        raise UserError(f"{file} does not exist: run tools/gpu_check.sh") from error
     except (OSError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"{file} cannot be read ({error or 'no results'})") from error
     if not results:
@@ -130,7 +130,7 @@ def _verdict(met: bool) -> str:
 
 
 def _passes(rows: Iterable[dict], eager: bool) -> list[tuple[str, str, str]]:
-    """For each size, the figure of the forward and backward pass and whether it is on target."""
+    """Returns size, result and verdict of the forward and backward pass, for each size."""
     rows = [
         row
         for row in rows
@@ -143,7 +143,7 @@ def _passes(rows: Iterable[dict], eager: bool) -> list[tuple[str, str, str]]:
     for size in dict.fromkeys(row["size"] for row in rows):
         own = [row for row in rows if row["size"] == size]
         if not eager:
-            # One configuration must have both.
+            # One configuration must meet both targets.
             small = [row for row in own if row.get("peak_ratio", 1) <= 0.6]
             own = small or own
         best = max(own, key=lambda row: row["speed_ratio"])
@@ -233,7 +233,7 @@ def _table(rows: Sequence[dict], columns: Sequence[str]) -> str:
 
 
 def _run(versions: dict) -> str:
-    """The device, versions and settings of a run."""
+    """Describes the device, versions and settings of a run."""
     device = versions.get("gpu") or "a CPU"
     names = ("python", "torch", "cuda", "cudnn", "torchvision", "timm", "detectron2", "numpy")
     known = [f"{name} {versions[name]}" for name in names if versions.get(name)]
@@ -247,10 +247,10 @@ def _run(versions: dict) -> str:
 
 
 def make_report(results: Sequence[dict]) -> str:
-    """The text of the page.
+    """Makes the text of the page.
 
     Args:
-        results: the lines of results.jsonl; empty if nothing was measured. Only GPU figures are
+        results: lines of results.jsonl; empty if nothing was measured. Only GPU figures are
             shown; from a run on a CPU, the page has only the status of each part.
     """
     parts: dict[str, dict] = {}
@@ -286,7 +286,7 @@ def make_report(results: Sequence[dict]) -> str:
 
 
 def kept_results(page: Path) -> Path:
-    """The path of the results that a page was made from."""
+    """Returns the path of the results that a page was made from."""
     return page.with_suffix(".jsonl")
 
 
@@ -299,7 +299,7 @@ def write_report(output: Path, page: Path) -> None:
     results = output / _RESULTS
     text = make_report(read_results(results))
     if not page.parent.is_dir():
-        raise UserError(f"there is no folder {page.parent} for the report")
+        raise UserError(f"the report's folder {page.parent} does not exist")
     with atomic_write(page, "w") as file:
         file.write(text)
     shutil.copyfile(results, kept_results(page))

@@ -1,4 +1,4 @@
-"""Training steps: against ResNet-50, what they pool, distributed, beside a checkpoint."""
+"""Measures training steps: ResNet-50 and ConTNet, pooled regions, DDP, and checkpoints."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def _config(part: Part, backbone: str, *opts: str) -> CfgNode:
-    # A rate at which random weights stay finite, so that the losses cost what they cost.
+    # A small learning rate, so that random weights stay finite and the losses cost as usual.
     own = ["MODEL.DEVICE", part.device, "SOLVER.BASE_LR", "1e-6", *opts]
     if not part.on_gpu:
         own += _FEW_REGIONS.split()
@@ -58,12 +58,12 @@ def _config(part: Part, backbone: str, *opts: str) -> CfgNode:
 
 
 def _detectors(part: Part) -> tuple[tuple[str, str], tuple[int, int], int]:
-    """The two backbones, the size of images and how many."""
+    """Returns two backbones, the size of the images and their number."""
     return (("r50", "contm"), (800, 1333), 2) if part.on_gpu else (("r50", "contti"), (64, 96), 1)
 
 
 def profile_steps(part: Part) -> None:
-    """The kernels of the network's step in bfloat16, and of the detector's."""
+    """Profiles steps of the network and of the detector in bfloat16."""
     profile_step(part)
     (_, backbone), size, images = _detectors(part)
     what = f"Faster R-CNN, {backbone}, {size[0]}x{size[1]}, batch {images}"
@@ -73,7 +73,7 @@ def profile_steps(part: Part) -> None:
 
 
 def measure_steps(part: Part) -> None:
-    """Faster R-CNN with ConT-M and with ResNet-50 as they are shipped; pooled regions."""
+    """Measures Faster R-CNN with ConT-M and ResNet-50 as shipped, and pooled regions."""
     backbones, size, images = _detectors(part)
     row = {"size": f"{size[0]}x{size[1]}, batch {images}"}
     for precision, opts in {"bf16": PRECISIONS["bf16"], "fp32": (), "tf32": ()}.items():
@@ -90,10 +90,10 @@ def measure_steps(part: Part) -> None:
 
 
 def _compare_regions(part: Part, dtype: torch.dtype) -> None:
-    """How far pooled features in half precision are from those of exact coordinates."""
+    """Measures errors of pooled features in half precision, with and without exact coordinates."""
     height, width = (800, 1333) if part.on_gpu else (200, 333)
     generator = torch.Generator().manual_seed(0)
-    # Features that change within a few pixels, as those of a network do.
+    # Features that change within a few pixels, as in a network.
     coarse = torch.randn(1, 256 if part.on_gpu else 4, height // 8, width // 8, generator=generator)
     features = F.interpolate(coarse, scale_factor=2, mode="bilinear").to(part.device, dtype)
     corners = torch.rand(256, 2, generator=generator) * torch.tensor([width - 64, height - 64])
@@ -120,7 +120,7 @@ def _compare_regions(part: Part, dtype: torch.dtype) -> None:
 
 
 def measure_ddp(part: Part) -> None:
-    """A step of the classifier, alone and made distributed on one process."""
+    """Measures a step of the classifier, with and without DDP, in one process."""
     images = torch.randn(*((32, 3, 224, 224) if part.on_gpu else (2, 3, 64, 64)))
     images = images.to(part.device)
 
@@ -150,7 +150,7 @@ def measure_ddp(part: Part) -> None:
 
 
 def measure_checkpoint(part: Part) -> None:
-    """What a training loses to a checkpoint, in the background and waited for."""
+    """Measures the time that training loses to background and synchronous checkpoints."""
     args = argparse.Namespace(
         config_file=str(_CONFIGS / f"faster_rcnn_{'contm' if part.on_gpu else 'contti'}.yaml"),
         device=part.device,

@@ -1,4 +1,4 @@
-"""Trainings on drawn shapes: every system, its evaluation, and a resume."""
+"""Trains and evaluates every system on drawn shapes, and resumes a training run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from contnet.launch.preflight_config import load_checked_config
 __all__ = ["PRECISIONS", "process_group", "train_and_resume", "train_systems"]
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# A rate that random weights stand with frozen norms.
+# A learning rate at which random weights with frozen norms stay finite.
 _TRAINING = "SEED 1 LOG_PERIOD 1 SOLVER.BASE_LR 0.0005 SOLVER.STEPS () SOLVER.WARMUP_ITERS 1"
 _ON_GPU = "SOLVER.IMS_PER_BATCH 4 DATALOADER.NUM_WORKERS 4"
 _ON_CPU = "SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"
-# What makes an iteration short on a CPU, by the start of a config's name; the others are detectors.
+# Keys for short iterations on a CPU, by the start of a config's name; the last are for detectors.
 _SMALL = {
     "cityscapes/pspnet": """
         INPUT.MIN_SIZE_TRAIN (96,160) INPUT.CROP.SIZE (64,96) INPUT.MIN_SIZE_TEST 96
@@ -52,7 +52,7 @@ PRECISIONS = {
     "fp16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"),
 }
 _TTA = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES")
-# Besides Faster R-CNN: a name, its config, its precision, whether with test-time augmentation.
+# Systems besides Faster R-CNN: name, config, precision, and whether with test-time augmentation.
 _SYSTEMS = (
     ("mask_rcnn", "mask_rcnn_contti", "fp32", False),
     ("retinanet", "retinanet_contti", "fp32", False),
@@ -73,7 +73,7 @@ def _draw(part: Part) -> Path:
 
 
 def _register(part: Part, shapes: Path, config: str) -> list[str]:
-    """The config keys of the shapes, in the form that a config's data set has."""
+    """Returns the config keys of the shapes, in the format of a config's data set."""
     if config.startswith("cityscapes/"):  # Detectron2's names, under DETECTRON2_DATASETS
         folder = Path(os.environ["DETECTRON2_DATASETS"])
         if not folder.exists():
@@ -92,7 +92,7 @@ def _register(part: Part, shapes: Path, config: str) -> list[str]:
 
 
 def _trainer(part: Part, shapes: Path, config: str, iterations: int) -> Callable[..., dict]:
-    """A call that trains in a folder of the part, evaluates and gives figures."""
+    """Returns a function that trains in a subfolder, evaluates and returns the results."""
     own = _ON_GPU
     if not part.on_gpu:
         own = _ON_CPU + next(_SMALL[start] for start in _SMALL if config.startswith(start))
@@ -113,7 +113,7 @@ def _trainer(part: Part, shapes: Path, config: str, iterations: int) -> Callable
 def _figures(folder: Path) -> dict:
     steps = [line for line in read_metrics(folder) if "total_loss" in line]
     metrics = read_results(str(folder))[-1]["metrics"]
-    times = [line["time"] for line in steps if "time" in line]  # not of the first iterations
+    times = [line["time"] for line in steps if "time" in line]  # missing for the first iterations
     losses = [line["total_loss"] for line in steps]
     return {
         "losses": losses,
@@ -125,13 +125,13 @@ def _figures(folder: Path) -> dict:
             f"{task}/{key}": value
             for task, values in metrics.items()
             for key, value in values.items()
-            if "-" not in key  # of a class
+            if "-" not in key  # metrics of a class
         },
     }
 
 
 def train_and_resume(part: Part) -> None:
-    """Trains Faster R-CNN, and goes on once more from the checkpoint in the middle."""
+    """Trains Faster R-CNN, and then resumes it from the checkpoint in the middle."""
     config, half = ("faster_rcnn_contm", 20) if part.on_gpu else ("faster_rcnn_contti", 1)
     shapes = _draw(part)
     train_faster = _trainer(part, shapes, config, 2 * half)
@@ -147,7 +147,7 @@ def train_and_resume(part: Part) -> None:
                 resumed = train_faster(folders[1].name, *options, "--resume")
                 pairs = zip(whole["losses"][half:], resumed["losses"], strict=True)
                 differences = [abs(again / loss - 1) for loss, again in pairs]
-                # A GPU adds in no fixed order: only the first loss follows no step that may differ.
+                # A GPU adds in any order: only the first loss does not depend on resumed steps.
                 part.record(
                     "faster_rcnn",
                     run="resumed",
@@ -167,7 +167,7 @@ def _copy_checkpoint(whole: Path, resumed: Path, checkpoint: str) -> None:
 
 
 def train_systems(part: Part) -> None:
-    """Trains every other system shortly and evaluates it; test-time augmentation; SyncBN."""
+    """Briefly trains and evaluates the other systems, test-time augmentation and SyncBN."""
     shapes = _draw(part)
     sizes = "(400,800)" if part.on_gpu else "(64,96)"
     for number, (name, config, precision, tta) in enumerate(_SYSTEMS):
@@ -182,7 +182,7 @@ def train_systems(part: Part) -> None:
 
 @contextmanager
 def process_group(part: Part) -> Iterator[str]:
-    """This process alone as all processes of a run, on NCCL (gloo on a CPU)."""
+    """Makes a process group of only this process, with NCCL (gloo on a CPU)."""
     backend = "nccl" if part.on_gpu else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -192,7 +192,7 @@ def process_group(part: Part) -> Iterator[str]:
 
 
 def _train_sync_bn(part: Part) -> None:
-    """Steps with SyncBN in a group of one process; Detectron2's slower one on a CPU."""
+    """Trains with SyncBN in a group of one process; a CPU uses Detectron2's slower SyncBN."""
     opts = ["MODEL.DEVICE", part.device, "MODEL.CONTNET.NORM", "SyncBN", *PRECISIONS["bf16"]]
     size = (480, 640) if part.on_gpu else (64, 96)
     if not part.on_gpu:

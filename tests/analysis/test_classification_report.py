@@ -1,4 +1,4 @@
-"""Classifiers in a report: what the evaluation leaves, counted by hand."""
+"""Tests reports on classifiers against values counted by hand."""
 
 import json
 
@@ -26,7 +26,7 @@ IMAGES = [
 
 
 def evaluate(folder, root, logits=None):
-    """Evaluates the images, in two batches; the metrics."""
+    """Evaluates the images in two batches; returns the metrics."""
     evaluator = ClassificationEvaluator(3, str(folder), NAMES)
     rows = [
         ({"file_name": str(root / f"{i}.png"), "image_id": f"{i}.png", "label": label}, scores)
@@ -42,7 +42,7 @@ def evaluate(folder, root, logits=None):
 
 @pytest.fixture
 def sections(tmp_path):
-    """Of a run and of one that is always right."""
+    """Returns the sections for a run and for one that is always right."""
     for i in range(len(IMAGES)):
         Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     right = [[9.0 * (k == label) for k in range(3)] for label, _ in IMAGES]
@@ -99,7 +99,7 @@ def test_difference(sections):
 
 def test_worst_and_best_images(sections):
     gallery, other = of_kind(sections, Gallery)
-    # 1: a dog at 0.98; 4: a cat at 0.71. The best: 3 with 1.0.
+    # 1: a dog at 0.98; 4: a cat at 0.71. The best image: 3 with 1.0.
     assert [each.name for each in gallery.images] == ["1.png", "4.png", "3.png"]
     assert [each.errors for each in gallery.images] == [["wrong"], ["wrong"], ["right"]]
     assert gallery.images[0].note.startswith("truth: cat; predicted: dog 0.98, cat 0.02")
@@ -116,7 +116,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_an_interval_is_that_of_the_theory():
-    """Of the mean of 400 independent values it is 1.96 standard errors to each side."""
+    """The interval of a mean of 400 independent values has 1.96 standard errors on each side."""
     values = np.random.default_rng(0).normal(3, 2, 400)
     middle, lower, upper = paired_interval(
         lambda weights: float(weights @ values / weights.sum()), 400, 2000, 0

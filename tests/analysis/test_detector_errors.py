@@ -1,4 +1,4 @@
-"""Errors of detectors, counted by hand on a small set; hotcoco beside pycocotools elsewhere."""
+"""Tests detector errors against counts by hand, and hotcoco against pycocotools."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ RESULTS = "inference/boxes/coco_instances_results.json"
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """Of the small set, and of a run that finds everything."""
+    """Counts the errors of the small set's run, and of a run that finds everything."""
     root = tmp_path_factory.mktemp("errors")
     truth = make_boxes(root)
     objects = json.loads(truth.read_text())["annotations"]
@@ -54,18 +54,18 @@ def test_errors_by_image(counted):
 def test_confusion_with_the_background(counted):
     assert counted[0].category_ids == [3, 7]
     # Cats: images 1 and 5 are found, 2 is a dog, 3 and 4 are not found. Dogs: both are found.
-    # Of no object: a duplicate, a location error and one of the background; of dogs the "both".
+    # Without an object: a duplicate, a location error and a background error; for dogs the "both".
     assert counted[0].confusion.tolist() == [[2, 1, 2], [0, 2, 0], [3, 1, 0]]
     assert counted[2].confusion.tolist() == [[5, 0, 0], [0, 2, 0], [0, 0, 0]]
 
 
 def test_what_matches(counted):
     assert counted[0].right == {1: {0}, 4: {1}, 5: {0}, 6: {0}}
-    assert counted[0].found == {1, 5, 6, 7}  # annotations: cats of 1 and 5, dogs of 4 and 6
+    assert counted[0].found == {1, 5, 6, 7}  # annotation ids: cats of 1 and 5, dogs of 4 and 6
 
 
 def test_calibration(counted):
-    # Of ten detections: scores from 0.9 on are 0.9 (right), 0.9 (wrong), 0.95, 0.95, 0.97.
+    # Of ten detections, these have scores from 0.9: 0.9 (right), 0.9 (wrong), 0.95, 0.95, 0.97.
     score, share, number = counted[0].calibration[-1]
     assert (number, share) == (5, 0.8) and score == pytest.approx(0.934)
     wrong = 0.2 + 0.55 + 0.6 + 0.7 + 0.8  # alone in their bins
@@ -83,7 +83,7 @@ def test_differences_of_runs(counted):
 
 
 def draw(seed, images=30, empty=()):
-    """Random truth with crowds, equal scores and images without objects, and detections of it."""
+    """Draws random truth with crowds, equal scores and empty images, and detections."""
     rng = np.random.default_rng(seed)
     truth = {
         "images": [{"id": i, "width": 300, "height": 300} for i in range(1, images + 1)],
@@ -130,7 +130,7 @@ def test_ap_is_that_of_pycocotools(tmp_path):
     truth, found = draw(1)
     many = [
         {**each, "image_id": 1, "score": each["score"] / 2} for each in found * 3
-    ]  # more than 100 of an image and class
+    ]  # more than 100 for an image and class
     cases = [found, found[:1], draw(2)[1], [*found, *many]]
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     for number, case in enumerate(cases):

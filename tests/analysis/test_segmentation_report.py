@@ -1,4 +1,4 @@
-"""Segmenters in a report: IoU as the evaluation has it, confusion counted in another way."""
+"""Tests reports on segmenters: IoU as in the evaluation, confusion counted independently."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def truth_of(image):
 
 
 def predict(image, worse):
-    """The truth, but all cars are road, and void is class 16; ``worse``: also all else is road."""
+    """Returns the truth with cars as road and void as class 16; ``worse`` makes all pixels road."""
     classes = truth_of(image).astype(np.int64)
     classes[classes == 255] = 16
     classes[classes == CAR] = ROAD
@@ -46,7 +46,7 @@ def evaluate(folder, images, worse):
 
 @pytest.fixture
 def evaluated(cityscapes_root, tmp_path):
-    """Metrics and sections of two runs, the first of which is worse on the first image."""
+    """Returns metrics and sections of two runs; the first run is worse on the first image."""
     images = images_of(cityscapes_root)
     metrics = {n: evaluate(tmp_path / n, images, n == "worse") for n in ("worse", "better")}
     files = {name: tmp_path / name / CONFUSION_FILE for name in metrics}

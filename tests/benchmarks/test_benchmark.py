@@ -1,4 +1,4 @@
-"""The benchmarks: that each runs and prints what it promises; never how long anything took."""
+"""Tests that each benchmark runs and prints its results; times are never checked."""
 
 import re
 import subprocess
@@ -108,7 +108,7 @@ def test_loading_of_a_classifier(capsys):
     assert main([*argv, "--batch", "4", "--batches", "2", "--workers", "1"]) == 0
     output = capsys.readouterr().out
     for name in ("list", "one tensor"):
-        rates = rf"^{name}: \d+\.\d images a second, \d+\.\d\d ms of the main thread a batch$"
+        rates = rf"^{name}: \d+\.\d images/s, \d+\.\d\d ms of the main thread per batch$"
         assert re.search(rates, output, re.MULTILINE)
 
 
@@ -126,4 +126,4 @@ def test_scaling_over_two_processes():
 def test_scaling_needs_two_gpus(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert main(["scaling", "--device", "cuda"]) == 1
-    assert "has not two GPUs" in capsys.readouterr().err
+    assert "does not have two GPUs" in capsys.readouterr().err

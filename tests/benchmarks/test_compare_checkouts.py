@@ -1,4 +1,4 @@
-"""The comparison of two checkouts: it finds what differs, and nothing where nothing does."""
+"""Tests the comparison of two checkouts with equal and different results."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from benchmarks.compare_checkouts import compare_runs, main
 
 
 def write_run(folder: Path, prefix: str = "") -> Path:
-    """A run's folder of two iterations; its modules' names start with ``prefix``."""
+    """Writes the folder of a run of two iterations; module names start with ``prefix``."""
     folder.mkdir()
     lines = [
         {"iteration": i, "total_loss": 1.5 - i, "time": torch.rand(()).item()} for i in range(2)
@@ -38,7 +38,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def runs(tmp_path) -> tuple[Path, Path]:
-    """Two equal runs; the second one's modules have other names."""
+    """Writes two equal runs, whose modules have different names."""
     return write_run(tmp_path / "before"), write_run(tmp_path / "after", "renamed.")
 
 
@@ -131,7 +131,7 @@ def test_first_tensor_that_differs(runs, change, told):
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A copy of what trains."""
+    """Copies the files that a training needs."""
     target = tmp_path / "copy"
     for part in ("projects", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -144,7 +144,7 @@ def copy(tmp_path) -> Path:
 def test_a_changed_network_is_found(copy, capsys):
     argv = [str(copy), "--only", "classifier"]
     assert main(REPOSITORY, argv) == 0
-    assert capsys.readouterr().out.startswith("classifier: equal to the bit")
+    assert capsys.readouterr().out.startswith("classifier: equal bit for bit")
 
     file = copy / "projects" / "ConTNet" / "contnet" / "modeling" / "encoder.py"
     text = file.read_text()

@@ -1,4 +1,4 @@
-"""The check on a GPU, as far as a CPU shows it: what it writes, how it fails, its report."""
+"""Tests the GPU check on a CPU: its files, its failures, and its report."""
 
 import json
 import os
@@ -46,14 +46,14 @@ def test_the_whole_and_its_report(tmp_path):
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"results.jsonl", "log.txt", "tests.xml"}
     figures = [line["figures"] for line in lines]
-    # What a CPU cannot do is said.
+    # The figures say what a CPU cannot do.
     assert all(len(each["left_out"]) > 10 for each in figures if "left_out" in each)
     missing = {each["table"] for each in figures if "left_out" in each}
     assert missing == {"attention", "margins", "network", "regions", "inference"}
     assert all("failed" not in each for each in figures)
     losses = [loss for each in figures for loss in each.get("losses", ())]
     assert len(losses) > 10 and all(torch.tensor(losses).isfinite())
-    # A CPU goes on bit by bit as the run that was not cut.
+    # On a CPU, a resumed run is bit for bit the same as an uninterrupted one.
     resumed = [each for each in figures if each.get("run") == "resumed"]
     assert {each["precision"] for each in resumed} == {"fp32", "bf16", "fp16"}
     assert all(each["largest_difference"] == 0 for each in resumed)
@@ -66,14 +66,14 @@ def test_the_whole_and_its_report(tmp_path):
     assert "milliseconds" not in text
     assert kept_results(page).read_text() == (tmp_path / "out" / "results.jsonl").read_text()
 
-    # The same figures as of a GPU fill a table for each kind of them.
+    # The same figures from a GPU fill one table for each kind.
     for each in figures:
         if each["table"] == "versions":
             each.update(device="cuda", gpu="a card that there is not")
     text = make_report(lines)
     assert "a card that there is not" in text
     titles = {line for line in text.splitlines() if line.startswith("## ")}
-    # "versions" is a paragraph, targets and parts are of no table.
+    # "versions" is a paragraph; targets and parts have their own tables.
     assert len(titles) == len({each["table"] for each in figures}) - 1 + 2
 
 
@@ -178,7 +178,7 @@ def test_a_failure_stops_nothing(tmp_path):
 
 @pytest.mark.parametrize("patch_size", [7, 14])
 def test_the_ways_to_handle_margins_agree(patch_size):
-    """On all tokens but those of the padding, with their gradients."""
+    """The ways agree on all tokens except the padding, and so do their gradients."""
     patches = make_patches("cpu", 2, 20, 33, 1, patch_size)
     assert 0 < len(patches.margins) < len(patches.valid)
     assert patches.offsets[-1] == len(patches.tokens) == patches.valid.sum()
@@ -196,7 +196,7 @@ def test_the_ways_to_handle_margins_agree(patch_size):
 
 
 def test_the_page_is_up_to_date():
-    """Otherwise: python tools/gpu_check.py --report."""
+    """If this fails, run: python tools/gpu_check.py --report."""
     page = REPOSITORY / PAGE
     kept = kept_results(page)
     assert page.read_text() == make_report(read_results(kept) if kept.exists() else [])
@@ -206,7 +206,7 @@ def test_a_folder_without_results_is_one_line(tmp_path, capsys):
     page = tmp_path / "gpu.md"
     assert main(["--report", str(page), "--output", str(tmp_path / "gone")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: there is no ") and "tools/gpu_check.sh" in line
+    assert line.startswith("error: ") and "does not exist: run tools/gpu_check.sh" in line
     (tmp_path / "results.jsonl").write_text('{"part": "versions"}\n')
     assert main(["--report", str(page), "--output", str(tmp_path)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -217,7 +217,7 @@ CARD = as_line("versions", "versions", device="cuda", gpu="NVIDIA Test", torch="
 
 
 def targets(*lines):
-    """The last two cells of each target's first line."""
+    """Returns the last two cells of each target's first line."""
     text = make_report([CARD, *lines])
     table = text[text.index("## Targets") : text.index("## Parts")].splitlines()
     rows = [line for line in table if line.startswith("| ")][1:]

@@ -1,4 +1,4 @@
-"""The network against the plain computation of the same weights, forward and backward."""
+"""Tests the network against the plain implementation, forward and backward."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_gradients(options):
         wanted = [x, *model.parameters()]
         taken[name] = torch.autograd.grad((run(x) * weights).sum(), wanted)
     for ours, theirs in zip(taken["fast"], taken["plain"], strict=True):
-        # The convolutions of a constant shift have no gradient but rounding.
+        # The gradients of convolutions after a constant shift are only rounding errors.
         scale = theirs.abs().max().clamp(min=1e-6)
         assert ((ours - theirs).abs().max() / scale).item() < 1e-10
 

@@ -1,4 +1,4 @@
-"""The benchmark of a start: parses, and scenes that it draws."""
+"""Tests the start-up benchmark: counted parses and drawn scenes."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on: exact, in order, whole, and no error is lost."""
+"""Tests checkpoints written in the background: exact, in order, complete, and no error is lost."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ DEVICES = [
 
 
 def as_file(data):
-    """What torch.save makes of it."""
+    """Returns the bytes that torch.save writes."""
     file = io.BytesIO()
     torch.save(data, file)
     return file.getvalue()
@@ -41,14 +41,14 @@ def as_file(data):
 
 @pytest.fixture
 def slow_copies(monkeypatch):
-    """What the thread copies, it copies late."""
+    """Makes the thread's copies slow."""
     finish = HostCopy.finish
     monkeypatch.setattr(HostCopy, "finish", lambda self: (time.sleep(0.1), finish(self)))
 
 
 @contextmanager
 def held_writes(monkeypatch):
-    """No checkpoint gets into its file before the block ends."""
+    """Keeps checkpoints from being written to their files until the block ends."""
     gate, save = threading.Event(), torch.save
 
     def held(data, file):
@@ -63,7 +63,7 @@ def held_writes(monkeypatch):
 
 
 class Training:
-    """All that a run saves, of a small network, and a step that changes all of it."""
+    """Everything that a run of a small network saves, with a step that changes all of it."""
 
     def __init__(self, optimizer="SGD", device="cpu"):
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ class Training:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_files_equal_those_written_at_once(tmp_path, monkeypatch, slow_copies, optimizer):
-    """Though all has changed before the first byte is written; buffers are used again and grow."""
+    """All values change before the first byte is written; buffers are reused and grow."""
     training = Training(optimizer)
     plain = training.checkpointer(tmp_path / "plain", background=False)
     background = training.checkpointer(tmp_path / "background", background=True)
@@ -200,7 +200,7 @@ def test_best_and_numbered_of_one_moment_are_copied_once(tmp_path, monkeypatch):
     with held_writes(monkeypatch):
         checkpointer.save(BEST, iteration=4)
         training.step()
-        checkpointer.save("model_0000004", iteration=4)  # does not wait for the first
+        checkpointer.save("model_0000004", iteration=4)  # does not wait for the first save
     checkpointer.wait()
     files = [tmp_path / f"{name}.pth" for name in (BEST, "model_0000004")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -220,7 +220,7 @@ def test_only_the_newest_stay(tmp_path):
     for i in range(4):
         nn.init.constant_(model.weight, i)
         checkpointer.save(f"model_{i:07d}", iteration=i)
-    file = checkpointer.get_checkpoint_file()  # waits, as all that reads does
+    file = checkpointer.get_checkpoint_file()  # waits, as all reads do
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last_checkpoint",
         "model_0000002.pth",
@@ -251,14 +251,14 @@ class FullDisk:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """In the place of torch.save."""
+    """Replaces torch.save."""
     disk = FullDisk()
     monkeypatch.setattr("torch.save", disk)
     return disk
 
 
 def check_for_a_minute(checkpointer):
-    """It does not wait, so it is asked until the write has failed."""
+    """Calls ``check``, which does not wait, until the write has failed."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         checkpointer.check()
@@ -283,7 +283,7 @@ def test_an_error_is_raised_once_by_whatever_comes_next(tmp_path, full_disk, ask
 
 
 def test_nothing_is_written_after_an_error(tmp_path, full_disk):
-    """Else a resume would know a best checkpoint that is not there."""
+    """Otherwise, a resume would know a best checkpoint that does not exist."""
     checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), background=True)
     full_disk.ready.clear()
     checkpointer.save(BEST, iteration=1)
@@ -295,7 +295,7 @@ def test_nothing_is_written_after_an_error(tmp_path, full_disk):
 
 
 class Loop(TrainerBase):
-    """Detectron2's loop around nothing, with our hooks; the weight is the last iteration seen."""
+    """Detectron2's loop without a model, with our hooks; the weight is the last iteration."""
 
     def __init__(self, folder, values, fail_at=None):
         super().__init__()
@@ -318,7 +318,7 @@ class Loop(TrainerBase):
 
 
 def weights_in(folder):
-    """The iteration that each checkpoint's weight has seen, and that its trainer tells."""
+    """Returns the iterations in each checkpoint's weight and trainer state."""
     found = {path.stem: torch.load(path) for path in folder.glob("*.pth")}
     return {
         name: (content["model"]["weight"].item(), content["trainer"]["iteration"])
@@ -335,7 +335,7 @@ def test_a_training_leaves_all_its_files(tmp_path):
 
 def test_a_training_ends_with_the_error_of_a_file(tmp_path, full_disk):
     with pytest.raises(UserError, match=r"model_best\.pth cannot be written"):
-        Loop(tmp_path, [1.0]).run()  # after the last iteration: nothing comes next
+        Loop(tmp_path, [1.0]).run()  # after the last iteration, so that no call follows
     assert not list(tmp_path.iterdir())
 
 
@@ -345,7 +345,7 @@ def test_a_failed_training_leaves_whole_files(tmp_path, monkeypatch):
 
     def late(data, file):
         saves.append(file)
-        assert len(saves) == 1 or failed.wait(60)  # all but the first, for which the second waits
+        assert len(saves) == 1 or failed.wait(60)  # all saves but the first
         save(data, file)
 
     monkeypatch.setattr("torch.save", late)
@@ -368,7 +368,7 @@ def test_a_failed_training_tells_of_a_file_too(tmp_path, monkeypatch, full_disk,
 
 # --- real processes ------------------------------------------------------------------------------
 
-# Imports once, and forks a process for each way to end while a checkpoint is half written.
+# Imports once, and forks a process for each way to end while a checkpoint is partly written.
 LEAVERS = """
 import json, os, signal, sys, time, torch
 from contnet.checkpoint.checkpointer import Checkpointer

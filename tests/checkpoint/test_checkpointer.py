@@ -1,4 +1,4 @@
-"""Weights that fit wholly or not at all, and files that are no checkpoints."""
+"""Tests that weights load completely or not at all, and that other files are refused."""
 
 import os
 import pickle
@@ -26,44 +26,44 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def detector(*options, leaf=CONTNET):
-    """A small detector with random weights, and its config."""
+    """Builds a small detector with random weights, and its config."""
     cfg = load_config(str(REPOSITORY / "configs" / leaf), [*SMALL, *options])
     return build_model(cfg)
 
 
 @pytest.fixture
 def lines(caplog):
-    """Returns what the checkpointer has said so far."""
+    """Returns the log lines of the checkpointer so far."""
     with caplog.at_level("INFO"):
         yield lambda: [record.getMessage() for record in caplog.records]
 
 
 def classifier(variant="contnet_ti", **options):
-    """A classifier of ours in which no tensor is a constant."""
+    """Builds a classifier in which no tensor is constant."""
     theirs = make_oracle(variant, **options)
     return contnet.convert_state_dict(theirs.state_dict())[0]
 
 
 def saved(tmp_path, content, name="weights.pth"):
-    """A file of the given content."""
+    """Saves a file with the given content."""
     torch.save(content, tmp_path / name)
     return str(tmp_path / name)
 
 
 def load(model, file, **options):
-    """Loads the backbone as training does."""
+    """Loads the backbone as in training."""
     Checkpointer(model, **options).load_backbone(file)
 
 
 def backbone_of(model):
-    """Tensors of the bottom-up network by its own names."""
+    """Returns the tensors of the bottom-up network by its own names."""
     prefix = backbone_prefix(model)
     state = model.state_dict()
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def assert_backbone(model, expected):
-    """Every tensor is bit-equal to the expected one, and was not so by chance."""
+    """Checks that every tensor equals the expected one bit for bit, and differed before."""
     found = backbone_of(model)
     names = {name for name in expected if not name.startswith("head.")}
     counts = {name for name in names if name.endswith("num_batches_tracked")}
@@ -73,7 +73,7 @@ def assert_backbone(model, expected):
 
 
 def all_of(model):
-    """The line that says that nothing is missing."""
+    """Returns the log line that nothing is missing."""
     tensors = [n for n in backbone_of(model) if not n.endswith("num_batches_tracked")]
     return f"{len(tensors)} of the {len(tensors)} tensors of the backbone came from the file"
 
@@ -98,7 +98,7 @@ def test_our_classifier_gives_every_tensor_of_the_backbone(tmp_path, lines, sett
 
 
 def noise(state):
-    """Other weights of the same shapes."""
+    """Returns other weights of the same shapes."""
     return {name: torch.randn(value.shape) for name, value in state.items()}
 
 
@@ -167,7 +167,7 @@ def test_a_shorter_network_needs_only_its_own_tensors(tmp_path, lines):
 
 
 def test_group_norm_has_no_use_for_running_statistics(tmp_path, lines):
-    """GN has weights and biases of the same names, but the file's means and variances go unused."""
+    """GN has weights and biases of the same names, but the means and variances are unused."""
     model, state = detector("MODEL.CONTNET.NORM", "GN"), classifier()
     load(model, saved(tmp_path, state))
     assert all_of(model) in lines()
@@ -175,7 +175,7 @@ def test_group_norm_has_no_use_for_running_statistics(tmp_path, lines):
 
 
 def test_a_backbone_of_detectron2s_model_zoo(tmp_path, lines):
-    """Arrays in a pickle, by the network's own names, matched by their endings."""
+    """The file has arrays in a pickle with the network's own names, which are matched by ending."""
     source, model = detector(leaf=RESNET), detector(leaf=RESNET)
     arrays = {name: value.numpy() for name, value in backbone_of(source).items()}
     content = {"model": arrays, "__author__": "us", "matching_heuristics": True}
@@ -205,7 +205,7 @@ RESNETS = {
     ("source", "form"), zip(RESNETS, ["bare", "model"] * 2, strict=True), ids=str
 )
 def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, form):
-    """They give every tensor, and the function: the last map is theirs."""
+    """They provide every tensor, and the last feature map is the same."""
     make, leaf, options = RESNETS[source]
     theirs = make().eval()
     for module in theirs.modules():
@@ -229,7 +229,7 @@ def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, form):
 
 
 def without_one(tensors):
-    """A state dict that lacks one tensor."""
+    """Returns a state dict without one tensor."""
     return {k: v for k, v in tensors.items() if k != "stages.1.0.encoders.0.mlp.fc1.weight"}
 
 
@@ -291,11 +291,11 @@ def test_missing_weights_are_accepted_where_a_key_allows_it(tmp_path, lines):
     assert all(torch.equal(found[name], state[name]) for name in found if name in state)
 
 
-# --- what is no checkpoint -----------------------------------------------------------------------
+# --- files that are not checkpoints --------------------------------------------------------------
 
 
 class Code:
-    """Would leave a file behind if it were unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -305,7 +305,7 @@ class Code:
 
 
 class Command:
-    """Would run one if it were unpickled."""
+    """Runs a command if it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -387,10 +387,10 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed(tmp_path, options):
     with pytest.raises(UserError, match="another architecture") as error:
         other.load(other.get_checkpoint_file())
     assert "\n" not in str(error.value)
-    # Where names differ, it cannot be the classes alone.
+    # If names differ, more than the classes is different.
     names_differ = options[0] == "MODEL.CONTNET.RELATIVE"
     assert ("or of another number of classes" in str(error.value)) != names_differ
-    # It can go on after that.
+    # Training can continue after that.
     checkpointer.load(checkpointer.get_checkpoint_file())
 
 

@@ -1,4 +1,4 @@
-"""Weights of classifiers: of ours, timm's, the authors'; into backbones."""
+"""Tests weights of our classifiers, timm's and the authors', also loaded into backbones."""
 
 import pytest
 import timm

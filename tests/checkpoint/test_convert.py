@@ -1,4 +1,4 @@
-"""Conversions there and back, exact in every form, and heads."""
+"""Tests conversions in both directions, which are exact in every format, and heads."""
 
 import pytest
 import timm
@@ -17,13 +17,13 @@ from contnet.commands import convert_weights as weights
 pytest_plugins = ["conversions"]
 
 OTHERS = [("contnet_s", {}), ("contnet_s", ALL), ("contnet_m", {}), ("contnet_b", ALL)]
-# The smallest network has every combination, or every option alone and all together.
+# The smallest network has every combination, or each option separately and all together.
 CASES = [*(("contnet_ti", chosen(mask)) for mask in range(16)), *OTHERS]
 FEWER_CASES = [*(("contnet_ti", chosen(mask)) for mask in (0, 1, 2, 4, 8, 15)), *OTHERS[1:]]
 
 
 def flag(options):
-    """What the command line must be told."""
+    """Returns the required options of the command line."""
     return ["--pre-norm"] if options.get("pre_norm") else ["--no-pre-norm"]
 
 
@@ -65,7 +65,7 @@ def test_to_ours_and_back_is_exact(convert, name, options):
     assert tensors.keys() == theirs.keys()
     assert_same(tensors, theirs)
     assert all(torch.equal(value, tensors[k]) for k, value in theirs.items())
-    # The first result says pre_norm, which the second was not told.
+    # The first result contains pre_norm, so the second conversion is not given it.
     assert metadata["options"]["pre_norm"] == options.get("pre_norm", False)
     assert metadata["conversion"]["form"] == "authors"
     again, _ = convert(back, "--to", "timm", target="a.safetensors")
@@ -76,7 +76,7 @@ def test_leftovers_and_buffers_are_told_and_left(convert):
     state = dict(make_oracle("contnet_ti", relative=True).state_dict())
     state["aux.weight"] = torch.zeros(3)
     path, lines = convert(state)
-    assert "dropped  aux.weight (no part of the network)" in lines
+    assert "dropped  aux.weight (not part of the network)" in lines
     index = "layer1.ConTBlock0.ste1.attn.relative_position_index"
     assert f"dropped  {index} (the network computes it)" in lines
     assert len([line for line in lines if line.startswith("mapped")]) == len(load(path)[0])

@@ -1,4 +1,4 @@
-"""Detectors of Detectron2's zoo, of torchvision and of MMDetection, begun from and evaluated."""
+"""Tests training from and evaluation of detectors of Detectron2, torchvision and MMDetection."""
 
 import pickle
 
@@ -121,7 +121,7 @@ def test_a_resnet_of_torchvisions_in_the_zoo_fits_the_configs(tmp_path):
 
 
 def shaken(model):
-    """Weights with which no two classes, anchors or channels are alike."""
+    """Makes weights in which no two classes, anchors or channels are equal."""
     for name, tensor in model.state_dict().items():
         if "running" not in name and tensor.is_floating_point() and ".body." not in name:
             torch.nn.init.normal_(tensor, std=0.05)
@@ -179,7 +179,7 @@ def test_faster_and_mask_rcnn_of_torchvision(tmp_path, lines, kind):
 
 
 def anchors_of(theirs, features):
-    """Theirs of one place of each level, and Detectron2's."""
+    """Returns torchvision's and Detectron2's anchors of one position of each level."""
     images = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
     return theirs(images, features)[0]
 
@@ -196,7 +196,7 @@ def test_retinanet_of_torchvision(tmp_path):
     cells = torch.cat([each.tensor for each in own])
     found_logits = torch.cat([x.view(9, 80, -1).permute(2, 0, 1).flatten(0, 1) for x in logits])
     found_deltas = torch.cat([x.view(9, 4, -1).permute(2, 0, 1).flatten(0, 1) for x in deltas])
-    # Anchor by anchor the nearest of theirs, whose sizes and corners are whole.
+    # Each anchor's nearest anchor of torchvision, whose sizes and corners are rounded.
     their_cells = anchors_of(theirs.anchor_generator, features)
     order = torch.cdist(cells, their_cells).argmin(dim=1)
     assert (their_cells[order] - cells).abs().max() < 1
@@ -218,7 +218,7 @@ def test_fcos_of_torchvision_keeps_what_means_the_same(tmp_path, lines):
 
 
 def test_a_fine_tuned_detector_of_torchvision(tmp_path):
-    """Two classes and the background, whose names nothing tells."""
+    """The file has two classes and the background, without class names."""
     theirs, file = torchvision_file(tmp_path, "fasterrcnn_resnet50_fpn", num_classes=3)
     ours = checkpointer(
         "faster_rcnn_r50.yaml", "MODEL.ROI_HEADS.NUM_CLASSES", "2", classes=["cat", "dog"]
@@ -234,7 +234,7 @@ def test_a_fine_tuned_detector_of_torchvision(tmp_path):
 
 
 def resnet_state(model):
-    """A backbone of ours by the names of MMDetection, which are torchvision's."""
+    """Returns a backbone with MMDetection's names, which are torchvision's."""
     from contnet.checkpoint.key_mapping import torchvision_name
 
     prefix = "backbone.bottom_up."
@@ -246,7 +246,7 @@ def resnet_state(model):
 
 
 def mmdetection_names(model, tensors):
-    """The other tensors of a two-stage detector by MMDetection's names."""
+    """Returns the other tensors of a two-stage detector with MMDetection's names."""
     table = {
         "backbone.fpn_lateral": lambda i: f"neck.lateral_convs.{i - 2}.conv",
         "backbone.fpn_output": lambda i: f"neck.fpn_convs.{i - 2}.conv",
@@ -274,7 +274,7 @@ def mmdetection_names(model, tensors):
 
 
 def test_mask_rcnn_of_mmdetection(tmp_path, lines):
-    """Its layout of boxes, classes and anchors is Detectron2's."""
+    """The layout of boxes, classes and anchors is the same as in Detectron2."""
     source = checkpointer("mask_rcnn_r50.yaml").model
     state = source.state_dict()
     meta = {"dataset_meta": {"classes": tuple(COCO)}, "epoch": 12}
@@ -292,7 +292,7 @@ def test_mask_rcnn_of_mmdetection(tmp_path, lines):
 
 
 def test_anchors_of_mmdetections_retinanet():
-    """Its anchors of a place go by ratios, and then by sizes (its AnchorGenerator)."""
+    """Its anchors are ordered by ratio, then by size (see its AnchorGenerator)."""
     ratios, scales = torch.tensor([0.5, 1.0, 2.0]), 4 * 2 ** (torch.arange(3) / 3)
     root = ratios.sqrt()
     widths = (8 / root[:, None] * scales[None]).view(-1)
@@ -313,7 +313,7 @@ def test_anchors_of_mmdetections_retinanet():
 
 
 class HistoryBuffer:
-    """Named as MMEngine's, which leaves it in its checkpoints."""
+    """Has the name of MMEngine's class, whose instances are in its checkpoints."""
 
     def __init__(self):
         import numpy as np
@@ -325,7 +325,7 @@ HistoryBuffer.__module__ = "mmengine.logging.history_buffer"
 
 
 def test_objects_beside_the_weights_are_left_out(tmp_path, monkeypatch):
-    """A checkpoint of MMEngine has some; nothing of theirs is imported."""
+    """A checkpoint of MMEngine has such objects; none of its modules are imported."""
     import argparse
     import sys
     import types

@@ -1,4 +1,4 @@
-"""Weights by an address: from a local server, and from the caches of the libraries."""
+"""Tests weights with an address: from a local server, and from the libraries' caches."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from contnet.utils.errors import UserError
 
 
 class Server:
-    """Files of a dictionary by path, with what the hub's clients ask for; counts what is sent."""
+    """Serves files of a dictionary by path with the headers of the hub; counts what is sent."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}
@@ -98,7 +98,7 @@ def payload(value=1.0):
 
 
 def kept(cache):
-    """Files in the cache but locks."""
+    """Returns the files in the cache, except locks."""
     files = (path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
     return sorted(files)
 
@@ -138,7 +138,7 @@ def test_the_hash_is_compared(server, cache):
     wrong = f"{server.url}/w.pth#sha256={'0' * 64}"
     with pytest.raises(UserError, match=f"begins with {digest[:16]}"):
         fetch_weights(wrong)
-    # A newer file on the server takes the place of what was kept.
+    # A newer file on the server replaces the cached one.
     server.files["/w.pth"] = payload(2)
     new = hashlib.sha256(payload(2)).hexdigest()
     assert read_weights(f"{server.url}/w.pth#sha256={new}").tensors["weight"][0] == 2
@@ -181,12 +181,12 @@ def test_a_failure_is_one_line_and_leaves_nothing(server, cache, monkeypatch, ki
     assert "\n" not in str(error.value)
     assert kept(cache) == []
     server.behaviour = ""
-    if path == "/w.pth":  # another try is not in its way
+    if path == "/w.pth":  # another attempt can fetch it
         assert fetch_weights(url).path
 
 
 def test_a_full_disk_leaves_nothing(server, cache):
-    """/dev/full stands for it."""
+    """/dev/full stands for a full disk."""
     server.files["/w.pth"] = payload() * 10_000
     path = Path(fetch_weights(f"{server.url}/w.pth").path)
     path.unlink()
@@ -276,7 +276,7 @@ def test_a_password_is_not_sent_and_not_shown(server):
     assert not server.asked
 
 
-# --- the hub, which its library looks up when it is imported -------------------------------------
+# --- the hub, whose library reads its settings at import -----------------------------------------
 
 _ASK = """
 import json, sys
@@ -292,7 +292,7 @@ for address in sys.argv[1:]:
 
 
 def ask(home, endpoint, *addresses, **more):
-    """What a process that reads addresses finds: tensors, pixels, classes; or its errors."""
+    """Returns what a process reads from addresses: tensors, pixels, classes, or errors."""
     values = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **more}
     done = subprocess.run(
         [sys.executable, "-c", _ASK, *addresses],
@@ -320,7 +320,7 @@ PIXELS = {"format": "RGB", "mean": [127.5] * 3, "std": [127.5, 63.75, 127.5]}
 
 @pytest.mark.slow
 def test_the_hub(server, tmp_path):
-    """Safetensors first, once, and then without the hub; another file by its name."""
+    """Safetensors are fetched first, only once, and later without the hub; names select a file."""
     state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.bin")
     binary = (tmp_path / "w.bin").read_bytes()
@@ -340,14 +340,14 @@ def test_the_hub(server, tmp_path):
     found, absent = ask(home, "http://127.0.0.1:9", *addresses)
     assert found == net and "does not respond" in absent
     assert len(server.sent) == sent
-    asked = len(server.asked)  # of what is there the hub is not asked, nor of what it has not
+    asked = len(server.asked)  # no requests for cached or known missing files
     found = ask(home, server.url, "hf://me/net", "hf://me/old", "hf://me/old/sub/x.pth")
     assert found == [net, [1, {}, None], [1, {}, None]] and len(server.asked) == asked
 
 
 @pytest.mark.slow
 def test_weights_that_timm_knows(server, tmp_path):
-    """Its config says what their pixels are; a detector takes them, translated."""
+    """timm's config has the pixel statistics; a detector loads the translated weights."""
     state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}
     repository(server, "timm/resnet18.tv_in1k", {"model.safetensors": save_safetensors(state)})
     home = tmp_path / "home"
@@ -400,7 +400,7 @@ def test_names_that_there_are_not(name):
 
 
 def test_a_run_fetches_before_it_does_anything_else(tmp_path, capsys):
-    """Before it looks at the data, of which there are none here."""
+    """The run fetches before it reads the data, which do not exist here."""
     from contnet.launch.main import main
 
     leaf = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")

@@ -1,4 +1,4 @@
-"""Fine-tuning to other classes: a head takes what a file knows of classes of the same name."""
+"""Tests fine-tuning to other classes: a head loads the rows of classes with the same names."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ MODELS = {
 
 
 def checkpointer(kind, classes, folder="", number=None):
-    """That of a small model whose head has no two equal rows."""
+    """Returns the checkpointer of a small model whose head has no two equal rows."""
     leaf, key, _, options = MODELS[kind]
     small = QUICK if leaf.startswith("imagenet/") else SMALL
     options = [*small, *options, key, str(number or len(classes))]
@@ -96,7 +96,7 @@ def saved(folder, kind, classes, **options):
 
 
 def rows_of(tensor, layout, number):
-    """Rows of classes (groups, classes, width, ...), and those behind them."""
+    """Returns the rows of classes (groups, classes, width, ...), and the rows after them."""
     groups, width, extra = layout
     count = groups * number * width
     assert len(tensor) == count + extra
@@ -129,7 +129,7 @@ def test_rows_of_shared_classes_are_taken_by_name(tmp_path, caplog, kind, new):
                 expected = old[:, OLD.index(label)] if label in OLD else before[:, i]
                 assert torch.equal(found[:, i], expected), (name, label)
     heads = tuple(MODELS[kind][2])
-    for name, value in state.items():  # and all the rest
+    for name, value in state.items():  # and everything else
         assert name.startswith(heads) or torch.equal(value, old_state[name]), name
     shared = sum(label in OLD for label in new)
     assert f"{shared} of {len(new)} classes copied by name from {file}" in head_line(caplog)

@@ -1,4 +1,4 @@
-"""Conversion of checkpoints between the authors' key names and ours."""
+"""Tests the conversion of checkpoints between the authors' key names and ours."""
 
 import itertools
 
@@ -20,22 +20,22 @@ CASES = [(n, o) for n in NAMES for o in (COMBINATIONS if n == "contnet_ti" else 
 
 
 def label(options):
-    """A readable test id."""
+    """Returns a readable test id."""
     return "-".join(options) or "default"
 
 
 def state(name="contnet_ti", **options):
-    """A checkpoint's tensors by the authors' names."""
+    """Returns a checkpoint's tensors with the authors' names."""
     return dict(make_oracle(name, **options).state_dict())
 
 
 def with_module(tensors):
-    """Keys as DistributedDataParallel saves them."""
+    """Returns keys as DistributedDataParallel saves them."""
     return {f"module.{key}": value for key, value in tensors.items()}
 
 
 def released(tensors):
-    """The shape of the released files."""
+    """Returns the structure of the released files."""
     return {
         "model": tensors,
         "optimizer": {"state": {}, "param_groups": []},
@@ -54,7 +54,7 @@ WRAPPINGS = {
 
 
 def assert_same(a, b):
-    """Same keys, bit-equal tensors of the same type."""
+    """Checks for the same keys, and bit-equal tensors of the same type."""
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert value.dtype == b[key].dtype, key
@@ -174,7 +174,7 @@ def test_a_missing_tensor_is_named():
 
 
 def foreign_checkpoints():
-    """Checkpoints that fit no variant, by what is wrong with them."""
+    """Returns checkpoints that fit no variant, by reason."""
     ti, small = state(), state("contnet_s")
     deeper = dict(ti)
     for key, value in ti.items():

@@ -1,4 +1,4 @@
-"""Converted weights that models load, and those that they refuse."""
+"""Tests converted weights that models load, and those that they refuse."""
 
 import pytest
 import timm

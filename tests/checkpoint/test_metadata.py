@@ -1,4 +1,4 @@
-"""What files say of their weights, and what is compared before a model takes them."""
+"""Tests the metadata of files, and what is compared before a model loads them."""
 
 import pickle
 import sys
@@ -24,7 +24,7 @@ CLASSES = ["cat", "dog"]
 
 
 def checkpointer(*options, leaf=CONTNET, folder="", classes=CLASSES):
-    """That of a small model with random weights."""
+    """Returns the checkpointer of a small model with random weights."""
     small = QUICK if leaf == CLASSIFIER else SMALL
     if leaf == SEGMENTOR:
         small = [*small, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"]
@@ -39,14 +39,14 @@ def checkpointer(*options, leaf=CONTNET, folder="", classes=CLASSES):
 
 
 def saved(folder, *options, **settings):
-    """The checkpoint of such a model."""
+    """Returns the saved checkpoint of such a model."""
     checkpointer(*options, folder=folder, **settings).save("model_final")
     return str(folder / "model_final.pth")
 
 
 @pytest.fixture
 def warnings(caplog):
-    """Returns the warnings of this package so far, but those about tensors."""
+    """Returns this package's warnings so far, except those about tensors."""
     return lambda: [
         record.getMessage()
         for record in caplog.records
@@ -132,7 +132,7 @@ def test_strides_of_a_resnet_leave_no_trace_either(tmp_path, convert, refuse):
 
 @pytest.mark.parametrize("leaf", [CONTNET, CLASSIFIER])
 def test_a_whole_model_is_taken_for_its_own_classes_alone(tmp_path, leaf):
-    """A new training takes the head's rows by name (test_heads.py)."""
+    """A new training loads the head's rows by name (test_heads.py)."""
     with pytest.raises(UserError, match=r"number 0 is dog .*docs/fine_tuning\.md"):
         checkpointer(leaf=leaf, classes=CLASSES[::-1]).load(saved(tmp_path, leaf=leaf))
 
@@ -152,7 +152,7 @@ def test_a_pyramid_knows_no_classes(tmp_path):
 
 
 def test_timms_tag_changes_nothing(tmp_path):
-    """Options of a ConTNet come from MODEL.CONTNET, by whatever name timm knows it."""
+    """Options of a ConTNet come from MODEL.CONTNET, whatever timm calls it."""
     tagged = ("MODEL.CLASSIFIER.NAME", "contnet_ti.untrained", "MODEL.CONTNET.PRE_NORM", "True")
     file = saved(tmp_path, *tagged, leaf=CLASSIFIER)
     with pytest.raises(UserError, match="PRE_NORM True, but the config has False"):
@@ -189,7 +189,7 @@ def test_an_activation_of_timms_is_told_and_not_converted(tmp_path, warnings, re
     assert "act_layer 'silu'" in refuse(file)
 
 
-# --- told ----------------------------------------------------------------------------------------
+# --- warnings ------------------------------------------------------------------------------------
 
 TOLD = {
     "pixel format RGB, now BGR": ("INPUT.FORMAT", "BGR"),
@@ -245,7 +245,7 @@ def test_what_fits_nowhere_is_no_matter_of_classes(tmp_path):
 
 
 def silent_files(folder):
-    """Files that say nothing of their network."""
+    """Returns files without metadata about their network."""
     torch.save(ours(), folder / "bare.pth")
     torch.save({"model": ours(), "epoch": 3}, folder / "whole.pth")
     file = saved(folder)
@@ -278,7 +278,7 @@ def test_a_checkpoint_of_the_first_version(tmp_path, warnings):
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_a_converted_file_of_the_first_version(tmp_path, warnings, pre_norm):
-    """It said pre_norm False of every file that it was not told about."""
+    """The first version wrote pre_norm False if it was not given."""
     facts = {"relative": False, "pre_norm": pre_norm, "num_classes": 1000, "in_chans": 3}
     said = {"variant": "contnet_ti", "options": facts, "form": "contnet", "source": "a.pth"}
     file = str(tmp_path / "w.pth")
@@ -298,7 +298,7 @@ def _says(**facts):
 
 
 def test_versions_are_those_that_a_file_says(tmp_path):
-    """Not those of whoever reads it."""
+    """The versions are those in the file, not those of the reader."""
     torch.save({"model": ours(), "contnet": _says()}, tmp_path / "w.pth")
     assert read_weights(str(tmp_path / "w.pth")).metadata.versions == {}
 
@@ -331,7 +331,7 @@ def test_metadata_that_are_none_are_one_line(tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- contents of the metadata --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leaf", [CONTNET, CLASSIFIER, SEGMENTOR, RESNET])
@@ -415,7 +415,7 @@ def test_a_file_is_opened_once(tmp_path, suffix):
     model = checkpointer()
     _opened.clear()
     model.load_backbone(path)
-    assert _opened.count(path) == 2  # Python tells of its own open, and of the system's in it
+    assert _opened.count(path) == 2  # Python audits its own open, and the system's open within it
     stem = model.model.backbone.bottom_up.stem.weight
     assert torch.equal(stem, ours()["stem.weight"])
 

@@ -1,4 +1,4 @@
-"""Pickles, archives and headers that were made to do harm, and those that only look odd."""
+"""Tests malicious pickles, archives and headers, and harmless ones that only look unusual."""
 
 import argparse
 import collections
@@ -26,14 +26,14 @@ from contnet.utils.errors import UserError
 
 
 class Reduce:
-    """Pickles as a call of any function, and what is set of its result."""
+    """Pickles as a call of any function, with a state that is set on the result."""
 
     def __init__(self, *parts):
         self.parts = parts
 
 
 class Named:
-    """A name in a pickle, of a module that need not be there."""
+    """A name in a pickle, of a module that need not exist."""
 
     def __init__(self, name):
         self.name = name
@@ -44,7 +44,7 @@ class Stored:
 
 
 class Pickler(pickle._Pickler):
-    """Python's own in Python, which writes ``Named`` and ``Stored``."""
+    """Python's pickler implemented in Python, which writes ``Named`` and ``Stored``."""
 
     def __init__(self, file, protocol, view=()):
         super().__init__(file, protocol)
@@ -88,7 +88,7 @@ TENSOR = call(
 
 
 def as_archive(data=None, compress=zipfile.ZIP_STORED, **members):
-    """What torch.save writes of ``{"w": torch.ones(4)}``, with other members."""
+    """Returns torch.save's archive of ``{"w": torch.ones(4)}``, with other members."""
     whole, made = io.BytesIO(), io.BytesIO()
     torch.save({"w": torch.ones(4)}, whole)
     members = {"data.pkl": data, **members} if data else members
@@ -99,7 +99,7 @@ def as_archive(data=None, compress=zipfile.ZIP_STORED, **members):
 
 
 def as_legacy(content):
-    """What torch.save wrote before PyTorch 1.6."""
+    """Returns the format of torch.save before PyTorch 1.6."""
     made = io.BytesIO()
     torch.save({"w": torch.ones(4)}, made, _use_new_zipfile_serialization=False)
     start, _, rest = made.getvalue().rpartition(b"\x80\x02}q\x00X\x01\x00\x00\x00w")
@@ -113,7 +113,7 @@ def as_legacy(content):
 
 
 def arrays(code, flags, shape=(2,), data=b"A" * 16):
-    """An array whose type is not what it says."""
+    """Returns an array whose type is not the declared one."""
     kind = call("numpy dtype", code, False, True, state=(3, "<", None, None, None, -1, -1, flags))
     make = "numpy.core.multiarray _reconstruct"
     state = (1, shape, kind, False, data)
@@ -121,7 +121,7 @@ def arrays(code, flags, shape=(2,), data=b"A" * 16):
 
 
 TOUCH = "import pathlib; pathlib.Path('ran').touch()"
-# Each is put beside a tensor; "ran" is what it would leave behind if it could.
+# Each is stored beside a tensor; "ran" is the file that it would create if it ran.
 NASTY = {
     "os.system": call("os system", "touch ran"),
     "posix.system": call("posix system", "touch ran"),
@@ -182,11 +182,11 @@ NASTY = {
     ),
     "a tensor of 4 TB": call("torch FloatTensor", 10**12),
 }
-# Those that say what they are for.
+# Those whose error message says that the file would run code.
 CODE = ("os.system", "posix.system", "subprocess", "eval", "exec", "exec of Python 2")
 CODE += ("__import__", "importlib", "runpy", "getattr of a module", "numpy's loader", "partial")
 CODE += ("a call by torch",)
-# Those that harm nothing and are left out.
+# Harmless objects, which are left out.
 INERT = ("attrgetter", "methodcaller", "copyreg", "copy_reg", "a loader", "a hub", "jit", "code")
 INERT += ("nested", "attributes that are methods", "numpy from a file", "a structure")
 
@@ -199,14 +199,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def read(data, name="w.pth"):
-    """Both readers agree; weights by name, or the one line."""
+    """Reads with both readers, which must agree; returns weights by name, or the error line."""
     Path(name).write_bytes(data)
     try:
         weights = read_weights(name)
     except UserError as error:
         with pytest.raises(UserError):
             read_checkpoint(name)
-            raise error  # without tensors it is a checkpoint all the same
+            raise error  # a file without tensors is still a checkpoint
         assert "\n" not in str(error) and "weights_only" not in str(error)
         assert len(str(error)) < 1000
         return str(error)
@@ -236,7 +236,7 @@ def test_nothing_in_a_pickle_runs(kind, form):
 
 
 class Config(dict):
-    """A dict with attributes, as the configs of MMEngine and yacs are."""
+    """A dict with attributes, like the configs of MMEngine and yacs."""
 
     def __init__(self, **items):
         super().__init__(**items)
@@ -249,14 +249,14 @@ class History:
 
 
 class Slots:
-    """Its state is a tuple."""
+    """A class whose state is a tuple."""
 
     __slots__ = ("name", "sizes")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Frozen:
-    """Its state is a list."""
+    """A class whose state is a list."""
 
     name: str = "x"
     sizes: tuple = (1, 2)
@@ -344,7 +344,7 @@ DAMAGED = {
 
 
 def tensors_with(metadata, shape=(4,), offsets=(0, 16)):
-    """A file of .safetensors."""
+    """Returns a .safetensors file."""
     tensor = {"dtype": "F32", "shape": list(shape), "data_offsets": list(offsets)}
     header = json.dumps({"__metadata__": metadata, "w": tensor}).encode()
     return len(header).to_bytes(8, "little") + header + bytes(16)
@@ -411,5 +411,5 @@ def test_variables_of_pytorch_change_nothing_and_a_file_is_opened_once(forced):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert lines[1:20:2] + lines[20:] == ["2"] * 20  # Python's open, and the system's in it
+    assert lines[1:20:2] + lines[20:] == ["2"] * 20  # Python's open, and the system's within it
     assert all("it would run code (builtins.exec)" in line for line in lines[:20:2])

@@ -1,4 +1,4 @@
-"""Files and networks that are foreign: refused in one line, never run."""
+"""Tests foreign files and networks, which are refused in one line and never executed."""
 
 import pickle
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_the_average_of_torchvisions_scripts(convert):
 
 
 class Code:
-    """Would leave a file behind if it were unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, trace):
         self.trace = trace

@@ -1,4 +1,4 @@
-"""Runs of the authors' tensors, and comparisons of a source with its result."""
+"""Tests runs of the authors' tensors, and comparisons of a source with its result."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ pytest_plugins = ["conversions"]
 @pytest.mark.parametrize("mask", range(0, 16, 3))
 @torch.no_grad()
 def test_every_form_of_a_contnet_computes_the_same(mask):
-    """Two ways of writing the network, which share nothing but the tensors."""
+    """The two implementations of the network share only the tensors."""
     options = chosen(mask)
     theirs = make_oracle("contnet_ti", num_classes=5, **options)
     state = dict(theirs.state_dict())
     converted, _ = contnet.convert_state_dict(state)
-    # As some files have them.
+    # As in some files.
     bare = {k: v for k, v in state.items() if not k.endswith(("_index", "_tracked"))}
     options["num_classes"] = 5
     for size in ((224, 224), (97, 131)):
@@ -50,7 +50,7 @@ def test_check_with_another_head_compares_the_last_map(convert, head):
 
 
 def exchange(first, second):
-    """Gives two tensors each other's values, as a slip in a table of names would."""
+    """Swaps two tensors, as a mistake in a table of names would."""
 
     def wrong(export):
         def make(state):

@@ -1,4 +1,4 @@
-"""Checkpoints are saved whole or not at all, and old ones go."""
+"""Tests that checkpoints are saved completely or not at all, and that old ones are deleted."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from contnet.utils.errors import UserError
 
 
 def assert_intact(folder, value):
-    """The last checkpoint is whole and has this value."""
+    """Checks that the last checkpoint is complete and has this value."""
     name = (folder / "last_checkpoint").read_text()
     assert torch.load(folder / name)["model"]["weight"].flatten()[0] == value
     for path in folder.glob("*.pth"):
@@ -74,7 +74,7 @@ for i in range(1000):
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_sigkill_while_saving_leaves_the_last_checkpoint(tmp_path, background):
-    """A child writes 144 MB again and again, and is killed while a second or later file is open."""
+    """A child repeatedly writes 144 MB, and is killed while a second or later file is open."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(SAVER), str(tmp_path), str(background)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -116,7 +116,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 def test_files_of_a_later_time_do_not_push_out_the_last_checkpoint(tmp_path):
-    """As a folder has them that was copied from a machine whose clock is ahead."""
+    """This happens in a folder that was copied from a machine whose clock is ahead."""
     checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), keep=2)
     later = time.time() + 3600
     for i in range(2):

@@ -1,4 +1,4 @@
-"""Files of weights that ``timm.create_model`` loads."""
+"""Tests files of weights that ``timm.create_model`` loads."""
 
 from functools import partial
 
@@ -12,13 +12,13 @@ from contnet.utils.errors import UserError
 
 
 def image(channels=3):
-    """A fixed random input."""
+    """Returns a fixed random input."""
     return torch.randn(1, channels, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network with weights of its own."""
+    """Returns a network with random weights."""
     torch.manual_seed(7)
     return contnet.create_model("contnet_ti", num_classes=10, relative=True).eval()
 
@@ -45,7 +45,7 @@ def test_a_file_is_loaded(trained, tmp_path, form, suffix):
     _save(trained.state_dict(), path, form)
     model = load(num_classes=10, pretrained_cfg_overlay={"file": path}).eval()
     assert torch.equal(model(image()), trained(image()))
-    # Other classes or none: the head is new, the rest is the file's.
+    # With other classes or none, the head is new and the rest is from the file.
     other = load(num_classes=5, pretrained_cfg_overlay={"file": path}).eval()
     bare = load(num_classes=0, pretrained_cfg_overlay={"file": path}).eval()
     assert other(image()).shape == (1, 5)
@@ -85,7 +85,7 @@ def test_files_that_do_not_fit_are_refused(trained, tmp_path):
 
 
 def test_what_a_file_says_of_its_network_is_compared(trained, tmp_path):
-    """Its tensors fit either way."""
+    """The tensors fit in both cases."""
     options = {"relative": True, "pre_norm": True}
     said = {"format": 1, "network": "contnet_ti", "options": options}
     torch.save({"model": trained.state_dict(), "contnet": said}, tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Damaged files are refused before anything is taken from them."""
+"""Tests that damaged files are refused before anything is loaded."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ from contnet.utils.errors import UserError
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A file of a large and some small tensors, and a trainer's state."""
+    """Saves a file with a large tensor, small tensors, and a trainer state."""
     tensors = {f"layer{i}.weight": torch.randn(64, 64) for i in range(8)}
     tensors["large.weight"] = torch.randn(192, 192)
     path = tmp_path / "model_0000001.pth"
@@ -23,7 +23,7 @@ def checkpoint(tmp_path):
 
 
 def refused(path) -> bool:
-    """Whether it cannot be read, which is one line."""
+    """Returns whether the file cannot be read; checks that the error is one line."""
     try:
         read_weights(str(path))
     except UserError as error:
@@ -40,10 +40,10 @@ def same(a, b) -> bool:
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(checkpoint):
-    """It changes nothing only in what no reader looks at, such as dates."""
+    """It changes nothing only in fields that no reader uses, such as dates."""
     whole, expected = checkpoint.read_bytes(), read_weights(str(checkpoint))
     dice, accepted = random.Random(0), 0
-    # Most bytes are those of tensors; the ends have the pickle and the zip file's directory.
+    # Most bytes belong to tensors; both ends have the pickle and the zip file's directory.
     places = [dice.randrange(len(whole)) for _ in range(64)]
     places += [dice.randrange(1024) for _ in range(32)]
     places += [dice.randrange(len(whole) - 2048, len(whole)) for _ in range(96)]
@@ -90,7 +90,7 @@ def test_settings_are_verified_without_the_tensors(checkpoint):
 
 
 def test_files_without_crc_are_read(tmp_path):
-    """As PyTorch writes them where it is told to."""
+    """PyTorch writes such files if it is configured to."""
     torch.serialization.set_crc32_options(False)
     try:
         torch.save({"weight": torch.ones(3)}, tmp_path / "fast.pth")
@@ -121,7 +121,7 @@ def test_a_hash_in_the_name(tmp_path, suffix):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_what_was_written_is_read_back(tmp_path, monkeypatch, background):
-    """A write that went wrong unnoticed leaves the checkpoint before."""
+    """If a write fails unnoticed, the previous checkpoint stays."""
     checkpointer = Checkpointer(torch.nn.Linear(8, 8), str(tmp_path), background=background)
     checkpointer.save("model_0000001")
     checkpointer.wait()

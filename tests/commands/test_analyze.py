@@ -1,4 +1,4 @@
-"""tools/analyze.py: the costs of a model of each system, and that its parts add up to the whole."""
+"""Tests tools/analyze.py: the costs of a model of each system, whose parts add up to the total."""
 
 import json
 
@@ -41,7 +41,7 @@ def costs_of(name, *opts, size=SMALL, **options):
 
 
 def own(costs, key):
-    """What each module has without its children: all but the modules right below it."""
+    """Returns each module's costs without those of its children."""
     modules = {each["name"]: each[key] for each in costs["modules"]}
     below = dict.fromkeys(modules, 0)
     for name, value in modules.items():
@@ -68,7 +68,7 @@ def test_parts_add_up_to_the_whole(name):
     total = costs["total"]
     assert total["attention_macs"] == pytest.approx(1e9 * attention, abs=1)
     assert total["macs"] == pytest.approx(1e9 * macs.total(), abs=1) and total["macs"] > 0
-    # Each module's is rounded to a whole number.
+    # The MACs of each module are rounded to integers.
     assert all(min(own(costs, key).values()) > -200 for key in ("macs", "attention_macs"))
 
     for key in ("activations", "activation_bytes"):
@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_whole(name):
 
 
 def test_macs_are_where_they_are_computed():
-    """By hand, of convolutions: positions x the weight's size, and as many as there are biases."""
+    """MACs of a convolution are positions x the size of the weight, plus the biases."""
     costs = costs_of("fcos_contti")
     modules = {each["name"]: each["macs"] for each in costs["modules"]}
     height, width = costs["padded_size"]
@@ -104,7 +104,7 @@ def test_attention_is_the_attentions():
 
 
 def test_what_is_kept_is_what_autograd_keeps():
-    """Of a network whose kept tensors are known: inputs of convolutions and results of ReLUs."""
+    """The toy keeps the inputs of convolutions and the outputs of ReLUs."""
 
     class Toy(nn.Module):
         def __init__(self):
@@ -118,7 +118,7 @@ def test_what_is_kept_is_what_autograd_keeps():
 
     kept = count_saved(config("imagenet/res18"), Toy(), torch.zeros(2, 3, 5, 7))
     numbers = {name: counts["numbers"] for name, counts in kept.items()}
-    # The second convolution keeps what the ReLU keeps already.
+    # The ReLU already keeps the input of the second convolution.
     assert numbers == {"": 0, "first": 2 * 3 * 35, "relu": 2 * 8 * 35, "second": 0}
     assert kept["first"]["bytes"] == 4 * numbers["first"]
 
@@ -128,7 +128,7 @@ def test_memory_follows_the_config():
     less = costs_of("fcos_contti", "MODEL.CONTNET.GRAD_CHECKPOINTING", "block")
     assert less["total"]["activation_bytes"] < 0.8 * plain["total"]["activation_bytes"]
     half = costs_of("fcos_contti", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16")
-    # The backbone's; weights are kept in half precision, too, as many as there are.
+    # Activations of the backbone, which include half-precision copies of the weights.
     kept = [
         next(each for each in costs["modules"] if each["name"] == "backbone.bottom_up.stages.0")
         for costs in (plain, half)
@@ -168,12 +168,12 @@ def test_the_command(tmp_path, capsys):
         ("fcos_contti", ["--size", "64"]),
         ("fcos_contti", ["--size", "0x64"]),
         ("fcos_contti", ["--size", "64x64", "--batch", "0"]),
-        # Vision transformers of timm have one size; BatchNorm needs more than one value.
+        # Vision transformers of timm have a fixed size; BatchNorm needs more than one value.
         ("imagenet/deit_ti_strong", ["--size", "225x225"]),
         ("cityscapes/pspnet_contti", ["--size", "64x64", "--batch", "1"]),
-        # Images keep their sizes.
+        # Images are not resized.
         ("fcos_contti", ["INPUT.MIN_SIZE_TEST", "0"]),
-        # Mixup takes pairs.
+        # Mixup needs pairs.
         ("imagenet/contti_strong", ["--size", "64x64", "--batch", "3"]),
         ("faster_rcnn_contti", ["--size", "64x64", "MODEL.META_ARCHITECTURE", "ProposalNetwork"]),
     ],

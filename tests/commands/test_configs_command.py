@@ -1,4 +1,4 @@
-"""tools/configs.py: every shipped config is listed and resolved, every key explained."""
+"""Tests tools/configs.py: every shipped config is listed and resolved, every key explained."""
 
 import os
 
@@ -47,7 +47,7 @@ def test_words_filter(capsys):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_config_is_resolved(name, tmp_path, capsys):
-    """What is printed, whole or only what is changed, is the same config again."""
+    """The output of ``show``, with and without ``--changed``, loads as the same config."""
     file = str(CONFIGS / f"{name}.yaml")
     cfg = load_checked_config(file, ["SOLVER.BASE_LR", "0.5"])
     for options in ([], ["--changed"]):
@@ -61,7 +61,7 @@ def test_every_config_is_resolved(name, tmp_path, capsys):
 def test_changed_values_differ_from_the_defaults(capsys):
     content = yaml.safe_load(printed(capsys, "show", FCOS, "--changed"))
     assert content["MODEL"]["META_ARCHITECTURE"] == "FCOS"
-    assert "IMS_PER_BATCH" not in content["SOLVER"]  # 16 in the file, and by default
+    assert "IMS_PER_BATCH" not in content["SOLVER"]  # 16 in the file, as in the defaults
 
 
 def test_two_configs_differ_key_by_key(capsys):

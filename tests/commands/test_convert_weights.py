@@ -1,4 +1,4 @@
-"""tools/convert_weights.py: checkpoints of runs, the written file, the command line."""
+"""Tests tools/convert_weights.py: checkpoints of runs, the written file, the command line."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ pytest_plugins = ["conversions"]
 
 
 class Classifier(torch.nn.Module):
-    """As our classifier keeps its network."""
+    """Has the same structure as our classifier."""
 
     def __init__(self, network):
         super().__init__()
@@ -37,7 +37,7 @@ class Classifier(torch.nn.Module):
 
 
 def save_run(model, folder, ema=False, **facts):
-    """A checkpoint as a run leaves it; the average's weights are twice the last ones."""
+    """Saves a run's checkpoint, in which the EMA weights are twice the last weights."""
     extras = {"ema": ModelEmaV3(model)} if ema else {}
     if ema:
         with torch.no_grad():
@@ -85,8 +85,8 @@ def test_a_detectors_contnet(convert, tmp_path, leaf):
         k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)
     }
     assert_same(load(path)[0], expected)
-    assert load(path)[1]["classes"] is None  # they are not its backbone's
-    assert any(line.startswith("dropped") and "no part of the network" in line for line in lines)
+    assert load(path)[1]["classes"] is None  # the detector's classes are not the backbone's
+    assert any(line.startswith("dropped") and "not part of the network" in line for line in lines)
 
 
 def test_a_detectors_resnet_becomes_torchvisions(convert, tmp_path):
@@ -162,7 +162,7 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     ("options", "target", "said"),
     [
         ([], "result.bin", "must end in .pth or .safetensors"),
-        ([], "nowhere/result.pth", "there is no folder"),
+        ([], "nowhere/result.pth", "nowhere does not exist"),
         (["--to", "authors"], "result.pth", "--to authors is for ConTNets"),
         (["--pre-norm"], "result.pth", "--pre-norm is an option of ConTNet"),
     ],

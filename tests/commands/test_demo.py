@@ -1,4 +1,4 @@
-"""The demonstration, cut short: without training it must find nothing, and say so."""
+"""Tests the demonstrations without training: they must find nothing, and report that."""
 
 import json
 
@@ -9,12 +9,12 @@ from contnet.commands.demo import REQUIRED_AP, main
 from contnet.data.datasets.shapes import make_shapes
 from contnet.data.datasets.shapes_drawing import CLASS_NAMES
 
-ONLY = ["SOLVER.WARMUP_ITERS", "0"]  # the demonstration's is longer than the run
+ONLY = ["SOLVER.WARMUP_ITERS", "0"]  # the demonstration's warm-up is longer than the run
 
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """Both demonstrations draw as they do, but less."""
+    """Makes both demonstrations draw fewer images."""
 
     def make_few(root, **options):
         return make_shapes(root, **{**options, "num_train": 24, "num_val": 12})

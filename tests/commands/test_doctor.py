@@ -1,4 +1,4 @@
-"""The doctor on missing parts, wrong options, and names of data sets."""
+"""Tests the doctor with missing files, wrong options, and names of data sets."""
 
 import shutil
 
@@ -60,7 +60,7 @@ def test_unknown_names_and_wrong_numbers(data, capsys):
 
 
 def test_built_in_names_keep_their_classes(data, capsys, monkeypatch):
-    """Three images in COCO's place, with other categories: Detectron2 would stop."""
+    """COCO is replaced by three images with other categories, for which Detectron2 would fail."""
     data.options()
     metadata = MetadataCatalog.get("coco_2017_val")
     monkeypatch.setitem(vars(metadata), "json_file", str(data.file))

@@ -1,4 +1,4 @@
-"""tools/doctor.py --page: the training images, and statistics of the data sets."""
+"""Tests tools/doctor.py --page: the training images, and statistics of the data sets."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ DATA = {
 
 @pytest.fixture(autouse=True)
 def data_here(coco_here, cityscapes_root, imagenet_here):
-    """All data sets, tiny."""
+    """Provides tiny versions of all data sets."""
 
 
 def arguments(name, *more):
@@ -60,10 +60,10 @@ def test_it_shows_what_the_loader_gives(name, tmp_path):
         shown = Image.open(io.BytesIO(base64.b64decode(data)))
         fed = image.numpy().transpose(1, 2, 0)
         fed = np.ascontiguousarray(fed if cfg.INPUT.FORMAT == "RGB" else fed[..., ::-1])
-        if "sem_seg" in inputs:  # which covers nearly all
+        if "sem_seg" in inputs:  # label maps cover nearly the whole image
             fed = draw_prediction(fed, {"semantic": inputs["sem_seg"].numpy()}, classes)
         fed = Image.fromarray(fed).resize(shown.size)
-        # What is drawn into it changes it a little; mirrored or cropped otherwise, a lot.
+        # Drawn boxes change the image a little; other flips or crops change it a lot.
         alike = np.corrcoef(np.ravel(shown), np.ravel(fed))[0, 1]
         mirrored = np.corrcoef(np.ravel(shown), np.asarray(fed)[:, ::-1].ravel())[0, 1]
         assert alike > max(0.5, mirrored)

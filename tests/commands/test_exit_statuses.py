@@ -1,4 +1,4 @@
-"""The exit statuses that all commands share, by what is wrong."""
+"""Tests the exit statuses that all commands share, by kind of error."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ SCRIPTS = {path.stem for path in (REPOSITORY / "tools").glob("*.py")}
 
 
 def status_of(name: str, *argv: str) -> int:
-    """Of a command in this process."""
+    """Returns the status of a command in this process."""
     try:
         return MAINS[name](list(argv))
     except SystemExit as ended:
@@ -139,7 +139,7 @@ def test_what_is_missing(name, argv, capsys, tmp_path, monkeypatch):
     ],
 )
 def test_ctrl_c(name, argv, word, tmp_path):
-    """Of a tool that trains, and of one that has many images to read."""
+    """Interrupts a tool that trains, and one that reads many images."""
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
     Image.effect_noise((1500, 1500), 50).save(folder / "0.jpg")

@@ -1,4 +1,4 @@
-"""tools/publish.py: a folder that is all that others need, and holds nothing of this machine."""
+"""Tests tools/publish.py: a complete folder without any paths of this machine."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_the_folder_predicts_the_same(name, tmp_path):
     ours, theirs = (contnet.load_run(folder) for folder in (tmp_path / "run", target))
     assert same(ours(image()), theirs(image()))
     assert theirs.class_names == NAMES
-    # The name has the hash, which is verified.
+    # The name contains the hash, which is verified.
     (file,) = target.glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
@@ -44,7 +44,7 @@ def test_the_folder_predicts_the_same(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(imagenet_root, tmp_path_factory):
-    """A classifier that was trained for three iterations, with an EMA."""
+    """Trains a classifier with EMA for three iterations."""
     folder = tmp_path_factory.mktemp("home") / "joes_folder" / "run"
     leaf = ["--config-file", str(CONFIGS / "imagenet" / "contti.yaml")]
     options = """
@@ -80,7 +80,7 @@ def test_what_is_in_it(run, tmp_path, capsys):
 
 
 def test_weights_take_the_folder(run, imagenet_root, tmp_path, monkeypatch):
-    """An evaluation of it gives what the training has measured."""
+    """An evaluation of the folder has the same results as the training."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     target, out = tmp_path / "tiny", tmp_path / "out"
     assert main([str(run), str(target)]) == 0

@@ -1,4 +1,4 @@
-"""tools/report.py: what its page says of small runs, and what it leaves out."""
+"""Tests tools/report.py on small runs: the content of the page, and what is left out."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from contnet.launch.main import main as train
 
 
 class Page(HTMLParser):
-    """The tables of a page, and its words, by heading."""
+    """The tables and the text of a page, by heading."""
 
     def __init__(self, path):
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The small set, and two runs on it; the second one finds everything."""
+    """Makes the small set and two runs on it; the second one finds everything."""
     root = tmp_path_factory.mktemp("report")
     truth = make_boxes(root)
     objects = json.loads(truth.read_text())["annotations"]
@@ -66,7 +66,7 @@ def data(tmp_path_factory):
 def report(*runs, options=()):
     output = runs[0] / "report.html"
     assert main([*map(str, runs), "--output", str(output), *options]) == 0
-    if "boxes" in DatasetCatalog:  # other tests have another one of this name
+    if "boxes" in DatasetCatalog:  # other tests have a different set with this name
         DatasetCatalog.remove("boxes")
         MetadataCatalog.remove("boxes")
     return Page(output)
@@ -118,7 +118,7 @@ def test_precision_over_recall(page):
     values = {row[0]: row[1] for row in table[1:]}
     assert values["0.0"] == values["0.4"] == "1"
     assert values["0.5"] == values["1.0"] == "0.5"
-    # Of 101 levels of recall cats reach 41, dogs all.
+    # Of 101 levels of recall, cats reach 41, dogs all.
     assert page.words["Boxes of the last evaluation: boxes"].endswith(
         f"AP of run {(41 / 101 + 1) * 50:.2f} AP50 of run 70.30 AP75 of run 70.30"
     )
@@ -237,7 +237,7 @@ def test_a_run_at_its_beginning(tmp_path):
 
 
 def test_what_is_not_standard_is_said(tmp_path):
-    """Of each run; and that two were measured on different data."""
+    """The page warns for each run, and about runs that were measured on different data."""
     runs = [tmp_path / "one", tmp_path / "other"]
     protocol = {"standard": False, "deviations": ["300 detections of an image count, not 100"]}
     for run, digest in zip(runs, "ab", strict=True):

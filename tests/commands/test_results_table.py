@@ -1,4 +1,4 @@
-"""tools/results.py: tables of made-up runs, and of networks trained alike by tools/submit.py."""
+"""Tests tools/results.py on made-up runs, and on networks trained by tools/submit.py."""
 
 import json
 import os
@@ -28,14 +28,14 @@ RECIPE = RECIPE_OPTIONS.split()
 
 
 def rows_of(capsys, *options: str) -> list[dict]:
-    """What ``--json`` prints."""
+    """Returns the rows that ``--json`` prints."""
     capsys.readouterr()
     assert main([*options, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def table_of(capsys, *options: str) -> list[dict[str, str]]:
-    """The rows of the table, by its head."""
+    """Returns the rows of the table, by column name."""
     capsys.readouterr()
     assert main([*options]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -44,7 +44,7 @@ def table_of(capsys, *options: str) -> list[dict[str, str]]:
 
 
 def make_run(folder: Path, top1: float | None, *options: str, metrics: list[dict] = ()) -> Path:
-    """A folder as a training leaves it."""
+    """Makes a folder like that of a training run."""
     folder.mkdir(parents=True)
     opts = [*RECIPE, "MODEL.CLASSIFIER.NAME", "resnet18", *options, "OUTPUT_DIR", str(folder)]
     (folder / "config.yaml").write_text(load_config(BASE, opts).dump())
@@ -56,7 +56,7 @@ def make_run(folder: Path, top1: float | None, *options: str, metrics: list[dict
     return folder
 
 
-# --- trained for real ----------------------------------------------------------------------------
+# --- real runs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys):
     only = ["--only", f"{name}=resnet18", "SOLVER.BASE_LR 0.05 MODEL.CLASSIFIER.DROP_PATH_RATE 0.1"]
 
     def run(networks: str, seeds: str, *options: str, status: int = 0) -> str:
-        """Submits to this machine; what that prints."""
+        """Submits to this machine; returns the output."""
         sweeps = ["--sweep", f"{name}={networks}", "--sweep", f"SEED={seeds}"]
         local = ["--cluster", "local", "--no-snapshot", "--config-file", BASE]
         done = subprocess.run(
@@ -91,7 +91,7 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys):
     error = run("contnet_ti,resnet18", "1", *only, status=1)
     assert "add --resume" in error and error.count("\n") == 1
 
-    # Another seed comes into the same folder; what has finished is kept, and not even started.
+    # Another seed uses the same folder; finished runs are kept and not started again.
     printed = run("contnet_ti,resnet18", "1,2", *only, "--resume")
     assert f"{ours}: finished, kept" in printed and f"{ours}: started" not in printed
     all_times = times()
@@ -118,7 +118,7 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys):
         assert ("  BASE_LR: 0.05" in lines) == ("    DROP_PATH_RATE: 0.1" in lines) == alone
     assert all(config == configs[0] for config in configs)
 
-    # Seeds start from different weights.
+    # Different seeds start from different weights.
     stems = [
         torch.load(Path(out, f"NAME=contnet_ti,SEED={seed}", "model_final.pth"))["model"]
         for seed in (1, 2)
@@ -132,13 +132,13 @@ def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys):
     tops = [each["metrics"]["classification/top1"] for each in row["runs"]]
     assert row["metrics"]["classification/top1"] == pytest.approx(sum(tops) / 2)
 
-    # More iterations are trained, not kept.
+    # For more iterations, the run is trained again.
     run("contnet_ti", "1", "--resume", "SOLVER.MAX_ITER", "5")
     assert rows_of(capsys, out)[0]["iteration"] == 5
     assert {key for key, value in times().items() if value != all_times[key]} == {ours}
 
 
-# --- made up -------------------------------------------------------------------------------------
+# --- made-up runs --------------------------------------------------------------------------------
 
 
 def test_cost(tmp_path, capsys):
@@ -195,7 +195,7 @@ def test_seeds_are_one_row(tmp_path, capsys):
 
 
 def test_seeds_with_other_settings_are_not_mixed(tmp_path, capsys):
-    """Also where names do not tell: the second seed was trained with another rate."""
+    """The names do not show that the second seed was trained with another learning rate."""
     make_run(tmp_path / "SEED=1", 50.0, "SEED", "1")
     make_run(tmp_path / "SEED=2", 60.0, "SEED", "2", "SOLVER.BASE_LR", "0.2")
     make_run(tmp_path / "SEED=3", 70.0, "SEED", "3")
@@ -217,7 +217,7 @@ FILES = (
 
 @pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_files_are_left_out(tmp_path, capsys, caplog, content):
-    """Of a folder that may be another user's: nothing is moved, and other runs are shown."""
+    """In another user's folder, nothing is moved, and the other runs are shown."""
     make_run(tmp_path / "good", 50.0)
     damaged = [tmp_path / f"run{number}" / name for number, name in enumerate(FILES)]
     for file in damaged:

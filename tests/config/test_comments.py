@@ -1,4 +1,4 @@
-"""The comments beside keys are their meaning: each key of ours has one of its own."""
+"""Tests that each of our keys has its own comment, which explains it."""
 
 import linecache
 
@@ -33,12 +33,12 @@ def test_the_key_of_an_extension_is_not():
 @pytest.mark.parametrize(
     ("key", "first", "last"),
     [
-        # Of several lines; behind the code as well; of a group that lists its keys; below a rule.
+        # Over several lines; also behind the code; a group that lists its keys; below a rule.
         ("MODEL.WEIGHTS", "Path (a file path", "in the model zoo."),
         ("INPUT.MASK_FORMAT", "The ground truth mask", 'alternative: "bitmask"'),
         ("INPUT.CROP.ENABLED", "`True` if cropping", "training"),
         ("DATASETS", "Dataset", "Dataset"),
-        # None of its own, below a key that has one.
+        # No comment of its own, below a key that has one.
         ("MODEL.MASK_ON", "", ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""The configuration: shipped files build and train, and every mistake is one line."""
+"""Tests that shipped configs build and train, and that every mistake is reported in one line."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from contnet.modeling.build import build_model
 from contnet.utils.errors import UserError
 
 RCNN_LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
-# By the start of a leaf's name: its losses, and its batch, iterations, steps and rate.
+# By the start of a config's name: losses; and batch, iterations, steps and learning rate.
 SYSTEMS = {
     "faster_rcnn": (RCNN_LOSSES, (16, 90000, (60000, 80000), 0.02)),
     "mask_rcnn": ({*RCNN_LOSSES, "loss_mask"}, (16, 90000, (60000, 80000), 0.02)),
@@ -85,8 +85,8 @@ def test_shipped_leaves_train_a_step(name):
     optimizer.step()
     scheduler.step()
     changed = [name for name in before if not torch.equal(before[name], trained[name])]
-    # The rest has gradients too small for a step of the warm-up to show; timm's ResNets start with
-    # residuals of zero, behind which there are no gradients.
+    # The other gradients are too small to show in one warm-up step; timm's ResNets start with
+    # residuals of zero, which get no gradients.
     assert len(changed) > len(trained) / (4 if name.startswith("imagenet/res") else 2)
 
 
@@ -192,7 +192,7 @@ def test_overrides_win_and_are_decoded(tmp_path):
 def test_a_dump_loads_again(tmp_path):
     cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), ["SOLVER.OPTIMIZER", "AdamW"])
     again = load_config(_write(tmp_path, cfg.dump()))
-    # As JSON, which has no tuples: those within tuples come back as lists.
+    # As JSON, which has no tuples: nested tuples are loaded as lists.
     assert json.dumps(again) == json.dumps(cfg)
 
 
@@ -332,7 +332,7 @@ def test_illegal_values(key, value, message):
 
 
 def test_every_number_is_finite(tmp_path):
-    """Also those of Detectron2's keys, and within lists."""
+    """This includes Detectron2's keys, and values in lists."""
     path = str(CONFIGS / "faster_rcnn_contm.yaml")
     plain = load_config(path)
     for key, value in list(flatten(plain, plain)):
@@ -364,7 +364,7 @@ def test_values_may_be_checked_again():
 
 def test_a_finished_config_is_read_as_it_was_written(tmp_path):
     cfg = load_config(str(CONFIGS / "faster_rcnn_contm.yaml"), ["SOLVER.MAX_ITER", "7"])
-    cfg.SOLVER.GRAD_ACCUM_STEPS = 0  # would be refused
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 0  # not valid for training
     again = load_finished_config(_write(tmp_path, cfg.dump()))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump()) and again.is_frozen()
 

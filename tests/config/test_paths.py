@@ -1,4 +1,4 @@
-"""Paths in config files and overrides: ~ and environment variables are written out."""
+"""Tests that ~ and environment variables are expanded in paths of config files and overrides."""
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A home folder, and variables; W has none."""
+    """Sets a home folder and variables; W is not set."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA", f"{tmp_path}/data")
     monkeypatch.setenv("EMPTY", "")

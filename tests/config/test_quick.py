@@ -1,4 +1,4 @@
-"""The configs for a CPU: each trains and evaluates as it is, on data of one's own."""
+"""Tests that each config for a CPU trains and evaluates unchanged on a user's own data."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from contnet.modeling.build import build_model
 QUICK = [name for name in LEAVES if name.startswith("quick/")]
 FEW = ["SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1", "TEST.EVAL_PERIOD", "0"]
 FEW += ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"]
-# The smallest that the networks still have a cell for.
+# The smallest size for which the feature maps are not empty.
 SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
 METRICS = {"classifier": "classification", "cityscapes_pspnet": "sem_seg"}
 
@@ -31,7 +31,7 @@ def drawn(tmp_path_factory) -> Path:
 
 
 def own_sets(name: str, folder: Path) -> list[str]:
-    """What a user says of his data on the command line; Cityscapes has its names already."""
+    """Returns the options for a user's own data; Cityscapes has built-in names."""
     if "cityscapes" in name:
         return []
     if name.endswith("classifier"):
@@ -54,7 +54,7 @@ def test_there_is_one_for_each_system():
 
 @pytest.mark.parametrize("name", QUICK)
 def test_every_part_is_trained(name):
-    """Random weights need norms that are trained, and nothing frozen."""
+    """Random weights need trained norms and no frozen layers."""
     cfg = load_checked_config(str(REPOSITORY / "configs" / f"{name}.yaml"))
     assert cfg.MODEL.DEVICE == "cpu"
     model = build_model(cfg)

@@ -1,4 +1,4 @@
-"""Configs that are nobody's to trust: addresses, bombs, passwords; each is one line."""
+"""Tests untrusted configs with addresses, bombs and passwords; each error is one line."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ BOMBS = {
     "a number of many parts": "SEED: 1" + ":1" * 400 + ".5",
     "a day that there is not": "OUTPUT_DIR: 2026-13-45",
     "a long text": "OUTPUT_DIR: " + "x" * LARGEST_YAML,
-    # What comes after the bound would be left out.
+    # The text after the limit must not be ignored.
     "a long text of wide letters": "# " + "中" * 80_000 + "\n" * 50_000 + "SEED: 1",
     "a tag of Python": "OUTPUT_DIR: !!python/object/apply:os.system ['touch ran']",
     "a control character": "OUTPUT_DIR: \x07",

@@ -1,4 +1,4 @@
-"""Trains a toy that writes down which images it sees, in place of ``train_net.py``."""
+"""Trains a toy that records the images that it sees, instead of ``train_net.py``."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from contnet.launch.main import main
 
 @META_ARCH_REGISTRY.register()
 class SeeingToy(nn.Module):
-    """A loss that is the mean over images, each on its own: batches cannot matter."""
+    """The loss is the mean over single images, so it does not depend on the batches."""
 
     def __init__(self, cfg):
         super().__init__()

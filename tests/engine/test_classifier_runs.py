@@ -1,4 +1,4 @@
-"""Whole runs of a classifier, evaluation alone, and other classes than those trained on."""
+"""Tests whole runs of a classifier, evaluations only, and classes other than the trained ones."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ SEVEN = [*SMALL, *RUN, "MODEL.CLASSIFIER.NUM_CLASSES", "7"]
 
 @pytest.fixture
 def command(train_net, imagenet_root, tmp_path):
-    """Runs train_net.py on the seven classes into tmp_path; returns what it printed."""
+    """Runs train_net.py on the seven classes with output in tmp_path; returns what it printed."""
 
     def run(options: str) -> str:
         words = [*SEVEN, "OUTPUT_DIR", str(tmp_path)]
@@ -44,7 +44,7 @@ def command(train_net, imagenet_root, tmp_path):
 
 
 def plain_loop(cfg, folder: Path, weights: Path):
-    """Top-1 and top-5 of a checkpoint, image by image, without any of our loading."""
+    """Computes top-1 and top-5 of a checkpoint, image by image, without our loader."""
     model = build_model(cfg).eval()
     model.load_state_dict(torch.load(weights)["model"])
     top, count = {1: 0, 5: 0}, 0
@@ -76,7 +76,7 @@ def test_a_run_trains_evaluates_and_tells_the_accuracy(command, imagenet_root, t
     assert lines[-1]["classification/top1"] == pytest.approx(expected["top1"])
     assert (tmp_path / "model_best.pth").exists()
     assert "| classification |" in output
-    # What a report reads has each image once, whichever process has seen it.
+    # The file for reports has each image once, from either process.
     (file,) = tmp_path.glob("inference/*/classification.json")
     found = json.loads(file.read_text())["images"]
     files = sorted(str(path) for path in val.glob("*/*"))
@@ -96,7 +96,7 @@ def test_an_odd_batch_cannot_be_mixed(tmp_path, capsys, batch):
 
 @pytest.fixture(scope="module")
 def trained(imagenet_root, tmp_path_factory) -> Path:
-    """The folder of a short run on the seven classes, as sets of one's own."""
+    """Returns the folder of a short run on the seven classes, registered as a user's data."""
     folder = tmp_path_factory.mktemp("run")
     opts = ["SOLVER.CHECKPOINT_PERIOD", "3", "OUTPUT_DIR", str(folder)]
     options = ["--config-file", LEAF, *SMALL[:2], *RUN, *own_sets(imagenet_root / "imagenet")]
@@ -105,7 +105,7 @@ def trained(imagenet_root, tmp_path_factory) -> Path:
 
 
 def own_sets(home: Path) -> list[str]:
-    """Both sets by names of this test's own, which stand for their paths."""
+    """Registers both sets with names that contain their paths."""
     sets = [[f"{home}_{split}", str(home / split)] for split in ("train", "val")]
     train, val = (f"('{name}',)" for name, _ in sets)
     return ["DATASETS.REGISTER", str(sets), "DATASETS.TRAIN", train, "DATASETS.TEST", val]
@@ -132,7 +132,7 @@ def test_evaluation_alone_as_a_command(command, trained, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_alone_lists_its_set_once(imagenet_root, trained, tmp_path, monkeypatch):
-    """After the check before the run, which is another listing."""
+    """The check before the run does not list the set again."""
     listed, read = [], imagenet.read_set
     monkeypatch.setattr(imagenet, "read_set", lambda *args: listed.append(args) or read(*args))
     home, weights = imagenet_root / "imagenet", trained / "model_final.pth"
@@ -153,7 +153,7 @@ def _lose(val: Path) -> None:
 def test_evaluation_alone_goes_by_the_names_of_classes(
     imagenet_root, trained, tmp_path, capsys, converted
 ):
-    """Without its training set, a set numbers its classes by itself."""
+    """Without the training set, the class numbers of a set are its own."""
     home, weights = tmp_path / "imagenet", trained / "model_final.pth"
     shutil.copytree(imagenet_root / "imagenet", home)
     if converted:

@@ -1,4 +1,4 @@
-"""Encoders that torch.compile has compiled, in a training."""
+"""Tests training with encoders that are compiled by torch.compile."""
 
 import pytest
 import timm
@@ -25,7 +25,7 @@ SOLVER.WARMUP_ITERS 0 SOLVER.CHECKPOINT_PERIOD 1 SOLVER.EMA.ENABLED True LOG_PER
 
 @META_ARCH_REGISTRY.register()
 class FirstStage(nn.Module):
-    """A loss of the first stage's features, for two of the encoders' shapes alone."""
+    """A loss of the first stage's features, for only two shapes of encoders."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -38,7 +38,7 @@ class FirstStage(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Compiled graphs of one test must not serve another."""
+    """Resets the compiler, so that no test uses another test's graphs."""
     torch._dynamo.reset()
     budget = functorch.activation_memory_budget
     yield
@@ -51,7 +51,7 @@ def test_compiled_encoders_keep_less_and_give_the_same():
     results = []
     for compiled in (False, True):
         if compiled:
-            # This one partitions by the budget, and needs no C++ compiler.
+            # This backend partitions by the budget, and needs no C++ compiler.
             compile_encoders(model, 0.5, backend="aot_eager_decomp_partition")
         model.zero_grad()
         model(images((61, 90))).square().mean().backward()

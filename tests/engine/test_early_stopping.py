@@ -1,4 +1,4 @@
-"""TEST.PATIENCE: trainings end early, at the same iteration when they were cut and resumed."""
+"""Tests TEST.PATIENCE: training stops early, at the same iteration after a resume."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from contnet.launch.main import main as train
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
-# An EMA that stays as it was: the first of the evaluations after iterations 1, 3, 5 is the best.
+# The EMA does not change: the first of the evaluations after iterations 1, 3, 5 is the best.
 OPTIONS = """
 MODEL.CLASSIFIER.NUM_CLASSES 7 INPUT.CLASSIFIER.SIZE 32 INPUT.CLASSIFIER.RESIZE_TEST 32
 INPUT.CLASSIFIER.CROP_TEST 32 SOLVER.WARMUP_ITERS 1 SOLVER.WARMUP_FACTOR 0.1 SOLVER.MAX_ITER 20
@@ -24,7 +24,7 @@ TEST.PATIENCE 3 SOLVER.BASE_LR 0.001 SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.
 
 @pytest.fixture
 def run(imagenet_root, tmp_path, monkeypatch):
-    """Trains into a folder below tmp_path, which is returned."""
+    """Trains in a subfolder of tmp_path, which is returned."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
 
     def run(name: str, *words: str) -> Path:
@@ -37,14 +37,14 @@ def run(imagenet_root, tmp_path, monkeypatch):
 
 
 def results_of(folder: Path) -> list[tuple[int, bool]]:
-    """Iteration of each evaluation, and whether it was one of a file."""
+    """Returns the iteration of each evaluation, and whether it evaluated a file."""
     records = json.loads((folder / "results.json").read_text())
     return [(record["iteration"], record["weights"] is not None) for record in records]
 
 
 def last_state(folder: Path) -> dict:
     content = torch.load(folder / "model_final.pth")
-    del content["contnet"]  # the folder is another one
+    del content["contnet"]  # the folder is different
     return content
 
 
@@ -59,7 +59,7 @@ def test_it_ends_after_the_patience_and_evaluates_the_best(run):
     assert records[-1]["metrics"] == records[0]["metrics"]
     assert Path(records[-1]["weights"]) == folder / "model_best.pth"
     assert torch.load(folder / "model_final.pth")["trainer"]["iteration"] == 7
-    # A resume trains no further, and evaluates what it finds missing.
+    # A resume trains no further, and only makes up missing evaluations.
     run("run", "--resume")
     assert results_of(folder) == EARLY and metrics_of(folder)[-1]["iteration"] == 7
     (folder / "results.json").write_text(json.dumps(records[:-1]))

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes sees the images that it would have seen."""
+"""Tests that a run that resumes with another number of processes sees the same images."""
 
 import json
 import os
@@ -37,13 +37,13 @@ def train(coco_root, folder, iterations, processes, passes=1, *more):
 
 
 def steps_of(folder, processes, passes=1):
-    """Names and sums of the pixels of each step's images; the files are taken away."""
+    """Returns names and pixel sums of each step's images; deletes the files."""
     ranks = []
     for rank in range(processes):
         file = folder / f"seen{rank}.json"
         ranks.append(list(map(json.loads, file.read_text().splitlines())))
         file.unlink()
-    # In the order in which a step is dealt.
+    # In the order in which a step is distributed.
     parts = [list(chain(*row)) for row in zip(*ranks, strict=True)]
     return [list(chain(*parts[i : i + passes])) for i in range(0, len(parts), passes)]
 
@@ -54,7 +54,7 @@ def weights_of(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(coco_root, tmp_path_factory):
-    """The folder and the steps of a run in two processes."""
+    """Returns the folder and the steps of a run in two processes."""
     folder = tmp_path_factory.mktemp("undisturbed")
     train(coco_root, folder, 6, 2)
     return folder, steps_of(folder, 2)

@@ -1,4 +1,4 @@
-"""What an evaluation that fails leaves, and what is found before a training begins."""
+"""Tests what a failed evaluation leaves, and what is found before training starts."""
 
 import json
 import re
@@ -25,12 +25,12 @@ SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5 TEST.IMS_PER_PROCESS 2
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """A folder of train and val, to be copied before it is damaged."""
+    """Makes a folder with train and val, which tests copy and damage."""
     return make_imagenet(tmp_path_factory.mktemp("own"), classes=3, train=4, val=2) / "imagenet"
 
 
 def said(capsys) -> tuple[str, str]:
-    """Output and errors, but for what PyTorch says once of a machine without a GPU."""
+    """Returns output and errors, except PyTorch's message about a missing GPU."""
     output, errors = capsys.readouterr()
     lines = [line for line in errors.splitlines() if "No CUDA runtime" not in line]
     return output, "\n".join(lines)
@@ -38,7 +38,7 @@ def said(capsys) -> tuple[str, str]:
 
 @pytest.fixture
 def classify(pictures, tmp_path, capsys):
-    """Runs a classifier's training of four iterations; its status, output and errors."""
+    """Trains a classifier for four iterations; returns its status, output and errors."""
     shutil.copytree(pictures, tmp_path / "data")
     sets = [[f"mine_{split}", str(tmp_path / "data" / split)] for split in ("train", "val")]
     file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
@@ -75,7 +75,7 @@ def results(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("background", ["True", "False"])
 def test_a_failed_evaluation_costs_no_training(classify, tmp_path, background, period):
     more = ("TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_BACKGROUND", background)
-    more = (*more, "DATASETS.CHECK_IMAGES", "none")  # which would find it before the training
+    more = (*more, "DATASETS.CHECK_IMAGES", "none")  # the check would find it before the training
     assert classify("uncut", *more)[0] == 0
     whole = last_image(tmp_path).read_bytes()
     truncate(last_image(tmp_path))
@@ -86,7 +86,7 @@ def test_a_failed_evaluation_costs_no_training(classify, tmp_path, background, p
     assert (tmp_path / "cut" / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
     saved = checkpoint(tmp_path / "cut")
     assert saved["trainer"]["iteration"] == last
-    # As long as the image is damaged, nothing is trained, and nothing lost.
+    # While the image is damaged, nothing is trained and nothing is lost.
     assert classify("cut", *more, "--resume")[0] == 1
     assert checkpoint(tmp_path / "cut")["trainer"]["iteration"] == last
 
@@ -104,7 +104,7 @@ def test_a_failed_evaluation_costs_no_training(classify, tmp_path, background, p
     for part in ("model", "ema"):
         for name, value in expected[part].items():
             assert torch.equal(final[part][name], value), name
-            if last == 3:  # the resume has only evaluated
+            if last == 3:  # the resume only evaluated
                 assert torch.equal(saved[part][name], value), name
     if last == 3:
         assert "iter: " not in output.replace("iter: 3 ", "")
@@ -148,7 +148,7 @@ def test_the_first_image_is_opened_before_the_training(classify, tmp_path):
     assert not (tmp_path / "run" / "last_checkpoint").exists()
 
 
-# --- data sets that nothing can be measured on ---------------------------------------------------
+# --- data sets that cannot be evaluated ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_without_annotations_results_are_written(shapes, tmp_path, capsys, conte
     truth = json.loads(file.read_text())
     del truth["annotations"]
     file.write_text(json.dumps(truth | content))
-    # Not in a training.
+    # Not during training.
     status, error = detect(tmp_path, capsys, *shapes, "OUTPUT_DIR", str(tmp_path / "again"))
     (line,) = error.strip().splitlines()
     assert status == 1 and "shapes_val" in line and "no annotations" in line
@@ -219,12 +219,12 @@ def test_without_annotations_results_are_written(shapes, tmp_path, capsys, conte
     assert str(written) in record["warnings"][0] and "no metrics" in record["warnings"][0]
 
 
-# --- what a log says -----------------------------------------------------------------------------
+# --- contents of the log -------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_log_of_a_training(shapes, tmp_path, capsys, monkeypatch):
-    """On a terminal that shows colours, with a period that no line of progress reaches."""
+    """The terminal shows colours, and the log period is never reached."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     options = ["SOLVER.MAX_ITER", "3", "LOG_PERIOD", "100", "TEST.EVAL_PERIOD", "0"]
     assert detect(tmp_path, capsys, *shapes, *options)[0] == 0
@@ -235,7 +235,7 @@ def test_the_log_of_a_training(shapes, tmp_path, capsys, monkeypatch):
     assert "not smoothed" in lines[0] and "medians of the last 20" in lines[-1]
     assert [int(re.search(r"iter: (\d+)", line)[1]) for line in lines] == [0, 2]
     entries = [line for line in log.splitlines() if line.startswith("[")]
-    assert len(set(entries)) == len(entries)  # each by one handler
+    assert len(set(entries)) == len(entries)  # each entry by one handler
     assert [line["iteration"] for line in metrics_of(tmp_path / "run")] == [2]
     (record,) = results(tmp_path / "run")
     (last,) = metrics_of(tmp_path / "run")
@@ -246,7 +246,7 @@ def test_the_log_of_a_training(shapes, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_class_of_any_name_is_trained_and_shown(shapes, tmp_path, capsys):
-    """Its name is escaped in the log, in tables and in the tags of TensorBoard."""
+    """The name is escaped in the log, in tables and in the tags of TensorBoard."""
     name = "cat\x1b[2J\r\n[11/29 error]: gone\u202egpj\u2028\x9b\ud800"
     for file in (tmp_path / "shapes").rglob("*.json"):
         content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Runs whose disk is full, whose folder has gone, or whose files are damaged."""
+"""Tests runs whose disk is full, whose folder is gone, or whose files are damaged."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ OPTIONS = """
 MODEL.META_ARCHITECTURE DiskToy SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 24 LOG_PERIOD 1
 SOLVER.CHECKPOINT_PERIOD 8 TEST.EVAL_PERIOD 12 DATASETS.CHECK_IMAGES none
 """
-# Called in the forward pass of an iteration, or (-1) of an evaluation.
+# Called in the forward pass of an iteration, or of an evaluation (-1).
 FAULTS: dict[int, Callable[[], None]] = {}
 
 
@@ -64,7 +64,7 @@ def here(coco_here):
 
 @pytest.fixture
 def disk(here):
-    """A disk of 512 KiB."""
+    """Mounts a disk of 512 KiB."""
     folder = here / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
@@ -80,7 +80,7 @@ def disk(here):
 
 @pytest.fixture
 def train(capfd):
-    """Trains into a folder; the status and what was said on the error stream."""
+    """Trains in a folder; returns the status and the lines on stderr."""
 
     def run(folder: Path, *more: str) -> tuple[int, list[str]]:
         capfd.readouterr()
@@ -97,12 +97,12 @@ def train(capfd):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder for a run that nothing happens to."""
+    """Makes a folder for an undisturbed run."""
     return tmp_path_factory.mktemp("runs")
 
 
 def fill(disk: Path, left: int = 0) -> None:
-    """Takes all space of a disk, but for some pages."""
+    """Fills a disk, except for some pages."""
     with open(disk / "filler", "wb", buffering=0) as file:
         try:
             while True:
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(runs, disk, train, iteration, 
 
 @pytest.mark.slow
 def test_a_full_disk_in_two_processes(disk, train_net):
-    """Whatever ends them, Python has nothing to add to the one line at their ends."""
+    """Each process's errors end in one line, without further messages from Python."""
     fill(disk, left=1)
     options = (
         "--config-file configs/faster_rcnn_contti.yaml --num-gpus 2 DATASETS.CHECK_IMAGES none"
@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_at_the_start(disk, train):
 
 
 def _fail_a_rank(disk: Path, said: Path) -> None:
-    """In a process of its own, which never returns: signals and timers are the watcher's."""
+    """Runs in a separate process and never returns; signals and timers are the watcher's."""
     status = 1
     try:
         logging.getLogger("contnet").addHandler(logging.FileHandler(said))

@@ -1,4 +1,4 @@
-"""Python's garbage collection while a training runs, and after it."""
+"""Tests Python's garbage collection during and after training."""
 
 import contextlib
 import gc
@@ -19,10 +19,10 @@ INPUT.CLASSIFIER.CROP_TEST 32 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 6 SOLVER.BA
 
 
 class Observer(LauncherHook):
-    """Notes when garbage is collected, of the whole heap; may fail in the end.
+    """Records when the whole heap is collected; may fail at the end.
 
     Args:
-        fail_at: the iteration in which it fails.
+        fail_at: iteration in which it fails.
     """
 
     def __init__(self, fail_at=None):
@@ -54,7 +54,7 @@ class Observer(LauncherHook):
 
 @pytest.fixture
 def settings(imagenet_here, tmp_path):
-    """Of a run of six iterations, evaluated after the last one."""
+    """Builds the settings of a run of six iterations, evaluated after the last one."""
     file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
     options = ["--config-file", file, *QUICK, *OPTIONS.split(), "OUTPUT_DIR", str(tmp_path)]
     return build_run_settings(parse_arguments(options))
@@ -75,7 +75,7 @@ def test_python_is_left_as_it_was_after_an_error(settings):
 
 
 class Collects(Dataset):
-    """Whether the process that asks collects garbage."""
+    """Returns whether garbage collection is enabled in the calling process."""
 
     def __len__(self):
         return 1

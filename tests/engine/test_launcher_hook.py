@@ -1,4 +1,4 @@
-"""What a launcher adds to a training: its hook's place, evaluations, and who may write."""
+"""Tests what a launcher adds to training: its hook's position, evaluations, and write access."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ TEST.EVAL_PERIOD 2 LOG_PERIOD 1 SOLVER.BASE_LR 0.01 SOLVER.CHECKPOINT_BACKGROUND
 
 @pytest.fixture
 def arguments(imagenet_root, monkeypatch):
-    """Settings of a run of three iterations, which is evaluated after the second and third."""
+    """Builds the settings of a run of three iterations, evaluated after the second and third."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
 
@@ -39,13 +39,13 @@ def arguments(imagenet_root, monkeypatch):
 
 
 def evaluated(folder):
-    """The iterations that results.json knows."""
+    """Returns the iterations in results.json."""
     file = folder / "results.json"
     return [each["iteration"] for each in json.loads(file.read_text())] if file.exists() else []
 
 
 class Observer(LauncherHook):
-    """Notes what is on the disk when it is called."""
+    """Records the files on the disk when it is called."""
 
     def __init__(self, folder):
         self.folder, self.steps, self.evaluations = folder, [], []
@@ -72,18 +72,18 @@ def test_comes_last_and_around_evaluations(arguments, tmp_path):
 
 
 class Lost(BaseException):
-    """As a launcher would raise."""
+    """An exception of a launcher."""
 
 
 def files_of(folder):
-    """Contents by name, but of Detectron2's logs and of TensorBoard's file, which has a thread."""
+    """Returns contents by name, except logs and TensorBoard's file, which a thread writes."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     kept = {name: path for name, path in files.items() if not name.startswith(("log", "events"))}
     return {name: path.read_bytes() for name, path in kept.items()}
 
 
 class Lease(WriteGuard):
-    """Can be lost, and notes what is there then."""
+    """A lease that can be lost; it records the files at that time."""
 
     writer = "first"
 
@@ -99,13 +99,13 @@ class Lease(WriteGuard):
             raise Lost
 
     def assert_nothing_changed(self):
-        """But for a file that was begun, which is gone."""
+        """Allows only for a partly written file, which is removed."""
         kept = {k: v for k, v in self.files.items() if not k.endswith(".first.tmp")}
         assert files_of(self.folder) == kept
 
 
 class Loses(LauncherHook):
-    """Loses the lease at a moment of the second iteration."""
+    """Loses the lease at a given point of the second iteration."""
 
     def __init__(self, folder, moment=""):
         self.guard, self.moment = Lease(folder), moment
@@ -132,9 +132,9 @@ RARE = ("LOG_PERIOD", "100", "TEST.EVAL_PERIOD", "0")
 @pytest.mark.parametrize(
     ("moment", "options"),
     [
-        ("step", ("TEST.EVAL_PERIOD", "0")),  # the metrics come next
-        ("step", RARE),  # a checkpoint
-        ("evaluation", ()),  # results.json
+        ("step", ("TEST.EVAL_PERIOD", "0")),  # before the metrics
+        ("step", RARE),  # before a checkpoint
+        ("evaluation", ()),  # before results.json
         ("end", ()),
     ],
 )
@@ -147,7 +147,7 @@ def test_nothing_is_written_after_the_loss(arguments, tmp_path, moment, options)
 
 @pytest.mark.parametrize("background", ["False", "True"])
 def test_a_loss_in_a_checkpoint(arguments, tmp_path, monkeypatch, background):
-    """The one before stays the last."""
+    """The previous checkpoint stays the last one."""
     hook = Loses(tmp_path)
     save = torch.save
 
@@ -184,7 +184,7 @@ def test_a_loss_between_a_checkpoint_and_its_note(arguments, tmp_path, monkeypat
 
 
 class Cut(LauncherHook):
-    """Ends a run that has metrics of an iteration more than its last checkpoint."""
+    """Ends a run that has one more iteration of metrics than its last checkpoint."""
 
     def after_step(self):
         if self.trainer.iter == 1:
@@ -192,7 +192,7 @@ class Cut(LauncherHook):
 
 
 def test_a_resume_that_comes_too_late(arguments, tmp_path):
-    """It neither cuts metrics back nor removes what another attempt has begun."""
+    """It neither truncates metrics nor removes files that another attempt is writing."""
     with pytest.raises(InterruptedError):
         run(arguments(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "3"), Cut())
     (tmp_path / "model_0000000.pth.second.tmp").write_text("half")
@@ -234,7 +234,7 @@ def test_an_evaluation_alone_is_guarded(arguments, tmp_path):
 
 
 def test_an_evaluation_alone_can_be_watched(arguments, tmp_path):
-    """Nothing else shows that it goes on, however long it takes."""
+    """Otherwise, nothing shows that a long evaluation makes progress."""
 
     class Watches(LauncherHook):
         calls = 0

@@ -1,4 +1,4 @@
-"""Loader workers that are killed or stopped, and memory that ends: one line that says so."""
+"""Tests killed and stopped loader workers, and exhausted memory: each gives one error line."""
 
 import gc
 import multiprocessing
@@ -31,7 +31,7 @@ def arguments(imagenet_root, tmp_path, monkeypatch):
 
 
 class Strikes(LauncherHook):
-    """Sends the loader's workers a signal, in training or before an evaluation's first image."""
+    """Sends a signal to the loader's workers, in training or before an evaluation's first image."""
 
     def __init__(self, number):
         self.number = number
@@ -55,7 +55,7 @@ def _run(settings, hook, pipe):
         pipe.send(str(error))
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(0)  # PyTorch's handler may raise for a killed worker at any time
+    os._exit(0)  # PyTorch's handler may raise an error for a killed worker at any time
 
 
 @pytest.mark.parametrize("options", [(), ("--eval-only",)], ids=["training", "evaluation"])
@@ -78,7 +78,7 @@ def test_workers(arguments, imagenet_root, number, said, options, request):
 
 
 class Leaves(Strikes):
-    """Leaves as a batch is fetched from a worker, which has not been told."""
+    """Leaves while a batch is fetched from a worker, without notice to the worker."""
 
     def __init__(self, patch):
         self.patch = patch
@@ -106,7 +106,7 @@ def test_a_worker_that_is_left_prints_nothing(arguments, options, request, capfd
 
 @pytest.fixture(scope="module")
 def trained(imagenet_root, tmp_path_factory):
-    """A checkpoint of the classifier."""
+    """Returns a checkpoint of the classifier."""
     folder = tmp_path_factory.mktemp("trained")
     file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
     options = [*QUICK, *RUN.split(), "SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()"]
@@ -130,7 +130,7 @@ sys.exit(main())
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_host_memory(arguments, workers):
-    """Where the batch does not fit, and where an image does not."""
+    """Either the batch or an image does not fit into memory."""
     size = "512" if workers == "0" else "12000"
     options = ["DATALOADER.NUM_WORKERS", workers, "INPUT.CLASSIFIER.SIZE", size]
     done = subprocess.run(

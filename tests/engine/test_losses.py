@@ -1,4 +1,4 @@
-"""The losses of a step: how often they are read, what is kept of them, what stops a training."""
+"""Tests the losses of a step: how often they are read, what is recorded, what stops training."""
 
 import collections
 import re
@@ -28,10 +28,10 @@ SOLVER.CHECKPOINT_PERIOD 1 DATALOADER.ASPECT_RATIO_GROUPING False
 
 @META_ARCH_REGISTRY.register()
 class BrightnessToy(nn.Module):
-    """Two losses of the mean brightness, each pass of which is remembered.
+    """Two losses of the mean brightness; all passes are recorded.
 
     Attributes:
-        nan_at: number of the pass whose loss is not a number.
+        nan_at: number of the pass whose loss is nan.
     """
 
     def __init__(self, cfg):
@@ -50,7 +50,7 @@ class BrightnessToy(nn.Module):
 
 
 def trainer_of(folder, *options):
-    """A trainer of the toy, with two passes per step."""
+    """Builds a trainer of the toy, with two passes per step."""
     Path(folder).mkdir(exist_ok=True)
     options = [*SMALL, *OPTIONS.split(), "OUTPUT_DIR", str(folder), *options]
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def trainer_of(folder, *options):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the main thread wait for a GPU: numbers read, sizes that depend on data."""
+    """Counts operations that wait for a GPU: single values read, and data-dependent sizes."""
 
     def __init__(self):
         super().__init__()
@@ -69,12 +69,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def total(self):
-        """Numbers read, and sizes."""
+        """Returns the number of values read, and of sizes."""
         return self.counts["_local_scalar_dense"], self.counts["nonzero"]
 
 
 class CountReads(HookBase):
-    """Counts the reads of each step of a trainer."""
+    """Counts the reads in each step of a trainer."""
 
     def __init__(self):
         self.steps = []
@@ -88,7 +88,7 @@ class CountReads(HookBase):
 
 
 def test_a_step_reads_no_loss_on_its_own(coco_here):
-    """One table of all losses is copied; each number that is read by itself would be a wait."""
+    """All losses are copied as one tensor; each separate read would wait for the GPU."""
     trainer, counting = trainer_of(coco_here / "run"), CountReads()
     trainer.register_hooks([counting])
     trainer.train(0, 3)
@@ -96,7 +96,7 @@ def test_a_step_reads_no_loss_on_its_own(coco_here):
 
 
 class Observe(HookBase):
-    """Compares metrics with those that Detectron2's trainer puts; keeps the weights of a step."""
+    """Compares metrics with those of Detectron2's trainer; keeps the weights of a step."""
 
     def __init__(self):
         self.differences = []
@@ -119,7 +119,7 @@ class Observe(HookBase):
 
 
 def _train(folder, nan_at):
-    """Trains in this process; what became of it."""
+    """Trains in this process; returns the results."""
     trainer, observe = trainer_of(folder), Observe()
     trainer.unwrapped_model.nan_at = nan_at
     trainer.register_hooks([observe])
@@ -142,13 +142,13 @@ def test_metrics_are_those_of_detectron2s_trainer(coco_here):
 
 
 def check_stopped(result):
-    """That the training has ended before the optimiser's third step."""
+    """Checks that the training ended before the optimiser's third step."""
     assert len(result["images"]) == 6 and result["differences"] == []
     assert all(map(torch.equal, result["before"], result["after"]))
 
 
 def message_of(images):
-    """What names the iteration and the images of a pass."""
+    """Returns a pattern for the iteration and the images of a pass."""
     losses = r"loss_mean nan, loss_square \d.*"
     return rf"the loss is not finite at iteration 2 \({losses}\), images {images}: check"
 

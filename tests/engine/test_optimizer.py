@@ -1,4 +1,4 @@
-"""The optimiser: groups, weight decay, layer decay, and gradient clipping."""
+"""Tests the optimiser: groups, weight decay, layer decay, and gradient clipping."""
 
 import copy
 from collections import Counter
@@ -36,7 +36,7 @@ def _cfg(*opts):
 
 
 def _detector(cfg):
-    """A backbone under the name it has in a detector, and a head."""
+    """Builds a model with a backbone under its name in detectors, and a head."""
     model = nn.Module()
     model.backbone = build_backbone(cfg)
     model.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8))
@@ -44,7 +44,7 @@ def _detector(cfg):
 
 
 def _by_name(model, optimizer):
-    """Hyper-parameters of every trained parameter."""
+    """Returns the hyper-parameters of every trained parameter."""
     names = {p: name for name, p in model.named_parameters()}
     return {names[p]: group for group in optimizer.param_groups for p in group["params"]}
 

@@ -1,4 +1,4 @@
-"""Recipes of classification against timm: learning rates, what decays."""
+"""Tests classification recipes against timm: learning rates, and what has weight decay."""
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ from contnet.modeling.classifier import ImageClassifier
     ("leaf", "end"), [("contti", 0.0), ("contti_strong", 0.0), ("deit_ti_strong", 1e-5)]
 )
 def test_learning_rates_are_timms(leaf, end):
-    """Warm-up, then the cosine over the whole training, as the published code builds it."""
+    """Warm-up, then a cosine over the whole training, as in the published code."""
     cfg = config("SOLVER.MAX_ITER", "100", "SOLVER.WARMUP_ITERS", "5", leaf=leaf)
     rate = cfg.SOLVER.BASE_LR
     ours = build_optimizer(cfg, torch.nn.Linear(2, 2))
@@ -33,7 +33,7 @@ def test_learning_rates_are_timms(leaf, end):
     for iteration in range(100):
         reference.step_update(iteration)
         expected = theirs.param_groups[0]["lr"]
-        # Ours warms up to where the cosine is by then, 0.6 % below its start.
+        # Our warm-up ends where the cosine is at that time, 0.6 % below its start.
         tolerance = 7e-3 if iteration < 5 else 1e-9
         assert ours.param_groups[0]["lr"] == pytest.approx(expected, abs=tolerance * rate)
         ours.step()
@@ -70,7 +70,7 @@ def test_strong_recipe_decays_only_matrices_and_filters(name):
     ],
 )
 def test_strong_recipe_decays_what_timm_decays(name):
-    """Among what it spares are gains of layers, biases by other names and tables."""
+    """Parameters without decay include gains of layers, biases with other names, and tables."""
     cfg = config(leaf="res18_strong")
     with torch.device("meta"):
         network = timm.create_model(name)

@@ -1,4 +1,4 @@
-"""REPORT.ENABLED: the page that a training refreshes."""
+"""Tests REPORT.ENABLED: the page that training refreshes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def test_a_training_leaves_its_page(imagenet_here, tmp_path):
     html = (tmp_path / "report.html").read_text()
     headings = re.findall("<h2>(.*?)</h2>", html)
     assert headings[0] == "Results: imagenet_val" and "Curves" in headings
-    assert "<td>4</td>" in html  # the last evaluation is there
+    assert "<td>4</td>" in html  # the last evaluation is included
     assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
 
 
@@ -50,7 +50,7 @@ def test_a_refresh_waits_until_the_earlier_ones_are_two_percent(tmp_path):
     hook.after_step()
     assert page.exists()
     os.remove(page)
-    hook.start -= 10 * hook.seconds  # as if that much time had passed
+    hook.start -= 10 * hook.seconds  # simulates that much time
     hook.trainer.iter = 19
     hook.after_step()
     assert not page.exists()

@@ -1,5 +1,6 @@
-"""A run that is killed and resumed equals one that was not, to the bit, with real processes; and
-classifiers of every family and recipe, cut in this one.
+"""Tests that killed and resumed runs are bit for bit equal to uninterrupted ones.
+
+The runs are real processes; classifiers of every family and recipe run in this process.
 """
 
 import contextlib
@@ -77,7 +78,7 @@ def _options(folder: Path) -> list[str]:
 
 
 def _is_stopped(group: int) -> bool:
-    """Whether no process of a group runs."""
+    """Returns whether no process of a group is running."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
@@ -89,10 +90,10 @@ def _is_stopped(group: int) -> bool:
 def _copy_after(
     process: subprocess.Popen, folder: Path, copy: Path, checkpoint: str, iteration: int
 ) -> None:
-    """Copies what SIGKILL would leave behind: all processes stand still meanwhile.
+    """Copies the folder as SIGKILL would leave it, while all processes are stopped.
 
-    Does so once the run has ``checkpoint`` or a later one, and an iteration's metrics; one that
-    never has is killed.
+    The copy is made when the run has ``checkpoint`` or a later one, and an iteration's metrics;
+    a run that never has is killed.
     """
     last, further = folder / "last_checkpoint", folder / "metrics.json"
     deadline = time.monotonic() + 600
@@ -112,7 +113,7 @@ def _copy_after(
 
 
 def _checkpoint(folder, name) -> dict:
-    """A checkpoint, but for the folder in its config."""
+    """Loads a checkpoint, without the folder in its config."""
     content = torch.load(folder / name)
     config = yaml.safe_load(content["contnet"]["config"])
     assert Path(config.pop("OUTPUT_DIR")).is_dir()
@@ -131,7 +132,7 @@ def _same(a, b) -> bool:
 
 
 class Trainings:
-    """Trainings of a setting; each is run once, for all tests that look at it."""
+    """Training runs of a setting, each of which is run once for all tests."""
 
     def __init__(self, train_net, datasets: dict[str, Path], folder: Path):
         self.train_net, self.datasets, self.folder = train_net, datasets, folder
@@ -140,7 +141,7 @@ class Trainings:
     def start(
         self, setting: str, folder: Path, *options: str, launch: str = ""
     ) -> subprocess.Popen:
-        """Starts one as the setting says, but for what is given."""
+        """Starts a run with a setting's options and further options."""
         usual, more = SETTINGS[setting]
         data = next((root for name, root in self.datasets.items() if name in usual), None)
         environment = {"DETECTRON2_DATASETS": str(data)} if data else {}
@@ -148,20 +149,20 @@ class Trainings:
         return self.train_net(f"{usual} {launch}", *more, **environment)
 
     def uncut(self, setting: str) -> tuple[Path, str]:
-        """The folder and the output of one that nobody disturbed."""
+        """Returns the folder and the output of an undisturbed run."""
         folder = self.folder / str(list(SETTINGS).index(setting)) / "uncut"
         if setting not in self.outputs:
             process = self.start(setting, folder)
             with ThreadPoolExecutor(1) as pool:
-                # A run that prints into a full pipe waits.
+                # A run blocks if it prints to a full pipe.
                 output = pool.submit(finish, process)
-                # Checkpoints follow iterations 2, 5, 8: cut after the line of 7, off both periods.
+                # Checkpoints follow iterations 2, 5, 8: copied after iteration 7, off both periods.
                 _copy_after(process, folder, folder.with_name("cut"), "model_0000005.pth", 7)
                 self.outputs[setting] = output.result()
         return folder, self.outputs[setting]
 
     def killed(self, setting: str, copy: Path) -> None:
-        """Copies the folder as it would be left if that one had been killed."""
+        """Copies the folder as it would be if the undisturbed run had been killed."""
         folder, _ = self.uncut(setting)
         shutil.copytree(folder.with_name("cut"), copy)
 
@@ -181,17 +182,17 @@ def test_killed_and_resumed_equals_uncut(trainings, tmp_path, setting):
 
     cut = tmp_path / "cut"
     trainings.killed(setting, cut)
-    # Of a period, or before the evaluation after iteration 7.
+    # A periodic checkpoint, or the one before the evaluation after iteration 7.
     last = (cut / "last_checkpoint").read_text()
     assert last in ("model_0000005.pth", "model_0000007.pth", "model_0000008.pth")
-    if setting == "one process":  # killed within a line
+    if setting == "one process":  # killed while writing a line
         with open(cut / "metrics.json", "a") as file:
             file.write('{"iteration": 8, "total_lo')
     finish(trainings.start(setting, cut, launch="--resume"))
 
     expected, found = metrics_of(uncut), metrics_of(cut)
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
-    # As text, where not-a-number equals itself.
+    # As text, because nan does not equal itself.
     assert list(map(repr, found)) == list(map(repr, expected))
     mains = {"pspnet": "sem_seg/IoU", "imagenet": "classification/top1"}
     main = next((metric for name, metric in mains.items() if name in launch), "bbox/AP")
@@ -229,7 +230,7 @@ INPUT.CLASSIFIER.CROP_TEST 32 SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 4 SOLVER.CH
 TEST.EVAL_PERIOD 2 LOG_PERIOD 1 SOLVER.WARMUP_FACTOR 0.1
 """
 AVERAGED = "SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5"
-# All of the strong ones mix images; contti_strong's run with two processes is above.
+# All strong recipes mix images; contti_strong's run with two processes is above.
 CLASSIFIERS = {
     "contti": "SOLVER.BASE_LR 0.01",
     "contti_strong": AVERAGED,
@@ -273,7 +274,7 @@ def test_a_classifier_that_was_cut_equals_uncut(imagenet_root, monkeypatch, tmp_
 
 
 class Stopped(BaseException):
-    """Ends a run in an evaluation, as a signal does."""
+    """Ends a run in an evaluation, like a signal."""
 
 
 class StopInEvaluation(LauncherHook):
@@ -290,7 +291,7 @@ EVERY = "TEST.EVAL_PERIOD 2 SOLVER.MAX_ITER 5 LOG_PERIOD 1"
 
 
 def classifier_settings(folder, *more):
-    """Settings of a classifier's run that is evaluated in the middle and at the end."""
+    """Builds the settings of a classifier's run that is evaluated in the middle and at the end."""
     file = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
     options = ["--config-file", file, *QUICK, *FEW_OPTIONS.split(), *EVERY.split()]
     args = parse_arguments([*options, "OUTPUT_DIR", str(folder), *more])
@@ -312,7 +313,7 @@ def test_a_run_that_ended_in_an_evaluation_equals_uncut(imagenet_root, monkeypat
 
 
 def test_an_average_that_a_checkpoint_does_not_have(imagenet_root, monkeypatch, tmp_path):
-    """It starts from the resumed weights, not from those that the model was built with."""
+    """The EMA starts from the resumed weights, not from the initial weights of the model."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     on = ("SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.9999")
     run(classifier_settings(tmp_path))
@@ -320,7 +321,7 @@ def test_an_average_that_a_checkpoint_does_not_have(imagenet_root, monkeypatch, 
     run(classifier_settings(tmp_path, *on, "SOLVER.MAX_ITER", "6", "--resume"))
     assert "has no EMA: the EMA starts from the last weights" in (tmp_path / "log.txt").read_text()
     average = torch.load(tmp_path / "model_final.pth")["ema"]
-    for name, value in before.items():  # one step has moved it by a ten-thousandth
+    for name, value in before.items():  # one step has moved it by 1e-4 of the change
         if value.is_floating_point() and "running" not in name:
             assert torch.allclose(average[f"module.{name}"], value, rtol=1e-3, atol=1e-3), name
     run(classifier_settings(tmp_path, "SOLVER.MAX_ITER", "7", "--resume"))

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the last whole one, or one that was asked for."""
+"""Tests which checkpoint a run resumes from: the last complete one, or a given one."""
 
 import json
 import logging
@@ -24,14 +24,14 @@ from contnet.utils.errors import UserError
 
 
 def save(folder, name, images, iteration=None):
-    """A checkpoint, small as they go."""
+    """Saves a small checkpoint."""
     iteration = images if iteration is None else iteration
     trainer = {"iteration": iteration, "stream": {"images_seen": images}}
     torch.save({"model": {"weight": torch.randn(4096)}, "trainer": trainer}, folder / f"{name}.pth")
 
 
 def flip(path):
-    """Changes a bit of a tensor."""
+    """Flips a bit of a tensor."""
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         tensor = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
@@ -45,7 +45,7 @@ def names(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's, with checkpoints after the images 1, 3, 5 and 7, the last of which is the final."""
+    """Makes a run's folder with checkpoints after images 1, 3, 5 and 7; the last one is final."""
     for number in (1, 3, 5):
         save(tmp_path, f"model_{number:07d}", number)
     save(tmp_path, "model_final", 7)
@@ -90,7 +90,7 @@ def test_before_a_damaged_final_one_comes_the_last_numbered_one(folder, damage):
 
 
 def test_images_count_where_numbers_have_fallen(tmp_path):
-    """With twice the batch, iteration 3 is after 32 images, and 5 of before after 24."""
+    """With twice the batch, iteration 3 is after 32 images, and the older iteration 5 after 24."""
     save(tmp_path, "model_0000005", 24)
     save(tmp_path, "model_0000001", 16)
     save(tmp_path, "model_0000003", 32)
@@ -105,7 +105,7 @@ def test_without_last_checkpoint(folder):
     path = folder / "model_0000005.pth"
     with pytest.raises(UserError, match=rf"--resume-from {path}"):
         choose_checkpoint(folder)
-    # What a kill between the names of the first checkpoint and of this file leaves.
+    # A kill between renaming the first checkpoint and this file leaves this state.
     (folder / "last_checkpoint.tmp").write_text("")
     assert choose_checkpoint(folder).path == str(path)
     for each in folder.glob("*.pth"):
@@ -138,7 +138,7 @@ for steps, folder in enumerate(sys.argv[1:], 1):
 
 @pytest.mark.slow
 def test_a_first_save_that_is_killed_at_any_step(tmp_path):
-    """The run goes on, from what there is."""
+    """The run resumes from the files that exist."""
     folders = [tmp_path / str(step) for step in range(1, 6)]
     for folder in folders:
         folder.mkdir()
@@ -146,7 +146,7 @@ def test_a_first_save_that_is_killed_at_any_step(tmp_path):
     status = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.split()
     assert status == [str(-signal.SIGKILL)] * 4 + ["0"]
     found = [(bool(names(folder)), bool(choose_checkpoint(folder).path)) for folder in folders]
-    # The last kill is between the two names.
+    # The last kill is between the two renames.
     assert found == [*[(False, False)] * 3, (True, True), (True, True)]
 
 
@@ -177,14 +177,14 @@ def test_a_last_checkpoint_that_names_no_file_of_the_folder(folder, content):
         with pytest.raises(UserError, match="last_checkpoint") as error:
             choose()
         assert str(error.value).isprintable() and len(str(error.value)) < 500
-    # Asked for one, a run needs it no more.
+    # With a given file, a run does not need it.
     file = str(folder / "model_0000003.pth")
     assert choose_checkpoint(folder, file).path == file
     make_last(folder, file)
     assert choose_checkpoint(folder).path == file
 
 
-# --- what becomes of later ones ------------------------------------------------------------------
+# --- later checkpoints ---------------------------------------------------------------------------
 
 
 def test_later_ones_are_set_aside(folder, caplog):
@@ -252,7 +252,7 @@ def arguments(folder, *more):
 
 @pytest.fixture(scope="module")
 def uncut(imagenet_root, tmp_path_factory):
-    """A whole run, with checkpoints after iterations 1 and 3, evaluated after 2 and 5."""
+    """Returns a whole run with checkpoints after iterations 1 and 3, evaluated after 2 and 5."""
     folder = tmp_path_factory.mktemp("uncut") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
@@ -261,7 +261,7 @@ def uncut(imagenet_root, tmp_path_factory):
 
 
 def same_end(folder, uncut):
-    """Whether a run ended as another one, to the bit."""
+    """Returns whether two runs ended bit for bit equal."""
     final = [torch.load(each / "model_final.pth")["model"] for each in (folder, uncut)]
     assert metrics_of(folder) == metrics_of(uncut)
     results = [(each / "results.json").read_text() for each in (folder, uncut)]
@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(uncut, tmp_path):
 
 
 def test_a_run_goes_back_to_a_file(uncut, tmp_path):
-    """Later ones are not deleted, what is saved anew stays, and a next resume goes on from it."""
+    """Later checkpoints are kept, new ones stay, and the next resume starts from the newest one."""
     folder = shutil.copytree(uncut, tmp_path / "run")
     file = str(folder / "model_0000001.pth")
     settings = build_run_settings(parse_arguments(arguments(folder, "--resume-from", file)))
@@ -321,7 +321,7 @@ def test_resume_without_last_checkpoint_leaves_everything(uncut, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_an_evaluation_and_damaged(train_net, imagenet_root, uncut, tmp_path, processes):
-    """SIGKILL while the run evaluates after iteration 2; then its newest checkpoint is damaged."""
+    """SIGKILL during the evaluation after iteration 2; then the newest checkpoint is damaged."""
     root = {"DETECTRON2_DATASETS": str(imagenet_root)}
     folder, expected = tmp_path / "run", uncut
 

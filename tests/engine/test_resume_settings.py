@@ -1,4 +1,4 @@
-"""Resumes under other settings, and from checkpoints that lack a part, in real small runs."""
+"""Tests resumes with other settings, and from incomplete checkpoints, in small real runs."""
 
 import contextlib
 import json
@@ -53,12 +53,12 @@ def settings(folder, *more):
 
 
 def resume(folder, *more, launcher=None):
-    """Resumes as train_net.py does, in this process."""
+    """Resumes like train_net.py, in this process."""
     run(check_run(settings(folder, *more, "--resume")), launcher)
 
 
 def trainer_of(folder, *more):
-    """A trainer that has resumed."""
+    """Builds a trainer that has resumed."""
     found = check_run(settings(folder, *more, "--resume"))
     trainer = Trainer(found.cfg, found.cfg.SEED, scaled=found.scaled)
     trainer.resume_or_load(found.checkpoint.path)
@@ -71,7 +71,7 @@ def said(folder):
 
 @pytest.fixture(scope="module")
 def base(imagenet_root, tmp_path_factory):
-    """A run that ended after 4 of 8 iterations, evaluated after 2."""
+    """Returns a run that ended after 4 of 8 iterations, evaluated after 2."""
     folder = tmp_path_factory.mktemp("base") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
@@ -82,7 +82,7 @@ def base(imagenet_root, tmp_path_factory):
 
 @pytest.fixture
 def cut(base, tmp_path):
-    """A copy of it."""
+    """Copies the run."""
     return shutil.copytree(base, tmp_path / "run")
 
 
@@ -91,7 +91,7 @@ def checkpoint(folder, name="model_final.pth"):
 
 
 def momenta(state):
-    """What an optimiser's state holds, by parameter."""
+    """Returns the values of an optimiser's state, by parameter."""
     return {
         name: state["state"][number]["momentum_buffer"]
         for group in state["param_groups"]
@@ -146,7 +146,7 @@ MODEL.WEIGHTS other.pth
 
 
 def before_and_now(*opts, old=()):
-    """The settings of a checkpoint of a plain config, and the config with other options."""
+    """Returns the settings of a checkpoint of a plain config, and the config with other options."""
     cfg = load_config(LEAF, [*QUICK, *SMALL, *old])
     content = {"contnet": {"config": cfg.dump()}, "trainer": {"iteration": 3}}
     now = load_config(LEAF, [*QUICK, *SMALL, *opts])
@@ -188,7 +188,7 @@ def test_the_seed_is_the_checkpoints():
 
 
 def test_norms_over_all_processes_are_alike():
-    """A run of GPUs goes on without one, where SyncBN has a stand-in."""
+    """A GPU run resumes on a CPU, where SyncBN is replaced."""
     before, now = before_and_now()
     now.MODEL.CONTNET.NORM = "naiveSyncBN"
     before.config["MODEL.CONTNET.NORM"] = "SyncBN"
@@ -199,7 +199,7 @@ def test_norms_over_all_processes_are_alike():
 def test_keys_of_other_versions():
     cfg = load_config(LEAF, [*QUICK, *SMALL])
     text = cfg.dump().replace("LOG_PERIOD: 1\n", "ONCE_THERE: 1\n")
-    now = load_config(LEAF, [*QUICK, *SMALL, "LOG_PERIOD", "20"])  # the default
+    now = load_config(LEAF, [*QUICK, *SMALL, "LOG_PERIOD", "20"])  # the default value
     before = Before.of("model.pth", {"contnet": {"config": text}}, now)
     (line,) = resume_config(before, now).lines
     assert "ONCE_THERE" in line
@@ -229,7 +229,7 @@ def test_weights_without_a_training_are_refused(cut, capsys):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_training_set_that_was_moved(imagenet_root, tmp_path, capsys, split):
-    """Equal images may lie elsewhere; others may not take their place."""
+    """Equal images may move; different images may not replace them."""
     places = [imagenet_root / "imagenet" / "train", tmp_path / "moved"]
     shutil.copytree(imagenet_root / "imagenet" / split, places[1])
 
@@ -250,7 +250,7 @@ def test_a_training_set_that_was_moved(imagenet_root, tmp_path, capsys, split):
         assert any("DATASETS.REGISTER moving" in line for line in check_run(given).notes)
 
 
-# --- followed ------------------------------------------------------------------------------------
+# --- applied changes -----------------------------------------------------------------------------
 
 
 CHANGES = """
@@ -271,7 +271,7 @@ def test_settings_take_effect_in_the_next_iteration(cut):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_the_optimisers_state_follows_its_parameters(cut, named):
-    """Also from checkpoints of before, whose groups name no parameters."""
+    """This includes older checkpoints, whose groups do not name parameters."""
     file = cut / "model_0000003.pth"
     content = torch.load(file)
     expected = momenta(content["trainer"]["optimizer"])
@@ -300,7 +300,7 @@ def test_an_end_that_lies_behind(cut):
     assert "Training has finished: 4 of 3 iterations" in said(cut)
 
 
-# --- parts that a checkpoint lacks ---------------------------------------------------------------
+# --- incomplete checkpoints ----------------------------------------------------------------------
 
 
 def test_an_average_that_was_on_then_off_starts_from_the_weights(cut):
@@ -352,7 +352,7 @@ def without_config(content):
 
 
 def of_detectron2(content):
-    """As its DefaultTrainer saves: the optimiser one level below, without names."""
+    """Converts to the format of DefaultTrainer: the optimiser one level below, without names."""
     optimizer = content["trainer"]["optimizer"]
     for group in optimizer["param_groups"]:
         del group["param_names"]
@@ -383,13 +383,13 @@ def test_a_part_that_is_missing_is_named(cut, caplog, strip):
     assert bool(trainer.optimizer.state) == (strip is not without_optimizer)
 
 
-# --- another batch -------------------------------------------------------------------------------
+# --- another batch size --------------------------------------------------------------------------
 
 DOUBLED = ["SOLVER.IMS_PER_BATCH", "8"]
 
 
 def test_twice_the_batch(cut):
-    """4 of 8 iterations of 4 images become 2 of 4 of 8; a second start changes nothing."""
+    """The other 4 of 8 iterations of 4 images become 2 of 8; a second start changes nothing."""
     every = ["TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINTS_KEPT", "2", *DOUBLED]
     with pytest.raises(InterruptedError):
         resume(cut, *every, launcher=Cut(2))
@@ -430,7 +430,7 @@ def test_what_follows_a_batch(opts):
 
 
 def test_a_batch_there_and_back():
-    """Thirds leave nothing behind."""
+    """Rounding leaves no trace."""
     old = ["SOLVER.MAX_ITER", "10", "SOLVER.CHECKPOINT_PERIOD", "4"]
     before, now = before_and_now(*old, "SOLVER.IMS_PER_BATCH", "12", old=old)
     tripled = resume_config(before, now)
@@ -453,7 +453,7 @@ def test_processes_that_scale_the_recipe_are_not_scaled_again():
 
 
 def test_processes_that_scale_the_recipe_go_on_by_images(cut):
-    """As given with --num-gpus 2; the trainer here is one of them."""
+    """As given with --num-gpus 2; the trainer here is one of the processes."""
     trainer = trainer_of(cut, "SOLVER.REFERENCE_WORLD_SIZE", "1", "--num-gpus", "2")
     assert (trainer.start_iter, trainer.max_iter) == (2, 4)
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.02}
@@ -478,7 +478,7 @@ def test_a_submission_knows_what_is_left_under_another_batch(tmp_path, more, fin
 
 
 class StopInEvaluation(Cut):
-    """Leaves the evaluation after an iteration, before which the run has saved."""
+    """Leaves the evaluation after an iteration, before which the run has saved a checkpoint."""
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -489,7 +489,7 @@ class StopInEvaluation(Cut):
 
 @pytest.mark.parametrize("more", [DOUBLED, ["TEST.EVAL_PERIOD", "3"]])
 def test_an_evaluation_that_was_left(tmp_path, more):
-    """It is made up for under the new count of iterations, or named where it is not due."""
+    """The evaluation is made up for in the new iterations, or reported if it is no longer due."""
     folder, short = tmp_path / "run", ["SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()"]
     every = [*short, "TEST.EVAL_PERIOD", "2"]
     with pytest.raises(InterruptedError):
@@ -508,7 +508,7 @@ def test_an_evaluation_that_was_left(tmp_path, more):
 
 
 def test_an_optimizer_of_a_version_with_other_keys(cut):
-    """Its groups have no names, and are those of the keys that are known."""
+    """Its groups have no names, and correspond to the known keys."""
     content = checkpoint(cut, "model_0000003.pth")
     momentum = momenta(content["trainer"]["optimizer"])
     for group in content["trainer"]["optimizer"]["param_groups"]:
@@ -522,7 +522,7 @@ def test_an_optimizer_of_a_version_with_other_keys(cut):
     assert all(torch.equal(restored[name], momentum[name]) for name in momentum)
 
 
-# --- warnings of the first weights ---------------------------------------------------------------
+# --- warnings about the initial weights ----------------------------------------------------------
 
 
 def test_all_results_warn_of_the_weights_that_a_run_started_from(base, tmp_path):

@@ -1,4 +1,4 @@
-"""TRACKERS, offline: a cut and resumed run is one run there, with each iteration once."""
+"""Tests TRACKERS offline: an interrupted and resumed run is one tracked run, without duplicates."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def settings(imagenet_root, tmp_path, monkeypatch):
-    """Makes settings of a run that is tracked on this disk."""
+    """Makes settings of a run that is tracked locally."""
     for name, value in {
         "DETECTRON2_DATASETS": str(imagenet_root),
         "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -54,7 +54,7 @@ class Cut(LauncherHook):
 
 
 def expected(folder: Path) -> dict:
-    """Metrics by name and iteration, without those of times."""
+    """Returns metrics by name and iteration, except times."""
     return {
         (key, line["iteration"]): value
         for line in metrics_of(folder)
@@ -67,7 +67,7 @@ def expected(folder: Path) -> dict:
 
 
 def of_mlflow(tmp_path):
-    """The only run of the experiment, and its metrics by name and iteration."""
+    """Returns the only run of the experiment, and its metrics by name and iteration."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -108,7 +108,7 @@ def test_mlflow_goes_on_with_its_run(settings, tmp_path):
 
 
 def test_a_tracker_that_fails_gets_what_it_lacks_later(settings, tmp_path):
-    """Its disk is gone between iterations 2 and 4."""
+    """The disk is gone between iterations 2 and 4."""
     place, away = tmp_path / "mlruns", tmp_path / "away"
 
     class Away(Cut):
@@ -129,7 +129,7 @@ def test_a_tracker_that_fails_gets_what_it_lacks_later(settings, tmp_path):
 
 
 def test_another_config_is_another_run(settings, tmp_path):
-    """A start from the beginning with the same one is not."""
+    """A new start with the same config continues the run."""
     short = ("SOLVER.CHECKPOINT_PERIOD", "100", "TEST.EVAL_PERIOD", "0")
     for _ in range(2):
         with pytest.raises(InterruptedError):
@@ -144,19 +144,19 @@ def test_another_config_is_another_run(settings, tmp_path):
 
 
 def records_of(file: Path):
-    """The records of a .wandb file, which has the form of LevelDB's logs."""
+    """Reads the records of a .wandb file, which has the format of LevelDB logs."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, block, parts = file.read_bytes(), 7, 32768, b""
     while position + 7 <= len(data):
-        if block - position % block < 7:  # too little for a header
+        if block - position % block < 7:  # too short for a header
             position += block - position % block
             continue
         length = int.from_bytes(data[position + 4 : position + 6], "little")
         kind = data[position + 6]
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             yield record
@@ -164,7 +164,7 @@ def records_of(file: Path):
 
 
 def of_wandb(folder: Path):
-    """Ids of the runs in the files that wait for an upload, and the rows of their history."""
+    """Returns the run ids in the files for upload, and the rows of their history."""
     ids, rows = set(), []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in records_of(file):

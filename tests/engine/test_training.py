@@ -1,4 +1,4 @@
-"""Real training runs: what they leave behind, how they go on, and what one step computes."""
+"""Tests real training runs: their files, resumes, and the computation of a step."""
 
 import json
 import math
@@ -30,11 +30,11 @@ ANNOTATIONS = "coco/annotations/instances_train2017.json"
 
 
 def words(text):
-    """Keys and values of a text."""
+    """Splits a text into keys and values."""
     return text.split()
 
 
-# So many boxes of an untrained detector that its AP is above 0, and tells weights apart.
+# With so many boxes, the AP of an untrained detector is above 0 and differs between weights.
 MANY_BOXES = words("""MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.DETECTIONS_PER_IMAGE 3000
 MODEL.RPN.PRE_NMS_TOPK_TEST 300 MODEL.RPN.POST_NMS_TOPK_TEST 200""")
 EMA = words("SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5")
@@ -43,7 +43,7 @@ PERIODS = words("LOG_PERIOD 1 SOLVER.CHECKPOINT_PERIOD 1 SOLVER.CHECKPOINTS_KEPT
 
 @META_ARCH_REGISTRY.register()
 class AveragingToy(nn.Module):
-    """A loss that is the mean over images, each on its own: batches cannot matter."""
+    """The loss is the mean over single images, so it does not depend on the batches."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -62,7 +62,7 @@ class AveragingToy(nn.Module):
 
 @pytest.fixture(autouse=True)
 def data_here(coco_root, tmp_path, monkeypatch):
-    """The tiny COCO where this process, which has imported Detectron2, looks for it."""
+    """Makes this process's Detectron2 find the tiny COCO."""
     root = MetadataCatalog.get("coco_2017_train").json_file.removesuffix(ANNOTATIONS)
     (tmp_path / root).mkdir(exist_ok=True)
     (tmp_path / root / "coco").symlink_to(coco_root / "coco")
@@ -71,30 +71,30 @@ def data_here(coco_root, tmp_path, monkeypatch):
 
 
 def arguments(folder, *options):
-    """A command line for a small run in a folder."""
+    """Returns the command line of a small run in a folder."""
     return ["--config-file", LEAF, *SMALL, *PERIODS, "OUTPUT_DIR", str(folder), *options]
 
 
 def starts_of(folder):
-    """The starts that run.json records."""
+    """Returns the starts in run.json."""
     return json.loads((folder / "run.json").read_text())
 
 
 def checkpoints_of(folder):
-    """Names of checkpoints, and of anything that was left half written."""
+    """Returns the names of checkpoints and of partly written files."""
     return sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".tmp"))
 
 
 @pytest.fixture(scope="module")
 def averaged(train_net, tmp_path_factory):
-    """Folder and output of a whole run by train_net.py, with EMA weights, without a seed."""
+    """Returns folder and output of a whole train_net.py run with EMA weights and no seed."""
     folder = tmp_path_factory.mktemp("ema")
     options = f"SOLVER.MAX_ITER 5 SEED -1 OUTPUT_DIR {folder}".split()
     process = train_net(f"--config-file {LEAF}", *options, *PERIODS, *EMA, *MANY_BOXES)
     return folder, finish(process)
 
 
-# --- what a run leaves behind --------------------------------------------------------------------
+# --- files of a run ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -181,14 +181,14 @@ def test_progress_is_printed(averaged):
 
 
 def evaluate(folder, *options):
-    """Metrics of --eval-only by name, as metrics.json has them."""
+    """Returns the metrics of --eval-only with the names in metrics.json."""
     args = parse_arguments(["--eval-only", *arguments(folder, *MANY_BOXES, *options)])
     found = run(build_run_settings(args))["bbox"]
     return {f"bbox/{name}": value for name, value in found.items()}
 
 
 def assert_last_metrics(folder, found):
-    """The very numbers that the training in a folder ended with."""
+    """Checks for exactly the last metrics of the training in a folder."""
     last = metrics_of(folder)[-1]
     assert found.keys() == {name for name in last if name.startswith("bbox/")}
     assert {name: repr(last[name]) for name in found} == {k: repr(v) for k, v in found.items()}
@@ -206,7 +206,7 @@ def test_eval_only_gives_the_metrics_of_training_with_averaged_weights(averaged,
     assert re.search(rf"{head}\| bbox \| {re.escape(printed)} \|", output)
     assert f"| person | {found['bbox/AP-person']:.2f} |" in output
     assert "copypaste" not in output
-    # The weights that are not averaged give others, so the numbers tell them apart.
+    # The weights without EMA have other metrics.
     plain = evaluate(tmp_path / "eval", "MODEL.WEIGHTS", weights)
     assert plain["bbox/AP"] != found["bbox/AP"]
 
@@ -225,13 +225,13 @@ def test_eval_only_gives_the_metrics_of_training(tmp_path):
 def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_path):
     folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
     weights = str(folder / "model_best.pth")
-    for _ in range(2):  # the second one replaces the first
+    for _ in range(2):  # the second evaluation replaces the first
         found = evaluate(folder, "MODEL.WEIGHTS", weights, *EMA)
     trained, evaluated = json.loads((folder / "results.json").read_text())
     facts = {"iteration": 4, "dataset": "coco_2017_val", "ema": True, "skipped_images": 0}
     for record in (trained, evaluated):
         assert {key: record[key] for key in facts} == facts
-    # That the sets are not COCO's own, as checks before a run have found.
+    # The checks before a run find that the sets are not COCO's own.
     assert any("coco_2017_val: 4 images" in line for line in trained["warnings"])
     assert any("coco_2017_train: 12 images" in line for line in trained["warnings"])
     assert trained["weights"] is None and evaluated["weights"] == weights
@@ -248,7 +248,7 @@ def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_
 
 @pytest.mark.slow
 def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
-    """At the end of a training, and of the very checkpoint alone; also in bfloat16."""
+    """At the end of training, and for the same checkpoint in a separate evaluation; in bfloat16."""
     folder = tmp_path / "run"
     more = words("""MODEL.MASK_ON True TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (64,96)
     SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16 TEST.DETECTIONS_PER_IMAGE 800
@@ -282,7 +282,7 @@ def test_eval_only_needs_averaged_weights_where_they_are_asked_for(tmp_path, cap
 
 @pytest.mark.slow
 def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_path, capsys):
-    """Their numbers fit, so that nothing else would tell."""
+    """The number of classes fits, so that no other check would fail."""
     truth = json.loads((coco_root / "coco/annotations/instances_val2017.json").read_text())
     truth["categories"][0]["name"] = "human"
     (tmp_path / "other.json").write_text(json.dumps(truth))
@@ -304,7 +304,7 @@ def test_eval_only_on_as_many_other_classes_is_refused(averaged, coco_root, tmp_
     ],
 )
 def test_pre_norm_that_the_weights_were_not_trained_with(averaged, tmp_path, capsys, how, told):
-    """Names and shapes are the same, and AP would fall without a word."""
+    """Names and shapes are the same, and AP would be lower without an error."""
     folder = Path(shutil.copytree(averaged[0], tmp_path / "run"))
     metrics = (folder / "metrics.json").read_text()
     options = ["MODEL.CONTNET.PRE_NORM", "True", "MODEL.WEIGHTS", str(folder / "model_final.pth")]
@@ -314,7 +314,7 @@ def test_pre_norm_that_the_weights_were_not_trained_with(averaged, tmp_path, cap
     assert (folder / "metrics.json").read_text() == metrics
 
 
-# --- going on ------------------------------------------------------------------------------------
+# --- resumes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -362,7 +362,7 @@ MODEL.CONTNET.GRAD_CHECKPOINTING block""")
 
 @pytest.fixture(scope="module")
 def of_two(train_net, tmp_path_factory):
-    """Folder and output of a recipe's run in two processes by our launcher."""
+    """Returns folder and output of a recipe's run in two processes with our launcher."""
     folder = tmp_path_factory.mktemp("of_two")
     options = [*PERIODS, *MANY_BOXES, *RECIPE, "OUTPUT_DIR", str(folder)]
     return folder, finish(train_net(f"--config-file {LEAF} --num-gpus 2", *options))
@@ -381,7 +381,7 @@ def test_a_recipe_is_scaled_to_the_processes_that_there_are(of_two):
 
 @pytest.mark.slow
 def test_two_processes_show_no_warning(of_two):
-    """They are spawned, so what is quiet in the first process alone would show here."""
+    """They are spawned, so warnings that only the first process filters would appear here."""
     _, output = of_two
     noise = r"\w*Warning: |is_fx_tracing"
     assert [line for line in output.splitlines() if re.search(noise, line)] == []
@@ -410,7 +410,7 @@ def test_torchrun_equals_our_launcher(of_two, train_net, tmp_path):
 
 
 def trainer_of(folder, *options):
-    """A trainer of the toy, without evaluation."""
+    """Builds a trainer of the toy, without evaluation."""
     toy = words("MODEL.META_ARCHITECTURE AveragingToy MODEL.BACKBONE.NAME build_contnet_backbone")
     more = [*words("DATASETS.TEST () SOLVER.MAX_ITER 1 OUTPUT_DIR"), str(folder)]
     cfg = load_config(LEAF, [*SMALL, *toy, *more, *options])
@@ -442,7 +442,7 @@ def test_two_accumulated_batches_equal_the_joined_batch(tmp_path):
 
 
 class Averaging(HookBase):
-    """The formula of the moving average, beside the trainer's own."""
+    """Computes the EMA by its formula, for comparison with the trainer's."""
 
     def __init__(self, decay):
         self.decay = decay
@@ -487,7 +487,7 @@ def test_mixed_precision_on_the_cpu(tmp_path, dtype):
 
 
 def test_spawned_workers_can_have_the_data(tmp_path):
-    """Under Detectron2's launcher a loader's workers are spawned: all they get is pickled."""
+    """Detectron2's launcher spawns the loader's workers, to which everything is pickled."""
     trainer = trainer_of(tmp_path)
     there = pickle.loads(pickle.dumps(trainer.data_loader.dataset))
     here = trainer.data_loader.dataset
@@ -504,9 +504,9 @@ def test_loss_normalizer_is_saved_and_restored(tmp_path):
     trainer = trainer_of(tmp_path, *options)
     train(trainer)
     moved = trainer.unwrapped_model.loss_normalizer
-    assert moved != 100  # what it starts from
+    assert moved != 100  # the initial value
     trainer.checkpointer.save("model_0000000")
-    trainer.checkpointer.wait()  # it writes in the background
+    trainer.checkpointer.wait()  # the checkpoint is written in the background
     other = trainer_of(tmp_path, *options)
     assert not hasattr(other.unwrapped_model, "loss_normalizer")
     other.resume_or_load(str(tmp_path / "model_0000000.pth"))

@@ -1,4 +1,4 @@
-"""TEST.LOSS_PERIOD: the losses on the test set, without a trace in the training."""
+"""Tests TEST.LOSS_PERIOD: losses on the test set, which have no effect on the training."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from contnet.evaluation.validation_loss import build_loss_mapper
 from contnet.launch.main import main as train
 from contnet.modeling.build import build_model
 
-# Periods that fall apart, a norm with running statistics, and dropout.
+# Periods that do not coincide, a norm with running statistics, and dropout.
 OPTIONS = """
 SOLVER.MAX_ITER 7 LOG_PERIOD 4 TEST.LOSS_PERIOD 3 TEST.EVAL_PERIOD 0 SOLVER.CHECKPOINT_PERIOD 4
 SOLVER.BASE_LR 0.0001 MODEL.CONTNET.LAST_DROP_RATE 0.2
@@ -33,7 +33,7 @@ BACKBONE = ("MODEL.CONTNET.NORM", "BN")
 
 @pytest.fixture(autouse=True)
 def data_here(coco_here, cityscapes_root, imagenet_here):
-    """All data sets, tiny."""
+    """Provides tiny versions of all data sets."""
 
 
 def words_of(name: str, *options: str) -> list[str]:
@@ -49,7 +49,7 @@ def run(name, folder, *options, flags=()):
 
 
 def split(folder):
-    """Validation losses by iteration, and the lines of metrics.json without them."""
+    """Returns validation losses by iteration, and the lines of metrics.json without them."""
     losses, rest = {}, []
     for line in metrics_of(folder):
         found = {key: value for key, value in line.items() if key.startswith("validation/")}
@@ -61,7 +61,7 @@ def split(folder):
 
 def state_of(folder):
     content = torch.load(folder / "model_final.pth")
-    del content["contnet"]  # the folder is another one
+    del content["contnet"]  # the folder is different
     return content
 
 
@@ -107,7 +107,7 @@ def evaluator_and_model(name, *options):
 
 
 def test_a_classifier_has_its_cross_entropy():
-    """Neither smoothed nor mixed, over images and not over batches."""
+    """It has no smoothing or mixing, and is a mean over images, not over batches."""
     cfg, evaluator, model = evaluator_and_model(
         "imagenet/contti_strong", "TEST.IMS_PER_PROCESS", "8"
     )
@@ -125,7 +125,7 @@ def test_a_classifier_has_its_cross_entropy():
 
 
 def test_a_detector_has_those_of_its_test_images():
-    """RetinaNet's, in training mode with norms that do not care, by each image's own positives."""
+    """RetinaNet in training mode, with batch-independent norms and each image's own positives."""
     options = ("MODEL.CONTNET.NORM", "GN", "MODEL.CONTNET.LAST_DROP_RATE", "0.0")
     cfg, evaluator, model = evaluator_and_model("retinanet_contti", *options)
     losses = evaluator.losses(model)
@@ -145,7 +145,7 @@ def test_a_detector_has_those_of_its_test_images():
 
 
 def positives(model, inputs) -> int:
-    """How many anchors of an image are an object's, at least 1."""
+    """Counts the anchors of an image that are assigned to an object; at least 1."""
     features = model.backbone(model.preprocess_image([inputs]).tensor)
     anchors = model.anchor_generator([features[name] for name in model.head_in_features])
     (labels,), _ = model.label_anchors(anchors, [inputs["instances"]])
@@ -153,7 +153,7 @@ def positives(model, inputs) -> int:
 
 
 def test_the_losses_are_the_same_each_time():
-    """Though Faster R-CNN samples its candidates."""
+    """Faster R-CNN samples its proposals."""
     _, evaluator, model = evaluator_and_model("faster_rcnn_contti")
     state = torch.random.get_rng_state()
     first = evaluator.losses(model)
@@ -178,8 +178,8 @@ def test_images_without_truth_have_none(coco_here, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["giou", "iou"])
 def test_two_processes_measure_the_same(loss, tmp_path, monkeypatch):
-    """FCOS, which in training exchanges numbers in its losses, on shares that are not equal."""
-    monkeypatch.delenv("DETECTRON2_DATASETS")  # They look here.
+    """FCOS reduces numbers over processes in its losses; the shares of the processes differ."""
+    monkeypatch.delenv("DETECTRON2_DATASETS")  # They look in the working folder.
     options = ["MODEL.FCOS.BOX_LOSS", loss, "SOLVER.MAX_ITER", "1", "MODEL.CONTNET.NORM", "GN"]
     content = json.loads(Path("datasets/coco/annotations/instances_val2017.json").read_text())
     content["images"] = content["images"][:3]

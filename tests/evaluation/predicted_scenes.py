@@ -40,7 +40,7 @@ def to_instances(masks: list, classes: list[int], scores: list[float]) -> Instan
 
 
 def predict_instances(image: str, exact: bool = False) -> Instances:
-    """Objects of the truth; unless exact, shifted, twice, of other classes, empty, on void."""
+    """Predicts true objects; unless exact, also shifted, repeated, misclassified or empty ones."""
     rng = np.random.default_rng(int(Path(image).stem[-22:-19], 36))
     pixels = read(truth_file(image, "instanceIds"))
     masks, classes, scores = [], [], []
@@ -67,7 +67,7 @@ def predict_instances(image: str, exact: bool = False) -> Instances:
 
 
 def predict_classes(image: str, seed: int = 0) -> torch.Tensor:
-    """Scores (19, H, W): mostly the truth's class, else any."""
+    """Predicts scores (19, H, W): mostly for the true class, otherwise for any class."""
     rng = np.random.default_rng([seed, int(Path(image).stem[-22:-19], 36)])
     truth = read(truth_file(image, "labelTrainIds"))
     other = rng.integers(0, 19, (8, 16)).repeat(8, axis=0).repeat(8, axis=1)
@@ -85,7 +85,7 @@ def run_evaluator(evaluator, images: list[str], predictions: list[dict]) -> dict
 
 @pytest.fixture
 def own_root(tmp_path, cityscapes_root):
-    """A data set to damage, to which Detectron2's names point during a test."""
+    """Copies the data set, so that tests can damage it; Detectron2's names point to the copy."""
     root = tmp_path / "own"
     shutil.copytree(cityscapes_root, root)
     use_cityscapes(root)

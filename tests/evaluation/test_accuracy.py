@@ -1,4 +1,4 @@
-"""Accuracy of classification against a plain loop."""
+"""Tests the accuracy of classification against a plain loop."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_accuracy_is_that_of_a_plain_loop(classes):
         evaluator.process(
             [{"label": labels[i]} for i in rows], [{"logits": logits[i]} for i in rows]
         )
-    # Of five classes or fewer, one of the first five is always right.
+    # With five classes or fewer, one of the first five is always right.
     top = {1: 0, 5: 0} if classes > 5 else {1: 0}
     for row, label in zip(logits.tolist(), labels, strict=True):
         order = sorted(range(classes), key=lambda i: -row[i])
@@ -48,7 +48,7 @@ def test_logits_that_are_not_finite_are_wrong_and_named(caplog):
 
 
 class Numbers(TorchDispatchMode):
-    """Counts the numbers that are read one by one, for each of which a GPU is waited for."""
+    """Counts the values that are read one by one, each of which would wait for a GPU."""
 
     count = 0
 
@@ -57,7 +57,7 @@ class Numbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("folder", ["", "somewhere"])  # it writes a file there at the end
+@pytest.mark.parametrize("folder", ["", "somewhere"])  # a file is written there at the end
 def test_a_batch_is_read_at_once(folder):
     with Numbers() as numbers:
         outputs = [{"logits": logits} for logits in torch.eye(10)]

@@ -1,4 +1,4 @@
-"""Evaluation on Cityscapes: as the official scripts do it, over processes."""
+"""Tests the evaluation on Cityscapes against the official scripts, and over processes."""
 
 import argparse
 import json
@@ -62,7 +62,7 @@ def equal(one: float, other: float) -> bool:
 
 @pytest.fixture
 def official(monkeypatch, tmp_path):
-    """The official scripts, in a folder of their own, with what numpy has dropped."""
+    """Provides the official scripts in a separate folder, with functions that numpy removed."""
 
     class Numpy:
         in1d = staticmethod(np.isin)
@@ -143,7 +143,7 @@ def test_instance_scores_equal_the_official_scripts(cityscapes_root, official):
 
 
 def without(value, key: str):
-    """Nested lists and dicts without a key."""
+    """Removes a key from nested lists and dicts."""
     if isinstance(value, dict):
         return {k: without(v, key) for k, v in value.items() if k != key}
     return [without(v, key) for v in value] if isinstance(value, list) else value
@@ -226,7 +226,7 @@ def test_without_objects_scores_are_nan_and_silent(tmp_path):
 # --- classes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 8, 10])  # sums in another order would show in the last two
+@pytest.mark.parametrize("seed", [0, 8, 10])  # sums in another order would differ for the last two
 def test_class_scores_equal_the_official_scripts(seed, cityscapes_root, official):
     images = images_of(cityscapes_root)
     predictions = [predict_classes(image, seed) for image in images]
@@ -245,14 +245,14 @@ EVALUATED = [label for label in name2label.values() if not label.ignoreInEval]
 
 
 def exact_classes(image: str) -> torch.Tensor:
-    """The truth; where it has no class, "train"."""
+    """Returns the truth; pixels without a class are "train"."""
     truth = torch.from_numpy(read(truth_file(image, "labelTrainIds")).astype(np.int64))
     truth[truth == 255] = 16
     return torch.nn.functional.one_hot(truth, 19).permute(2, 0, 1).float()
 
 
 def test_which_classes_count(cityscapes_root):
-    """A class is left out if it is nowhere, but an absent one that is predicted counts as 0."""
+    """A class that occurs nowhere is left out; an absent class that is predicted counts as 0."""
     images = images_of(cityscapes_root)
     predictions = [exact_classes(image) for image in images]
     outputs = [{"sem_seg": scores} for scores in predictions]
@@ -337,7 +337,7 @@ def test_images_that_are_left_out_are_told(cityscapes_root, caplog):
 
 
 def evaluate_everything(root: Path, output: Path, part: slice) -> dict:
-    """All metrics of the made-up predictions; ``part`` is this process's share."""
+    """Computes all metrics of the made-up predictions; ``part`` is this process's share."""
     images = images_of(root)
     results = {}
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -352,7 +352,7 @@ def evaluate_everything(root: Path, output: Path, part: slice) -> dict:
 
 
 def evaluate_in_parallel(args):
-    """What each process does: its share of the images, in folders of its machine."""
+    """Evaluates a process's share of the images, in the folders of its machine."""
     rank, machine = comm.get_rank(), Path(args.folder, f"machine{args.machine_rank}")
     for name in ("tmp", "here"):
         (machine / name).mkdir(parents=True, exist_ok=True)
@@ -366,7 +366,7 @@ def evaluate_in_parallel(args):
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_processes_get_the_same_numbers(machines, cityscapes_root, tmp_path):
-    """Also where the machines share no folder."""
+    """The machines need not share a folder."""
     url = f"tcp://127.0.0.1:{_find_free_port()}"
     where = {"root": cityscapes_root, "folder": tmp_path}
     with ThreadPoolExecutor(machines) as starters:

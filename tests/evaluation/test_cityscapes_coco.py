@@ -1,4 +1,4 @@
-"""COCO's view of Cityscapes: its metrics, and annotations that follow the data."""
+"""Tests COCO's metrics on Cityscapes, and the annotations, which follow the data."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_instances_also_get_cocos_metrics(cityscapes_root, tmp_path):
     assert list(results) == ["cityscapes", "bbox", "segm"]
     for task in ("bbox", "segm"):
         assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP-car"} <= results[task].keys()
-    # Detectron2's polygons follow the pictures to about a pixel.
+    # Detectron2's polygons are accurate to about a pixel.
     assert results["segm"]["AP50"] > 90
     cfg.MODEL.MASK_ON = False
     assert list(run_evaluator(build_evaluator(cfg, INSTANCES), images, outputs)) == ["bbox"]
@@ -45,7 +45,7 @@ def test_cocos_metrics_are_pycocotools(cityscapes_root, tmp_path):
         results.append(run_evaluator(NumberedImages(coco, INSTANCES), images, outputs))
     slow, fast = results
     for task, scores in slow.items():
-        ours = {name: fast[task][name] for name in scores}  # also has recalls
+        ours = {name: fast[task][name] for name in scores}  # ours also include recalls
         assert ours == pytest.approx(scores, abs=1e-12, rel=0, nan_ok=True)
     assert 0 < slow["bbox"]["AP"] < 100 and 0 < slow["segm"]["APs"] < 100
 

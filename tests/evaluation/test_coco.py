@@ -1,4 +1,4 @@
-"""COCO evaluation on arrays against pycocotools itself, on random detections and ground truth."""
+"""Tests COCO evaluation on arrays against pycocotools, on random detections and ground truth."""
 
 import contextlib
 import io
@@ -32,19 +32,19 @@ LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
 
 
 def random_box(rng):
-    """XYWH, small to large by COCO's areas."""
+    """Returns an XYWH box, from small to large by COCO's areas."""
     width, height = np.exp(rng.uniform(np.log(6), np.log([WIDTH, HEIGHT])))
     return [rng.uniform(0, WIDTH - width), rng.uniform(0, HEIGHT - height), width, height]
 
 
 def polygon_of(box):
-    """A triangle in it."""
+    """Returns a triangle in the box."""
     x, y, w, h = box
     return [[x, y, x + w, y, x + w / 2, y + h]]
 
 
 def crowd_of(box):
-    """Uncompressed run lengths, as COCO has crowds."""
+    """Returns uncompressed run lengths, as for COCO's crowds."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     x, y, w, h = (int(v) for v in box)
     mask[y : y + h + 1, x : x + w + 1] = 1
@@ -55,7 +55,7 @@ def crowd_of(box):
 
 
 def random_truth(rng, images, classes, per_image=8):
-    """A COCO file: each third image is empty, some objects are crowds, some say "ignore"."""
+    """Makes a COCO file: every third image is empty, some objects are crowds or have "ignore"."""
     categories = [{"id": 3 * i + 2, "name": f"class-{i}"} for i in range(classes)]
     annotations = []
     for image in range(images):
@@ -79,14 +79,14 @@ def random_truth(rng, images, classes, per_image=8):
 
 
 def mask_of(segmentation):
-    """Of an annotation, as an array."""
+    """Returns the mask of an annotation as an array."""
     if isinstance(segmentation, dict):
         return rle.decode(rle.frPyObjects(segmentation, HEIGHT, WIDTH))
     return rle.decode(rle.merge(rle.frPyObjects(segmentation, HEIGHT, WIDTH)))
 
 
 def random_detections(rng, truth, image_id, masks, noise=12):
-    """Objects found about where they are, twice or not at all, of a right or wrong class."""
+    """Detects objects near their boxes, twice or not at all, with right or wrong classes."""
     classes = len(truth["categories"])
     boxes, found = [], []
     for item in truth["annotations"]:
@@ -99,7 +99,7 @@ def random_detections(rng, truth, image_id, masks, noise=12):
     boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].clip(1)
     instances = Instances((HEIGHT, WIDTH))
     instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
-    # In tenths, so that many are equal, within an image and between images.
+    # In steps of 0.1, so that many are equal within and between images.
     instances.scores = torch.tensor(rng.integers(0, 11, len(found)) / 10, dtype=torch.float32)
     classes = [rng.integers(classes) if each is None else each for each in found]
     instances.pred_classes = torch.tensor(np.array(classes, dtype=int))
@@ -112,7 +112,7 @@ def random_detections(rng, truth, image_id, masks, noise=12):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """Evaluates detections by image id; returns our metrics and a function for the official."""
+    """Evaluates detections by image id; returns our metrics and a function for pycocotools'."""
     names = []
 
     def evaluate(truth, detections, *options):
@@ -145,7 +145,7 @@ def evaluated(tmp_path):
 
 
 def official(truth, results, task, limit):
-    """What pycocotools says, with its own means over its own arrays."""
+    """Returns pycocotools' metrics, with our own means over its arrays."""
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO()
         ground_truth.dataset = json.loads(json.dumps(truth))
@@ -182,7 +182,7 @@ def official(truth, results, task, limit):
 
 
 def assert_equal(ours, theirs):
-    """The same metrics, equal but for rounding; not-a-number equals itself."""
+    """Checks that metrics are equal except for rounding; nan equals nan."""
     assert ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, abs=1e-12, rel=0, nan_ok=True)
 
@@ -205,7 +205,7 @@ def test_equals_pycocotools(evaluated, images, classes, seed, masks):
 
 @pytest.mark.parametrize("limit", [1, 5, 100, 150])
 def test_equals_pycocotools_with_any_limit_of_detections(evaluated, limit):
-    """Its sorted limits are 1, 10 and ours, so that fewer than 10 count as 10 there too."""
+    """pycocotools sorts the limits 1, 10 and ours, so that it also treats fewer than 10 as 10."""
     rng = np.random.default_rng(limit)
     truth = random_truth(rng, 4, 2, per_image=60)
     found = {10 * i: random_detections(rng, truth, 10 * i, False, noise=300) for i in range(4)}
@@ -288,7 +288,7 @@ def test_annotation_id_0_counts_as_missed_as_in_pycocotools(evaluated):
     assert results["bbox"]["AP"] < right["bbox"]["AP"]
 
 
-# --- without truth -------------------------------------------------------------------------------
+# --- without ground truth ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("annotations", [{}, {"annotations": []}], ids=["no list", "empty list"])
@@ -318,7 +318,7 @@ def test_without_truth_there_is_the_servers_file(tmp_path, annotations, masks):
     keys = {"image_id", "category_id", "bbox", "score", *["segmentation"] * masks}
     assert all(row.keys() == keys for row in rows)
     assert {row["category_id"] for row in rows} <= ids.keys()
-    # What the server does with it: the same file is good where the truth is known.
+    # The server loads the file, which is also valid with the ground truth.
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truth
@@ -348,12 +348,12 @@ def test_keypoints_without_truth_are_in_the_servers_file(tmp_path):
 
 
 def without_annotations(truth):
-    """What an institution publishes of its test set."""
+    """Returns the published part of a test set."""
     return {key: value for key, value in truth.items() if key != "annotations"}
 
 
 def both(truth, results, task, limit=100, images=None):
-    """Our evaluation and pycocotools' of the same detections, accumulated."""
+    """Returns our evaluation and pycocotools' of the same detections, accumulated."""
     coco = COCO()
     with contextlib.redirect_stdout(io.StringIO()):
         coco.dataset = json.loads(json.dumps(truth))
@@ -418,7 +418,7 @@ def test_all_curves_equal_pycocotools(task, images, classes, crowded):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize(("second", "right"), [(0, True), (8, False)])
 def test_of_equal_overlaps_the_later_object_is_taken(task, second, right):
-    """A box between two objects; whether the next one finds its own still free tells which."""
+    """The box is between two objects; the next detection shows which object is still free."""
 
     def shape(x):
         outline = [[x, 0, x + 40, 0, x + 40, 40, x, 40]]
@@ -439,7 +439,7 @@ def test_of_equal_overlaps_the_later_object_is_taken(task, second, right):
 
 
 def test_some_images_alone_and_ids_of_any_kind():
-    """Also an object with the number 0, which pycocotools takes for none."""
+    """An object has the id 0, which pycocotools treats as no object."""
     rng = np.random.default_rng(7)
     truth = random_truth(rng, 8, 2, per_image=12)
     for image in truth["images"]:
@@ -455,7 +455,7 @@ def test_some_images_alone_and_ids_of_any_kind():
 
 
 def peak_memory(evaluation):
-    """Bytes that it takes to evaluate once more."""
+    """Returns the bytes that another evaluation allocates."""
     tracemalloc.start()
     evaluation.evaluate()
     _, peak = tracemalloc.get_traced_memory()
@@ -500,7 +500,7 @@ def test_run_lengths_are_pycocotools():
     assert encode_masks(torch.from_numpy(masks[:0])) == []
 
 
-# Under autocast on a CPU scores come in half precision.
+# Under autocast on a CPU, scores are in half precision.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", [False, True])
 def test_file_of_detections_is_detectron2s(evaluated, tmp_path, masks, dtype):

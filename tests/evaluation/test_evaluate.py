@@ -1,4 +1,4 @@
-"""Test sets and their ground truth are read once, for all evaluations of a training."""
+"""Tests that test sets and their ground truth are read once for all evaluations of a training."""
 
 import builtins
 import io
@@ -29,7 +29,7 @@ pytest_plugins = ["predicted_scenes"]
 
 
 class Guesses(nn.Module):
-    """Guesses objects, classes of pixels and of images, by the names of files and a seed."""
+    """Guesses objects and classes of pixels and images, by file name and seed."""
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -78,7 +78,7 @@ SETS = {
 
 
 def _forget(folder: Path) -> None:
-    """Takes away what says what is in the images."""
+    """Deletes the ground truth."""
     shutil.rmtree(folder / "cache", ignore_errors=True)
     for pattern in ("instances_*.json", "*_polygons.json", "annotations-*.json"):
         for file in folder.rglob(pattern):
@@ -95,7 +95,7 @@ def test_later_evaluations_read_nothing_again(own_root, tmp_path, kind):
     cfg = load_config(leaf, [*QUICK, *own, *options])
     register_datasets(cfg)
     (own_root / "run").mkdir()
-    # Each by an evaluator of its own, which reads all.
+    # Each by a separate evaluator, which reads everything.
     expected = [repr(Evaluator(cfg).evaluate(Guesses(seed))) for seed in range(3)]
     evaluator = Evaluator(cfg)
     found = [repr(evaluator.evaluate(Guesses(0)))]
@@ -110,7 +110,7 @@ def test_later_evaluations_read_nothing_again(own_root, tmp_path, kind):
 
 @META_ARCH_REGISTRY.register()
 class GuessingToy(Guesses):
-    """Learns something else, and guesses anew at each evaluation."""
+    """Learns something else, and makes new guesses in each evaluation."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -126,7 +126,7 @@ class GuessingToy(Guesses):
 
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
-    """Names of the files that this process opens."""
+    """Records the names of the files that this process opens."""
     names, plain = [], builtins.open
 
     def noted(file, *args, **kwargs):
@@ -140,7 +140,7 @@ def opened(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def training(tmp_path):
-    """Makes a training on drawn shapes, which evaluates after each of three iterations."""
+    """Builds a trainer on drawn shapes, which evaluates after each of three iterations."""
     config, *options = _shapes(tmp_path)
 
     def make(*more: str) -> Trainer:
@@ -178,7 +178,7 @@ def test_a_training_reads_its_test_set_once(training, tmp_path, opened):
 
 
 class Count(DatasetEvaluator):
-    """Counts images; a user's own."""
+    """Counts images, like a user's evaluator."""
 
     def __init__(self, name: str):
         self.truth = len(DatasetCatalog.get(name))
@@ -205,6 +205,6 @@ def test_a_set_of_the_users_own_is_loaded_once(training, tmp_path, monkeypatch):
     MetadataCatalog.get("own").evaluator_type = "count"
     monkeypatch.setitem(EVALUATORS, "count", lambda cfg, name, folder: Count(name))
     training("DATASETS.TEST", "('own',)").fit()
-    assert len(calls) == 2  # by the evaluation and by its evaluator
+    assert len(calls) == 2  # once by the evaluation and once by its evaluator
     shares = [line["count/share"] for line in metrics_of(tmp_path / "run")]
     assert shares == [100, 100, 100]

@@ -1,4 +1,4 @@
-"""What results.json says of how its numbers were measured."""
+"""Tests the records in results.json of how metrics were measured."""
 
 import copy
 import json
@@ -19,11 +19,11 @@ from contnet.modeling.build import build_model
 
 @pytest.fixture(autouse=True)
 def data_here(coco_here, cityscapes_root, imagenet_here):
-    """All data sets, tiny."""
+    """Provides tiny versions of all data sets."""
 
 
 def record_of(name, folder, *options):
-    """The record of an evaluation of random weights."""
+    """Returns the record of an evaluation of random weights."""
     small = [*SMALL, *TINY] if not name.startswith("imagenet") else []
     words = [*small, *SYSTEMS[name][0].split(), *options, "MODEL.DEVICE", "cpu"]
     words += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(folder)]

@@ -1,4 +1,4 @@
-"""Tables of results, results.json, and the checkpoint of the best one."""
+"""Tests tables of results, results.json, and the best checkpoint."""
 
 import json
 import math
@@ -64,13 +64,13 @@ def test_no_table_of_classes_without_any():
 
 
 def record(folder, iteration, value, dataset="val", weights=None, ema=False):
-    """One evaluation of one data set."""
+    """Records an evaluation of a data set."""
     results = {dataset: {"bbox": {"AP": value}}}
     record_results(folder, results, iteration=iteration, weights=weights, ema=ema)
 
 
 def values_of(folder):
-    """(iteration, AP) of all records."""
+    """Returns (iteration, AP) of all records."""
     return [(each["iteration"], each["metrics"]["bbox"]["AP"]) for each in read_results(folder)]
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_set_aside(tmp_path, caplog, content):
     assert str(path) in said and str(tmp_path / "set_aside" / "results.json") in said
 
 
-# --- which metric counts -------------------------------------------------------------------------
+# --- the metric for the best checkpoint ----------------------------------------------------------
 
 
 def record_many(folder, weights):
@@ -159,7 +159,7 @@ def test_evaluations_at_once_keep_each_others_results(tmp_path):
 
 
 def config(*options):
-    """A leaf's config with overrides."""
+    """Loads a config with overrides."""
     return load_config(LEAF, list(options))
 
 
@@ -211,7 +211,7 @@ RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
     ],
 )
 def test_chosen_metric_is_checked_before_a_run(metric, options, right):
-    # Known before any annotations are loaded, as a run's checks are.
+    # The classes are known without annotations, as in a run's checks.
     assert len(MetadataCatalog.get("coco_2017_val").thing_classes) == 80
     cfg = config("TEST.BEST_METRIC", metric, *options)
     if right:
@@ -225,9 +225,9 @@ def test_chosen_metric_is_checked_before_a_run(metric, options, right):
 
 
 class Loop(TrainerBase):
-    """Detectron2's loop around nothing, evaluating to given values, with our hooks.
+    """Detectron2's loop without a real model, with given metrics and our hooks.
 
-    The model's weight is the iteration that it has last seen.
+    The model's weight is the last iteration.
     """
 
     def __init__(self, folder, values, metric="bbox/AP"):
@@ -252,13 +252,13 @@ class Loop(TrainerBase):
         nn.init.constant_(self.model.weight, self.iter)
 
     def run(self, stop=None):
-        """Trains, or is killed once ``stop`` has been done."""
+        """Trains, or ends after the iteration ``stop``."""
         self.train(self.start_iter, self.last if stop is None else stop + 1)
         return self
 
 
 class Killable(Loop):
-    """Ends as a kill does: without the checkpoint of a last iteration."""
+    """Ends like a killed run, without a final checkpoint."""
 
     def run(self, stop):
         step = self.run_step
@@ -275,7 +275,7 @@ class Killable(Loop):
 
 
 def best_of(folder):
-    """Weight and the remembered best value of model_best.pth."""
+    """Returns the weight and the best value in model_best.pth."""
     content = torch.load(folder / "model_best.pth")
     return content["model"]["weight"].item(), content["trainer"]["hooks"]["Evaluation"]
 

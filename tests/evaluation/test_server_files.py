@@ -1,4 +1,4 @@
-"""Cityscapes' test split: no truth, and the files that its server wants."""
+"""Tests Cityscapes' test split, which has no ground truth, and the files for its server."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FRAME = [{"label": "out of roi", "polygon": [[0, 0], [128, 0], [128, 9]]}]
 
 @pytest.fixture(params=["no folder", "frames alone", "empty folder"])
 def test_split(own_root, request) -> Path:
-    """A copy of val as the split that Cityscapes publishes without objects; its images."""
+    """Copies val as the split that Cityscapes publishes without objects; returns its images."""
     images, truth = (own_root / "cityscapes" / kind for kind in ("leftImg8bit", "gtFine"))
     shutil.copytree(images / "val", images / "test")
     if request.param == "empty folder":
@@ -58,7 +58,7 @@ def test_files_for_the_server(own_root, test_split, task, cache):
     more = () if cache else ("DATASETS.CACHE_DIR", "")
     cfg = config(own_root, task, *more)
     name = f"cityscapes_fine_{task}_test"
-    check_datasets(cfg, [name])  # finds no error
+    check_datasets(cfg, [name])  # no error is raised
     assert not has_truth(cfg, name) and has_truth(cfg, name.replace("test", "val"))
     stale = own_root / "run" / "inference" / name / "server" / "stale.png"
     stale.parent.mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_files_for_the_server(own_root, test_split, task, cache):
 
 
 def check_classes(folder: Path, image: Path, output: dict) -> None:
-    """Class ids, not train ids, under the image's name."""
+    """Checks for class ids, not train ids, in a file with the image's name."""
     found = np.asarray(Image.open(folder / image.name))
     assert found.dtype == np.uint8 and found.shape == (64, 128)
     evaluated = [label for label in name2label.values() if not label.ignoreInEval]
@@ -87,7 +87,7 @@ def check_classes(folder: Path, image: Path, output: dict) -> None:
 
 
 def check_instances(folder: Path, image: Path, output: dict) -> None:
-    """What the official script reads of it."""
+    """Checks what the official script reads."""
     file = folder / f"{image.stem}_pred.txt"
     args = official_instances.args
     args.predictionPath, args.predictionWalk = str(folder), None

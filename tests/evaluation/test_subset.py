@@ -1,4 +1,4 @@
-"""Evaluation on data sets that have some of the model's classes, matched by name."""
+"""Tests evaluation on data sets with a subset of the model's classes, matched by name."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from contnet.utils.errors import UserError
 
 
 class Kept:
-    """Keeps what an evaluator is given."""
+    """Stores the outputs that an evaluator gets."""
 
     def process(self, inputs, outputs):
         self.outputs = outputs
@@ -67,7 +67,7 @@ def test_unknown_classes_are_named():
     ids=["the model's", "the data's"],
 )
 def test_equal_names_match_no_classes(ours, theirs):
-    """Predictions of one of them would count for the other, or for nothing."""
+    """Predictions of one of them would count for the other one or not at all."""
     with pytest.raises(UserError, match="several are called cat"):
         share_classes(Kept(), "mine", ours, theirs)
     cfg = get_cfg()
@@ -82,7 +82,7 @@ def test_equal_names_match_no_classes(ours, theirs):
 
 
 def make_set(folder: Path, names: list[str]) -> list[str]:
-    """A data set in COCO's form with a box of each class in each of two images."""
+    """Makes a data set in COCO format with a box of each class in each of two images."""
     folder.mkdir()
     images, boxes = [], []
     for i in range(2):
@@ -111,7 +111,7 @@ def options(folder, names):
     entry = make_set(folder, names)
     leaf = str(REPOSITORY / "configs" / "retinanet_contti.yaml")
     opts = [*SMALL, "DATASETS.REGISTER", str([entry]), "DATASETS.TEST", str((entry[0],))]
-    # Every detection counts.
+    # Keep all detections.
     opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "400"]
     return leaf, opts
 
@@ -134,7 +134,7 @@ def evaluate(leaf, opts, weights, output):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A RetinaNet of three classes."""
+    """Saves a RetinaNet with three classes."""
     leaf, opts = options(tmp_path / "train", ["cat", "person", "dog"])
     cfg, _ = configure(leaf, [*opts, "DATASETS.TRAIN", "('train',)"])
     model = build_model(cfg)
@@ -158,7 +158,7 @@ def test_a_model_is_evaluated_on_some_of_its_classes(tmp_path, weights, capsys):
         file = output / "inference" / f"set{number}" / "coco_instances_results.json"
         results[number] = json.loads(file.read_text())
 
-    # The same images; the same boxes and scores of dogs and cats, and none of persons.
+    # The same images; the same boxes and scores for dogs and cats, and none for persons.
     def of(number, category):
         return sorted(
             (each["image_id"], each["score"], each["bbox"])
@@ -180,6 +180,6 @@ def test_the_best_metric_may_be_of_a_class_of_own_data(tmp_path, capsys, label):
     status = main(["--config-file", leaf, *opts, "SOLVER.MAX_ITER", "1"])
     if label == "cat":
         assert status == 0 and (tmp_path / "out" / "model_best.pth").exists()
-    else:  # found before anything is trained
+    else:  # found before training
         assert status == 2 and "bbox/AP-dog" in capsys.readouterr().err.splitlines()[-1]
         assert not list((tmp_path / "out").glob("*.pth"))

@@ -1,4 +1,4 @@
-"""Images that cannot be read: named, or skipped and counted as missed."""
+"""Tests unreadable images, which are reported, or skipped and counted as missed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ IMAGES = {
 
 @pytest.fixture
 def evaluated(own_root):
-    """Evaluates guesses on a kind of data set; the metrics and the record."""
+    """Evaluates guesses on a kind of data set; returns the metrics and the record."""
 
     def evaluate(kind: str, *more: str) -> tuple[dict, dict]:
         if not (own_root / "run").exists():
@@ -47,7 +47,7 @@ def evaluated(own_root):
 
 
 def damage(own_root: Path, kind: str) -> Path:
-    """Cuts the second image of a kind of data set."""
+    """Truncates the second image of a kind of data set."""
     image = sorted(own_root.glob(IMAGES[kind]))[1]
     image.write_bytes(image.read_bytes()[:200])
     return image
@@ -74,7 +74,7 @@ def test_a_damaged_image_is_named_or_skipped(evaluated, own_root, kind, workers)
 
 
 def test_objects_of_a_skipped_image_are_missed(evaluated, own_root):
-    """As pycocotools has it, where the file of detections has none of an image."""
+    """The result is pycocotools' for a file without detections in the image."""
     kind = "boxes and masks"
     evaluated(kind)
     truth = json.loads((own_root / "shapes/annotations/instances_val.json").read_text())
@@ -102,7 +102,7 @@ def test_the_label_of_a_skipped_image_is_missed(evaluated, own_root):
 
 @pytest.mark.parametrize("kind", ["instance_seg", "sem_seg"])
 def test_scenes_that_are_skipped_are_missed(cityscapes_root, tmp_path, kind):
-    """As a scene in which nothing, or no class, was found."""
+    """The result is that of a scene without detections or classes."""
     images = images_of(cityscapes_root)
     records = [{"file_name": image, "image_id": Path(image).name} for image in images]
     config = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
@@ -127,7 +127,7 @@ def test_scenes_that_are_skipped_are_missed(cityscapes_root, tmp_path, kind):
 
 
 def scene_output(image: str) -> dict:
-    """All objects and all classes found."""
+    """Predicts all objects and classes."""
     return {"instances": predict_instances(image, exact=True), "sem_seg": exact_classes(image)}
 
 

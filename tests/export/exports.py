@@ -19,7 +19,7 @@ from contnet.data.datasets.shapes_drawing import draw_picture
 
 __all__ = ["draw_image", "run_example", "save_decided"]
 
-# Larger than the coarsest stride, and no multiple of a patch.
+# Larger than the coarsest stride, and not a multiple of a patch.
 _SIZES = """
 INPUT.MIN_SIZE_TEST 165 INPUT.MAX_SIZE_TEST 203 TEST.SLIDING_WINDOW.ENABLED False INPUT.FORMAT BGR
 """
@@ -46,20 +46,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def draw_image(path: Path, height: int = 170, width: int = 230) -> Path:
-    """A picture of shapes."""
+    """Draws an image of shapes."""
     draw_picture(np.random.default_rng(3), 256, 256)[0].resize((width, height)).save(path)
     return path
 
 
 def _spread(model: nn.Module, inputs: list[dict]) -> None:
-    """Scales the last layers, so that scores differ by more than rounding, and boxes move."""
+    """Scales the last layers, so that scores differ by more than rounding and boxes change."""
     if hasattr(model, "roi_heads"):
-        model.roi_heads.box_predictor.test_score_thresh = 0.0  # masks need something
+        model.roi_heads.box_predictor.test_score_thresh = 0.0  # masks need detections
     for name, module in model.named_modules():
         wanted = 2.0 if name.endswith(_SCORES) else 0.5 if name.endswith(_DELTAS) else None
         if wanted is None:
             continue
-        module.bias.data.zero_()  # beside which an untrained layer's values are nothing
+        module.bias.data.zero_()  # larger than an untrained layer's outputs
         seen = []
         hook = module.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out))
         with torch.no_grad():
@@ -68,16 +68,16 @@ def _spread(model: nn.Module, inputs: list[dict]) -> None:
         values = torch.cat([each.flatten() for each in seen])
         module.weight.data *= wanted / values.std()
     if hasattr(model, "head") and hasattr(model.head, "ctrness"):
-        model.head.bbox_pred.bias.data.fill_(1.0)  # distances, which are not below 0
+        model.head.bbox_pred.bias.data.fill_(1.0)  # distances must not be negative
 
 
 def save_decided(folder: Path, name: str, *options: str) -> Path:
-    """The folder of a shipped config's model whose detections have clearly different scores."""
+    """Saves a run of a shipped config whose detections have clearly different scores."""
     small, sizes = (SMALL, _SIZES)
     if name.startswith("imagenet"):
         small, sizes = (QUICK, _CLASSIFIER_SIZES)
     own = SYSTEMS.get(name, ("",))[0]
-    # Without test images, also after a test that has made some.
+    # Without test images, even if another test has made some.
     none = ("DATASETS.TEST", "()")
     words = [*small, *TINY, *own.split(), *OPTIONS.split(), *sizes.split(), *none, *options]
     cfg = contnet.load_config(str(CONFIGS / f"{name}.yaml"), words)
@@ -93,7 +93,7 @@ def save_decided(folder: Path, name: str, *options: str) -> Path:
 
 
 def run_example(folder: Path, image: Path, hidden: set[str], cwd: Path) -> object:
-    """What the example of an export prints, in a process that cannot import some packages."""
+    """Returns what an export's example prints in a process that cannot import some packages."""
     program = [sys.executable, "-I", "-c", _BOOTSTRAP, ",".join(sorted(hidden))]
     done = subprocess.run(
         [*program, str(folder / "example.py"), str(image)],

@@ -1,4 +1,4 @@
-"""The comparison of an export with its model: what it takes, and what it does not."""
+"""Tests the comparison of an export with its model: what passes and what fails."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DETECTOR = ("boxes", "scores", "classes")
 
 
 def detections():
-    """Three of one class, and one of another at the same place as the first."""
+    """Returns three detections of a class, and one of another class at the place of the first."""
     boxes = torch.tensor([[0, 0, 50, 50], [100, 0, 150, 50], [0, 60, 30, 90], [0, 0, 50, 50]])
     return [boxes.float(), torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([0, 0, 0, 1])]
 
@@ -60,7 +60,7 @@ def test_equals_in_another_order():
 
 
 def test_the_choice_between_equals_at_the_end():
-    """As many detections are kept as are asked for; of two with the last score it may be either."""
+    """The number of detections is limited; with two equal last scores, either may be kept."""
     found, expected = detections(), detections()
     found[0][3] = torch.tensor([150.0, 50, 190, 90])
     check = check_of(found, expected)
@@ -79,7 +79,7 @@ def test_masks_are_compared():
 def test_nothing_is_found():
     none = [torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)]
     assert check_of(none, none).passed
-    assert check_of(none, detections()).unmatched == 3  # the last may be one below the threshold
+    assert check_of(none, detections()).unmatched == 3  # the last one may be below the threshold
 
 
 @pytest.mark.parametrize("names", [("logits",), ("semantic",), ("res2",)])
@@ -90,7 +90,7 @@ def test_tensors(names):
     assert check.difference == pytest.approx(0.1) and not check.passed
     for wrong in (torch.full((1, 3), torch.nan), expected[:, :2]):
         check = check_of([wrong], [expected], names)
-        compare(check, names, [expected], [expected], IMAGES)  # one that is right mends nothing
+        compare(check, names, [expected], [expected], IMAGES)  # correct output changes nothing
         assert not check.passed
 
 

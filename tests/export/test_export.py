@@ -1,4 +1,4 @@
-"""tools/export.py: the export computes what the model does, also where this is not installed."""
+"""Tests tools/export.py: an export computes the same as the model, also without this project."""
 
 import json
 
@@ -29,7 +29,7 @@ HIDDEN = {"onnx": NEVER | {"torch", "torchvision", "onnx"}, "torch-export": NEVE
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """The run of a system, made once."""
+    """Makes the run of a system once."""
     runs = {}
 
     def get(name, *options):
@@ -47,7 +47,7 @@ def facts_of(folder):
 
 
 def assert_example_agrees(run, folder, tmp_path):
-    """The example finds in an image what the model does."""
+    """Checks that the example finds the same in an image as the model."""
     facts, image = facts_of(folder), draw_image(tmp_path / "image.png")
     lines = (folder / "example.py").read_text().splitlines()
     assert sum(not line.startswith(("import", "from", '"""')) for line in filter(None, lines)) <= 20
@@ -58,7 +58,7 @@ def assert_example_agrees(run, folder, tmp_path):
         assert np.allclose([score for _, score in printed], found["scores"], atol=1e-5)
     elif facts["outputs"] == ["semantic"]:
         labels = np.array(Image.open(tmp_path / "labels.png"))
-        assert (labels == found["semantic"]).mean() > 0.97  # logits are resized another way
+        assert (labels == found["semantic"]).mean() > 0.97  # logits are resized differently
         assert len(np.unique(labels)) > 1
     else:
         names, scores, boxes = printed
@@ -72,7 +72,7 @@ def assert_example_agrees(run, folder, tmp_path):
 
 
 def every_pair():
-    """All systems in all formats, of which `make test` runs what differs most."""
+    """Yields all systems in all formats; `make test` runs the most different pairs."""
     for name in (CLASSIFIER, SEGMENTER, *DETECTORS):
         for form in FORMATS:
             fast = form == "torchscript" or (name, form) == (CLASSIFIER, "onnx")
@@ -104,7 +104,7 @@ def test_whole_models(name, form, run_of, tmp_path, capsys):
     ],
 )
 def test_backbones(name, form, run_of, tmp_path):
-    """With a free batch, also of a detector."""
+    """The batch size is free, even for a detector."""
     folder = tmp_path / "exported"
     assert main([str(run_of(name)), str(folder), "--format", form, "--backbone"]) == 0
     facts, image = facts_of(folder), draw_image(tmp_path / "image.png")
@@ -158,7 +158,7 @@ def test_images_in_which_nothing_is_found(form, run_of, tmp_path):
     "form", ["torchscript", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)]
 )
 def test_a_network_with_one_size(form, run_of, tmp_path):
-    """DeiT has a table of positions, for images of one size."""
+    """DeiT's table of positions is for images of one size."""
     sizes = ["INPUT.CLASSIFIER.RESIZE_TEST", "224", "INPUT.CLASSIFIER.CROP_TEST", "224"]
     run, folder = run_of("imagenet/deit_ti_strong", *sizes), tmp_path / "exported"
     assert main([str(run), str(folder), "--format", form]) == 0
@@ -190,7 +190,7 @@ def test_without_a_check(run_of, tmp_path, capsys):
 
 
 def test_an_export_that_differs(run_of, tmp_path, capsys, monkeypatch):
-    """Half precision, by the measure of float32."""
+    """Half precision is checked with a tolerance for float32."""
     monkeypatch.setitem(checking.TOLERANCES, "float16", 1e-6)
     folder = tmp_path / "new"
     command = [str(run_of(CLASSIFIER)), str(folder), "--format", "torchscript"]
@@ -202,7 +202,7 @@ def test_an_export_that_differs(run_of, tmp_path, capsys, monkeypatch):
 
 
 class Chooses(torch.nn.Module):
-    """What it does depends on what it is given."""
+    """A model with data-dependent control flow."""
 
     def forward(self, images):
         return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))

@@ -1,7 +1,7 @@
-"""Trainings that are disturbed at chosen or random moments, each compared with one left alone.
+"""Training runs that are disturbed at chosen or random moments, and compared with undisturbed runs.
 
-Every training is a real process that runs train_net.py's ``main`` (tests/faults/forks.py), or a
-job of tools/submit.py's.
+Each run is a real process that runs train_net.py's ``main`` (tests/faults/forks.py), or a job of
+tools/submit.py.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ SOLVER.IMS_PER_BATCH 4 SOLVER.GRAD_ACCUM_STEPS 2 SOLVER.EMA.ENABLED True SOLVER.
 SOLVER.BASE_LR 0.0001 DATALOADER.NUM_WORKERS 2 MODEL.CONTNET.DROP_PATH_RATE 0.2
 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.DETECTIONS_PER_IMAGE 1000
 """
-# How a run is started, and its number of processes.
+# Kinds of starting a run, with the number of processes.
 KINDS = {"one process": 1, "two processes": 2, "submitted": 1}
-# What the log says last while a training is in that phase.
+# The last such line in the log shows the phase of a training.
 PHASES = {
     "training": re.compile(r" iter: (\d+) "),
     "saving": re.compile("Saving checkpoint to"),
     "evaluating": re.compile("Start inference on"),
 }
-# What is raised while Python forks a process is printed and dropped, PyTorch's word of a killed
-# loader worker among others; the training notices at its next step.
+# Errors raised while Python forks a process are printed and dropped, including PyTorch's error for
+# a killed loader worker; the training fails at its next step.
 DROPPED = re.compile(r"^Exception ignored in.*\nTraceback.*\n(?:[ \t].*\n|\n)*.*\n", re.MULTILINE)
-# Seconds within which all processes of a run are gone after one was killed or signalled.
+# Seconds after a kill or signal within which all processes of a run must be gone.
 PATIENCE = 90
 
 
@@ -58,7 +58,7 @@ PATIENCE = 90
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session."""
+    """Lists the living processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -74,21 +74,21 @@ def _send(pids: Sequence[int], name: str) -> None:
             os.kill(pid, getattr(signal, name))
 
 
-# --- what must hold ------------------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------
 
 
 def _state(file: Path) -> dict:
-    """A checkpoint without what it says of itself: the folder is another one."""
+    """Loads a checkpoint without its metadata, because the folder is different."""
     content = torch.load(file)
     del content["contnet"]
     return content
 
 
 def same_run(run: Path, reference: Path) -> None:
-    """Checks that two runs have left the same, to the bit."""
+    """Checks that two runs are bit for bit equal."""
     for name in ("model_final.pth", "model_best.pth"):
         assert equal(_state(run / name), _state(reference / name)), f"{run}: {name} differs"
-    # As text, where not-a-number equals itself.
+    # As text, because nan does not equal itself.
     ours, theirs = (list(map(repr, metrics_of(folder))) for folder in (run, reference))
     assert ours == theirs, f"{run}: metrics.json differs"
     ours, theirs = ((folder / "results.json").read_text() for folder in (run, reference))
@@ -96,7 +96,7 @@ def same_run(run: Path, reference: Path) -> None:
 
 
 def _check_readable(folder: Path, damaged: int) -> None:
-    """Checks that what last_checkpoint names is there and whole, unless it is what we damaged."""
+    """Checks that the last checkpoint exists and is complete, unless it was damaged by the test."""
     if not (folder / LAST_CHECKPOINT).exists():
         return
     path = last_checkpoint(folder)
@@ -106,14 +106,14 @@ def _check_readable(folder: Path, damaged: int) -> None:
 
 
 class Run:
-    """A training that is disturbed until it has finished.
+    """A training run that is disturbed until it has finished.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         kind: one of ``KINDS``.
-        disk: the small file system that the folder is on, None for a usual one.
-        rng: of places of damage.
-        server: which starts it.
+        disk: small file system with the folder; None for a usual one.
+        rng: chooses the places of damage.
+        server: starts the run.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class Run:
         self.tally = Counter()
         self.process = None
         self._read = 0  # bytes of the log before this start
-        self._damaged = 0  # number of the file's inode
+        self._damaged = 0  # inode of the damaged file
 
-    # Kinds differ in these.
+    # Methods that depend on the kind.
 
     def _start(self) -> None:
         argv = ["--config-file", LEAF, *SMALL, *OPTIONS.split(), "OUTPUT_DIR", str(self.folder)]
@@ -147,7 +147,7 @@ class Run:
         self.tally["starts"] += 1
 
     def _targets(self, event: Event) -> list[int]:
-        """The processes that an event's signal reaches."""
+        """Returns the processes that an event's signal reaches."""
         if self.kind == "submitted":
             ranks = read_status(self.folder).get("ranks", {}) if self.folder.exists() else {}
             return [rank["pid"] for rank in ranks.values()]
@@ -161,7 +161,7 @@ class Run:
     def _resume(self) -> list[str]:
         numbered = [p for p in self.folder.glob("model_*.pth") if iteration_of(p.stem) is not None]
         if numbered and not (self.folder / LAST_CHECKPOINT).exists():
-            # Killed after the first checkpoint had its name, and before it was pointed to.
+            # Killed after the first checkpoint was written, and before last_checkpoint.
             return ["--resume-from", str(max(numbered))]
         return ["--resume"]
 
@@ -172,7 +172,7 @@ class Run:
             return [int(last_submission(self.folder)["job_id"])]
         return []
 
-    # The same for all.
+    # Common methods.
 
     def _news(self) -> str:
         if not self.log.exists():
@@ -182,7 +182,7 @@ class Run:
             return file.read()
 
     def phase(self) -> str:
-        """What the training does now, by its log."""
+        """Returns the phase of the training, from its log."""
         news = self._news()
         last = {name: [m.start() for m in p.finditer(news)][-1:] for name, p in PHASES.items()}
         return max(PHASES, key=lambda name: last[name]) if any(last.values()) else STARTING
@@ -193,7 +193,7 @@ class Run:
         return len(PHASES[event.phase].findall(self._news())) >= event.count
 
     def _disturb(self, event: Event) -> str:
-        """Waits for an event's moment; the phase that it has hit, "" if the run ended before."""
+        """Waits and disturbs; returns the phase, or "" if the run ended before."""
         while not (self._reached(event) and self._targets(event)):
             if self.process.poll() is not None:
                 return ""
@@ -218,7 +218,7 @@ class Run:
             os.posix_fallocate(file.fileno(), 0, size)
 
     def _wait(self, patience: float = 600) -> int:
-        """The exit status, once no process of the run is left."""
+        """Waits until no process of the run is left; returns the exit status."""
         until = time.monotonic() + patience
         while self.process.poll() is None or any(map(members, self._sessions())):
             if time.monotonic() > until:
@@ -245,17 +245,17 @@ class Run:
             assert status == 0 or (status == 1 and len(lines) == 1 and "free" in lines[0]), said
         elif event.what != "SIGKILL":
             number = getattr(signal, event.what)
-            # Before there are handlers the kernel ends it, which a shell calls 128 + n, too.
+            # Before there are handlers, the kernel ends the process; a shell also returns 128 + n.
             early = [-number] if phase == STARTING else []
             assert status in [0, 128 + number, *early], said
             assert last_saved_iteration(self.folder) >= done, said
 
     def _iterations_done(self) -> int:
-        """The last iteration of this start by its log, -1 before that."""
+        """Returns the last iteration of this start in its log; -1 before the first one."""
         return max(map(int, PHASES["training"].findall(self._news())), default=-1)
 
     def _between(self, event: Event) -> None:
-        """What happens to the folder before the next start."""
+        """Damages the folder before the next start."""
         if not self.folder.exists():
             return
         _check_readable(self.folder, self._damaged)
@@ -270,14 +270,14 @@ class Run:
             self.tally["clock moved"] += 1
 
     def go(self, events: Sequence[Event]) -> None:
-        """Starts the training and disturbs it, one start after the other, then lets it finish."""
+        """Starts and disturbs the training once per event, then lets it finish."""
         for event in [*events, None]:
             self._start()
             phase, done = "", -1
             if event is not None:
                 phase = self._disturb(event)
                 done = self._iterations_done() if phase else -1
-            # An attempt that a signal ends may be followed by the next one of its job.
+            # After an attempt ended by a signal, the job may start another one.
             status = self._wait(PATIENCE if phase and self.kind != "submitted" else 600)
             self._check_end(event, phase, status, done)
             if self.disk:
@@ -288,22 +288,22 @@ class Run:
             self._between(event)
 
     def _count_set_aside(self) -> None:
-        """Counts what was set aside, and removes it, which would fill a small disk."""
+        """Counts and removes files that were set aside, which would fill a small disk."""
         for path in (self.folder / SET_ASIDE).glob("*.pth"):
             self.tally["set aside"] += 1
             path.unlink()
 
     def end(self) -> None:
-        """Leaves no process behind, whatever has gone wrong."""
+        """Kills all processes, also after an error."""
         for session in self._sessions() if self.process else ():
             _send(members(session), "SIGKILL")
 
 
 class Lab:
-    """Where runs are disturbed.
+    """Runs disturbed trainings.
 
     Args:
-        folder: for the runs.
+        folder: folder for the runs.
         datasets: a DETECTRON2_DATASETS with a tiny COCO.
     """
 
@@ -314,7 +314,7 @@ class Lab:
         self.references: dict[int, Path] = {}
 
     def reference(self, processes: int) -> Path:
-        """A run of so many processes that nobody disturbs."""
+        """Returns an undisturbed run with this number of processes."""
         if processes not in self.references:
             kind = next(name for name, number in KINDS.items() if number == processes)
             run = Run(
@@ -327,10 +327,10 @@ class Lab:
     def run(
         self, name: str, kind: str, events: Sequence[Event], seed: object = 0, disk: bool = False
     ) -> Counter:
-        """Disturbs a run by events, compares it with an undisturbed one; what has happened.
+        """Disturbs a run and compares it with an undisturbed one; returns the counted events.
 
         Raises:
-            AssertionError: if anything is not as promised; the run's folder stays.
+            AssertionError: if a check fails; the folder of the run is kept.
         """
         reference = self.reference(KINDS[kind])
         place = self.folder / f"{name}_disk"

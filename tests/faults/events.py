@@ -1,4 +1,4 @@
-"""What happens to a training that is disturbed: when, and to what."""
+"""Events that disturb a training run: when they happen, and what they affect."""
 
 import contextlib
 import json
@@ -25,23 +25,23 @@ STARTING = "starting"
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 DAMAGES = ("flip", "cut", "hole")
 FULL_DISK = "full disk"
-# Of the file system that is filled: room for the run's checkpoints of 64 MB, for those that a start
+# Size of the file system that is filled: for the run's checkpoints of 64 MB, for those that a start
 # sets aside, and one more.
 DISK_MB = 700
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happens to one start of a training.
+    """An event in one start of a training.
 
     Attributes:
         what: a signal, or ``FULL_DISK``.
-        phase: of the training when it happens, at its earliest.
-        count: how often the training has entered that phase since its start, this time included.
-        delay: seconds from then on.
-        everyone: a signal reaches all processes of the run, not one alone.
-        damage: done to the newest checkpoint after that, "" for none.
-        clock: seconds by which the times of all files are moved after that.
+        phase: earliest phase of the training in which it happens.
+        count: how often the training must have entered that phase since its start.
+        delay: seconds after that.
+        everyone: whether a signal reaches all processes of the run, or only one.
+        damage: damage to the newest checkpoint afterwards; "" for none.
+        clock: seconds by which the times of all files are then changed.
     """
 
     what: str
@@ -56,9 +56,9 @@ class Event:
 def random_events(
     rng: random.Random, kind: str, number: int, disk: bool, kills: bool = False
 ) -> list[Event]:
-    """Events for a run of a kind; with ``disk`` the file system may fill up, too.
+    """Draws events for a run of a kind; with ``disk``, the file system may also fill up.
 
-    With ``kills`` all of them are SIGKILLs.
+    With ``kills``, all events are SIGKILLs.
     """
     more = [FULL_DISK, FULL_DISK] if disk else []
     signals = ("SIGKILL", "SIGTERM", *("SIGUSR2",) * 4) if kind == "submitted" else SIGNALS
@@ -94,12 +94,12 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
 
 
 def move_clock(folder: Path, seconds: float) -> None:
-    """As if the files were of a machine whose clock differs: their times, and those in notes."""
+    """Changes the times of files and in records, as if from a machine with another clock."""
     for path in folder.rglob("*"):
         if path.is_file():
             now = time.time() + seconds
             if path.suffix == ".json" and path.parent != folder:
-                with contextlib.suppress(ValueError):  # one that a kill has cut
+                with contextlib.suppress(ValueError):  # the file was cut by a kill
                     content = json.loads(path.read_text())
                     if isinstance(content, dict) and isinstance(content.get("time"), float):
                         path.write_text(json.dumps({**content, "time": now}))
@@ -107,7 +107,7 @@ def move_clock(folder: Path, seconds: float) -> None:
 
 
 def why_no_tmpfs() -> str:
-    """Why no small file system can be filled here; "" if it can."""
+    """Returns why no small file system can be mounted here; "" if it can."""
     return "" if os.geteuid() == 0 else "only root can mount a small file system"
 
 

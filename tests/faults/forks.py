@@ -1,7 +1,7 @@
-"""Starts trainings in a second instead of six: forks them from a process that imports once.
+"""Starts training runs in one second instead of six, by forks of a process that imports once.
 
-The server has imported the package and done nothing else. A child leads a session of its own and
-runs the ``main`` of train_net.py to the interpreter's end, as the script does.
+The server only imports the package. A child has its own session and runs the ``main`` of
+train_net.py until the interpreter ends, like the script.
 """
 
 import json
@@ -16,11 +16,11 @@ __all__ = ["ForkServer", "Forked"]
 
 
 class Forked:
-    """A training that the server has forked.
+    """A training run that the server has forked.
 
     Args:
-        pid: of the process, and of its session.
-        output: its output and errors; its status comes beside it.
+        pid: id of the process and of its session.
+        output: file with its output and errors; its status is written beside it.
     """
 
     def __init__(self, pid: int, output: Path):
@@ -28,12 +28,12 @@ class Forked:
         self._status = Path(f"{output}.{pid}")
 
     def poll(self) -> int | None:
-        """The exit status as of subprocess.Popen; None as long as the process runs."""
+        """Returns the exit status as in subprocess.Popen; None while the process runs."""
         return int(self._status.read_text()) if self._status.exists() else None
 
 
 class ForkServer:
-    """The server, as whoever starts trainings sees it; it ends with this process."""
+    """Client of the server, which ends with this process."""
 
     def __init__(self):
         self._process = subprocess.Popen(
@@ -45,7 +45,7 @@ class ForkServer:
         )
 
     def start(self, argv: Sequence[str], output: Path) -> Forked:
-        """Starts a training by its command line."""
+        """Starts a training run with a command line."""
         request = {"argv": list(argv), "output": str(output)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -53,7 +53,7 @@ class ForkServer:
 
 
 def _reap(outputs: dict[int, str]) -> None:
-    """Notes the exit status of each child that has ended."""
+    """Records the exit status of each child that has ended."""
     while outputs:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
@@ -64,7 +64,7 @@ def _reap(outputs: dict[int, str]) -> None:
 
 
 def _become(output: str, argv: list[str]) -> None:
-    """Makes a forked process what a shell would have started."""
+    """Sets up a forked process as a shell would."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with open(output, "ab") as file, open(os.devnull) as nothing:
@@ -75,7 +75,7 @@ def _become(output: str, argv: list[str]) -> None:
 
 
 def _serve() -> int:
-    import torch.utils.tensorboard  # noqa: F401, which a training imports, too
+    import torch.utils.tensorboard  # noqa: F401, imported by training
 
     from contnet.launch.main import main
 

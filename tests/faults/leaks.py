@@ -1,6 +1,6 @@
-"""A training that is watched for leaks; tests/faults/soak.py runs it beside the rest.
+"""Checks a training run for leaks; tests/faults/soak.py runs it beside the other tests.
 
-Memory, open files, threads and /dev/shm must be flat once it has warmed up:
+Memory, open files, threads and /dev/shm must stay constant after the warm-up:
 
     python tests/faults/leaks.py --minutes 30
 """
@@ -29,15 +29,15 @@ SOLVER.MAX_ITER 1000000 SOLVER.STEPS (999999,) SOLVER.CHECKPOINT_PERIOD 20 TEST.
 SOLVER.IMS_PER_BATCH 4 SOLVER.GRAD_ACCUM_STEPS 2 SOLVER.EMA.ENABLED True SOLVER.BASE_LR 0.0001
 DATALOADER.NUM_WORKERS 2 LOG_PERIOD 5
 """
-# By how much the last third of the time may lie above the second: what an allocator varies by, and
-# for each iteration what Detectron2's storage keeps of its scalars (up to a million iterations).
+# Allowed increase from the second to the last third of the time: variation of an allocator, and for
+# each iteration the scalars in Detectron2's storage (up to a million iterations).
 TOLERANCE = {"MB": 16, "open files": 1, "threads": 1}
 KB_AN_ITERATION = 4
 SECONDS = 2.0  # between two samples
 
 
 def _sample(training: int, workers: list[int], run: Path) -> dict[str, float]:
-    """What a training and its loader workers hold now."""
+    """Measures the resources of a training run and its loader workers."""
     shared = os.statvfs("/dev/shm")
     found = {
         "iteration": last_metrics(run)["iteration"],
@@ -52,7 +52,7 @@ def _sample(training: int, workers: list[int], run: Path) -> dict[str, float]:
 
 
 def watch(folder: Path, seconds: float) -> list[dict[str, float]]:
-    """Trains for a time; samples from the first evaluation on."""
+    """Trains for some time; returns samples from the first evaluation on."""
     os.environ.update(DETECTRON2_DATASETS=str(make_coco(folder / "datasets")), OMP_NUM_THREADS="1")
     run, until, samples = folder / "run", time.monotonic() + seconds, []
     argv = ["--config-file", LEAF, *SMALL, *OPTIONS.split(), "OUTPUT_DIR", str(run)]
@@ -60,7 +60,7 @@ def watch(folder: Path, seconds: float) -> list[dict[str, float]]:
     try:
         while not (run / "results.json").exists() and process.poll() is None:
             time.sleep(SECONDS)
-        # Those of evaluations come and go.
+        # Workers of evaluations are temporary.
         workers = [pid for pid in members(process.pid) if pid != process.pid]
         while time.monotonic() < until and process.poll() is None:
             samples.append(_sample(process.pid, workers, run))
@@ -75,7 +75,7 @@ def watch(folder: Path, seconds: float) -> list[dict[str, float]]:
 
 
 def report(samples: list[dict[str, float]]) -> tuple[str, bool]:
-    """A table of medians of the second and the last third, and whether all is flat."""
+    """Returns a table of medians of the second and the last third, and whether nothing grows."""
     third = len(samples) // 3
     middle, last = samples[third : 2 * third], samples[2 * third :]
     lines, flat = ["| what | before | after |", "| --- | ---: | ---: |"], True

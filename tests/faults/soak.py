@@ -1,13 +1,14 @@
-"""Trainings that are disturbed at random moments, files that are damaged at random, and a training
-that is watched for leaks, for as long as one likes; no part of the tests:
+"""Disturbs training runs and damages files at random, and checks a run for leaks.
+
+This is not part of the tests; it runs for any time:
 
     make soak MINUTES=60 SEED=1
     python tests/faults/soak.py --kills 200 --seed 1
 
-For three quarters of the time runs are disturbed (tests/faults/disturbed.py), for the last quarter
-tests/hostile draws its files by new seeds; a training goes on beside both, whose memory, open
-files, threads and /dev/shm must not grow. The first thing that is not as promised ends it with
-status 1; the run's folder stays. On a private SLURM cluster tests/slurm/soak.py does the same.
+For three quarters of the time, runs are disturbed (tests/faults/disturbed.py); for the last
+quarter, tests/hostile draws its files with new seeds. Another run trains beside both; its memory,
+open files, threads and /dev/shm must not grow. The first failed check ends the script with status
+1; the folder of the run is kept. tests/slurm/soak.py does the same on a private SLURM cluster.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from disturbed import KINDS, Lab
 from events import random_events, why_no_tmpfs
 
 TESTS = Path(__file__).resolve().parents[1]
-# A run is disturbed at most so often. (A start in one process costs least.)
+# Maximum number of disturbances of a run. (A start in one process is the cheapest.)
 MOST = {"one process": 12, "two processes": 4, "submitted": 4}
 WEIGHTS = (4, 1, 1)
 OF_KILLS = (4, 1, 0)
@@ -41,13 +42,13 @@ def _kills(tally: Counter) -> int:
 
 
 def disturb_runs(folder: Path, seed: int, until: float, kills: int = 0) -> Counter:
-    """Disturbs one run after the other; what has happened.
+    """Disturbs runs one after the other; returns the counted events.
 
     Args:
-        folder: of the runs.
-        seed: of what happens.
-        until: when to end, by time.monotonic().
-        kills: end after so many SIGKILLs instead, and let nothing else happen.
+        folder: folder for the runs.
+        seed: seed of the events.
+        until: end time, by time.monotonic().
+        kills: number of SIGKILLs after which to end instead, without other events.
     """
     lab, tally = Lab(folder, make_coco(folder / "datasets")), Counter()
     if reason := why_no_tmpfs():
@@ -73,11 +74,11 @@ def disturb_runs(folder: Path, seed: int, until: float, kills: int = 0) -> Count
 
 
 def fuzz(seed: int, until: float) -> int:
-    """Draws hostile files until the time is over; how often all tests were run."""
+    """Runs the hostile file tests with new seeds until the time is over; returns the rounds."""
     rounds = 0
     while not rounds or time.monotonic() < until:
         options = ["-x", "-p", "no:cacheprovider", f"--hypothesis-seed={seed + rounds}"]
-        options += ["--timeout=0"]  # of so many examples, on a busy machine
+        options += ["--timeout=0"]  # for many examples on a busy machine
         command = [sys.executable, "-m", "pytest", str(TESTS / "hostile"), *options]
         subprocess.run(command, env={**os.environ, "HYPOTHESIS_PROFILE": "soak"}, check=True)
         rounds += 1
@@ -85,7 +86,7 @@ def fuzz(seed: int, until: float) -> int:
 
 
 def table(tally: Counter) -> str:
-    """The tally in Markdown."""
+    """Formats the counts in Markdown."""
     lines = ["| what | how often |", "| --- | ---: |"]
     lines += [f"| {name} | {count} |" for name, count in sorted(tally.items())]
     lines += [f"| all SIGKILLs | {_kills(tally)} |", "| mismatches, unreadable | 0 |"]
@@ -93,7 +94,7 @@ def table(tally: Counter) -> str:
 
 
 def soak(folder: Path, seed: int, minutes: float) -> int:
-    """All of it beside a training that is watched; 1 if that has leaked, 0 otherwise."""
+    """Runs everything beside a watched training; returns 1 if that leaks, otherwise 0."""
     begun = time.monotonic()
     leaks = [sys.executable, str(TESTS / "faults" / "leaks.py"), f"--minutes={minutes}"]
     watched = subprocess.Popen(["nice", *leaks])
@@ -103,7 +104,7 @@ def soak(folder: Path, seed: int, minutes: float) -> int:
         print(f"hostile files: {rounds} rounds of the tests, by seeds from {seed}", flush=True)
         return watched.wait()
     finally:
-        watched.send_signal(signal.SIGINT)  # it ends its training
+        watched.send_signal(signal.SIGINT)  # ends its training
 
 
 def main() -> int:

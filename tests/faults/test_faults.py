@@ -1,6 +1,6 @@
-"""Trainings that are killed, signalled and damaged end as if nothing had happened.
+"""Tests that killed, signalled and damaged training runs end like undisturbed runs.
 
-The moments are chosen here; tests/faults/soak.py draws them.
+The moments are fixed here; tests/faults/soak.py draws them at random.
 """
 
 import pytest
@@ -20,7 +20,7 @@ def lab(tmp_path_factory) -> Lab:
 
 
 def test_killed_while_it_saves_and_evaluates(lab):
-    """From a damaged checkpoint it goes back to the one before."""
+    """After damage, it resumes from the checkpoint before the damaged one."""
     tally = lab.run(
         "killed",
         "one process",

@@ -1,7 +1,7 @@
-"""Damage to files, drawn by hypothesis; and what a command says to it.
+"""Damages files at random with hypothesis, and checks how commands handle them.
 
-Few examples are drawn, always the same; by ``HYPOTHESIS_PROFILE=soak`` many, as
-``--hypothesis-seed`` says.
+By default, few and always the same examples are drawn; ``HYPOTHESIS_PROFILE=soak`` draws many,
+seeded by ``--hypothesis-seed``.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from contnet.utils.errors import UserError, print_error
 
 __all__ = ["JUNK", "changed", "damaged", "damaged_json", "each_nested", "outcome", "run_command"]
 
-# Files are written and models are looked up, so that an example takes as long as it takes.
+# Files are written and models are looked up, so examples have no time limit.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("quick", max_examples=40, derandomize=True, **_COMMON)
 settings.register_profile("soak", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-# Categories of characters that no terminal is to be given as they are.
+# Categories of characters that must not be printed to a terminal.
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-# What stands where something else is expected.
+# Values of wrong types or ranges.
 JUNK = st.sampled_from(
     [
         *(None, True, -1, 0, 0.5, 1e300, 2**63, -(10**30), float("nan"), float("inf")),
@@ -46,8 +46,8 @@ JUNK = st.sampled_from(
         ),
         *([], {}, [[]], [None], {"x": {}}, [1, "a"], "y" * 5000),
     ]
-).map(copy.deepcopy)  # what is drawn is changed further, or filled in
-# Files that parsers stumble over.
+).map(copy.deepcopy)  # drawn values are changed further
+# Files that often break parsers.
 _ODD = (
     *(b"", b"\0" * 100, b"null", b"[]", b"{}", b"3", b'"x"', b"[3]", b"[{}]", b"\xff\xfe", b"NaN"),
     *(b"[" * 100_000, b"1" * 5000, b'{"a": ' * 2000, b'{"time": 1e999}', b"\xef\xbb\xbf{}"),
@@ -56,7 +56,7 @@ _ODD = (
 
 @st.composite
 def damaged(draw, data: bytes) -> bytes:
-    """Bytes of which one place is another: flipped, cut, zeroed, added or repeated."""
+    """Bytes with one change: flipped, cut, zeroed, added or repeated."""
     place = draw(st.integers(0, max(len(data) - 1, 0)))
     length = draw(st.sampled_from([1, 4, 100, 4096]))
     head, middle, tail = data[:place], data[place : place + length], data[place + length :]
@@ -74,7 +74,7 @@ def damaged(draw, data: bytes) -> bytes:
 
 
 def _places(value: object) -> Iterator[tuple[object, object]]:
-    """Every container in a value, with each of its keys or positions."""
+    """Yields every container in a value, with each of its keys or positions."""
     if isinstance(value, dict | list):
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
@@ -83,7 +83,7 @@ def _places(value: object) -> Iterator[tuple[object, object]]:
 
 @st.composite
 def changed(draw, value: object) -> object:
-    """A value of JSON's types of which one to three places are others, or are gone."""
+    """A JSON value in which one to three places are changed or removed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(value))
@@ -105,7 +105,7 @@ def changed(draw, value: object) -> object:
 
 
 def each_nested(value: object) -> Iterator[object]:
-    """The same value once for each place in it, with what is there in a list."""
+    """Yields the value once for each place in it, with that place put in a list."""
     for number in range(len(list(_places(value)))):
         other = copy.deepcopy(value)
         container, key = list(_places(other))[number]
@@ -114,7 +114,7 @@ def each_nested(value: object) -> Iterator[object]:
 
 
 def damaged_json(data: bytes) -> st.SearchStrategy[bytes]:
-    """A file of JSON, or of lines of it, that is damaged in its bytes or in what it says."""
+    """A file of JSON, or of JSON lines, whose bytes or values are damaged."""
     lines = [json.loads(data)] if data.strip()[:1] == b"[" else None
     if lines is None:
         lines = [json.loads(line) for line in data.splitlines()] if b"}\n{" in data else None
@@ -132,7 +132,7 @@ def _is_one_line(text: str) -> bool:
 
 
 def outcome(function: Callable[[], object]) -> tuple[object, str]:
-    """What a function returns, and ""; or None, and the one line that the user is told instead."""
+    """Returns a function's result and "", or None and the one-line error for the user."""
     try:
         return function(), ""
     except UserError as error:
@@ -143,7 +143,7 @@ def outcome(function: Callable[[], object]) -> tuple[object, str]:
 
 
 def run_command(main: Callable[[list[str]], int], *argv: str) -> tuple[int, str]:
-    """The status of a command, and all that it has said; its errors are one line."""
+    """Returns the status of a command and its output; checks that errors are one line."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(list(argv))

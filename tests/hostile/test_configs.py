@@ -1,4 +1,4 @@
-"""Configs and command lines: a run that could start, or one line that says why not."""
+"""Tests random configs and command lines: a run can start, or the error is one line."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ OPTIONS = (
     *("--resume", "--eval-only", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"),
     *("--config-file", "--resume-from", "--nonsense", "-x", "--", "", "=", "0", "-1", "tcp://x:1"),
 )
-# What stands in yaml for more than values.
+# Other YAML syntax than values.
 SNIPPETS = (
     *(b"!!python/object/apply:os.system ['touch x']", b"&a [*a]", b"<<: *x", b"\t", b"---\n", b"%"),
     *(b"MODEL: {", b"_BASE_: ", b"_BASE_: http://127.0.0.1:9/x.yaml\n", b"_BASE_: /dev/null\n"),
@@ -34,7 +34,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def base(drawn, tmp_path_factory) -> dict[str, dict]:
-    """Configs on a drawn set, by name."""
+    """Returns configs on a drawn set, by name."""
     folder = tmp_path_factory.mktemp("configs")
     sets = [
         [s, str(drawn / f"annotations/instances_{s}.json"), str(drawn / s)]
@@ -53,13 +53,13 @@ def base(drawn, tmp_path_factory) -> dict[str, dict]:
 
 @cache
 def _keys(leaf: str) -> list[str]:
-    """All keys of a config."""
+    """Returns all keys of a config."""
     cfg = load_checked_config(str(REPOSITORY / "configs" / f"{leaf}.yaml"))
     return [key for key, _ in flatten(cfg, cfg)]
 
 
 def _check(*argv: str) -> None:
-    """Does what a run does before its processes start."""
+    """Runs the steps before a run's processes start."""
 
     def prepare():
         settings = build_run_settings(parse_arguments([str(word) for word in argv]))

@@ -1,4 +1,4 @@
-"""Annotation files that are damaged: the doctor's verdict is what training does."""
+"""Tests damaged annotation files: the doctor and training must agree."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 
 def _train(argv: list[str]) -> list[int]:
-    """What a training does before its first step; the images of a few batches."""
+    """Runs the steps before training, and returns the image ids of a few batches."""
     settings = build_run_settings(parse_arguments(argv))
     check_inputs(settings)
     dicts = load_dataset_dicts(settings.cfg, settings.cfg.DATASETS.TRAIN, train=True)
@@ -36,7 +36,7 @@ def _check_verdict(argv: list[str]) -> None:
     images, refused = outcome(lambda: _train([*argv, *SMALL]))
     assert images or refused
     if status and not refused:
-        # What is most likely a mistake, a training warns of.
+        # Training only warns of likely mistakes.
         cfg, _ = configure(LEAF, argv[2:])
         found = diagnose(cfg, workers=1)
         assert not any(each.lines(ERROR) for each in found.values()), said

@@ -1,4 +1,4 @@
-"""Shards that are damaged: all images as they were, or it is said which are not."""
+"""Tests damaged shards: all images are unchanged, or the errors are reported."""
 
 import shutil
 
@@ -23,7 +23,7 @@ def made(tmp_path_factory):
 
 
 def _read(folder) -> tuple[dict, list[str]]:
-    """The labels of a set's images by their keys, and what is wrong with it."""
+    """Returns the labels of a set's images by key, and the errors of the set."""
     findings = Findings()
     content = read_set(ClassificationSource(str(folder)), findings)
     for record in content.records:
@@ -38,11 +38,11 @@ def test_damaged_shards(made, tmp_path_factory, suffix, data):
     assert len(whole) == read_manifest(str(made))["images"] and not errors
     folder = tmp_path_factory.getbasetemp() / "shards"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(made, folder)  # with its times, by which the index knows the shards
+    shutil.copytree(made, folder)  # including times, by which the index checks the shards
     path = sorted(folder.glob(f"*{suffix}"))[0]
     how = damaged_json if suffix == ".json" else damaged
     path.write_bytes(data.draw(how(path.read_bytes())))
     found, errors = _read(folder)
-    # A label or name that was changed can't be told, but none may be left out.
+    # A changed label or name cannot be detected, but no image may be left out.
     assert errors or len(found) == len(whole), f"{len(found)} of {len(whole)} images"
     assert errors or suffix == ".tar" or found == whole

@@ -1,4 +1,4 @@
-"""Files that a run writes and reads again: damaged, they stop nothing in a traceback."""
+"""Tests damaged files of a run, which must never cause a traceback."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _argv(folder: Path, iterations: int, *more: str) -> list[str]:
 
 
 def _add_job(folder: Path) -> None:
-    """What a job that has failed leaves in a run's folder."""
+    """Adds the files of a failed job to a run's folder."""
     record = {"time": "now", "cluster": "local", "host": socket.gethostname(), "job_id": JOB}
     record |= {"runs": {}, "run_folder": str(folder), "job_folder": str(folder), "command": []}
     record |= {"log": str(folder / "log.txt"), "nodes": 1, "tasks": 1, "process_start": "gone"}
@@ -62,7 +62,7 @@ def _add_job(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(imagenet_root, tmp_path_factory) -> Path:
-    """A run of a job, with all its files."""
+    """Returns a finished run of a job, with all its files."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
@@ -77,7 +77,7 @@ def _copy(source: str, target: str) -> None:
 
 
 def _damage(finished: Path, folder: Path, names: tuple[str, ...], data: st.DataObject) -> str:
-    """A copy of the run with one damaged file, whose name is returned."""
+    """Copies the run with one damaged file, and returns the name of the file."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(finished, folder, copy_function=_copy)
     name = data.draw(st.sampled_from(names))
@@ -109,7 +109,7 @@ def test_each_value_of_another_kind(finished, tmp_path_factory, name):
 @settings(max_examples=max(settings().max_examples // 4, 1))
 @given(st.data())
 def test_resume(finished, imagenet_root, tmp_path_factory, monkeypatch, data):
-    """It goes on from damaged records; from another last_checkpoint perhaps not."""
+    """A resume works with damaged records, but may fail with another last_checkpoint."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
     folder = tmp_path_factory.getbasetemp() / "damaged"
     name = _damage(finished, folder, (*RUN_FILES, *JOB_FILES, *OTHERS), data)

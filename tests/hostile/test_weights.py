@@ -1,4 +1,4 @@
-"""Weights that are damaged: what is read equals what was written, or the file is refused."""
+"""Tests damaged weights: the tensors that are read are correct, or the file is refused."""
 
 import hashlib
 import pickle
@@ -17,7 +17,7 @@ FORMS = (".pth", ".safetensors", ".pkl")
 
 
 def _make(form: str, path: Path) -> dict[str, torch.Tensor]:
-    """Weights in a form; what they are."""
+    """Writes weights in a format; returns the tensors."""
     generator = torch.Generator().manual_seed(0)
     state = {f"layer{i}.weight": torch.randn(8, 40, generator=generator) for i in range(6)}
     if form == ".pth":
@@ -33,7 +33,7 @@ def _make(form: str, path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 @given(st.data())
 def test_damaged_weights_are_refused_or_equal(tmp_path_factory, form, data):
-    """Of forms without a check sum in them by the one in their name, as PyTorch's files have it."""
+    """Formats without a checksum have one in the file name, as PyTorch's files do."""
     folder = tmp_path_factory.getbasetemp()
     state = _make(form, folder / f"whole{form}")
     whole = (folder / f"whole{form}").read_bytes()
@@ -50,7 +50,7 @@ def test_damaged_weights_are_refused_or_equal(tmp_path_factory, form, data):
 @pytest.mark.parametrize("form", FORMS)
 @given(st.data())
 def test_damaged_weights_without_a_check_sum(tmp_path_factory, form, data):
-    """A changed number can't be told, but nothing else than weights, or one line, comes of it."""
+    """Changed values cannot be detected, but the result is only tensors or a one-line error."""
     path = tmp_path_factory.getbasetemp() / f"plain{form}"
     _make(form, path)
     path.write_bytes(data.draw(st.one_of(damaged(path.read_bytes()), st.binary(max_size=200))))

@@ -1,4 +1,4 @@
-"""How many processes a run has, what they are given, and what comes back."""
+"""Tests the number of processes, their arguments, and their results."""
 
 import os
 import subprocess

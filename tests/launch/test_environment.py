@@ -1,4 +1,4 @@
-"""What a process is told by its environment."""
+"""Tests how a process reads the launcher's environment variables."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_first_host(nodes, host):
             {**STEP, "SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"},
             replace(IN_STEP, job_id="75_2"),
         ),
-        # An interactive shell: of salloc, of srun --pty, and a batch script.
+        # Interactive shells of salloc and srun --pty, and a batch script.
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4"}, IN_JOB),
         (
             {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},

@@ -1,4 +1,4 @@
-"""Mistakes of users end in one line that says what to do, before any heavy work."""
+"""Tests that users' mistakes end in a one-line error with advice, before any heavy work."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def here(coco_here, monkeypatch):
 
 @pytest.fixture
 def broken_root(here, coco_root):
-    """A copy of the tiny COCO, in the place of the whole one, whose files may be damaged."""
+    """Replaces the tiny COCO by a copy, which tests can damage."""
     (whole,) = (path for path in here.rglob("coco") if path.is_symlink())
     whole.unlink()
     shutil.copytree(coco_root / "coco", whole)
@@ -29,7 +29,7 @@ def broken_root(here, coco_root):
 
 
 def _error(capsys, *argv: str, status: int = 1) -> str:
-    """Runs main with a mistake in ``argv``; its one line."""
+    """Runs main with a mistake in ``argv``; returns the error line."""
     assert main(list(argv)) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -180,7 +180,7 @@ def test_found_before_training_starts(broken_root, capsys, damage):
 
 
 def _only_error(process: subprocess.Popen) -> str:
-    """The one line in which a run ends."""
+    """Returns the only error line of a run."""
     output, _ = process.communicate(timeout=600)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1
@@ -202,7 +202,7 @@ def test_damaged_images_end_a_run_in_one_line(broken_root, train_net, tmp_path, 
     for file in (broken_root / "coco" / f"{split}2017").iterdir():
         file.write_bytes(file.read_bytes()[:900])
     options = ["SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", workers]
-    options += ["DATASETS.CHECK_IMAGES", "none"]  # which would find them before the run
+    options += ["DATASETS.CHECK_IMAGES", "none"]  # the check would find them before the run
     options += ["OUTPUT_DIR", str(tmp_path / "run")]
     root = str(broken_root)
     line = _only_error(train_net(f"--config-file {LEAF}", *options, DETECTRON2_DATASETS=root))

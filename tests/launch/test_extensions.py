@@ -1,4 +1,4 @@
-"""A backbone, a top block, a data set and a metric of one's own: the example of the docs trains."""
+"""Tests the docs' example: a user's backbone, top block, data set and metric in a training run."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_example_of_the_docs_trains(tmp_path, processes):
     output = tmp_path / "output" / "toy"
     (result,) = json.loads((output / "results.json").read_text())
     assert (result["dataset"], result["iteration"]) == ("squares_val", 1)
-    # A third of a hundred for each image of the set, whichever process has seen it.
+    # A third of 100 for each image of the set, from either process.
     thirds = 3 * result["metrics"]["squares"]["hits"] / 100
     assert thirds == pytest.approx(round(thirds)) and 0 <= round(thirds) <= 3
     best = torch.load(output / "model_best.pth")

@@ -1,4 +1,4 @@
-"""Which GPU each process takes; that each has one of its own. No GPU is needed."""
+"""Tests that each process uses its own GPU. No GPU is needed."""
 
 import multiprocessing
 import os
@@ -80,7 +80,7 @@ def _in_own_process(function, *arguments):
 
 
 def _compare(rank, folder, runs):
-    """One rank of several runs; it leaves what it was told."""
+    """Runs one rank of several runs, and writes the messages that it gets."""
     store = dist.FileStore(str(folder / "store"), len(runs[0]))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(runs[0]))
     told = []
@@ -95,7 +95,7 @@ def _compare(rank, folder, runs):
 
 
 def test_ranks_that_share_a_gpu_are_named(tmp_path):
-    # PyTorch may know no UUID.
+    # PyTorch may not know the UUIDs.
     runs = [["GPU-a", "GPU-b", "GPU-c"], ["", "", "GPU-c"], ["GPU-a", "GPU-b", "GPU-a"]]
     ranks = [_in_own_process(_compare, rank, tmp_path, runs) for rank in range(3)]
     for rank, process in enumerate(ranks):
@@ -107,7 +107,7 @@ def test_ranks_that_share_a_gpu_are_named(tmp_path):
 
 
 def test_machine_ranks_on_one_machine_are_told_what_nccl_says(monkeypatch):
-    """Detectron2's launcher uses NCCL before it calls anything of ours."""
+    """Detectron2's launcher uses NCCL before it calls our code."""
 
     def launch(*_, **__):
         said = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000"
@@ -124,7 +124,7 @@ def _fail(_):
 
 
 def _fail_with_a_gpu():
-    """As one that has a GPU, with gloo for NCCL, whose end would be waited for forever."""
+    """Fails like a process with a GPU; gloo replaces NCCL, whose shutdown would hang."""
     start = dist.init_process_group
     dist.init_process_group = lambda backend, **given: start({"nccl": "gloo"}[backend], **given)
     dist.destroy_process_group = lambda: os._exit(9)

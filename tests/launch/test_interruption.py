@@ -1,4 +1,4 @@
-"""What signals do to trainings: saved first, at once, or not at all; and ranks that are killed."""
+"""Tests signals in training, which saves before it ends or ends at once, and killed ranks."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SOLVER.IMS_PER_BATCH 4 SOLVER.CHECKPOINT_PERIOD 1000 TEST.IMS_PER_PROCESS 1
 
 @pytest.fixture
 def start(imagenet_root, tmp_path):
-    """Starts train_net.py, leader of a group; it is killed at the end."""
+    """Starts train_net.py as the leader of a process group, which is killed at the end."""
     started = []
 
     def start(*options: str, folder: str = "run", nohup: bool = False) -> subprocess.Popen:
@@ -54,7 +54,7 @@ def start(imagenet_root, tmp_path):
 
 
 def until(process: subprocess.Popen, word: str) -> None:
-    """Reads the output up to a line with a word."""
+    """Reads the output up to a line that contains a word."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -64,14 +64,14 @@ def until(process: subprocess.Popen, word: str) -> None:
 
 
 def end_of(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit status and the rest of the output of a run that ends within a minute."""
+    """Returns the exit status and the remaining output of a run, which must end within a minute."""
     rest, _ = process.communicate(timeout=60)
     assert "Traceback" not in rest
     return process.returncode, rest
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """The spawned processes of a run, by rank."""
+    """Returns the spawned processes of a run, by rank."""
     listed = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
         text=True,
@@ -82,7 +82,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether nested states are equal, to the bit."""
+    """Returns whether nested states are bit for bit equal."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -102,12 +102,12 @@ def test_saves_and_a_resume_is_exact(start, tmp_path, processes):
     options = ["--num-gpus", str(processes), "SOLVER.MAX_ITER", "12", "DATALOADER.NUM_WORKERS", "1"]
     process = start(*options, nohup=processes == 1)
     until(process, "iter: 3 ")
-    if processes == 1:  # a terminal that closes, which nohup has it ignore, and Ctrl-C
+    if processes == 1:  # a closed terminal, which nohup ignores, and Ctrl-C
         os.killpg(process.pid, signal.SIGHUP)
         until(process, "iter: 4 ")
         os.killpg(process.pid, signal.SIGINT)
     else:
-        os.killpg(process.pid, signal.SIGTERM)  # also to loader workers, as SLURM's scancel
+        os.killpg(process.pid, signal.SIGTERM)  # loader workers get it too, as with SLURM's scancel
     status, rest = end_of(process)
     assert status == (130 if processes == 1 else 143)
     assert sum("--resume" in line for line in rest.splitlines()) == 1
@@ -139,7 +139,7 @@ def test_the_second_signal_ends_ranks_that_cannot_save(start, tmp_path):
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(process.pid, signal.SIGINT)
     until(process, "a second signal ends")
-    while process.poll() is None:  # as impatient users do
+    while process.poll() is None:  # like impatient users
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.5)
     assert end_of(process)[0] == 130

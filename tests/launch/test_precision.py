@@ -1,4 +1,4 @@
-"""How a GPU computes in float32: PyTorch's switches, which are there without one."""
+"""Tests the precision of float32 on a GPU: PyTorch's switches, which exist without a GPU."""
 
 import json
 
@@ -18,7 +18,7 @@ NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from PyTorch 2.
 
 
 def older_switches():
-    """Those that every version has, and what torch.compile asks; they raise where they differ."""
+    """Returns the switches of all versions; reading them raises errors if they are inconsistent."""
     return (
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
@@ -28,7 +28,7 @@ def older_switches():
 
 @pytest.fixture(autouse=True)
 def restored():
-    """Leaves PyTorch's switches, and cuDNN's choice of algorithms, as they were."""
+    """Restores PyTorch's switches and cuDNN's benchmark mode."""
     backends = torch.backends
     benchmark, before = backends.cudnn.benchmark, older_switches()[:2]
     if NEWER:
@@ -69,7 +69,7 @@ def test_a_run_sets_it_and_results_tell(imagenet_here, tmp_path):
     assert older_switches() == (False, True, "highest")
     run(settings)
     assert older_switches() == (False, True, "highest")
-    assert torch.backends.cudnn.benchmark  # images have one size
+    assert torch.backends.cudnn.benchmark  # all images have the same size
     options += ["SOLVER.FLOAT32_PRECISION", "ieee"]
     run(build_run_settings(parse_arguments(["--eval-only", "--resume", *options])))
     assert older_switches() == (False, False, "highest")

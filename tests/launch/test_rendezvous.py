@@ -1,4 +1,4 @@
-"""How processes find each other, where their first port may be taken."""
+"""Tests the rendezvous of processes if their first ports are taken."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from contnet.utils.errors import UserError
 
 
 def _rendezvous_of_all(attempt, silent, size=3):
-    """Ranks of an attempt as threads; their stores by rank. Rank 0 comes when all asked `silent`"""
+    """Joins ranks as threads; returns stores by rank. Rank 0 is last, when all asked ``silent``."""
     stores = {}
 
     def join(rank):
@@ -34,11 +34,11 @@ def _rendezvous_of_all(attempt, silent, size=3):
 
 def test_rendezvous_though_ports_are_taken():
     number = str(os.getpid())
-    # The first port answers, but is no store; the second is another job's; both jobs want them.
+    # The first port answers, but is not a store; the second is another job's; both jobs want them.
     silent = socket.create_server(("", ports(f"{number}.0.0")[0]))
     foreign = TCPStore("127.0.0.1", ports(f"{number}.0.0")[1], None, True, wait_for_workers=False)
     old = _rendezvous_of_all(f"{number}.0.0", silent)
-    new = _rendezvous_of_all(f"{number}.0.1", silent)  # after a requeue, while the old one lives on
+    new = _rendezvous_of_all(f"{number}.0.1", silent)  # after a requeue; the old one lives
     for stores, value in ((old, "old"), (new, "new")):
         stores[0].set("who", value)
     assert [old[rank].get("who") for rank in (1, 2)] == [b"old"] * 2

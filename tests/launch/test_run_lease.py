@@ -1,4 +1,4 @@
-"""The lease of a run's folder, between real processes."""
+"""Tests the lease of a run's folder with real processes."""
 
 import json
 import multiprocessing
@@ -42,7 +42,7 @@ def _take_and_fork(folder, children):
 
 
 def race(folder, number, job=()):
-    """Starts processes that take the lease at once; the pids that got it, and what the rest say."""
+    """Starts processes that take the lease at once; returns the pids that got it and the errors."""
     start, answers = FORK.Barrier(number), FORK.SimpleQueue()
     for _ in range(number):
         FORK.Process(target=_take, args=(folder, start, answers, job), daemon=True).start()
@@ -64,7 +64,7 @@ def no_locks(*_):
 
 
 def rewrite(folder, **values):
-    """Changes what the newest lease says of its owner."""
+    """Changes the owner's values in the newest lease."""
     file = newest(folder) / "owner.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
@@ -77,19 +77,19 @@ def test_of_processes_that_take_the_lease_at_once_one_gets_it(tmp_path, expired)
         assert len(winners) == 1, told
         assert len(told) == 3 and all(f"(process {winners[0]} on host" in each for each in told)
         kill(winners[0])
-        if expired == "elsewhere":  # where neither the process nor its lock can be asked
+        if expired == "elsewhere":  # neither the process nor its lock can be checked
             rewrite(folder, machine="another")
     assert not list(tmp_path.glob("*/lease/new-*"))
 
 
 def test_a_process_of_another_machine_counts_by_its_heartbeats(tmp_path, monkeypatch):
-    """Whatever time either has; its lock does not reach."""
+    """The clocks of the machines do not matter, and locks do not work across machines."""
     monkeypatch.setattr("fcntl.lockf", no_locks)
     (owner,), _ = race(tmp_path, 1)
     rewrite(tmp_path, machine="another", time="2999-01-01 00:00:00")
     begun, lease = time.monotonic(), OfTwoSeconds(tmp_path)
     lease.silence = 60
-    os.utime(newest(tmp_path) / "owner.json", (2**33, 2**33))  # the next heartbeat is from before
+    os.utime(newest(tmp_path) / "owner.json", (2**33, 2**33))  # the next heartbeat is earlier
     with pytest.raises(UserError, match=f"in use by a training .process {owner} "):
         lease.take()
     assert time.monotonic() - begun < 30

@@ -1,4 +1,4 @@
-"""The settings of a run: read and finished once, and the same in every process."""
+"""Tests the settings of a run: read and completed once, and the same in every process."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def drawn(tmp_path) -> Path:
 
 
 def _arguments(drawn: Path, folder: Path) -> list[str]:
-    """A recipe for one process, and data that decide the number of classes, in a yaml."""
+    """Writes a config with a recipe for one process, and data with another number of classes."""
     file = drawn / "mine.yaml"
     sets = [["mine", str(drawn / "annotations" / "instances_train.json"), str(drawn / "train")]]
     content = {
@@ -67,7 +67,7 @@ def test_a_launcher_decides_what_a_recipe_is_scaled_to(drawn, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_processes_use_what_the_first_one_has_read(drawn, tmp_path, monkeypatch):
-    """The files change before the processes start, which would count and scale otherwise."""
+    """The files change before the processes start, which would otherwise read other settings."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "run"
     args = parse_arguments([*_arguments(drawn, folder), "--num-gpus", "2"])

@@ -1,4 +1,4 @@
-"""Two runs in one OUTPUT_DIR: the second is refused, unless it only evaluates."""
+"""Tests two runs in one OUTPUT_DIR: the second one is refused, unless it only evaluates."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def error_of(capsys):
 
 
 def contents(folder):
-    """Contents of files by name."""
+    """Returns the contents of files by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -84,7 +84,7 @@ def short_settings(folder):
 
 
 class TakeOver(LauncherHook):
-    """Has another process take the run's folder after the second iteration."""
+    """Simulates that another process takes the run's folder after the second iteration."""
 
     def after_step(self):
         if self.trainer.iter == 1:
@@ -103,7 +103,7 @@ def test_a_training_whose_folder_was_taken_writes_nothing_more(tmp_path):
 
 
 class MovedAway(TakeOver):
-    """Has the run's folder moved, and another run begun in its place."""
+    """Simulates that the run's folder is moved, and another run starts in its place."""
 
     def after_step(self):
         folder = Path(self.trainer.cfg.OUTPUT_DIR)
@@ -133,7 +133,7 @@ def test_what_was_saved_since_a_start_looked_is_not_lost(tmp_path, saved):
 
 @pytest.mark.slow
 def test_beside_a_training_and_after_its_end(train_net, tmp_path, capsys):
-    """An evaluation is allowed beside it; its workers end with it, and do not block the next."""
+    """An evaluation may run beside it; a run's workers end with it, and do not block the next."""
     folder = tmp_path / "run"
     more = ["DATALOADER.NUM_WORKERS", "1"]
     start = f"--config-file {LEAF} OUTPUT_DIR {folder}"
@@ -150,7 +150,7 @@ def test_beside_a_training_and_after_its_end(train_net, tmp_path, capsys):
         first.kill()
         first.wait()
         assert run_here(folder, *more, "DATASETS.TEST", "()") == 0
-        # They were stopped, and could not see by themselves that their parent is gone.
+        # They were stopped, so they could not notice that their parent was gone.
         assert children and not any(map(process_start, children))
     finally:
         with contextlib.suppress(ProcessLookupError):

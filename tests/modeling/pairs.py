@@ -1,4 +1,4 @@
-"""Pairs of the oracle and our network, of every variant and its options, and inputs."""
+"""Pairs of the oracle and our network, for every variant and its options, and inputs."""
 
 import itertools
 from functools import lru_cache
@@ -31,18 +31,18 @@ PRE_CHANNELS = {
 
 
 def label(options):
-    """A readable test id."""
+    """Returns a readable test id."""
     return "-".join(options) or "default"
 
 
 def choices(for_ti, for_s, for_m_and_b):
-    """Pairs of a variant and something: many for the smallest network, few for the largest."""
+    """Pairs variants with options: many for the smallest network, few for the largest."""
     chosen = {"contnet_ti": for_ti, "contnet_s": for_s}
     return [(name, one) for name in NAMES for one in chosen.get(name, for_m_and_b)]
 
 
 def case_label(value):
-    """A readable test id of a name, a tuple or options."""
+    """Returns a readable test id of a name, a tuple or options."""
     return label(value) if isinstance(value, dict) else str(value)
 
 
@@ -52,32 +52,32 @@ def _cached_pair(name, ours, options):
 
 
 def pair(name, options=None, **ours):
-    """Cached oracle and converted network; tests must not change them."""
+    """Returns a cached oracle and converted network; tests must not change them."""
     options = options or {}
     return _cached_pair(name, tuple(ours.items()), tuple(options.items()))
 
 
 def image(height, width=None, batch=1, dtype=torch.float32, seed=1):
-    """A fixed random input."""
+    """Returns a fixed random input."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, height, width or height, generator=generator, dtype=dtype)
 
 
 def difference(a, b):
-    """Largest absolute difference of two tensors of the same shape."""
+    """Returns the largest absolute difference of two tensors of the same shape."""
     assert a.shape == b.shape
     return (a - b).abs().max().item()
 
 
 def randomised(name, **options):
-    """Our network alone, with the oracle's random weights."""
+    """Returns only our network, with the oracle's random weights."""
     oracle_options = {k: v for k, v in options.items() if k in FLAGS or k == "num_classes"}
     ours = {k: v for k, v in options.items() if k not in oracle_options}
     return make_pair(name, ours=ours, **oracle_options)[1]
 
 
 def gradients(model, x, seed=0):
-    """Gradients by name of a loss that weighs every logit differently."""
+    """Returns gradients by name of a loss that weights every logit differently."""
     torch.manual_seed(seed)
     model.zero_grad(set_to_none=True)
     out = model(x)

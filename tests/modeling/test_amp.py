@@ -1,4 +1,4 @@
-"""Half precision: what autocast may not round, and what it may not make float32."""
+"""Tests half precision: operations that must stay in float32, and those that must not."""
 
 from copy import deepcopy
 
@@ -17,19 +17,19 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def mask_rcnn():
-    """An untrained Mask R-CNN."""
+    """Builds an untrained Mask R-CNN."""
     return build_model(load_config(str(CONFIGS / "mask_rcnn_contti.yaml"), TINY))
 
 
 def small_boxes(count: int) -> Boxes:
-    """Boxes of 8 to 64 pixels within 1333 x 800."""
+    """Draws boxes of 8 to 64 pixels within 1333 x 800."""
     corner = torch.rand(count, 2) * torch.tensor([1260.0, 730.0])
     size = 8 + 56 * torch.rand(count, 2)
     return Boxes(torch.cat([corner, corner + size], dim=1))
 
 
 def logits_and_gradients(model, x):
-    """Logits in evaluation, and all gradients in training, each as one float64 vector."""
+    """Returns logits in evaluation and all gradients in training, each as one float64 vector."""
     with torch.no_grad():
         logits = model.eval()(x)
     model.train().zero_grad()
@@ -41,7 +41,7 @@ def logits_and_gradients(model, x):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("pooler", ["box_pooler", "mask_pooler"])
 def test_regions_are_pooled_where_they_are(mask_rcnn, pooler, dtype):
-    """The features of a region are float32's, but for the last rounding."""
+    """The features of a region equal float32's, except for the last rounding."""
     pooler = getattr(mask_rcnn.roi_heads, pooler)
     maps = [torch.randn(1, 16, 800 // s, 1336 // s).to(dtype) for s in (4, 8, 16, 32)]
     boxes = [small_boxes(200)]
@@ -54,7 +54,7 @@ def test_regions_are_pooled_where_they_are(mask_rcnn, pooler, dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_masks_are_pasted_in_float32(mask_rcnn, dtype):
-    """Probabilities of masks are float32, which decides the type that pasting computes in."""
+    """Mask probabilities are float32, which determines the type that pasting uses."""
     with torch.autocast("cpu", dtype):
         logits = mask_rcnn.roi_heads.mask_head.layers(torch.randn(2, 16, 14, 14).to(dtype))
     assert logits.dtype == torch.float32
@@ -62,7 +62,7 @@ def test_masks_are_pasted_in_float32(mask_rcnn, dtype):
 
 @pytest.mark.parametrize("options", [{}, {"relative": True, "pre_norm": True}], ids="-".join)
 def test_residual_sums_stay_in_half_precision(options):
-    """Logits are within 1.5 % of float64's all the same, and gradients within 10 %."""
+    """Logits are nevertheless within 1.5 % of float64's, and gradients within 10 %."""
     model, x = randomised("contnet_s", **options), images((224, 224))
     exact, types = logits_and_gradients(deepcopy(model).double(), x.double()), set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The Detectron2 backbones: every variant, tap and pyramid, norms, freezing, key prefixes."""
+"""Tests the Detectron2 backbones: every variant, tap and pyramid, norms, freezing, key prefixes."""
 
 import math
 
@@ -27,7 +27,7 @@ PYRAMID_CASES = [
     (name, ("MODEL.CONTNET.VARIANT", variant, "MODEL.CONTNET.TAPS", taps))
     for name in PYRAMIDS
     if "contnet" in name
-    for variant in ("contnet_ti", "contnet_s")  # of other widths; all variants are tested bare
+    for variant in ("contnet_ti", "contnet_s")  # other widths; the rest without FPN
     for taps in TAPS
 ]
 PYRAMID_CASES.append(("build_fcos_resnet_fpn_backbone", ()))

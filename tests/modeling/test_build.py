@@ -1,4 +1,4 @@
-"""How a model is laid out in memory where it is built."""
+"""Tests the memory layout of a model where it is built."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ SYSTEMS = [
 
 
 def build_tiny(name):
-    """A system's config and model."""
+    """Returns a system's config and model."""
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), TINY)
     return cfg, build_model(cfg)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_gradients_lie_as_their_weights_do(name):
-    """DistributedDataParallel warns otherwise: without the conversion, of ConTNet's shortcuts."""
+    """Otherwise, DistributedDataParallel warns: without the conversion, of ConTNet's shortcuts."""
     cfg, model = build_tiny(name)
     use_channels_last(model)
     with EventStorage():
@@ -90,7 +90,7 @@ def test_kernels_of_attention(choice, allowed):
 
 
 class Products(TorchDispatchMode):
-    """The shapes of what is multiplied, sequence by sequence, where attention is two products."""
+    """Records shapes of matrix products, with attention computed as two products per sequence."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ def test_a_gpu_attends_in_no_more_patches_than_its_kernels_take():
         images = torch.empty(1100, 3, 224, 224, device="cuda")
         output = torch.func.functional_call(model, state, (images,))
     assert output.shape == (1100, 1000)
-    # Patches times heads of the four stages; in the last one both encoders have 49 tokens.
+    # Patches times heads of the four stages; in the last one, both encoders have 49 tokens.
     sequences = 1100 * (64 * 1 + 16 * 2 + 4 * 4 + 1 * 8 * 2)
     assert sum(shape[0] for shape in products.shapes if shape[1:] == (49, 48)) == sequences
     assert max(shape[0] for shape in products.shapes) <= 65_535

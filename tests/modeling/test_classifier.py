@@ -1,4 +1,4 @@
-"""The classifier against timm's parts, and mistakes in its configs."""
+"""Tests the classifier against timm's parts, and mistakes in its configs."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_loss_without_mixing_is_timms(smoothing):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_loss_is_timms(seed):
-    """Over these seeds both mixup and CutMix occur."""
+    """With these seeds, both mixup and CutMix occur."""
     model = build_model(config(*MIXED, "MODEL.CLASSIFIER.LABEL_SMOOTHING", "0.1")).train()
     inputs = batch()
     labels = torch.tensor([each["label"] for each in inputs])
@@ -59,7 +59,7 @@ def test_only_a_share_of_batches_is_mixed():
     for _ in range(40):
         model(inputs)
     mixed = sum(not torch.allclose(images, normalised(inputs), atol=1e-5) for images in seen)
-    assert 5 <= mixed <= 20  # 12 are expected, and fewer than 5 or more than 20 once in 200 tries
+    assert 5 <= mixed <= 20  # 12 are expected; fewer than 5 or more than 20 occur once in 200 runs
 
 
 def test_images_are_erased_in_training_only():

@@ -1,5 +1,6 @@
-"""What is quietened: exactly the warnings that the pinned libraries make, and nothing else; what is
-given back to a library that needs it.
+"""Tests that only the known warnings of the pinned libraries are silenced.
+
+Functions that are restored for a library that needs them are also tested.
 """
 
 import importlib
@@ -34,12 +35,12 @@ pinned = pytest.mark.skipif(
 
 
 def script_losses(monkeypatch):
-    """Import fvcore's losses, which Detectron2 does."""
+    """Imports fvcore's losses, as Detectron2 does."""
     importlib.reload(importlib.import_module("fvcore.nn.focal_loss"))
 
 
 def make_anchors(monkeypatch):
-    """The anchor generator's grid; PyTorch makes this warning once in a process, unless told."""
+    """Makes the grid of anchors; PyTorch makes this warning only once per process by default."""
     torch.set_warn_always(True)
     try:
         _create_grid_offsets([2, 2], 4, 0.5, torch.zeros(1))
@@ -48,7 +49,7 @@ def make_anchors(monkeypatch):
 
 
 def distribute(monkeypatch):
-    """Detectron2's way to a distributed model on the CPU."""
+    """Makes a distributed model on the CPU as Detectron2 does."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     try:
@@ -58,7 +59,7 @@ def distribute(monkeypatch):
 
 
 def skip_first_step(monkeypatch):
-    """A loss scaler that finds its scale too high at the first step."""
+    """Uses a loss scaler whose scale is too high at the first step."""
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -71,7 +72,7 @@ def skip_first_step(monkeypatch):
 
 
 def load_a_pickle(monkeypatch):
-    """A pickle that torch.save did not write."""
+    """Loads a pickle that torch.save did not write."""
     with pytest.raises(pickle.UnpicklingError):
         torch.load(io.BytesIO(pickle.dumps({"a": 1}, protocol=4)), weights_only=True)
 
@@ -86,13 +87,13 @@ SOURCES = {
 
 
 def source_of(message):
-    """The function that makes the warning with this pattern."""
+    """Returns the function that makes the warning with this pattern."""
     (found,) = (make for name, make in SOURCES.items() if name in message.replace("\\", ""))
     return found
 
 
 def caught(make, monkeypatch, quiet):
-    """Warnings that ``make`` lets through, as (category, message)."""
+    """Returns the warnings that ``make`` shows, as (category, message)."""
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         if quiet:
@@ -102,12 +103,12 @@ def caught(make, monkeypatch, quiet):
 
 
 def fits(found, category, message):
-    """Whether a pattern of the table matches as the filters match."""
+    """Returns whether a pattern of the table matches in the way of the filters."""
     return issubclass(found[0], category) and re.match(message, found[1], re.IGNORECASE)
 
 
 def named(value):
-    """A readable test id."""
+    """Returns a readable test id."""
     return next((name for name in SOURCES if name in str(value).replace("\\", "")), "")
 
 
@@ -163,7 +164,7 @@ def test_filters_are_not_added_twice():
 
 
 class Failing(TrainerBase):
-    """Detectron2's loop around a step that fails."""
+    """Detectron2's loop with a step that fails."""
 
     def __init__(self, error):
         super().__init__()
@@ -175,7 +176,7 @@ class Failing(TrainerBase):
 
 @pytest.fixture
 def loop_records():
-    """What Detectron2's training loop logs, after its filters."""
+    """Returns the log records of Detectron2's training loop, after its filters."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -200,7 +201,7 @@ def test_tracebacks_are_shown_for_bugs_only(loop_records, error, shown):
 
 
 def test_without_the_filter_a_traceback_is_shown(loop_records):
-    """Fails when Detectron2's loop no longer logs what ends it."""
+    """Fails if Detectron2's loop no longer logs the error that ends it."""
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.filters = []
     with pytest.raises(UserError):
@@ -213,7 +214,7 @@ def test_without_the_filter_a_traceback_is_shown(loop_records):
 
 @pytest.fixture
 def tracing_lines():
-    """What PyTorch logs about tracing, after its filters; the first time in a process, and here."""
+    """Returns PyTorch's log lines about tracing after its filters, as in a new process."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -229,7 +230,7 @@ def tracing_lines():
 @pinned
 @pytest.mark.parametrize("quiet", [False, True])
 def test_advice_about_tracing_is_silent(tracing_lines, quiet):
-    """Without the filter it is shown: fails when Detectron2's pooler no longer brings it about."""
+    """Without the filter it is shown; fails if Detectron2's pooler no longer causes it."""
     if quiet:
         with warnings.catch_warnings():
             silence_known_warnings()

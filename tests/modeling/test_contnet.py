@@ -1,4 +1,4 @@
-"""The network against the oracle, at every size; its shapes, errors and counts."""
+"""Tests the network against the oracle at many sizes; its shapes, errors and counts."""
 
 import math
 from functools import partial
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import contnet
 
-# Counted figures of docs and paper: parameters (M), convolutions + linears (GMACs at
+# Figures of docs and paper: parameters (M), convolutions + linears (GMACs at
 # 224x224), attention products (G).
 COUNTS = {
     "contnet_ti": (5.889, 0.867, 0.133),
@@ -49,7 +49,7 @@ def test_logits_equal_the_oracle_at_224(name, options):
     theirs, ours = make_pair(name, **options)
     x = image(224)
     expected = theirs(x)
-    # Single precision; how much is rounded depends on the CPU.
+    # Single precision; rounding errors depend on the CPU.
     assert difference(ours(x), expected) < max(5e-5, 2e-6 * expected.abs().max().item())
 
 
@@ -234,7 +234,7 @@ def test_fresh_weights_follow_the_published_initialisation():
 
 
 def count_macs(call, *kinds):
-    """MACs (G) of a call, in operators whose names contain one of `kinds`."""
+    """Counts MACs (G) of a call, in operators whose names contain one of `kinds`."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         call()
     counts = counter.get_flop_counts()["Global"]
@@ -283,7 +283,7 @@ def test_nothing_is_paid_for_masks_when_sizes_fit():
 
 
 def position_tables(options):
-    """Our names of the position tables, found through the authors' names."""
+    """Returns our names of the position tables, found through the authors' names."""
     name = "contnet_ti"
     _, report = contnet.convert_state_dict(make_oracle(name, **options).state_dict())
     tables = ("pe.0", "pe.1", "relative_position_bias_table")

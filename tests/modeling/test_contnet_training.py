@@ -1,4 +1,4 @@
-"""The network as a PyTorch module: gradients, dropout, recomputation, precision, state."""
+"""Tests the network as a PyTorch module: gradients, dropout, recomputation, precision, state."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +35,7 @@ from contnet.modeling.encoder import Mlp
     ids=case_label,
 )
 def test_patches_of_padding_only_give_no_nan(name, size, taps):
-    """At 37x50 stage 2 is 5x7: of four 7x7 patches in a 14x14 frame, three are all padding."""
+    """At 37x50, stage 2 is 5x7: of four 7x7 patches in a 14x14 frame, three are only padding."""
     model = contnet.create_model(name, num_classes=0, taps=taps).train()
     x = image(*size, batch=2).requires_grad_()
     maps = model.forward_features(x, out_features=list(OUTPUTS))
@@ -77,7 +77,7 @@ def test_gradients_equal_the_oracle(options, size, train):
     for key, gradient in gradients(ours, x).items():
         scale = converted[key].abs().max().item()
         assert scale > 0, key
-        # A key's bias shifts all scores alike: its true gradient is zero, so noise decides.
+        # A key's bias shifts all scores equally: its true gradient is zero, so only noise is left.
         assert difference(gradient, converted[key]) < 1e-8 * max(scale, 1e-3), key
 
 
@@ -101,13 +101,13 @@ def test_tap_gradients_equal_the_oracle(options, taps):
 
 
 def varies(model, x):
-    """Whether two passes differ."""
+    """Returns whether two passes differ."""
     with torch.no_grad():
         return difference(model(x), model(x)) > 1e-6
 
 
 def frozen_norms(model):
-    """Training mode, but with batch norms on their running statistics."""
+    """Sets training mode, but batch norms use their running statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -141,7 +141,7 @@ def test_b_without_its_dropouts_is_deterministic():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["contnet_ti", "contnet_b"])
 def test_drop_rate_reaches_stages_3_and_4_only(name):
-    """Dropping everything there leaves the encoders without attention and MLP."""
+    """If everything there is dropped, the encoders have no attention and MLP."""
     theirs, ours = make_pair(name, ours={"drop_rate": 1.0, "last_drop_rate": 0.0})
     for layer in (theirs.layer3, theirs.layer4):
         for block in layer.values():
@@ -184,7 +184,7 @@ def test_batch_norm_statistics_move_in_training_only():
     [("contnet_ti", "block"), ("contnet_b", "block"), ("contnet_b", "mlp"), ("contnet_b", "gelu")],
 )
 def test_checkpointing_changes_nothing(name, part):
-    """B has dropout, so this also needs the random state to be restored on recomputation."""
+    """B has dropout, so the random state must be restored for the recomputation."""
     model = randomised(name, num_classes=10, drop_path_rate=0.2).train()
     x = image(70, 45, batch=2)
     results = []
@@ -214,7 +214,7 @@ def test_checkpointed_taps_are_equal(taps):
 
 
 def saved_bytes(model, x):
-    """Bytes that autograd keeps for the backward pass."""
+    """Returns the bytes that autograd keeps for the backward pass."""
     kept = {}
 
     def pack(tensor):
@@ -313,7 +313,7 @@ def test_half_and_double_modules_run():
 
 
 def snapshot(model):
-    """Everything that modules hold, with tensors by identity and version."""
+    """Returns everything that modules hold, with tensors by identity and version."""
 
     def freeze(value):
         if isinstance(value, torch.Tensor):
@@ -341,7 +341,7 @@ def test_forward_leaves_no_state(options):
 
 
 def test_inference_mode_does_not_poison_training():
-    """A tensor cached inside inference mode could not be saved for backward later."""
+    """A tensor that is cached in inference mode could not be saved for a later backward pass."""
     model = contnet.create_model("contnet_ti", num_classes=3, relative=True)
     with torch.inference_mode():
         model.eval()(image(37, 50))
@@ -352,7 +352,7 @@ def test_inference_mode_does_not_poison_training():
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operations that run."""
+    """Records the names of the operations that run."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Output strides below 32: the same weights, the same function, on a finer grid."""
+"""Tests output strides below 32: the same weights and function on a finer grid."""
 
 import math
 
@@ -22,13 +22,13 @@ SIZES = [(224, 224), (131, 77), (20, 33)]
 
 
 def _pair(variant="contnet_ti", *, output_stride, seed=0, **options):
-    """The undilated network and a dilated one with its weights, in double precision."""
+    """Returns the undilated network and a dilated one with its weights, in double precision."""
     torch.manual_seed(seed)
     plain = create_model(
         variant, num_classes=0, **{k: v for k, v in options.items() if k[:3] != "dil"}
     )
     for parameter in plain.parameters():
-        # Position tables start at zero, where a wrong place could not be told from the right one.
+        # Position tables start at zero, where wrong positions would not be detected.
         if parameter.std() == 0:
             torch.nn.init.normal_(parameter, std=0.2)
     dilated = create_model(variant, num_classes=0, output_stride=output_stride, **options)

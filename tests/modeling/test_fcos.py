@@ -1,4 +1,4 @@
-"""FCOS in both forms, against Detectron2's and against the formulas."""
+"""Tests both forms of FCOS against Detectron2's FCOS and against the formulas."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SMALL = [
     *("MODEL.FCOS.NUM_CONVS", "1", "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"),
     *("MODEL.FCOS.TOPK_CANDIDATES_TEST", "20"),
 ]
-# Left, top, right, bottom in pixels; the first lies within the third.
+# Left, top, right, bottom in pixels; the first box lies within the third.
 BOXES = [[10.0, 12.0, 42.0, 60.0], [60.0, 8.0, 90.0, 30.0], [2.0, 2.0, 94.0, 94.0]]
 
 
@@ -64,7 +64,7 @@ def test_improved_form_is_detectron2s():
 
 
 def test_plain_form_takes_every_place_in_a_box():
-    """Of stride 8, without centre sampling; the greater box belongs to coarser levels."""
+    """The places are at stride 8, without centre sampling; the larger box is on coarser levels."""
     labels = {}
     for name in ("fcos_contti", "fcos_plain_contm"):
         _, model = _model(name, "MODEL.CONTNET.VARIANT", "contnet_ti")
@@ -180,7 +180,7 @@ def test_losses_are_normalised_over_all_processes(tmp_path, monkeypatch):
             with EventStorage() as storage:
                 losses = model(_batch(boxes, seed=rank))
                 positive = storage.history("num_pos_anchors").latest()
-            # What one process alone divides by: a tenth of its positives.
+            # A single process divides by a tenth of its positives.
             sums.append((positive, {k: loss.item() * positive / 10 for k, loss in losses.items()}))
         mean = (sums[0][0] + sums[1][0]) / 2
         for (result, normalizer), (_, alone) in zip(ranks, sums, strict=True):

@@ -1,4 +1,4 @@
-"""Hooks on modules, and modules in the place of others: what adapters and counters rely on."""
+"""Tests hooks on modules and replaced modules, which adapters and counters use."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ OPTIONS = [*SINGLES, {"output_stride": 8}, {"output_stride": 16, **FLAGS}]
 
 
 def hooked(model):
-    """The names of the convolutions that run, which the hooks fill."""
+    """Returns a list that hooks fill with the names of the convolutions that run."""
     called = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
 
             def note(module, args, out, name=name):
-                # What it says it has computed is a convolution of what it was given.
+                # The reported output is a convolution of the reported input.
                 torch.testing.assert_close(out, module._conv_forward(*args, module.weight, None))
                 called.append(name)
 
@@ -28,12 +28,12 @@ def hooked(model):
 
 
 def convolutions(model):
-    """The names of all convolutions."""
+    """Returns the names of all convolutions."""
     return sorted(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
 
 
 def strided(model):
-    """The names of the convolutions that the dense taps run at stride 1 instead."""
+    """Returns the names of the convolutions that the dense taps run at stride 1 instead."""
     blocks = [f"stages.{i}.{len(stage) - 1}." for i, stage in enumerate(model.stages)]
     return [
         name
@@ -111,7 +111,7 @@ def test_a_stage_has_maps_and_gradients_for_grad_cam():
 
 
 class Adapted(nn.Conv2d):
-    """A convolution with something added, as LoRA adds it."""
+    """A convolution with an added term, as in LoRA."""
 
     def forward(self, x):
         return super().forward(x) + 1

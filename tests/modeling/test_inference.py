@@ -1,4 +1,4 @@
-"""Networks made ready for inference, against the networks that they were made from."""
+"""Tests networks that are optimised for inference against the original networks."""
 
 import copy
 
@@ -153,7 +153,7 @@ def test_cast(start):
 
 
 class Recordings(CudaGraphs):
-    """Notes the sizes of the images that it was to record; each holds 100 bytes."""
+    """Records the sizes of the images that it should record; each uses 100 bytes."""
 
     def __init__(self, max_bytes=1000):
         super().__init__(torch.nn.Flatten(), max_bytes)

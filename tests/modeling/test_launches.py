@@ -1,4 +1,4 @@
-"""How often a GPU is asked for something in a step of the network, and how much it moves."""
+"""Tests the number of GPU launches in a step of the network, and the bytes that they move."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from torch import nn
 
 import contnet
 
-# Of ConT-M, by size of the batch and autocast: launches and GB of the forward pass in training,
-# then of the backward pass, with the PyTorch of the lock. The masks of margins, which are made for
-# the first batch of a size alone, are among them.
+# ConT-M, by batch size and autocast: launches and GB of the forward pass in training,
+# then of the backward pass, with the locked PyTorch. This includes the masks of margins, which are
+# only made for the first batch of a size.
 STEPS = {
     ((128, 3, 224, 224), "bfloat16"): (495, 18.89, 653, 35.63),
     ((128, 3, 224, 224), "float32"): (271, 36.90, 430, 70.77),
@@ -19,7 +19,7 @@ STEPS = {
 
 
 def figures(model, size, dtype):
-    """As STEPS has them."""
+    """Returns figures as in STEPS."""
     passes = count_launches(model.train(), size, getattr(torch, dtype))
     return tuple(number for each in passes for number in (each.count, round(each.bytes / 1e9, 2)))
 
@@ -27,7 +27,7 @@ def figures(model, size, dtype):
 @pytest.mark.skipif(not torch.__version__.startswith("2.15."), reason="not the PyTorch of the lock")
 @pytest.mark.parametrize(("size", "dtype"), STEPS, ids=str)
 def test_a_step_costs_no_more(size, dtype):
-    """Exact, so that a step that costs less is entered, and later ones are held to it."""
+    """The check is exact, so that improvements are entered and later steps are held to them."""
     known, found = STEPS[size, dtype], figures(contnet.create_model("contnet_m"), size, dtype)
     more = any(a > b for a, b in zip(found, known, strict=True))
     advice = "what costs more?" if more else "it costs less: enter them"
@@ -35,7 +35,7 @@ def test_a_step_costs_no_more(size, dtype):
 
 
 def test_the_count_of_a_layer():
-    """Nothing else than what the layer needs: the images have no gradient."""
+    """The layer needs nothing else: the images have no gradient."""
     layer = nn.Sequential(nn.Flatten(), nn.Linear(6, 5))
     x, weight, bias, out = (4 * size for size in (2 * 6, 6 * 5, 5, 2 * 5))
     forward, backward = count_launches(layer, (2, 3, 1, 2), torch.float32)
@@ -46,7 +46,7 @@ def test_the_count_of_a_layer():
 
 
 def test_the_gradients_are_counted_once():
-    """Where they meet they are added; what a sum has broadcast is reduced."""
+    """Gradients of the same tensor are added; those of broadcast tensors are reduced."""
 
     class Twice(nn.Module):
         def __init__(self):

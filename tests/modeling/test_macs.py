@@ -1,4 +1,4 @@
-"""Parameters and MACs of the built models against the published figures."""
+"""Tests parameters and MACs of the built models against the published figures."""
 
 import pytest
 from conftest import REPOSITORY
@@ -12,7 +12,7 @@ ALL_TAPS = ["MODEL.CONTNET.OUT_FEATURES", "['res2','res3','res4','res5']"]
 
 
 def _counted(name, *opts, size=SIZE):
-    """Parameters in M, and MACs in G without and of attention products."""
+    """Counts parameters in M, and MACs in G without and of attention products."""
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts)
     model = build_meta_model(cfg)
     macs = count_macs(cfg, model, size)
@@ -28,7 +28,7 @@ def _counted(name, *opts, size=SIZE):
         ("faster_rcnn_conts", [], 26.83, 187.32),
         ("faster_rcnn_contm", [], 36.27, 225.64),
         ("faster_rcnn_contb", [], 52.77, 304.73),
-        # The published FCOS pays for a tap that it does not read.
+        # The published FCOS includes a tap that it does not use.
         ("fcos_contm", ALL_TAPS, 26.84, 228.44),
         ("fcos_plain_contm", ALL_TAPS, 26.84, 228.44),
     ],
@@ -63,7 +63,7 @@ def test_attention_is_counted_apart():
     ("name", "blocks"),
     [
         ("deit_tiny_patch16_224", [(12, 197, 192, 1)]),
-        # Windows of 7x7; and timm's own class of attention.
+        # Windows of 7x7, and timm's own attention class.
         (
             "swin_tiny_patch4_window7_224",
             [(2, 49, 96, 64), (2, 49, 192, 16), (6, 49, 384, 4), (2, 49, 768, 1)],
@@ -73,7 +73,7 @@ def test_attention_is_counted_apart():
     ],
 )
 def test_attention_of_any_classifier_is_counted(name, blocks):
-    """For each block two products of windows of so many tokens and channels."""
+    """Each block has two products of windows with this number of tokens and channels."""
     *_, attention = _counted("imagenet/res18", "MODEL.CLASSIFIER.NAME", name, size=(224, 224))
     expected = sum(n * 2 * tokens**2 * width * windows for n, tokens, width, windows in blocks)
     assert attention == pytest.approx(expected / 1e9, rel=1e-6)

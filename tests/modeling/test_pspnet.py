@@ -1,4 +1,4 @@
-"""PSPNet's head, windows, crops and norms."""
+"""Tests PSPNet's head, windows, crops and norms."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_head_is_what_its_config_says():
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 83)])
 def test_loss_is_cross_entropy_of_what_inference_gives(size):
-    """In the same mode of the norms, without dropout."""
+    """The norms are in the same mode, and there is no dropout."""
     model = _model("MODEL.PSP_HEAD.DROPOUT", "0.0")
     labels = torch.randint(0, 5, size)
     labels[:20] = 255
@@ -156,7 +156,7 @@ def test_training_images_are_scaled_then_cropped_with_their_labels(tmp_path):
     for crop in crops:
         assert torch.equal(crop["image"][0].long(), crop["sem_seg"] * 40)
     assert len({crop["image"].sum().item() for crop in crops}) > 1
-    # Smaller than the crop: taken whole, the batch is padded later.
+    # An image smaller than the crop is used whole; the batch is padded later.
     cfg.INPUT.MIN_SIZE_TRAIN = [60, 60]
     assert build_train_mapper(cfg)(dict(record))["image"].shape == (3, 60, 100)
 

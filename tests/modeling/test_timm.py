@@ -1,4 +1,4 @@
-"""The network as timm takes it: layer groups, names, heads, features."""
+"""Tests the network's interface for timm: layer groups, names, heads, features."""
 
 import math
 
@@ -21,7 +21,7 @@ import contnet
 
 
 def our_groups(model, coarse):
-    """Layer number of every parameter, as timm reads the model's matcher."""
+    """Returns the layer number of every parameter, as timm reads the model's matcher."""
     models = pytest.importorskip("timm.models")
     return models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
 

@@ -1,4 +1,4 @@
-"""What timm asks of every network in its own tests, and torchvision of a backbone."""
+"""Tests timm's own checks of every network, and torchvision's of a backbone."""
 
 from functools import partial
 
@@ -19,31 +19,31 @@ CLASSES = ("getter", "hook", "list", "dict", "fx")
 FLAGS = {"relative": True, "pre_norm": True, "use_avgdown": True, "qkv_bias": False}
 
 variants = pytest.mark.parametrize("name", sorted(VARIANTS))
-# TorchScript is deprecated in PyTorch, and says so.
+# TorchScript is deprecated in PyTorch and warns.
 scripts = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning"
 )
 
 
 def create(name, **options):
-    """A network of timm's factory in evaluation mode, always with the same weights."""
+    """Creates a network with timm in evaluation mode, always with the same weights."""
     torch.manual_seed(0)
     return timm.create_model(name, **options).eval()
 
 
 def image(*size, batch=1, channels=3):
-    """A fixed random input."""
+    """Returns a fixed random input."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, channels, *(size or SIZE), generator=generator)
 
 
 def assert_close(got, expected):
-    """Equal but for the rounding of another order."""
+    """Checks for equality except rounding in another order."""
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def assert_every_gradient(model):
-    """Every parameter has a finite gradient."""
+    """Checks that every parameter has a finite gradient."""
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
@@ -299,7 +299,7 @@ def test_forward_fx(name, options):
     model = create(name, **options)
     traced = torch.fx.symbolic_trace(model)
     extracted = create_feature_extractor(model, {"head": "logits"})
-    # Traced without a size, it takes any.
+    # Traced without a size, it accepts any.
     for size in (SIZE, (61, 90), (224, 224)):
         assert_close(traced(image(*size)), model(image(*size)))
     assert_close(extracted(image())["logits"], model(image()))

@@ -1,4 +1,4 @@
-"""torch.compile, torch.jit.trace and torch.export of the network, without a compiler."""
+"""Tests torch.compile, torch.jit.trace and torch.export of the network, without a compiler."""
 
 import warnings
 
@@ -17,22 +17,22 @@ OPTIONS = [{}, {"relative": True}, FLAGS]
 
 
 def label(options):
-    """A readable test id."""
+    """Returns a readable test id."""
     return "-".join(options) or "default"
 
 
 def network(options, name="contnet_ti", **ours):
-    """Our network with random weights in evaluation mode."""
+    """Returns our network with random weights in evaluation mode."""
     return make_pair(name, ours=ours, **options)[1]
 
 
 def image(height, width, batch=1):
-    """A fixed random input."""
+    """Returns a fixed random input."""
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(2))
 
 
 class Taps(nn.Module):
-    """Makes the feature maps the output of a module."""
+    """Returns the feature maps as the output of a module."""
 
     def __init__(self, model):
         super().__init__()
@@ -43,7 +43,7 @@ class Taps(nn.Module):
 
 
 def assert_equal(a, b, tolerance=1e-5):
-    """Two outputs, tensors or tuples, agree."""
+    """Checks that two outputs, tensors or tuples, agree."""
     a, b = ((a,), (b,)) if isinstance(a, torch.Tensor) else (a, b)
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape
@@ -52,7 +52,7 @@ def assert_equal(a, b, tolerance=1e-5):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Compiled graphs of one test must not serve another."""
+    """Resets the compiler, so that no test uses another test's graphs."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -125,7 +125,7 @@ def test_compiled_with_activation_checkpointing():
 
 
 def trace(model, x):
-    """Trace; shapes become constants, which is what the warnings say."""
+    """Traces the model; shapes become constants, as the ignored warnings say."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -156,7 +156,7 @@ def test_traced_taps_equal_eager(size, taps):
 
 
 def export(model, x, shapes):
-    """The exported module for one input with the given dynamic axes."""
+    """Returns the exported module for one input with the given dynamic axes."""
     return torch.export.export(model, (x,), dynamic_shapes=(shapes,)).module()
 
 
@@ -180,7 +180,7 @@ def test_export_with_dynamic_batch(options, size, wrap):
 
 
 def export_free(model, x, shapes, **settings):
-    """The same for free sizes; the setting keeps sizes of 1 from being a case of their own."""
+    """Exports for free sizes; the setting prevents a special case for sizes of 1."""
     with symbolic_config.patch(backed_size_oblivious=True):
         program = torch.export.export(model, (x,), dynamic_shapes=(shapes,), **settings)
     return program.module()
@@ -194,7 +194,7 @@ free_sizes = pytest.mark.skipif(
 @torch.no_grad()
 @pytest.mark.slow
 def test_export_at_multiples_of_224_from_448():
-    """Without the setting: PyTorch specialises dynamic sizes that may become 1, here one patch."""
+    """Without the setting, PyTorch specialises dynamic sizes that may become 1, here one patch."""
     model = network({})
     rows, columns = Dim("rows", min=2, max=8), Dim("columns", min=2, max=8)
     exported = export(model, image(448, 672), {2: 224 * rows, 3: 224 * columns})
@@ -219,7 +219,7 @@ def test_export_at_multiples_of_224(options, wrap):
 @pytest.mark.slow
 @free_sizes
 def test_export_with_free_height_and_width():
-    """By default export guards on properties of the example's size; this defers that."""
+    """By default, export guards on properties of the example's size; this option defers that."""
     model = network({})
     shapes = {2: Dim("height", min=33, max=2048), 3: Dim("width", min=33, max=2048)}
     exported = export_free(

@@ -1,4 +1,4 @@
-"""Test-time augmentation: it agrees with the plain model where it must, and mirrors with it."""
+"""Tests test-time augmentation: agreement with the plain model, and mirrored images."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from contnet.modeling.tta import DenseDetectorTTA, SemanticSegmentorTTA, tta_cla
 from contnet.utils.errors import UserError
 
 LEAF = str(REPOSITORY / "configs" / "faster_rcnn_contti.yaml")
-HEIGHT, WIDTH = 64, 96  # what the network pads to: nothing is padded, whichever way it is mirrored
+HEIGHT, WIDTH = 64, 96  # a multiple of the network's padding, so that nothing is padded
 
 MANY = """MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0
 MODEL.RPN.NMS_THRESH 0.9 MODEL.SEM_SEG_HEAD.NUM_CLASSES 5 MODEL.SEM_SEG_HEAD.CONVS_DIM 32
@@ -38,14 +38,14 @@ SEMANTIC = ("semantic", "windows")
 
 
 def config(kind, sizes="(64,)", flip=False):
-    """A tiny model's config, with so low a threshold that an untrained one finds much."""
+    """Returns a tiny model's config with a low threshold, so that an untrained model finds much."""
     options = [*SMALL, *MANY.split(), *MODELS[kind].split()]
     return load_config(LEAF, [*options, "TEST.AUG.MIN_SIZES", sizes, "TEST.AUG.FLIP", str(flip)])
 
 
 @pytest.fixture(scope="module")
 def models():
-    """One model of each kind, the weights of its heads large enough to tell places apart."""
+    """Builds a model of each kind, with head weights large enough to distinguish places."""
     built = {}
     for kind in MODELS:
         torch.manual_seed(2)
@@ -55,7 +55,7 @@ def models():
             if parameter.ndim > 1 and any(each in name for each in last):
                 nn.init.normal_(parameter, std=0.1)
         if kind == "fcos":
-            # Negative distances are none: start from boxes of two strides to each side.
+            # Distances are not negative: start from boxes of two strides to each side.
             nn.init.constant_(model.head.bbox_pred.bias, 2.0)
             nn.init.normal_(model.head.cls_score.weight, std=0.5)
         built[kind] = model
@@ -63,32 +63,32 @@ def models():
 
 
 def augmented(models, kind, **options):
-    """The model with test-time augmentation."""
+    """Returns the model with test-time augmentation."""
     cfg = config(kind, **options)
     return tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, models[kind]).eval()
 
 
 def random_image(height=HEIGHT, width=WIDTH):
-    """An input as the data loader makes it: noise at two scales."""
+    """Returns an input as the data loader makes it: noise at two scales."""
     coarse = F.interpolate(torch.rand(1, 3, 6, 9), (height, width), mode="bilinear")[0]
     image = (255 * (coarse + 0.2 * torch.rand(3, height, width)).clamp(max=1)).to(torch.uint8)
     return {"image": image, "height": height, "width": width, "file_name": "x"}
 
 
 def mirror(image):
-    """The same input, mirrored."""
+    """Returns the mirrored input."""
     return {**image, "image": image["image"].flip(-1)}
 
 
 def run(model, image):
-    """One output."""
+    """Returns one output."""
     with torch.no_grad():
         (output,) = model([image])
     return output
 
 
 def assert_same_instances(ours, theirs, atol):
-    """The same detections in the same order, equal scores aside."""
+    """Checks for the same detections, regardless of the order of equal scores."""
     assert len(ours) == len(theirs) > 5
     assert ours.image_size == theirs.image_size
     a, b = (x[torch.argsort(x.scores, descending=True, stable=True)] for x in (ours, theirs))
@@ -101,7 +101,7 @@ def assert_same_instances(ours, theirs, atol):
 
 
 def mirrored_instances(instances):
-    """Boxes and masks of the mirrored image."""
+    """Returns boxes and masks of the mirrored image."""
     x1, y1, x2, y2 = instances.pred_boxes.tensor.unbind(1)
     width = instances.image_size[1]
     fields = {**instances.get_fields()}
@@ -112,7 +112,7 @@ def mirrored_instances(instances):
 
 
 def assert_same(ours, theirs, atol=1e-3):
-    """Whatever the kind of output."""
+    """Checks two outputs of any kind."""
     if "sem_seg" in ours:
         torch.testing.assert_close(ours["sem_seg"], theirs["sem_seg"], atol=1e-5, rtol=0)
     else:
@@ -120,20 +120,20 @@ def assert_same(ours, theirs, atol=1e-3):
 
 
 def mirrored_output(output):
-    """What should be found in the mirrored image."""
+    """Returns the expected output for the mirrored image."""
     if "sem_seg" in output:
         return {"sem_seg": output["sem_seg"].flip(-1)}
     return {"instances": mirrored_instances(output["instances"])}
 
 
 def probabilities(output):
-    """Of a plain semantic model, as the augmented one gives them."""
+    """Returns probabilities of a plain semantic model, as from the augmented one."""
     return {"sem_seg": output["sem_seg"].softmax(0)} if "sem_seg" in output else output
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_one_view_of_the_test_size_is_the_plain_model(models, kind):
-    """The plain model is given the resized image; the augmented one resizes it."""
+    """The plain model gets the resized image; the augmented one resizes it."""
     image = random_image(80, 120)
     resize = T.ResizeShortestEdge(64, 96).get_transform(image["image"].permute(1, 2, 0).numpy())
     small = resize.apply_image(image["image"].permute(1, 2, 0).numpy())
@@ -149,7 +149,7 @@ def test_mirrored_image_gives_the_mirrored_output(models, kind):
     model = augmented(models, kind, flip=True)
     output = run(model, image)
     assert_same(run(model, mirror(image)), mirrored_output(output))
-    # The plain model is not so.
+    # The plain model's are not equal.
     plain = run(models[kind], mirror(image))
     with pytest.raises(AssertionError):
         assert_same(probabilities(plain), mirrored_output(probabilities(run(models[kind], image))))
@@ -209,11 +209,11 @@ def test_mixed_precision(models, kind):
         assert len(output["instances"]) > 5
 
 
-# --- exact places: a model that knows the answer -------------------------------------------------
+# --- exact places, with a model that knows the answer --------------------------------------------
 
 
 class BrightRectangle(nn.Module):
-    """Finds the one bright rectangle, exactly, and tells bright from dark pixels."""
+    """Finds the only bright rectangle exactly, and separates bright from dark pixels."""
 
     test_nms_thresh = 0.5
     max_detections_per_image = 10
@@ -239,7 +239,7 @@ class BrightRectangle(nn.Module):
 
 @pytest.fixture
 def rectangle():
-    """An image whose rectangle is far from its middle."""
+    """Draws an image whose rectangle is far from its centre."""
     image = torch.zeros(3, 60, 100, dtype=torch.uint8)
     image[:, 10:30, 5:45] = 255
     return {"image": image, "height": 60, "width": 100, "file_name": "x"}
@@ -255,7 +255,7 @@ def test_places_are_kept_to_the_pixel(rectangle):
     assert torch.equal(probability.argmax(0) == 0, expected)
 
 
-# --- where there is none -------------------------------------------------------------------------
+# --- unsupported models --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

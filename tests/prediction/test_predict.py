@@ -1,4 +1,4 @@
-"""tools/predict.py: what it takes, what it writes, and what it says."""
+"""Tests tools/predict.py: its inputs, files and output."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from contnet.commands.predict import main
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Files of models that have not been trained, by name; each is made once."""
+    """Makes files of untrained models by name, once each."""
     made = {}
 
     def find(name: str) -> str:
@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 
 
 def save(path, height=60, width=90, mode="RGB"):
-    """Saves a picture of noise, always the same of one size."""
+    """Saves an image of noise, which is always the same for a size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
@@ -66,7 +66,7 @@ def test_all_that_can_be_given(models, tmp_path, monkeypatch, capsys):
     page = (out / "index.html").read_text()
     assert sorted(re.findall('href="(images/[^"]+)"', page)) == [f"images/{each}" for each in drawn]
     assert "6 images" in capsys.readouterr().out
-    # Those of the same model in Python.
+    # The predictions of the same model in Python.
     found = contnet.load_run(models("retinanet_contti"))(tmp_path / "one.bmp")
     ours = [row for row in rows if row["image_id"] == "one.bmp"]
     assert [row["score"] for row in ours] == pytest.approx(found["scores"], abs=1e-4)
@@ -160,7 +160,7 @@ def test_maps_and_classes(models, tmp_path):
     assert {each["category_name"] for each in row["classes"]} == set(NAMES)
     assert sum(each["score"] for each in row["classes"]) == pytest.approx(1, abs=1e-3)
     for folder in (maps, classes):
-        assert Image.open(folder / "images" / "a.jpg").size[0] >= 480  # to be read
+        assert Image.open(folder / "images" / "a.jpg").size[0] >= 480  # large enough to be read
 
 
 def test_classes_and_scores(models, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Predictions of trained runs: those of their evaluation, whatever form an image comes in."""
+"""Tests that predictions of trained runs are those of their evaluation, for all kinds of images."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +23,13 @@ SOLVER.MAX_ITER 3 SOLVER.EMA.ENABLED True SOLVER.EMA.DECAY 0.5 TEST.DETECTIONS_P
 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0
 MODEL.FCOS.SCORE_THRESH_TEST 0.0
 """
-# Those on COCO; Cityscapes' results have other names of images.
+# Detectors on COCO; Cityscapes' results have other image names.
 DETECTORS = [name for name, (_, tasks) in SYSTEMS.items() if tasks in ("bbox", "bbox segm")]
 
 
 @pytest.fixture
 def trained(coco_here, cityscapes_root, imagenet_here, tmp_path):
-    """Trains a system for three steps; its folder."""
+    """Trains a system for three steps; returns its folder."""
 
     def trained(name: str, *options: str) -> Path:
         folder = tmp_path / "run"
@@ -44,7 +44,7 @@ def trained(coco_here, cityscapes_root, imagenet_here, tmp_path):
 
 
 def same(found: dict, others: dict) -> bool:
-    """Whether two predictions are equal."""
+    """Returns whether two predictions are equal."""
     return found.keys() == others.keys() and all(
         np.array_equal(value, others[key]) for key, value in found.items()
     )
@@ -118,7 +118,7 @@ def test_instances_of_cityscapes(trained, cityscapes_root):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A detector that has not been trained."""
+    """Loads an untrained detector."""
     return contnet.load_run(save_untrained(tmp_path_factory.mktemp("it"), "retinanet_contti"))
 
 

@@ -1,4 +1,4 @@
-"""Tiles on images whose truth is known, by a detector that finds what is white and large enough."""
+"""Tests tiles on images with known truth, with a detector of large enough white areas."""
 
 import cv2
 import numpy as np
@@ -14,11 +14,11 @@ from contnet.prediction.predictor import Predictor
 from contnet.prediction.tiles import check_tiles, predict_tiled
 from contnet.utils.errors import UsageError
 
-SMALLEST = 6  # pixels of an object in what the detector is given
+SMALLEST = 6  # minimum size of an object in the detector's input, in pixels
 
 
 class WhiteThings(nn.Module):
-    """Finds connected white areas, of two classes: flat and high ones; with their masks."""
+    """Finds connected white areas of two classes, flat and high, with their masks."""
 
     def forward(self, batch: list[dict]) -> list[dict]:
         return [{"instances": self._find(each)} for each in batch]
@@ -43,7 +43,7 @@ class WhiteThings(nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> Predictor:
-    # Whatever is given is resized to 100 pixels.
+    # All inputs are resized to 100 pixels.
     sizes = ["INPUT.MIN_SIZE_TEST", "100", "INPUT.MAX_SIZE_TEST", "100"]
     cfg = contnet.load_config(str(CONFIGS / "mask_rcnn_contti.yaml"), [*SMALL, *TINY, *sizes])
     return Predictor(cfg, WhiteThings(), ["flat", "high"])
@@ -56,7 +56,7 @@ def draw(boxes: list[tuple[int, int, int, int]], shape: tuple[int, int]) -> np.n
     return image
 
 
-# Small ones: anywhere, over borders of tiles, in a corner. And one that is larger than a tile.
+# Small objects anywhere, across borders of tiles, in a corner; and one larger than a tile.
 SMALL_THINGS = [(13, 20, 33, 32), (95, 50, 115, 62), (240, 190, 252, 218), (380, 0, 400, 12)]
 LARGE = (40, 100, 200, 280)
 
@@ -65,7 +65,7 @@ LARGE = (40, 100, 200, 280)
 def test_each_object_once(model, size):
     image = draw([*SMALL_THINGS, LARGE], (300, 400))
     alone = model(image)
-    assert len(alone["boxes"]) == 1  # the large one: the others vanish
+    assert len(alone["boxes"]) == 1  # the large one; the others vanish
     found = predict_tiled(model, image, size, 40)
     order = np.lexsort(found["boxes"].T[::-1])
     expected = np.array(sorted([*SMALL_THINGS, LARGE]))

@@ -1,4 +1,4 @@
-"""The pages in a real browser: no error, by keyboard, light and dark, on a phone."""
+"""Tests the pages in a real browser: no errors, keyboard, light and dark mode, phone."""
 
 import re
 import shutil
@@ -18,13 +18,13 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, PROGRAMS)), None)
 PHONE, SCREEN = 390, 1200  # pixels
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>alert(1)</script>"
-# The view of a plot's figure.
+# JavaScript for the view of the first plot's figure.
 VIEW = """const drawing = document.querySelectorAll(".drawing")[0];
 const view = [...Bokeh.index.roots].find(each => drawing.contains(each.el)).child_views[0];"""
 
 
 def wait_until(page, condition):
-    """As ``wait_for_function``, which needs eval in the page."""
+    """Replaces ``wait_for_function``, which needs eval in the page."""
     for _ in range(100):
         if page.evaluate(condition):
             return
@@ -33,7 +33,7 @@ def wait_until(page, condition):
 
 
 def of_view(page, expression):
-    """What an expression says of ``view``, the first plot's."""
+    """Evaluates an expression of ``view``, the view of the first plot."""
     return page.evaluate(f"() => {{ {VIEW} return {expression}; }}")
 
 
@@ -42,13 +42,13 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
     with sync_api.sync_playwright() as playwright:
-        # Chromium has no sandbox of its own for root, and none in most containers.
+        # Chromium's sandbox does not work for root, or in most containers.
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @pytest.fixture
 def show(browser):
-    """Opens a page, and fails at the end if it has said or asked for anything."""
+    """Opens a page, and fails at the end if it logged an error or made a request."""
     opened, said = [], []
 
     def open_page(path, width=SCREEN, scheme="light", scripts=True):
@@ -76,7 +76,7 @@ def show(browser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The page of two runs."""
+    """Writes the page of two runs."""
     pytest.importorskip("hotcoco")
     root = tmp_path_factory.mktemp("browser")
     truth = make_boxes(root)
@@ -164,15 +164,15 @@ def test_a_range_fits_the_lines_that_are_shown(show, report, scale):
         plot.locator("button.scale").click()
         page.wait_for_timeout(300)
     end = "view.model.y_range.end"
-    assert 1.6 < of_view(page, end) < 2.1  # the total falls from 1.62
+    assert 1.6 < of_view(page, end) < 2.1  # the total loss falls from 1.62
     for index in (0, 1):
         plot.locator("button.line").nth(index).click()
     page.wait_for_timeout(300)
-    assert of_view(page, end) < 1.6  # the losses of classes fall from 0.9
+    assert of_view(page, end) < 1.6  # the class losses fall from 0.9
 
 
 def point_at(page, x, y):
-    """Points at a place of the first plot; the tooltip's text."""
+    """Points at a position in the first plot; returns the tooltip's text."""
     canvas = page.locator(".drawing").first
     canvas.scroll_into_view_if_needed()
     scales = "[view.frame.x_scale, view.frame.y_scale]"

@@ -1,4 +1,4 @@
-"""The HTML report: whole, self-contained, honest about its numbers, safe with any text."""
+"""Tests the HTML report: complete, self-contained, correct, and safe with any text."""
 
 import base64
 import gzip
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.numpy1
 
 
 class Page(HTMLParser):
-    """All tags with attributes, and the text; raises where tags are not properly nested."""
+    """Reads all tags with attributes, and the text; fails if tags are not properly nested."""
 
     def __init__(self, text):
         super().__init__()
@@ -111,7 +111,7 @@ def html(tmp_path):
 
 
 def plots_of(html):
-    """The data of each plot: x and y of its lines, by their labels."""
+    """Yields the JSON of each plot."""
     for text in re.findall(r'<script type="application/json">(.*?)</script>', html):
         yield json.loads(text)
 
@@ -185,7 +185,7 @@ HOSTILE = """</title></svg><script>alert(1)</script>" onload="alert(1)' onload='
 
 
 def test_no_text_becomes_markup(tmp_path):
-    """Names of files, classes, views, metrics and facts may be anything."""
+    """Names of files, classes, views, metrics and facts may be any text."""
     views = {HOSTILE: [Box((4, 5, 30, 40), 0)], f"no {HOSTILE}": []}
     blank = np.zeros((48, 64, 3), np.uint8)
     key = f"loss_{HOSTILE}"
@@ -215,7 +215,7 @@ def test_no_text_becomes_markup(tmp_path):
     assert page.words().count(HOSTILE) >= 20
 
 
-# Escapes of terminals, another reading direction, no valid text, TeX that is none, and length.
+# Terminal escapes, another reading direction, text that is not valid, invalid TeX, and length.
 UNSEEN = "cat\x1b[2J\x00\u202egpj\ud800\n$x_{$ 猫"
 
 
@@ -238,7 +238,7 @@ def test_no_text_hides_or_breaks_the_page(tmp_path):
 
 
 def test_sections_in_any_order_and_number(tmp_path):
-    """A page is what it is given: here one of a classifier, with two galleries."""
+    """A page has the given sections: here those of a classifier, with two galleries."""
     blank = np.zeros((12, 12, 3), np.uint8)
     views = {"shown": [], "again": [Box((1, 1, 9, 9), 1)], "painted": blank}
     galleries = [
@@ -353,7 +353,7 @@ def test_all_values_are_listed(html):
 
 
 def arrays_of(plot):
-    """x and y of the plot's sources."""
+    """Returns x and y of the plot's sources."""
     found = []
 
     def look(value):
@@ -378,7 +378,7 @@ def arrays_of(plot):
 def test_curves_have_all_finite_values(html):
     (plot,) = plots_of(html)
     arrays = arrays_of(plot)
-    assert len(arrays) == 4  # two figures over the same data
+    assert len(arrays) == 4  # two figures of the same data
     assert arrays[0]["x"] == list(range(60))
     assert np.allclose(arrays[0]["y"], [3.0 - i / 50 for i in range(60)])
     assert arrays[2]["x"] == [29, 59] and arrays[3]["x"] == []

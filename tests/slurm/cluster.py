@@ -1,7 +1,7 @@
 """A private SLURM cluster of two virtual nodes on this machine, for tests.
 
-Everything lies under one folder, and any user can start one; several can run side by side. A
-guardian process stops the cluster as soon as the one that started it is gone, however it ended.
+Everything is in one folder, and any user can start a cluster; several can run side by side. A
+guardian process stops the cluster when the process that started it is gone.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF
 """
 _SIZE = "CPUs=8 RealMemory=16000 Gres=gpu:2"
 
-# Without a database sacct fails; this answers what submitit asks it.
+# Without a database, sacct fails; this script answers submitit's queries.
 _SACCT = """\
 #!/bin/sh
 echo "JobID|State|NodeList"
@@ -88,7 +88,7 @@ def _path() -> str:
 
 
 def why_no_slurm() -> str:
-    """Why no cluster can be started here, "" if one can."""
+    """Returns why no cluster can be started here; "" if it can."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if not missing:
         return ""
@@ -99,14 +99,14 @@ def why_no_slurm() -> str:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
+    """Returns free ports of this machine."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(number)]
         return [server.getsockname()[1] for server in servers]
 
 
 def _pid(file: Path) -> int:
-    """A daemon's process, 0 if it does not run."""
+    """Returns a daemon's process id; 0 if it is not running."""
     try:
         pid = int(file.read_text())
         os.kill(pid, 0)
@@ -123,7 +123,7 @@ def _wait(seconds: float, done) -> bool:
 
 
 class Cluster:
-    """The cluster whose files are under ``root``; a short path, for it holds a socket."""
+    """The cluster with files in ``root``, whose path must be short because it has a socket."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -136,7 +136,7 @@ class Cluster:
         self._guardian = None
 
     def ask(self, *command: str, check: bool = True, patience: float = 60) -> str:
-        """The output of one of SLURM's commands."""
+        """Returns the output of one of SLURM's commands."""
         answer = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=patience
         )
@@ -165,7 +165,7 @@ class Cluster:
     def _write(self) -> None:
         for name in ("etc", "run", "log", "state", "bin", "munge", *(f"spool/{n}" for n in NODES)):
             (self.root / name).mkdir(parents=True)
-        for name in ("", "run"):  # munged is strict about them
+        for name in ("", "run"):  # munged requires this
             (self.root / name).chmod(0o755)
         (self.root / "munge").chmod(0o700)
         key = self.root / "munge" / "munge.key"
@@ -176,7 +176,7 @@ class Cluster:
             _CONF.format(
                 host=socket.gethostname().split(".")[0],
                 ports=free_ports(3),
-                # Folders of an earlier cluster's jobs may still be there.
+                # Folders of an earlier cluster's jobs may still exist.
                 first_job=1000 + (int(time.time()) + 977 * os.getpid()) % 1000000,
                 user=user,
                 root=self.root,
@@ -184,13 +184,13 @@ class Cluster:
                 size=_SIZE,
             )
         )
-        # A GPU is a device file, any will do.
+        # A GPU is any device file.
         (self.root / "etc" / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")
         (self.root / "bin" / "sacct").write_text(_SACCT)
         (self.root / "bin" / "sacct").chmod(0o755)
 
     def start_node(self, node: str) -> None:
-        """Starts a node's daemon, also after :meth:`fail_node`; waits until it is idle."""
+        """Starts a node's daemon, also after :meth:`fail_node`; waits until the node is idle."""
         self.ask("slurmd", "-N", node)
         if not _wait(60, lambda: self.node_state(node) == "idle"):
             log = (self.root / "log" / f"slurmd.{node}.log").read_text()[-2000:]
@@ -200,11 +200,11 @@ class Cluster:
         return self.ask("sinfo", "-hN", "-pmain", f"-n{node}", "-o%t", check=False)
 
     def processes(self, node: str = "", job: str = "") -> list[int]:
-        """What runs under this cluster's daemons: batch scripts, tasks and their children.
+        """Returns the processes of this cluster's daemons: batch scripts, tasks and their children.
 
         Args:
-            node: only that node's.
-            job: only that job's, by its SLURM_JOB_ID.
+            node: only processes of this node.
+            job: only processes of this job, by its SLURM_JOB_ID.
         """
         signs = [f"SLURM_CONF={self.conf}", "SLURM_JOB_ID=" + job, "SLURMD_NODENAME=" + node]
         found = []
@@ -219,7 +219,7 @@ class Cluster:
         return found
 
     def tasks(self, job: str) -> dict[int, int]:
-        """Process of each rank of a job's step."""
+        """Returns the process of each rank of a job's step."""
         found = {}
         for pid in self.processes(job=job):
             with contextlib.suppress(OSError):
@@ -232,13 +232,13 @@ class Cluster:
         return found
 
     def kill_daemon(self, node: str) -> None:
-        """Only the node's slurmd, so that SLURM loses touch with what lives on."""
+        """Kills only the node's slurmd, so that SLURM loses contact to the running processes."""
         pid = _pid(self.root / "run" / f"slurmd.{node}.pid")
         os.kill(pid, signal.SIGKILL)
         _wait(5, lambda: not Path(f"/proc/{pid}").exists())
 
     def fail_node(self, node: str) -> None:
-        """All of a node at once, as if its power went."""
+        """Kills everything on a node at once, like a power failure."""
         pids = self.processes(node=node)
         parents = set()
         for pid in pids:
@@ -252,14 +252,14 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ends jobs and daemons; safe to call again."""
+        """Ends jobs and daemons; may be called again."""
         if self._guardian is not None:
             self._guardian.terminate()
             self._guardian.wait(timeout=60)
             self._guardian = None
 
     def shut_down(self) -> None:
-        """What the guardian does."""
+        """Stops the cluster; called by the guardian."""
         run = self.root / "run"
         self.ask("scancel", f"--user={os.getuid()}", check=False)
         _wait(10, lambda: not self.ask("squeue", "-h", check=False))
@@ -277,7 +277,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(root: Path) -> Iterator[Cluster]:
-    """A cluster for as long as the context lasts."""
+    """Provides a cluster within the context."""
     cluster = Cluster(root)
     try:
         cluster.start()
@@ -287,7 +287,7 @@ def running_cluster(root: Path) -> Iterator[Cluster]:
 
 
 def _guard(root: Path, parent: int) -> None:
-    """Waits until the process that has started the cluster says so, or ends."""
+    """Waits until the process that started the cluster asks to stop it, or ends."""
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     for number in (signal.SIGINT, signal.SIGHUP):

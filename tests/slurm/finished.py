@@ -1,4 +1,4 @@
-"""Finished configs of jobs, written as a submission writes them."""
+"""Complete configs of jobs, written as in a submission."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ __all__ = ["write_config"]
 
 
 def write_config(argv: Sequence[str], file: Path) -> dict[str, object]:
-    """Writes the config of a command line of train_net.py; what a TrainingJob is told of it."""
+    """Writes the config of a train_net.py command line; returns a TrainingJob's arguments."""
     settings = build_run_settings(parse_arguments(argv))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(settings.cfg.dump())

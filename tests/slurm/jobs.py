@@ -1,4 +1,4 @@
-"""Jobs on the private cluster: submitted as the tool does, followed, and compared."""
+"""Jobs on the private cluster: submitted like the tool does, followed, and compared."""
 
 import contextlib
 import json
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 ITERATIONS = 30
-# No job of these tests takes longer, also on a machine that does other things; in seconds.
+# Maximum seconds of a job in these tests, even on a busy machine.
 PATIENCE = 240
 
 
 def arguments(folder: Path, *options: str) -> list[str]:
-    """The command line of a small training of the toy."""
+    """Returns the command line of a small training of the toy."""
     config = REPOSITORY / "configs" / "faster_rcnn_contti.yaml"
     toy = "MODEL.META_ARCHITECTURE Toy MODEL.BACKBONE.NAME ToyBackbone SOLVER.IMS_PER_BATCH 4"
     run = f"LOG_PERIOD 1 DATALOADER.NUM_WORKERS 1 SOLVER.MAX_ITER {ITERATIONS}"
@@ -53,8 +53,8 @@ class Lab:
     """Runs toy jobs on a cluster.
 
     Args:
-        cluster: a running one.
-        folder: for the runs.
+        cluster: a running cluster.
+        folder: folder for the runs.
     """
 
     def __init__(self, cluster: Cluster, folder: Path):
@@ -62,7 +62,7 @@ class Lab:
         self.folder = folder
 
     def job(self, name: str, *options: str, **settings) -> ToyJob:
-        """A job of the run ``name``; further settings are a :class:`ToyJob`'s."""
+        """Makes a job of the run ``name``; the other settings are those of :class:`ToyJob`."""
         argv = arguments(self.folder / name, *options)
         values = {
             **write_config(argv, self.folder / "configs" / f"{name}.yaml"),
@@ -74,7 +74,7 @@ class Lab:
         return ToyJob(**values)
 
     def submit(self, *jobs: ToyJob, nodes: int, tasks: int, minutes: int = 10, **parameters):
-        """Submits a job, or an array of them; returns submitit's jobs."""
+        """Submits a job, or an array of jobs; returns submitit's jobs."""
         executor = submitit.SlurmExecutor(self.folder / "submitit", python=python_command())
         executor.update_parameters(
             nodes=nodes,
@@ -90,7 +90,7 @@ class Lab:
         return submitted if len(jobs) > 1 else submitted[0]
 
     def until(self, what: str, done, patience: float = PATIENCE):
-        """Waits for a condition; its value."""
+        """Waits for a condition; returns its value."""
         end = time.monotonic() + patience
         while not (answer := done()):
             assert time.monotonic() < end, f"waited {patience} s for: {what}\n{self.report()}"
@@ -98,7 +98,7 @@ class Lab:
         return answer
 
     def until_state(self, name: str, *states: str, patience: float = PATIENCE) -> dict:
-        """Waits until a run's status is one of ``states``; the status."""
+        """Waits until a run's status is one of ``states``; returns the status."""
 
         def done():
             status = read_status(self.folder / name)
@@ -107,7 +107,7 @@ class Lab:
         return self.until(f"{name} to be {' or '.join(states)}", done, patience)
 
     def until_iteration(self, name: str, iteration: int, restart: int = 0) -> dict:
-        """Waits until a start of a run has done an iteration; the status."""
+        """Waits until a start of a run has finished an iteration; returns the status."""
 
         def done():
             status = read_status(self.folder / name)
@@ -121,18 +121,18 @@ class Lab:
         return self.cluster.ask("squeue", "-h", "-tall", f"-j{job.job_id}", "-o%T")
 
     def until_over(self, job) -> str:
-        """Waits until SLURM has done with a job and none of its processes is left; its state."""
+        """Waits until a job has ended and none of its processes is left; returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         state = self.until(
             f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in over and s
         )
-        # Each task of an array has a number of its own.
+        # Each task of an array has its own number.
         raw = self.cluster.ask("squeue", "-h", "-r", "-tall", f"-j{job.job_id}", "-o%A")
         self.until("its processes to end", lambda: not self.cluster.processes(job=raw), 30)
         return state
 
     def report(self) -> str:
-        """What there is to know when a test fails."""
+        """Returns information for a failed test."""
         lines = [self.cluster.ask("squeue", "-tall", check=False)]
         for file in sorted((self.folder / "submitit").glob("*.out")):
             lines += [f"--- {file.name}", file.read_text(errors="replace")[-3000:]]
@@ -142,8 +142,8 @@ class Lab:
 
 
 def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Path:
-    """The same training without SLURM, in processes forked from this one: nothing to import."""
-    # Where Detectron2, which is imported already, looks for data.
+    """Trains without SLURM in forked processes, which need no imports."""
+    # The folder in which the imported Detectron2 looks for data.
     where = folder.parent / "here"
     where.mkdir(exist_ok=True)
     if not (where / "datasets").exists():
@@ -168,7 +168,7 @@ def run_here(folder: Path, coco_root: Path, *options: str, processes: int) -> Pa
 
 
 def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]) -> None:
-    """A forked process, which never returns."""
+    """Runs a rank in a forked process, which never returns."""
     status = 1
     try:
         log = os.open(where / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -194,23 +194,23 @@ def _run_rank(rank: int, processes: int, port: int, where: Path, argv: list[str]
 
 
 def same_training(run: Path, reference: Path) -> None:
-    """Checks that two runs ended with the same weights, optimizer and metrics, to the bit."""
+    """Checks that two runs ended with bit for bit equal weights, optimizer and metrics."""
     ours, theirs = (torch.load(folder / "model_final.pth") for folder in (run, reference))
     assert equal(ours["model"], theirs["model"]), "the weights differ"
     assert equal(ours["trainer"]["optimizer"], theirs["trainer"]["optimizer"])
     assert [line["iteration"] for line in metrics_of(run)] == list(range(ITERATIONS))
-    # As text, where not-a-number equals itself.
+    # As text, because nan does not equal itself.
     assert list(map(repr, metrics_of(run))) == list(map(repr, metrics_of(reference)))
 
 
 def starts_of(run: Path) -> list[int]:
-    """The first iteration of each start."""
+    """Returns the first iteration of each start."""
     return [start["start_iter"] for start in json.loads((run / "run.json").read_text())]
 
 
 @contextlib.contextmanager
 def running_lab(coco_root: Path, folder: Path) -> Iterator[Lab]:
-    """A cluster, and a folder for its runs; nothing of it is left at the end."""
+    """Provides a cluster and a folder for its runs; everything is removed at the end."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slurm") as root:
         package = REPOSITORY / "projects" / "ConTNet"
         patch.setenv("PYTHONPATH", f"{package}:{Path(__file__).parent}")
@@ -225,7 +225,7 @@ def running_lab(coco_root: Path, folder: Path) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def lab(coco_root, tmp_path_factory):
-    """A :class:`Lab` for all tests of a file."""
+    """Provides a :class:`Lab` for all tests."""
     if reason := why_no_slurm():
         pytest.skip(reason)
     with running_lab(coco_root, tmp_path_factory.mktemp("runs")) as lab:
@@ -234,7 +234,7 @@ def lab(coco_root, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference(coco_root, tmp_path_factory):
-    """Runs that were never stopped, by their number of processes."""
+    """Makes uninterrupted runs, by number of processes."""
     made = {}
 
     def get(processes: int) -> Path:

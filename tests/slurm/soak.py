@@ -1,8 +1,8 @@
-"""Toy jobs that are disturbed at random moments, for as long as one likes; no part of the tests.
+"""Disturbs toy jobs at random moments for any time; not part of the tests.
 
-Signals, requeues, killed ranks, failing nodes and other jobs come in an order that the seed gives.
-A job that has failed, as it must when a rank is killed, is submitted again with ``--resume``. Every
-run must end with the weights and metrics of one that was left alone, to the bit:
+Signals, requeues, killed ranks, failing nodes and other jobs come in an order set by the seed. A
+failed job, such as one with a killed rank, is submitted again with ``--resume``. Every run must end
+with the same weights and metrics as an undisturbed run, bit for bit:
 
     python tests/slurm/soak.py --minutes 60 --seed 1
 """
@@ -29,15 +29,15 @@ from contnet.slurm.status import read_status
 
 OPTIONS = ("SOLVER.CHECKPOINT_PERIOD", "7", "TEST.EVAL_PERIOD", "12")
 FAULTS = {"pace": 0.2, "save": 0.3, "evaluation": 0.3}
-SHAPES = ((1, 1), (2, 1), (1, 2))  # nodes, tasks on each
+SHAPES = ((1, 1), (2, 1), (1, 2))  # nodes, tasks per node
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-# Disturbances of one run; after them it may end.
+# Maximum number of disturbances of a run, after which it may end.
 MOST = 6
 
 
 def _signal(name: str):
     def send(lab: Lab, job, rng: random.Random) -> None:
-        # It tries for minutes where the job is between two states.
+        # scancel tries for minutes if the job is between two states.
         with contextlib.suppress(subprocess.TimeoutExpired):
             lab.cluster.ask("scancel", f"--signal={name}", job.job_id, check=False)
 
@@ -64,7 +64,7 @@ def _kill_daemon(lab: Lab, job, rng: random.Random) -> None:
 
 
 def _away(lab: Lab, rng: random.Random, take) -> None:
-    """Takes a node away, for a time that SLURM may or may not notice."""
+    """Makes a node unavailable, for a time that SLURM may or may not notice."""
     node = rng.choice(NODES)
     take(node)
     time.sleep(rng.uniform(1, 20))
@@ -88,11 +88,11 @@ EVENTS = {
 
 
 class Soak:
-    """Runs that are disturbed.
+    """Disturbs runs.
 
     Args:
-        lab: with a running cluster.
-        seed: of what happens, and when.
+        lab: lab with a running cluster.
+        seed: seed of the events and their times.
     """
 
     def __init__(self, lab: Lab, seed: int):
@@ -108,7 +108,7 @@ class Soak:
         print(f"{time.strftime('%H:%M:%S')} {name}: {what} ({where})", flush=True)
 
     def _disturb(self, name: str, job, most: int, until: float) -> int:
-        """Disturbs a job at random moments as long as it has not ended; how often."""
+        """Disturbs a job at random moments until it ends; returns the number of disturbances."""
         for number in range(most):
             end = min(until, time.monotonic() + self.rng.uniform(0, 30))
             while time.monotonic() < end:
@@ -124,7 +124,7 @@ class Soak:
         return most
 
     def run(self, until: float) -> tuple[str, int]:
-        """One run, disturbed until ``until`` (of time.monotonic) at most; its name and size."""
+        """Disturbs a run until the time ``until`` at most; returns its name and size."""
         nodes, tasks = self.rng.choice(SHAPES)
         name = f"run{self.runs}"
         left = self.rng.randrange(1, MOST + 1)

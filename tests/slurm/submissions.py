@@ -1,4 +1,4 @@
-"""A made-up SLURM, a machine without one, and submissions by tools/submit.py."""
+"""A simulated SLURM, a machine without SLURM, and submissions with tools/submit.py."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ FAKES = {
 
 
 class FakeSlurm:
-    """SLURM's clients as scripts that note their arguments and answer from files."""
+    """Replaces SLURM's clients by scripts that record their arguments and answer from files."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -53,7 +53,7 @@ class FakeSlurm:
 
     @property
     def sent(self) -> list[str]:
-        """The lines that sbatch was given."""
+        """Returns the lines that sbatch got."""
         return (self.folder / "sent.sh").read_text().splitlines()
 
     def show_jobs(self, text: str) -> None:
@@ -62,7 +62,7 @@ class FakeSlurm:
 
 @pytest.fixture
 def here(coco_root, tmp_path, monkeypatch):
-    """A working folder with the tiny COCO where this process, with Detectron2 imported, looks."""
+    """Changes to a folder in which this process's Detectron2 finds the tiny COCO."""
     work = tmp_path / "work"
     root = work / MetadataCatalog.get("coco_2017_train").json_file.removesuffix(ANNOTATIONS)
     root.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def here(coco_root, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_slurm(here, tmp_path, monkeypatch):
-    """A machine without SLURM, whatever this one has."""
+    """Simulates a machine without SLURM."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("bash", "git", "uname"):
@@ -102,7 +102,7 @@ def submit(*options: str) -> int:
 
 
 def error_of(capsys, *argv: str) -> str:
-    """Runs main with a mistake in ``argv``, or in what it finds; its one line."""
+    """Runs main with a mistake in ``argv`` or in its files; returns the error line."""
     assert main(list(argv)) in (1, 2)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines

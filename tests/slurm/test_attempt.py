@@ -1,4 +1,4 @@
-"""Attempts of a job: signals, lease, heartbeats, requeues."""
+"""Tests attempts of a job: signals, lease, heartbeats, requeues."""
 
 import json
 import multiprocessing
@@ -79,7 +79,7 @@ def test_lease_passes_to_a_later_attempt_alone(tmp_path):
     assert not old.lost() and not new.lost()
     new.take(patience=0)
     assert old.lost() and not new.lost()
-    # Also for a rank of the old attempt that never saw its own lease.
+    # This includes a rank of the old attempt that never saw its own lease.
     assert _lease(tmp_path, "5", 0).lost()
     old.release()
     owner, _ = newest_lease(tmp_path)
@@ -94,7 +94,7 @@ def _take_and_wait(folder, pipe):
 
 @pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("FAILED", True), ("", False)])
 def test_slurm_says_whether_the_job_of_a_living_process_goes_on(tmp_path, monkeypatch, state, free):
-    """A node that SLURM has given up may still run its tasks."""
+    """A node that SLURM has marked as failed may still run its tasks."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
     process = fork.Process(target=_take_and_wait, args=(tmp_path, theirs))
@@ -120,7 +120,7 @@ def test_last_saved(tmp_path):
 
 
 def _attempt(run_folder, **options):
-    """An attempt as a job makes it."""
+    """Makes an attempt like a job does."""
     return Attempt(**asdict(TrainingJob("", str(run_folder), **options)))
 
 
@@ -133,7 +133,7 @@ def test_no_requeue_without_progress(tmp_path, monkeypatch):
     attempt = _attempt(tmp_path)
     assert attempt.job.restart == 1
     assert "iteration 12" in attempt.reason_to_stop()
-    for saved in ("model_0000013.pth", "model_0000006.pth"):  # the latter with twice the batch
+    for saved in ("model_0000013.pth", "model_0000006.pth"):  # the second one with twice the batch
         (tmp_path / "last_checkpoint").write_text(saved)
         assert not attempt.reason_to_stop()
     attempt = _attempt(tmp_path, max_requeues=1)
@@ -188,7 +188,7 @@ class _Broken(Dataset):
 
 
 def _fail(folder, error):
-    """In a process of its own, which never returns: signals and timers are the watcher's."""
+    """Runs in a separate process and never returns; signals and timers are the watcher's."""
     status = 1
     try:
         watcher = _attempt(folder).watcher
@@ -206,7 +206,7 @@ def _fail(folder, error):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (None, "bad.jpg cannot be loaded"),  # the loader's own
+        (None, "bad.jpg cannot be loaded"),  # an error of the loader
         (UsageError("no such key"), "no such key"),
         (ValueError("no such number"), "ValueError: no such number"),
     ],
@@ -242,7 +242,7 @@ def test_stale_notes_are_not_this_attempts(tmp_path):
 
 
 def _fake_slurm(folder, state):
-    """Clients of a SLURM that calls every job ``state``, and notes what it is asked for."""
+    """Makes clients of a SLURM in which every job is in ``state``, and which records calls."""
     folder.mkdir()
     for name, answer in (("squeue", f"echo {state}"), ("scontrol", f'echo "$*" >> {folder}/calls')):
         (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
@@ -256,7 +256,7 @@ class _Signalled(Attempt):
 
 
 def _end_signalled(folder):
-    """In a process of its own, which never returns."""
+    """Runs in a separate process and never returns."""
     try:
         _Signalled(**asdict(TrainingJob("", str(folder)))).run()
     except UserError:
@@ -296,7 +296,7 @@ def test_a_decision_that_could_not_be_noted_at_once_stays(tmp_path, monkeypatch)
 
 
 class _Alone(Attempt):
-    """Rank 0, whose collective has failed since a node is gone."""
+    """Rank 0, whose collective has failed because a node is gone."""
 
     def _begin(self):
         self.lease.take()
@@ -306,7 +306,7 @@ class _Alone(Attempt):
 
 
 def _lose_a_node(folder):
-    """In a process of its own, which never returns."""
+    """Runs in a separate process and never returns."""
     attempts._NODE_SILENCE = 0
     try:
         _Alone(**asdict(TrainingJob("", str(folder)))).run()
@@ -373,13 +373,13 @@ finally:
     ("state", "interface", "number", "status", "said"),
     [
         (None, "", signal.SIGUSR2, 1, "without SLURM, nothing can restart the training"),
-        ("RUNNING", "ib0", signal.SIGTERM, 0, "; requeued"),  # clusters that send nothing else
+        ("RUNNING", "ib0", signal.SIGTERM, 0, "; requeued"),  # some clusters send only this
     ],
 )
 def test_a_signalled_job_in_one_process(
     coco_root, tmp_path, state, interface, number, status, said
 ):
-    """Without a cluster nothing can be requeued, and that is said."""
+    """Without a cluster, nothing can be requeued, and the message says that."""
     from conftest import REPOSITORY, SMALL
 
     run = tmp_path / "run"

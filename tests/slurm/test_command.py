@@ -1,4 +1,4 @@
-"""tools/submit.py and tools/results.py on the private cluster."""
+"""Tests tools/submit.py and tools/results.py on the private cluster."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ SOLVER.BASE_LR 0.0001 SOLVER.STEPS () LOG_PERIOD 1 OUTPUT_DIR
 
 
 def test_an_array_of_which_one_run_is_cancelled(lab, capsys):
-    # A name that shells and SLURM could stumble over.
+    # A name with special characters for shells and SLURM.
     base = lab.folder / "it's an array"
     command = [sys.executable, str(REPOSITORY / "tools" / "submit.py"), "--config-file"]
     command += [str(CONFIG), *SMALL, *OPTIONS.split(), str(base)]
@@ -34,7 +34,7 @@ def test_an_array_of_which_one_run_is_cancelled(lab, capsys):
         lab.until_iteration(f"{base.name}/SEED=2", 3)
         assert main(["--cancel", str(base / "SEED=2")]) == 0
         shown, _ = watching.communicate(timeout=PATIENCE)
-    assert watching.returncode == 1, shown  # one has not finished
+    assert watching.returncode == 1, shown  # one run has not finished
     assert "SEED=1: running" in shown and "SEED=1: finished" in shown
     assert "SEED=2: cancelled" in shown
 

@@ -1,4 +1,4 @@
-"""Jobs of tools/submit.py on this machine, for real."""
+"""Tests real jobs of tools/submit.py on this machine."""
 
 import json
 import os
@@ -49,7 +49,7 @@ QUICK = [*SMALL, "SOLVER.BASE_LR", "0.0001", "SOLVER.STEPS", "()", "LOG_PERIOD",
 
 
 def run_tool(tool: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
-    """A tool in a process of its own, as on a machine without SLURM."""
+    """Runs a tool in a separate process, as on a machine without SLURM."""
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "tools" / tool), *argv],
         env={**os.environ, **environment},
@@ -60,7 +60,7 @@ def run_tool(tool: str, *argv: str, **environment: str) -> subprocess.CompletedP
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Those whose command line names a folder."""
+    """Returns the processes whose command line contains a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -74,7 +74,7 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A copy of the package and the tools, to be edited."""
+    """Copies the package and the tools, so that tests can edit them."""
     root = tmp_path / "project"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(REPOSITORY / "projects" / "ConTNet", root, ignore=ignored)
@@ -83,7 +83,7 @@ def project(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, capsys):
-    """Submitted, then the code is broken: the job does not notice, and says how it did."""
+    """The code is broken after the submission; the job does not notice and reports its result."""
     out = no_slurm / "out"
     options = [
         "--num-gpus",
@@ -135,13 +135,13 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
     argv += ["OUTPUT_DIR", "out"]
     assert main(argv) == 0
     metrics = out / "metrics.json"
-    wait_for(lambda: metrics.exists() and metrics.read_text())  # an iteration is done
-    assert len(processes_of(out)) >= 3  # submitit's, and two tasks
+    wait_for(lambda: metrics.exists() and metrics.read_text())  # an iteration is finished
+    assert len(processes_of(out)) >= 3  # submitit's process, and two tasks
     assert "in use by job" in error_of(capsys, *argv)
     assert main(["--cancel", "out"]) == 0
     assert "cancelled job" in capsys.readouterr().out
     wait_for(lambda: not processes_of(out))
-    # It has saved what it had done, and does not come back.
+    # It has saved its progress, and is not started again.
     status = read_status(out)
     saved = f"saved after iteration {status['iteration']}; not requeued"
     assert status["state"] == "stopped" and saved in status["exit"]["reason"]
@@ -152,7 +152,7 @@ def test_cancel_on_this_machine_leaves_nothing(no_slurm, capsys):
 
 
 def test_attempts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
-    """submitit's own bound is six."""
+    """submitit's own limit is six."""
     settings = ClusterSettings(max_requeues=7)
     python = shlex.quote(sys.executable)
     options = {"tasks": 1, "gpus": [], "environment": {}, "python": python}
@@ -165,7 +165,7 @@ def test_attempts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
 
 @pytest.mark.slow
 def test_a_resumed_attempt_uses_what_the_submission_has_read(no_slurm):
-    """The config file is another one when the job starts, and gone when it starts again."""
+    """The config file is changed before the job starts, and removed before its second attempt."""
     out, mine = no_slurm / "out", no_slurm / "mine.yaml"
     drawn = make_shapes(no_slurm / "drawn", num_train=4, num_val=2)
     sets = [["mine", str(drawn / "annotations" / "instances_train.json"), str(drawn / "train")]]
@@ -201,7 +201,7 @@ def test_a_failing_setup_is_in_the_status(no_slurm, capsys):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(no_slurm):
-    """Also before they have found each other."""
+    """This also works before the rendezvous."""
     out = no_slurm / "out"
     argv = ["--config-file", LEAF, *QUICK, "--num-gpus", "2", "OUTPUT_DIR", "out"]
     assert main([*argv, "--no-snapshot"]) == 0
@@ -213,7 +213,7 @@ def test_a_killed_process_ends_the_others(no_slurm):
 
 @pytest.mark.slow
 def test_sweep_on_this_machine(no_slurm, capsys):
-    """One run fails; the others go on, and the table says why."""
+    """One run fails; the others continue, and the table shows the reason."""
     bad = "SOLVER.BASE_LR=0.0001,1e30"
     argv = ["--config-file", LEAF, *QUICK, "SOLVER.MAX_ITER", "3", "SOLVER.WARMUP_ITERS", "0"]
     argv += ["--sweep", bad, "--max-parallel", "2", "OUTPUT_DIR", "out"]
@@ -236,7 +236,7 @@ def test_a_classifier_trains_here_too(no_slurm, imagenet_root, monkeypatch, caps
 
 
 def wait_for(condition) -> None:
-    """For two processes' start-up, say, on a busy machine."""
+    """Waits, for example for the start of two processes, on a busy machine."""
     until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until

@@ -1,4 +1,4 @@
-"""Jobs that fail, or whose machines do."""
+"""Tests jobs that fail, or whose machines fail."""
 
 import os
 import signal
@@ -82,7 +82,7 @@ def test_hung_rank_is_reported_with_stacks(lab):
 
 
 def test_no_time_to_save(lab, reference):
-    """A rank hangs in a collective, the other in its step: neither can leave when told to."""
+    """A rank hangs in a collective, the other in its step: neither can save and leave."""
     job = lab.job(
         "stuck",
         *SAVES,
@@ -102,7 +102,7 @@ def test_no_time_to_save(lab, reference):
 
 
 def test_node_fails(lab, reference):
-    # It stays between two saves until SLURM has noticed.
+    # The job stays between two saves until SLURM has noticed.
     job = lab.submit(lab.job("node", *SAVES, faults={"sleep": (1, 15)}), nodes=2, tasks=1)
     lab.until_iteration("node", 14)
     lab.cluster.fail_node(NODES[1])
@@ -122,7 +122,7 @@ def test_survivors_of_a_lost_node_do_not_write(lab, reference):
     old = lab.cluster.tasks(job.job_id)[0]
     lab.cluster.kill_daemon(NODES[0])
     lab.until("the requeue", lambda: lab.slurm_state(job) == "PENDING", 120)
-    # Stopped, it would write when it goes on, after the other start has ended.
+    # The stopped process would write when it continues, after the other start has ended.
     os.kill(old, signal.SIGSTOP)
     lab.cluster.ask("scontrol", "update", f"JobId={job.job_id}", f"ReqNodeList={NODES[1]}")
     lab.until_state("survivor", "finished")
@@ -146,7 +146,7 @@ def test_survivors_of_a_lost_node_do_not_write(lab, reference):
 def test_array_of_jobs_on_the_same_nodes(lab, reference):
     sweep = [lab.job(name, faults={"pace": 0.2}) for name in ("array0", "array1")]
     first, second = lab.submit(*sweep, nodes=2, tasks=1)
-    # The port that the first one would take is taken.
+    # The first port of each job is in use.
 
     def numbers():
         found = set(lab.cluster.ask("squeue", "-h", "-r", "-trunning", "-o%A").split())

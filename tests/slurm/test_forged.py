@@ -1,4 +1,4 @@
-"""A submission.json that somebody else has written: no signal and no file beyond the run's own."""
+"""Tests forged files submission.json: no signals and no files except the run's own."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SLEEP = shutil.which("sleep")
 
 @pytest.fixture
 def sleeper():
-    """Starts a process of this user's, with more in its environment."""
+    """Starts a process of this user, with additional environment variables."""
     started = []
 
     def start(**environment):
@@ -39,7 +39,7 @@ def sleeper():
 
 
 def forge(folder, **values):
-    """A folder with the record of a submission of its own, but for some values."""
+    """Writes a folder with a submission record that can have other values."""
     slurm = folder.absolute() / "slurm"
     record = {
         "time": "2026-01-01T00:00:00+0000",
@@ -70,7 +70,7 @@ def test_cancel_ends_only_processes_of_the_run(no_slurm, sleeper, capsys):
         said = error_of(capsys, "--cancel", "out")
         assert f"process {foreign.pid} does not belong to this run" in said
         assert foreign.poll() is None
-    # One whose number was another's before.
+    # A process with a reused process id.
     own = sleeper(**{RUN_VARIABLE: str(out)})
     forge(out, job_id=str(own.pid), process_start="17")
     error_of(capsys, "--cancel", "out")
@@ -83,7 +83,7 @@ def test_cancel_ends_only_processes_of_the_run(no_slurm, sleeper, capsys):
 def test_cancel_of_a_sweep_sends_no_signal_to_a_process_without_mark(
     no_slurm, sleeper, capsys, monkeypatch
 ):
-    monkeypatch.setattr("contnet.slurm.jobs._PATIENCE", -9)  # and 10 s
+    monkeypatch.setattr("contnet.slurm.jobs._PATIENCE", -9)  # plus 10 s
     foreign, mine = sleeper(), sleeper(**{RUN_VARIABLE: str(no_slurm / "out" / "a")})
     forge_process(no_slurm / "out" / "a", mine)
     values = {"process_start": process_start(foreign.pid), "runs": {"a": ""}}
@@ -149,7 +149,7 @@ def test_watch_reads_only_logs_of_the_run(no_slurm, capsys, kind):
     status = main(["--status", "out", "--watch"])
     shown, said = capsys.readouterr()
     assert status == 1 and "a secret" not in shown
-    if kind != "elsewhere":  # where the log of that name is looked for in the run's folder
+    if kind != "elsewhere":  # elsewhere, the log is looked up by name in the run's folder
         assert said.startswith("error: ") and "is not a log of this run" in said
 
 

@@ -1,4 +1,4 @@
-"""What SLURM has, and whether its nodes share this machine's folders."""
+"""Tests SLURM's resources, and whether its nodes share this machine's folders."""
 
 import os
 
@@ -16,7 +16,7 @@ def test_folders_that_nodes_do_not_share(slurm, here, tmp_path, capsys):
     line = error_of(capsys, *argv, "OUTPUT_DIR", "/dev/shm/out")
     assert "the run folder /dev/shm/out is under /dev/shm" in line
     assert "--assume-shared" in line
-    # A cluster that is this machine alone shares everything.
+    # A cluster that consists of this machine shares everything.
     host = os.uname().nodename
     (slurm.folder / "nodes").write_text(f"one*|up|gpu:2|8|16000|infinite|one|{host}\n")
     assert main([*argv, "OUTPUT_DIR", str(tmp_path / "out")]) == 0

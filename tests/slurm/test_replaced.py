@@ -1,4 +1,4 @@
-"""An attempt that finds a later one in its place ends, and writes nothing more."""
+"""Tests that an attempt that was replaced by a later one ends, and writes nothing more."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def _wait_for(process, condition):
 
 
 def _written(run):
-    """Times of the run's own files; logs may still get lines."""
+    """Returns the times of the run's files, except logs, which may still grow."""
     files = [path for path in run.iterdir() if path.is_file() and "log" not in path.name]
     return {path.name: path.stat().st_mtime_ns for path in files if path.suffix != ".tmp"}
 
@@ -42,7 +42,7 @@ def _written(run):
 def test_a_replaced_attempt_ends_without_a_trace(
     coco_root, tmp_path, monkeypatch, background, heartbeat_interval
 ):
-    """It was stopped while it wrote a checkpoint, and goes on when a later attempt has begun."""
+    """It was stopped while writing a checkpoint, and continues after a later attempt started."""
     run = tmp_path / "run"
     options = ("SOLVER.CHECKPOINT_PERIOD", "10", "SOLVER.CHECKPOINT_BACKGROUND", background)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(coco_root))

@@ -1,4 +1,4 @@
-"""The facts of a cluster: its file, and options over it."""
+"""Tests the settings of a cluster: its file, and options that override it."""
 
 import shlex
 import shutil
@@ -41,7 +41,7 @@ def test_cluster_file_is_found_by_name(slurm, here, monkeypatch, tmp_path):
 
 
 def test_paths_of_a_cluster_file_are_written_out(slurm, here, monkeypatch, tmp_path):
-    """The shell of the job does not see them, but for the container and set-up commands."""
+    """The job's shell does not expand them, except in container and set-up commands."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DATA", "/data")
     content = {
@@ -91,7 +91,7 @@ def test_the_example_of_a_cluster_file_is_complete():
     yaml.safe_load(path.read_text())
 
 
-# --- what could become a line or an option of its own --------------------------------------------
+# --- values that could become separate lines or options ------------------------------------------
 
 LIVE = "x\n#SBATCH --uid=0\ntouch taken"
 
@@ -112,7 +112,7 @@ def test_a_setting_is_one_line(here, key, text):
     with pytest.raises(UsageError, match=key):
         settings_of(option, f"comment={text}" if dicts else text)
     values = [text] if key == "setup" else {"comment": text} if dicts else text
-    if "\udcff" not in text:  # which yaml cannot hold
+    if "\udcff" not in text:  # not valid in YAML
         with pytest.raises(UsageError, match=key):
             settings_of(content={key: values})
 
@@ -173,7 +173,7 @@ def test_names_and_paths_are_one_line(slurm, here, capsys, monkeypatch, kind):
 
 
 def test_odd_names_stay_values(slurm, here):
-    """The text for sbatch has exactly the lines of an ordinary job, with other values in them."""
+    """The sbatch script has exactly the lines of an ordinary job, with other values."""
     odd = "$(touch taken) `touch taken` # --wrap=x; %j & | 猫"
     (here / "mine $(touch taken) #.yaml").write_text(f"_BASE_: {LEAF}\n")
     texts = []

@@ -1,4 +1,4 @@
-"""Jobs that are told to leave: by signals, by their time limit, by other jobs, by hand."""
+"""Tests jobs that must stop: by signals, the time limit, other jobs, or the user."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def _children(pid):
 
 
 def _saved_before(status, start):
-    """The iteration after which the start before ``start`` ended; checks that none was lost."""
+    """Returns the last iteration before ``start``; checks that no iteration was lost."""
     record = status["requeues"][start - 1]
     assert record["reason"].startswith(f"saved after iteration {record['iteration']}")
     return record["iteration"]
@@ -30,7 +30,7 @@ def _saved_before(status, start):
 def test_usr2_then_requeued_by_hand(lab, reference):
     job = lab.submit(lab.job("hand", faults={"pace": 0.3, "slow": 1.0}), nodes=2, tasks=1)
     lab.until_iteration("hand", 2)
-    # Loader workers get what SLURM sends to their task; that alone must not end anything.
+    # Loader workers get the signals that SLURM sends to their task, which must not end anything.
     for pid in lab.cluster.tasks(job.job_id).values():
         for worker in _children(pid):
             os.kill(worker, signal.SIGUSR2)
@@ -63,7 +63,7 @@ def test_preempted_by_a_partition(lab, reference):
 
 
 def test_time_limit_and_the_bound_of_requeues(lab, reference):
-    # Of three jobs with one task each: they run side by side.
+    # Three jobs with one task each, which run side by side.
     limited = lab.submit(lab.job("limit", faults={"pace": 4.0}), nodes=1, tasks=1, minutes=2)
     bounded = lab.job("bound", max_requeues=1, faults={"pace": 0.5})
     bounded = lab.submit(bounded, nodes=1, tasks=1)
@@ -106,8 +106,8 @@ def test_cancelled_jobs_do_not_come_back(lab, reference, coco_root):
     status = lab.until_state("cancelled", "stopped")
     assert not status["requeues"] and not status["exit"]["requeued"]
     assert status["exit"]["iteration"] == status["iteration"] >= 5
-    # What was saved in those seconds is what a later run goes on from.
+    # A later run resumes from the checkpoint that was saved in those seconds.
     run = run_here(lab.folder / "cancelled", coco_root, "--resume", processes=2)
     assert starts_of(run) == [0, status["iteration"] + 1]
     same_training(run, reference(2))
-    assert lab.slurm_state(job) == "CANCELLED"  # in all this time no requeue has begun
+    assert lab.slurm_state(job) == "CANCELLED"  # no requeue has started in all this time

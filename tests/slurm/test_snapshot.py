@@ -1,4 +1,4 @@
-"""The copy of the code that a job runs."""
+"""Tests the copy of the code that a job runs."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ pytest_plugins = ["submissions"]
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A repository with a package of this project's shape."""
+    """Makes a repository with a package like this project's."""
     root = tmp_path / "repository"
     package = root / "projects" / "contnet"
     package.mkdir(parents=True)
@@ -50,7 +50,7 @@ def test_snapshot_of_a_repository(repository, tmp_path):
     (repository / "projects" / "contnet" / "__init__.py").write_text("value = 2\n")
     command = [sys.executable, "-c", "import contnet; print(contnet.value)"]
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONSAFEPATH": "1"}
-    where = repository / "projects"  # has a package contnet too
+    where = repository / "projects"  # also has a package contnet
     done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr
 
@@ -68,7 +68,7 @@ SECRETS = """
     hf_token token.txt wandb_key.txt API-KEY.sh passwords.kdbx .aws/config .ssh/config
     kubeconfig.yaml my-service-account.json projects/.env projects/contnet/secrets/all.yaml
 """
-# These only if git does not track them: others may import them.
+# Secrets only if git does not track them, because other modules may import them.
 SECRET_MODULES = [
     "aws_credentials.py",
     "my_secrets.py",
@@ -91,7 +91,7 @@ def write(root: Path, names: list[str]) -> None:
 
 @pytest.mark.parametrize("tracked", [False, True])
 def test_secrets_are_never_copied(repository, tmp_path, tracked):
-    """Of what git does not track only code and configs are copied, otherwise all but these."""
+    """Of untracked files, only code and configs are copied; of tracked files, all but secrets."""
     secrets, sources = SECRETS.split(), CODE.split()
     (sources if tracked else secrets).extend(SECRET_MODULES)
     write(repository, [*secrets, *sources, *OTHER])

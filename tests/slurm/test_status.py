@@ -1,4 +1,4 @@
-"""What --status, --cancel and the table of results say of submissions."""
+"""Tests --status, --cancel and the table of results for submissions."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_results_table(slurm, here, capsys):
 
 @pytest.fixture
 def left(slurm, here):
-    """The folder of a run whose job has failed."""
+    """Makes the folder of a run whose job has failed."""
     assert submit(*GPU, "OUTPUT_DIR", "out") == 0
     out = here / "out"
     folder = AttemptFolder(out, "4242", 0)
@@ -104,7 +104,7 @@ def test_status_of_damaged_files(left, slurm, capsys, caplog, content):
         empty = file.name == "metrics.json" and content == b""
         assert len(said) == (not empty) and all(str(file) in line for line in said), file
         assert output.startswith("run ") or status
-        assert main(["--cancel", str(left)]) == 1  # for the job has ended
+        assert main(["--cancel", str(left)]) == 1  # because the job has ended
         assert sorted(left.rglob("*")) == before
         shutil.rmtree(file) if content is None else file.unlink()
         file.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""tools/submit.py against a made-up SLURM: what is sent, and what is refused."""
+"""Tests tools/submit.py with a simulated SLURM: what is submitted, and what is refused."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ def snapshot_of_files(folder: Path) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*"))
 
 
-# --- what is sent --------------------------------------------------------------------------------
+# --- submissions ---------------------------------------------------------------------------------
 
 
 def test_sbatch_text(slurm, here):
@@ -43,7 +43,7 @@ def test_sbatch_text(slurm, here):
     """
     for flag in flags.split():
         assert f"#SBATCH --{flag}" in lines
-    # In no folder that has to be made first, for SLURM opens it when the job starts.
+    # The folder must exist, because SLURM opens the file when the job starts.
     folder = here / "out" / "slurm" / "submission1"
     assert f"#SBATCH --output={folder}/%j_0_log.out" in lines
     assert not [line for line in lines if "array" in line or "wckey" in line]
@@ -99,7 +99,7 @@ def test_the_config_is_frozen_and_paths_keep_their_meaning(slurm, here, coco_roo
     assert str(here / "weights.pth") == cfg.MODEL.WEIGHTS
     assert [["mine", str(here / "mine.json"), str(here / "images")]] == cfg.DATASETS.REGISTER
     assert str(here / "out") == cfg.OUTPUT_DIR
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80  # was counted in the file
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80  # counted in the file
     assert job.num_gpus == 2
     assert job.notes == ("MODEL.ROI_HEADS.NUM_CLASSES 80: the number of classes of mine",)
     assert record["job_id"] == "4242"
@@ -116,7 +116,7 @@ def test_every_config_can_be_written_and_read_again(tmp_path):
             (tmp_path / "whole.yaml").write_text(cfg.dump())
             again = load_finished_config(str(tmp_path / "whole.yaml"))
             assert again.is_frozen()
-            # As JSON, which has no tuples: those within tuples come back as lists.
+            # As JSON, which has no tuples: nested tuples are loaded as lists.
             assert json.dumps(again) == json.dumps(cfg), path
             types = [dict(flatten(each, each)) for each in (again, cfg)]
             types = [{key: type(value) for key, value in each.items()} for each in types]
@@ -237,7 +237,7 @@ def test_checkpoints_of_another_run(slurm, here, capsys):
 
 
 def test_a_job_goes_back_to_a_file_once(slurm, here, capsys):
-    """Each of its attempts goes on from the last checkpoint, which the file becomes."""
+    """Later attempts resume from the last checkpoint, which this file becomes."""
     out = here / "out"
     out.mkdir()
     for number in (1, 3):
@@ -275,7 +275,7 @@ def _train_until_told(folder, pipe):
 
 
 def test_an_evaluation_is_not_sent_into_the_folder_of_a_training(slurm, here, capsys):
-    """Its job would take the lease, as that of a training does."""
+    """Its job would take the lease, like a training job."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
         target=_train_until_told, args=(here / "out", theirs)

@@ -1,4 +1,4 @@
-"""The runs of --array, --sweep and --only: what is sent, names, what a resume keeps."""
+"""Tests the runs of --array, --sweep and --only: submissions, names, and resumes."""
 
 import os
 
@@ -63,7 +63,7 @@ def test_array_file(slurm, here):
 
 
 def test_an_array_that_is_no_file(slurm, here, capsys):
-    os.mkfifo(here / "runs.txt")  # nobody waits for its writer
+    os.mkfifo(here / "runs.txt")  # nothing writes to the pipe
     assert "--array runs.txt cannot be read" in error_of(capsys, "--array", "runs.txt", *JOB)
 
 
@@ -90,7 +90,7 @@ def test_names_say_what_differs():
             run.name for run in expand_runs(parse_submission(["--config-file", config, *options]))
         ]
 
-    # Also one value alone, so that a second one comes into the same folders.
+    # This includes single values, so that more values can be added in the same folder.
     assert names("SEED=1,2", "SOLVER.MAX_ITER=5") == ["SEED=1,MAX_ITER=5", "SEED=2,MAX_ITER=5"]
     assert names("config-file=x/a.yaml") == ["a"]
     assert names("config-file=x/a.yaml,x/b.yaml") == ["a", "b"]
@@ -121,7 +121,7 @@ def test_only(tmp_path):
     last = found["NAME=y,SEED=2,D.E=5,F=a_b,G.E=6"]
     assert (last["D.E"], last["F"], last["G.E"]) == ("5", "a b", "6")
     assert found["NAME=x,SEED=1"]["D.E"] == "0" and "F" not in found["NAME=x,SEED=1"]
-    # Part of the same sweep has the same folders.
+    # A part of the same sweep has the same folders.
     assert set(runs("--sweep", "A.NAME=y", "--sweep", "SEED=2", *only)) == {list(found)[3]}
     array = runs("--array", str(tmp_path / "runs.txt"), "--only", "A.B=1", "F 7")
     assert [each.get("F") for each in array.values()] == ["7", None]

@@ -1,6 +1,6 @@
-"""A detector that is made of next to nothing, for real training jobs that start fast, and faults.
+"""A tiny detector for real training jobs that start fast, with faults.
 
-Jobs import this module by its name, when they unpickle a :class:`ToyJob`.
+Jobs import this module by name when they unpickle a :class:`ToyJob`.
 """
 
 import os
@@ -21,12 +21,12 @@ from contnet.slurm.job import TrainingJob
 
 __all__ = ["ToyJob"]
 
-# Set by a job in its own process: see ToyJob.
+# Set by a job in its own process; see ToyJob.
 FAULTS = {}
 
 
 def _at(fault: str) -> bool:
-    """Whether it is the time and the rank of a fault, in the job's first start."""
+    """Returns whether a fault should happen now, in the job's first start."""
     if fault not in FAULTS or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         return False
     rank, iteration = FAULTS[fault]
@@ -35,7 +35,7 @@ def _at(fault: str) -> bool:
 
 @BACKBONE_REGISTRY.register()
 class ToyBackbone(Backbone):
-    """Two convolutions with dropout between, so that random state matters."""
+    """Two convolutions with dropout between, so that the random state matters."""
 
     def __init__(self, cfg, input_shape):
         super().__init__()
@@ -49,7 +49,7 @@ class ToyBackbone(Backbone):
 
 @META_ARCH_REGISTRY.register()
 class Toy(nn.Module):
-    """Learns the mean of its features; detects one box per image, of a size that they give."""
+    """Learns the mean of its features; detects one box per image, whose size depends on them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -89,13 +89,13 @@ class Toy(nn.Module):
 
 @dataclass
 class ToyJob(TrainingJob):
-    """A training of the toy, with faults.
+    """A training of the toy with faults.
 
     Attributes:
-        faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) at which a rank does
-            so, in the first attempt; "pace": seconds that an iteration takes, "slow" only in the
-            first attempt, "evaluation" the evaluation of a batch; "save": seconds that a checkpoint
-            takes while it is being written.
+        faults: "crash", "memory", "nan", "kill", "sleep": (rank, iteration) of the fault in the
+            first attempt; "pace": seconds per iteration, "slow": the same only in the first
+            attempt, "evaluation": seconds per evaluated batch; "save": seconds to write a
+            checkpoint.
     """
 
     faults: dict = field(default_factory=dict)
@@ -107,7 +107,7 @@ class ToyJob(TrainingJob):
         return super().__call__()
 
     def _slow_saves(self, seconds: float) -> None:
-        """Leaves a file half written for a while, and says so."""
+        """Leaves a file partly written for some time, and creates a file that shows this."""
         save = torch.save
 
         def slow(data, file):

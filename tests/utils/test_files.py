@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also of a process that may write no longer."""
+"""Tests atomic writes, also in a process that has lost its permission to write."""
 
 import errno
 import os
@@ -11,11 +11,11 @@ from contnet.utils.files import WriteError, WriteGuard, atomic_write, explaining
 
 
 class Lost(BaseException):
-    """Not an error that anybody would handle."""
+    """An exception that no code handles."""
 
 
 class Limited(WriteGuard):
-    """Lets a process write until it has asked a number of times."""
+    """Allows a process to write until it has checked a number of times."""
 
     writer = "first"
 
@@ -30,7 +30,7 @@ class Limited(WriteGuard):
 
 @pytest.mark.parametrize("allowed", [0, 1])
 def test_a_refused_write_leaves_the_old_file_alone(tmp_path, allowed):
-    """Whether the guard refuses before the file is begun, or before it takes its name."""
+    """The guard refuses before the file is opened, or before it is renamed."""
     path = tmp_path / "file"
     path.write_text("old")
     begun = False
@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_a_full_disk_is_told(tmp_path):
-    """By who writes a file; also an error at its end, which has no file's name."""
+    """The error names the written file, even if it is raised at the end without a file name."""
     path = tmp_path / "file"
     path.symlink_to("/dev/full")
     with pytest.raises(WriteError) as caught, writing(path), open(path, "w") as file:

@@ -1,4 +1,4 @@
-"""JSON files that are damaged: left out by those who look, set aside by those who write."""
+"""Tests damaged JSON files, which readers skip and writers set aside."""
 
 import json
 import os
@@ -22,7 +22,7 @@ REQUEUE = {"job_id": "5", "restart": 0, "iteration": 3, "reason": "x"}
 
 
 class Config:
-    """What the record of a run reads of one."""
+    """The config values that the record of a run needs."""
 
     class MODEL:
         DEVICE = "cpu"
@@ -36,7 +36,7 @@ def record_result(folder):
     record_results(str(folder), results, iteration=3, weights=None, ema=False)
 
 
-# By file: who writes it anew, who looks at it, and how much a good one then holds.
+# By file: its writer, its reader, and the number of records after a write.
 USERS = {
     "run.json": (
         lambda folder: record_run(Config(folder), 1, 0),
@@ -59,7 +59,7 @@ USERS = {
 
 
 def files_of(folder):
-    """All that is in a folder, with its content."""
+    """Returns everything in a folder, with its content."""
     found = {path.relative_to(folder): path for path in folder.rglob("*")}
     return {name: path.is_file() and path.read_bytes() for name, path in found.items()}
 
@@ -72,7 +72,7 @@ def test_damaged_files(tmp_path, caplog, name, content):
     damage(path, content)
     before = files_of(tmp_path)
     fine = (name, content) in (("metrics.json", b""), ("run.json", b"[{}]"))
-    if name != "run.json":  # which nobody looks at
+    if name != "run.json":  # it has no reader
         assert look(tmp_path) == [] and look(tmp_path) == []
         assert files_of(tmp_path) == before
         said = [each.getMessage() for each in caplog.records if "skipped" in each.getMessage()]
@@ -97,7 +97,7 @@ def test_good_lines_of_metrics_stay(tmp_path, caplog):
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [0, 1, 3, 4]
     assert (tmp_path / "set_aside" / "metrics.json").read_text() == text
     truncate_metrics(tmp_path, Progress(3))
-    path.write_text(path.read_text() + lines[4][:12])  # cut short by a kill, as runs expect
+    path.write_text(path.read_text() + lines[4][:12])  # cut by a kill, which runs expect
     caplog.clear()
     truncate_metrics(tmp_path, Progress(3))
     assert len(list((tmp_path / "set_aside").iterdir())) == 1 and not caplog.records

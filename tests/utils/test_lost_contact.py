@@ -1,4 +1,4 @@
-"""Which errors say that another rank is gone."""
+"""Tests which errors mean that another rank is gone."""
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
@@ -59,7 +59,7 @@ def test_another_rank_is_gone(error):
             "shared memory segment /dev/shm/nccl-x (size 4), error: No space left on device"
         ),
         RuntimeError("CUDA error: device-side assert triggered"),
-        ConnectionRefusedError(111, "Connection refused"),  # of a download
+        ConnectionRefusedError(111, "Connection refused"),  # an error of a download
     ],
 )
 def test_this_rank_has_failed_itself(error):

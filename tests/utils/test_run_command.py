@@ -1,4 +1,4 @@
-"""How commands end: exit statuses, signals, a reader that leaves."""
+"""Tests how commands end: exit statuses, signals, a closed output pipe."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from contnet.utils.command import run_command
 from contnet.utils.errors import UsageError, UserError
 
-# A command with a pool, as several tools have, whose work takes as long as it is let.
+# A command with a process pool, like several tools, which works until it is stopped.
 POOL = """
 import sys, time
 from contnet.utils.command import run_command
@@ -52,7 +52,7 @@ def start(code: str, *prefix: str, arguments: Sequence[str] = ()) -> subprocess.
 
 
 def in_group(number: int) -> list[int]:
-    """The processes of a group that live."""
+    """Returns the living processes of a group."""
     listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     return [int(pid) for pid, group, state in rows if int(group) == number and state[0] != "Z"]
@@ -94,7 +94,7 @@ def test_our_own_mistakes_have_a_traceback():
 def test_a_signal_in_a_pool_that_nohup_has_started(number, whom):
     process = start(POOL, "nohup")
     assert process.stdout.readline() == process.stdout.readline() == "working\n"
-    os.killpg(process.pid, signal.SIGHUP)  # which nohup has had all of them ignore
+    os.killpg(process.pid, signal.SIGHUP)  # ignored by all because of nohup
     assert process.stdout.readline() == "working\n"
     sent = time.monotonic()
     whom(process.pid, number)
@@ -159,12 +159,12 @@ sys.exit(run_command(command))
 
 
 def test_a_pool_of_others_ends_its_processes():
-    """Detectron2 reads Cityscapes by one, users their own data sets."""
+    """Detectron2 reads Cityscapes with such a pool, and so may users' data sets."""
     assert subprocess.run([sys.executable, "-c", TERMINATED], timeout=30).returncode == 0
 
 
-# Killed while one child is at work and others have just been forked, which is before PyTorch's
-# loader workers look for the first time who their parent is.
+# Killed while one child is working and others were just forked, before PyTorch's loader workers
+# check their parent for the first time.
 KILLED = """
 import sys, time
 from torch.utils.data import DataLoader

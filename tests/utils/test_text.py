@@ -1,4 +1,4 @@
-"""Text from elsewhere, as people read it."""
+"""Tests how foreign text is printed."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ from contnet.utils.errors import UserError, print_error
 from contnet.utils.logs import SafeFormatter, protect_handler, protect_streams
 from contnet.utils.text import printable, say
 
-# A name that clears the screen, forges a line, turns the reading direction and is no valid text.
+# A name that clears the screen, forges a line, reverses the text and is not valid UTF-8.
 HOSTILE = "cat\x1b[2J\x1b[31m\r\n[11/29 error]: gone\u202egpj\u2028\x9b\ud800"
 
 
@@ -53,7 +53,7 @@ def test_no_terminal_refuses_a_name(encoding, monkeypatch):
     say("class 猫 \x1b[2J \ud800", "next")
     protect_streams()
     print("猫 \ud800")
-    logging.Logger("early").warning("%s", "猫 \x1b[2J\ud800")  # no handler is set up
+    logging.Logger("early").warning("%s", "猫 \x1b[2J\ud800")  # no handler exists
     written = {}
     for name, stream in streams.items():
         stream.flush()
@@ -66,7 +66,7 @@ def test_no_terminal_refuses_a_name(encoding, monkeypatch):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_log_keeps_lines_and_colours_of_its_own_alone(terminal):
-    """The colour of a log's prefix goes to terminals alone; nothing else controls them."""
+    """The colour of a log's prefix goes only to terminals; no other text controls them."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     stream.isatty = lambda: terminal
     handler = logging.StreamHandler(stream)

@@ -1,4 +1,4 @@
-"""What tools/analyze.py prints: the costs of a config's model, module by module, without data."""
+"""The command line of tools/analyze.py: the costs of a config's model, module by module."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ examples:
   analyze.py --config-file configs/fcos_contm.yaml --size 320x512
   analyze.py --config-file configs/imagenet/contm.yaml --batch 8 --depth 4 --json costs.json
 """
-# What the counting knows the parts of.
+# Meta-architectures whose costs can be counted.
 _ARCHITECTURES = ("FCOS", "GeneralizedRCNN", "ImageClassifier", "RetinaNet", *SEGMENTORS)
-# How each figure of the JSON file comes about.
+# How each value in the JSON file is obtained.
 _ORIGINS = {
     "parameters": "counted",
     "macs": "counted",
@@ -58,17 +58,17 @@ _ORIGINS = {
     "activations": "counted",
     "activation_bytes": "counted",
     "seconds": "measured",
-    "training_step": "counted, except least_peak_bytes, their sum, which is estimated",
+    "training_step": "counted; least_peak_bytes is their sum, an estimate",
 }
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _MIB = 2**20
 
 
-# --- what is counted and measured ----------------------------------------------------------------
+# --- counting and measuring ----------------------------------------------------------------------
 
 
 def _default_size(cfg: CfgNode) -> tuple[int, int]:
-    """Height and width of a test image."""
+    """Returns the height and width of a test image."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return (cfg.INPUT.CLASSIFIER.CROP_TEST,) * 2
     if not cfg.INPUT.MIN_SIZE_TEST:
@@ -81,11 +81,11 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _count_states(cfg: CfgNode, model: nn.Module) -> dict[str, int]:
-    """Bytes of a training step that the images do not change.
+    """Counts the bytes of a training step that do not depend on the images.
 
     Args:
-        cfg: the config that the model was built from.
-        model: of :func:`contnet.modeling.macs.build_meta_model`; has gradients afterwards.
+        cfg: config that the model was built from.
+        model: model from :func:`contnet.modeling.macs.build_meta_model`; its gradients are set.
     """
     optimizer = build_optimizer(cfg, model)
     trained = [each for each in model.parameters() if each.requires_grad]
@@ -108,7 +108,7 @@ def _list_modules(
     saved: Mapping[str, Counter[str]],
     seconds: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """The costs of each module with its children, as :func:`analyze` returns them."""
+    """Returns the costs of each module including its children, as in :func:`analyze`."""
     own = own_parameters(model).items()
     numbers = {name: Counter(all=sum(each.numel() for each in some)) for name, some in own}
     parameters = sum_of_parts(numbers)
@@ -130,23 +130,26 @@ def _list_modules(
 def analyze(
     cfg: CfgNode, size: tuple[int, int] | None = None, batch: int = 2, rounds: int = 3
 ) -> dict[str, Any]:
-    """Counts and measures what a model costs, on the CPU.
+    """Counts and measures the costs of a model, on the CPU.
 
     Args:
-        cfg: of :func:`contnet.launch.preflight_config.load_checked_config`, with MODEL.DEVICE cpu.
+        cfg: config from :func:`contnet.launch.preflight_config.load_checked_config`, with
+            MODEL.DEVICE cpu.
         size: height and width of the images, in pixels; by default those of a test image.
-        batch: images of a training step and of a timed pass.
-        rounds: passes that are timed.
+        batch: number of images in a training step and in a timed pass.
+        rounds: number of timed passes.
 
     Returns:
-        In JSON's types: ``size``, ``padded_size`` (what the network sees), ``batch``, ``origins``
-        (how the figures come about), ``total``, ``training_step`` and ``modules``. Each module has
-        ``name`` (``""`` for the model), ``class``, and with its children's ``parameters``, ``macs``
-        and ``attention_macs`` (of one image, apart), ``activations`` (numbers that a training step
-        keeps for the backward pass), ``activation_bytes``, and ``seconds`` of a forward pass.
+        A dict that can be written as JSON: ``size``, ``padded_size`` (as the network sees),
+        ``batch``, ``classes``, ``mixed_precision``, ``origins`` (how the values are obtained),
+        ``total``, ``training_step`` and ``modules``. Each module has ``name`` (``""`` for the
+        model), ``class`` and, including its children, ``parameters``, ``macs`` and
+        ``attention_macs`` (for one image; not part of ``macs``), ``activations`` (values that a
+        training step keeps for the backward pass), ``activation_bytes``, and ``seconds`` of a
+        forward pass.
 
     Raises:
-        UserError: for a model whose parts are not known, or a size or batch that it does not take.
+        UsageError: if the architecture is not supported, or cannot process the size or batch.
     """
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture not in _ARCHITECTURES:
@@ -187,7 +190,7 @@ def analyze(
     }
 
 
-# --- what is printed -----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 _HEAD = ("module", "parameters M", "MACs G", "attention G", "activations M", "MiB", "ms", "%")
 _COSTS = ("parameters", "macs", "attention_macs", "activations")
@@ -213,7 +216,7 @@ def _row(module: dict[str, Any], whole: float) -> tuple[str, ...]:
 
 
 def _tree(costs: dict[str, Any], depth: int) -> list[str]:
-    """The modules down to a depth; those of which nothing is counted are left out."""
+    """Lists the modules down to a depth, without those that have no counted costs."""
     whole = costs["total"]["seconds"]
     rows = [_HEAD]
     for module in costs["modules"]:
@@ -226,7 +229,7 @@ def _tree(costs: dict[str, Any], depth: int) -> list[str]:
 
 
 def _describe(costs: dict[str, Any]) -> list[str]:
-    """The lines above the tree: what was run, and how each figure comes about."""
+    """Returns the lines above the tree: the settings, and how each value is obtained."""
     images = f"{costs['batch']} of {'x'.join(map(str, costs['size']))}"
     if costs["padded_size"] != costs["size"]:
         images += f", padded to {'x'.join(map(str, costs['padded_size']))}"
@@ -235,21 +238,21 @@ def _describe(costs: dict[str, Any]) -> list[str]:
     regions = []
     if costs["system"].endswith("R-CNN"):
         regions = [
-            f"          regions: MACs are of {PROPOSALS} proposals and {MASKS} masks an image,",
-            "          the rest of as many as random weights propose",
+            f"          regions: MACs are for {PROPOSALS} proposals and {MASKS} masks per image,",
+            "          other costs are for as many as random weights propose",
         ]
     return [
         f"config    {costs['config']}: {costs['system']}, {plural(costs['classes'], 'class')}",
         f"images    {images}; images, ground truth and weights are random",
-        "counted   parameters; MACs of one image, attention products apart; activations: what a",
-        f"          training step{precision} keeps for the backward pass, of all images",
-        "measured  ms, and % of the whole: a forward pass in inference of all images, median of "
+        "counted   parameters; MACs for one image, attention products separately; activations that",
+        f"          a training step{precision} keeps for the backward pass, for all images",
+        "measured  ms, and % of the total: a forward pass in inference on all images, median of "
         f"{costs['rounds']},",
         f"          on this CPU ({plural(machine['cores'], 'core')}, "
         f"{plural(machine['threads'], 'thread')}, torch {machine['torch']})",
         *regions,
         f"trained   {total['trained_parameters'] / 1e6:.3f} M of the parameters; "
-        f"{total['zoo_parameters_m']:.3f} M by the rule of MODEL_ZOO.md",
+        f"{total['zoo_parameters_m']:.3f} M as counted in MODEL_ZOO.md",
     ]
 
 
@@ -260,7 +263,7 @@ def _memory(costs: dict[str, Any]) -> list[str]:
         "optimizer_bytes": "optimiser state (counted)",
         "ema_bytes": "EMA (counted)",
         "activation_bytes": "activations (counted)",
-        "least_peak_bytes": "least peak (estimated: their sum, without temporary tensors)",
+        "least_peak_bytes": "minimum peak (estimated: sum of the above, without temporary tensors)",
     }
     step = costs["training_step"]
     return [
@@ -282,7 +285,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/analyze.py."""
+    """Builds the parser of tools/analyze.py."""
     parser = config_parser(
         "Counts parameters, MACs and memory of a config's model and measures its time, module\n"
         "by module. It needs no data, and runs on the CPU.",
@@ -291,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="image size (default: size of a test image)"
     )
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (default 2)")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="batch size (default 2)")
     parser.add_argument(
         "--depth", type=int, default=2, metavar="N", help="levels of modules to show (default 2)"
     )
@@ -308,8 +311,8 @@ def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     check_positive(args, "batch", "depth", "rounds")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}, create it")
-    # The whole image goes through the network at once, as in training.
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+    # The whole image is processed at once, as in training.
     fixed = ["MODEL.DEVICE", "cpu", "TEST.SLIDING_WINDOW.ENABLED", "False"]
     cfg = load_checked_config(args.config_file, [*args.opts, *fixed])
     costs = {
@@ -330,6 +333,6 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/analyze.py; returns the exit status."""
+    """Runs tools/analyze.py and returns the exit status."""
     silence_known_warnings()
     return run_command(lambda: _run(argv))

@@ -1,4 +1,4 @@
-"""What tools/configs.py prints: the configs that there are, resolved, compared; what keys mean."""
+"""The command line of tools/configs.py: lists, shows and compares configs, and explains keys."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _COLUMNS = ("config", "system", "backbone", "schedule", "data set")
 
 
 def system_of(cfg: CfgNode) -> str:
-    """What a config trains, as "Mask R-CNN"; for models of extensions, their name."""
+    """Returns the system of a config, such as "Mask R-CNN"; for extensions, the model's name."""
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture == "GeneralizedRCNN":
         return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
@@ -62,7 +62,7 @@ def system_of(cfg: CfgNode) -> str:
 
 
 def backbone_of(cfg: CfgNode) -> str:
-    """The network of a config, as "contnet_m" or "resnet50"."""
+    """Returns the network of a config, such as "contnet_m" or "resnet50"."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return cfg.MODEL.CLASSIFIER.NAME
     name = bottom_up_name(cfg.MODEL.BACKBONE.NAME)
@@ -77,14 +77,14 @@ def _schedule(cfg: CfgNode) -> str:
 
 
 def describe_config(path: Path) -> tuple[str, ...]:
-    """System, backbone, schedule and training sets of a config file."""
+    """Returns the system, backbone, schedule and training sets of a config file."""
     cfg = load_checked_config(str(path))
     datasets = ", ".join(cfg.DATASETS.TRAIN) or "-"
     return system_of(cfg), backbone_of(cfg), _schedule(cfg), datasets
 
 
 def _shown(path: Path) -> str:
-    """A path as the user would type it."""
+    """Returns a path as the user would type it."""
     if path.is_relative_to(SHIPPED_CONFIGS):
         return str(Path("configs", path.relative_to(SHIPPED_CONFIGS)))
     here = Path.cwd()
@@ -94,17 +94,17 @@ def _shown(path: Path) -> str:
 def list_configs(
     words: Sequence[str] = (), folder: Path = SHIPPED_CONFIGS
 ) -> list[tuple[str, ...]]:
-    """The configs of a folder, without those that others build on (``Base*``).
+    """Lists the configs in a folder, except base configs (``Base*``).
 
     Args:
-        words: each must be in the path or in one of the columns; capitals do not matter.
-        folder: is searched with the folders in it.
+        words: words that the path or a column must contain; case is ignored.
+        folder: folder that is searched recursively.
 
     Returns:
-        A row for each: path, system, backbone, schedule, training sets.
+        A row for each config: path, system, backbone, schedule, training sets.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no config is found.
     """
     rows = []
     for path in sorted(folder.rglob("*.yaml")):
@@ -114,23 +114,23 @@ def list_configs(
             if all(word.lower() in text for word in words):
                 rows.append(row)
     if not rows:
-        what = f" that has {' and '.join(map(repr, words))}" if words else ""
+        what = f" with {' and '.join(map(repr, words))}" if words else ""
         raise UserError(f"{folder} has no config{what}: give fewer words")
     return rows
 
 
-# --- one config, and two -------------------------------------------------------------------------
+# --- show and diff -------------------------------------------------------------------------------
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a list that two keys share out for both: aliases are hard to read."""
+    """Dumper without aliases: a list that two keys share is written twice."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def _nested(values: Mapping[str, object]) -> dict:
-    """Values by key with dots as nested mappings."""
+    """Converts values by dotted key to nested mappings."""
     root: dict = {}
     for key, value in values.items():
         *groups, name = key.split(".")
@@ -142,7 +142,7 @@ def _nested(values: Mapping[str, object]) -> dict:
 
 
 def changed_values(cfg: CfgNode) -> dict[str, object]:
-    """The values of a config that are not the defaults, by key with dots."""
+    """Returns the values of a config that differ from the defaults, by dotted key."""
     defaults = read_values("{}", cfg)
     return {key: now for key, (_, now) in differences(defaults, cfg).items()}
 
@@ -174,11 +174,11 @@ def _check_key(key: str) -> None:
     groups = {".".join(each[:depth]) for each in parts for depth in range(1, len(each))}
     if key not in known and key not in groups:
         near = nearest(key, [*known, *groups])
-        raise UsageError(f"there is no key {key}, the nearest is {near}")
+        raise UsageError(f"the key {key} does not exist, the nearest is {near}")
 
 
 def _source(key: str) -> str:
-    """The file and line where a key is defined, and whose it is."""
+    """Returns the project, file and line in which a key is defined."""
     found = find_definition(key)
     path = Path(found.file)
     owner = "this project" if found.ours else "Detectron2"
@@ -196,10 +196,10 @@ def _facts(facts: Mapping[str, str]) -> list[str]:
 
 
 def explain_key(key: str) -> list[str]:
-    """What a key means, its default and its legal values, in lines; of a group, also its keys.
+    """Returns lines with a key's meaning, default and legal values, or with a group's keys.
 
     Raises:
-        UsageError: if there is no such key.
+        UsageError: if the key does not exist.
     """
     _check_key(key)
     value = get_value(_defaults(), key)
@@ -217,7 +217,7 @@ def explain_key(key: str) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/configs.py."""
+    """Builds the parser of tools/configs.py."""
     parser = argparse.ArgumentParser(
         description="Lists, resolves and compares configs, and explains their keys.",
         epilog=f"{_EPILOG}\n{EXIT_STATUSES}",
@@ -227,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     forms = parser.add_subparsers(dest="form", required=True, metavar="{list,show,diff,explain}")
     form = forms.add_parser("list", help="list the configs", allow_abbrev=False)
     form.add_argument(
-        "words", nargs="*", metavar="WORD", help="only configs whose line has all these words"
+        "words", nargs="*", metavar="WORD", help="only configs whose row contains all these words"
     )
     form.set_defaults(run=_list)
     form = forms.add_parser(
@@ -265,9 +265,9 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line (this process's own by default)."""
+    """Parses a command line (``sys.argv`` by default)."""
     parser = build_parser()
-    # parse_intermixed_args, which takes overrides behind an option, cannot have forms.
+    # parse_intermixed_args, which accepts overrides after options, does not support subparsers.
     args, rest = parser.parse_known_args(argv)
     if rest and (args.form != "show" or rest[0].startswith("-")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -277,6 +277,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/configs.py; returns the exit status."""
+    """Runs tools/configs.py and returns the exit status."""
     args = parse_arguments(argv)
     return run_command(lambda: args.run(args))

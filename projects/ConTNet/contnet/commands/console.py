@@ -1,4 +1,4 @@
-"""The command ``contnet``: each of its subcommands is a script of the repository."""
+"""The command ``contnet``, whose subcommands are the scripts of the repository."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from contnet.utils.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-# Name, module with a main(), what it does.
+# Name, module with a main(), description.
 COMMANDS = {
     "train": ("contnet.launch.main", "train and evaluate the model of a config"),
-    "submit": ("contnet.slurm.submit", "submit a training to SLURM"),
+    "submit": ("contnet.slurm.submit", "submit a training run to SLURM"),
     "predict": ("contnet.commands.predict", "run a trained model on images"),
-    "report": ("contnet.commands.report", "write a page about a run, or compare several"),
-    "results": ("contnet.commands.results", "print a table of several runs"),
-    "export": ("contnet.commands.export", "export a trained model to ONNX and others"),
-    "publish": ("contnet.commands.publish", "create a folder with a trained model for others"),
+    "report": ("contnet.commands.report", "write an HTML report of one or several runs"),
+    "results": ("contnet.commands.results", "print a table of the results of several runs"),
+    "export": ("contnet.commands.export", "export a trained model to ONNX or other formats"),
+    "publish": ("contnet.commands.publish", "create a folder with a trained model to share"),
     "doctor": ("contnet.commands.doctor", "check the data sets of a config"),
-    "configs": ("contnet.commands.configs", "list, show and compare configs, explain keys"),
+    "configs": ("contnet.commands.configs", "list, show and compare configs, explain their keys"),
     "analyze": (
         "contnet.commands.analyze",
         "count parameters, MACs and memory of a config's model",
@@ -32,7 +32,7 @@ COMMANDS = {
         "convert checkpoints of other projects",
     ),
     "convert-dataset": ("contnet.commands.convert_dataset", "convert VOC and YOLO data to COCO"),
-    "prepare-cityscapes": ("contnet.commands.prepare_cityscapes", "draw Cityscapes' label maps"),
+    "prepare-cityscapes": ("contnet.commands.prepare_cityscapes", "draw Cityscapes' label files"),
     "make-shards": ("contnet.commands.make_shards", "pack ImageNet into shards"),
     "demo": ("contnet.commands.demo", "train a small detector on drawn shapes"),
     "demo-imagenet": ("contnet.commands.demo_imagenet", "train a small classifier on drawn shapes"),
@@ -56,7 +56,7 @@ def _help() -> str:
 
 
 def main() -> int:
-    """Entry point of the console script; the exit status is that of the subcommand."""
+    """Runs a subcommand and returns its exit status."""
     name, argv = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         print(_help())
@@ -66,12 +66,12 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         print(
-            f"error: there is no command {name!r}, the nearest is {nearest(name, list(COMMANDS))}: "
-            "contnet --help lists them",
+            f"error: the command {name!r} does not exist, the nearest is "
+            f"{nearest(name, list(COMMANDS))}: contnet --help lists them",
             file=sys.stderr,
         )
         return 2
-    # What argparse shows as the program's name, and run.json as the command.
+    # argparse shows this as the program's name, run.json as the command.
     sys.argv = [f"contnet {name}", *argv]
     silence_known_warnings()  # before Detectron2 is imported
     return import_module(COMMANDS[name][0]).main()

@@ -23,21 +23,21 @@ examples:
   convert_dataset.py voc Annotations train.json --images photos
   convert_dataset.py yolo mine val.json --split val
 
-What cannot be converted is left out, listed and counted; the exit status is then 1, or 0 with
---skip. See docs/own_data.md for more.
+Objects and images that cannot be converted are left out, listed and counted; the exit status is
+then 1, or 0 with --skip. See docs/own_data.md for more.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/convert_dataset.py."""
+    """Builds the parser of tools/convert_dataset.py."""
     parser = argparse.ArgumentParser(
         description="Converts VOC XML files or YOLO text files to COCO JSON.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("folder", type=Path, metavar="FOLDER", help="holds the annotations")
-    common.add_argument("out", type=Path, metavar="OUT.json", help="the file to write")
+    common.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the annotations")
+    common.add_argument("out", type=Path, metavar="OUT.json", help="output file")
     common.add_argument(
         "--images",
         type=Path,
@@ -56,10 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="class names in the order of their ids: data.yaml, or a file with one per line "
         "(default: voc: those of all XML files, sorted; yolo: data.yaml or classes.txt in FOLDER "
-        "or above)",
+        "or above it)",
     )
     common.add_argument(
-        "--skip", action="store_true", help="exit status 0 even if something was left out"
+        "--skip", action="store_true", help="exit with status 0 even if something was left out"
     )
     common.add_argument("--force", action="store_true", help="replace OUT.json if it exists")
     forms = parser.add_subparsers(dest="form", required=True, metavar="{voc,yolo}")
@@ -87,7 +87,7 @@ def _convert(args: argparse.Namespace) -> tuple[Conversion, Path]:
     if args.out.suffix != ".json":
         raise UsageError(f"{args.out} does not end with .json: give FOLDER, then OUT.json")
     if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists: give another name, or --force to replace it")
+        raise UserError(f"{args.out} already exists: give another name, or --force to replace it")
     if args.form == "yolo":
         return convert_yolo(args.folder, args.images, split=args.split, names_file=args.names)
     return convert_voc(
@@ -131,6 +131,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/convert_dataset.py; status 1 if something had to be left out."""
+    """Runs tools/convert_dataset.py; returns exit status 1 if something was left out."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

@@ -1,4 +1,4 @@
-"""The command line of tools/convert_weights.py: from one form of weights to another, checked."""
+"""The command line of tools/convert_weights.py: converts weights and checks the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contnet.utils.text import printable, say
 __all__ = ["TOLERANCE", "build_parser", "main"]
 
 TOLERANCE = 1e-4
-# A whole number of patches at every stride, none, and odd numbers on the way.
+# Sizes with only whole patches at each stride, with partial patches, and with odd sides.
 _SIZES = ((224, 224), (160, 192), (97, 131))
 _INDEX = ".relative_position_index"
 _SUFFIXES = (".pth", ".safetensors")
@@ -49,7 +49,7 @@ def _head(text: str) -> str | int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the tool's options."""
+    """Builds the parser of tools/convert_weights.py."""
     parser = argparse.ArgumentParser(
         description="Converts weights of a ConTNet or a ResNet between formats.",
         epilog=_EPILOG,
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(network: Network, result: Result, data: bytes, suffix: str) -> None:
-    """Compares outputs; the result's tensors are those of the bytes to be written."""
+    """Compares the outputs of the source and of the bytes to be written."""
     result.tensors = read_content(io.BytesIO(data), f"DST{suffix}")["model"]
     classes = network.options["num_classes"]
     with_logits = classes > 0 and not any(name in result.new for name in _head_names(result))
@@ -104,7 +104,7 @@ def _check(network: Network, result: Result, data: bytes, suffix: str) -> None:
             f"check    {network.form} against {result.form}, {what} at {shown}: largest difference "
             f"{difference:.2e}, largest output {largest:.2e}"
         )
-        # Above 1 in relation to the outputs, since float32 rounds in relation to them.
+        # Relative to outputs above 1, because float32 rounds relatively.
         if not difference <= TOLERANCE * max(1.0, largest):
             raise UserError(
                 f"--check: source and result differ by {difference:.2e} at {shown}, more than "
@@ -120,14 +120,14 @@ def _check_target(path: Path) -> None:
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"DST {path} must end in {' or '.join(_SUFFIXES)}")
     if not path.parent.is_dir():
-        raise UserError(f"DST {path}: there is no folder {path.parent}")
+        raise UserError(f"DST {path}: the folder {path.parent} does not exist")
 
 
 def _print_report(network: Network, result: Result) -> None:
     for theirs, name in result.mapped:
         say(f"mapped   {printable(theirs, 200)} -> {printable(name, 200)}")
     for name in network.dropped:
-        why = "the network computes it" if name.endswith(_INDEX) else "no part of the network"
+        why = "the network computes it" if name.endswith(_INDEX) else "not part of the network"
         say(f"dropped  {printable(name, 200)} ({why})")
     for name in result.left:
         say(f"dropped  {printable(name, 200)}")
@@ -143,9 +143,9 @@ def _print_report(network: Network, result: Result) -> None:
 
 
 def _describe(weights: Weights, network: Network, result: Result, head: str | int) -> Metadata:
-    """The facts of a result, those of its source among them."""
+    """Returns the metadata of a result, including that of its source."""
     source = weights.metadata or Metadata(result.variant)
-    # The classes of a detector are not those of a head that its backbone may have.
+    # A detector's classes are not those of a head that its backbone may have.
     keeps = head == "keep" and len(weights.classes or ()) == result.options["num_classes"]
     options = {**source.options, **result.options}
     if network.stride_in_1x1 is not None:
@@ -184,7 +184,7 @@ def _run(args: argparse.Namespace) -> None:
     say(f"network  {network.variant} by the names of {network.form} ({shown})")
     _print_report(network, result)
     if network.family == "resnet" and network.stride_in_1x1 is None:
-        say("unknown  whether strides are in 1x1 convolutions: they are taken to be in the 3x3")
+        say("unknown  whether strides are in 1x1 convolutions: assumed to be in the 3x3 ones")
     metadata = _describe(weights, network, result, args.head)
     data = encode_weights(result.tensors, metadata.state(), target.suffix)
     if args.check:
@@ -193,13 +193,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/convert_weights.py.
+    """Runs tools/convert_weights.py.
 
     Args:
-        argv: the command line, this process's own by default.
+        argv: command line; ``sys.argv`` by default.
 
     Returns:
-        The exit status, as of :func:`contnet.utils.command.run_command`.
+        The exit status of :func:`contnet.utils.command.run_command`.
     """
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

@@ -1,7 +1,7 @@
-"""The demonstration: draws a data set, trains a small detector on it, evaluates it, shows pictures.
+"""Draws a data set, trains and evaluates a small detector on it, and writes a page with images.
 
-It goes through the same entry point as every training, with a data set that is registered by its
-paths; only the data set and the page are made here.
+The training uses the usual entry point, and the data set is registered by its paths; only the data
+set and the page are made here.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ __all__ = ["REQUIRED_AP", "main", "run_demo"]
 
 REQUIRED_AP = 60.0
 _PICTURES = 12
-_PROCESSES = 2  # that train
-# Of the square images, in pixels: a multiple of 224 needs no margins in the network.
+_PROCESSES = 2  # of the training
+# Side of the square images, in pixels; multiples of 224 need no margins in the network.
 _SIDE = 224
 
 
 def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> tuple[float, Path]:
-    """Draws, trains, evaluates and writes the page.
+    """Draws the data set, trains, evaluates and writes the page.
 
     Args:
-        config_file: the detector and its schedule.
-        output: folder for the data set (kept from run to run), the run and the page.
+        config_file: config of the detector and its schedule.
+        output: folder for the data set (kept between runs), the run and the page.
         opts: config keys and values.
 
     Returns:
-        The last box AP on the validation images, in percent, and the page's path.
+        The last box AP on the validation images, in percent, and the path of the page.
 
     Raises:
-        UserError: if training failed.
+        UserError: if training fails.
     """
     data, run = output / "data", output / "run"
     make_shapes(data, min_side=_SIDE, max_side=_SIDE)
     shutil.rmtree(run, ignore_errors=True)
     opts = ["DATASETS.REGISTER", str(shapes_datasets(data)), *opts, "OUTPUT_DIR", str(run)]
-    # A thread each: on a busy machine the threads of one process would wait for each other.
+    # One thread per process: on a busy machine, threads of one process wait for each other.
     processes = str(min(_PROCESSES, available_cpus()))
     train(["--config-file", config_file, "--num-gpus", processes, *opts])
     metrics = read_metrics(run)
@@ -62,11 +62,11 @@ def _run(args: argparse.Namespace) -> None:
     print(f"box AP {ap:.1f}")
     print(f"page {page.resolve()}")
     if not ap >= REQUIRED_AP:
-        raise UserError(f"box AP is below {REQUIRED_AP:.0f}, something is broken")
+        raise UserError(f"box AP is below {REQUIRED_AP:.0f}, training does not work")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/demo.py; status 1 if the box AP is below ``REQUIRED_AP``."""
+    """Runs tools/demo.py; returns exit status 1 if the box AP is below ``REQUIRED_AP``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="FOLDER")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys and values")

@@ -1,6 +1,6 @@
-"""The demonstration of classification: cuts out drawn shapes, trains a ConTNet to name them.
+"""Draws and crops shapes, and trains and evaluates a small ConTNet classifier on them.
 
-It goes through the same entry point as every training, with folders of classes as ImageNet has.
+The training uses the usual entry point, with one folder per class as in ImageNet.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SIDE = 384  # in pixels
 
 
 def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> float:
-    """Draws, trains and evaluates.
+    """Draws the images, trains and evaluates.
 
     Args:
-        config_file: the classifier and its schedule.
+        config_file: config of the classifier and its schedule.
         output: folder for the pictures and the run.
         opts: config keys and values.
 
@@ -34,10 +34,10 @@ def run_demo(config_file: str, output: Path, opts: Sequence[str] = ()) -> float:
         The top-1 accuracy on the validation images, in percent.
 
     Raises:
-        UserError: if training failed.
+        UserError: if training fails.
     """
     run, pictures = output / "run", (output / "pictures").resolve()
-    # On so large images few objects are hidden in part.
+    # In large images, few objects are partly hidden.
     data = make_shapes(output / "data", num_train=300, min_side=_SIDE, max_side=_SIDE)
     crop_shapes(data, pictures)
     shutil.rmtree(run, ignore_errors=True)
@@ -51,11 +51,11 @@ def _run(args: argparse.Namespace) -> None:
     top1 = run_demo("demo_imagenet", args.output, args.opts)
     print(f"top-1 {top1:.1f}")
     if not top1 >= REQUIRED_TOP1:
-        raise UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, something is broken")
+        raise UserError(f"top-1 is below {REQUIRED_TOP1:.0f}, training does not work")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/demo_imagenet.py; status 1 if top-1 is below ``REQUIRED_TOP1``."""
+    """Runs tools/demo_imagenet.py; returns exit status 1 if top-1 is below ``REQUIRED_TOP1``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("output/demo_imagenet"), metavar="FOLDER"

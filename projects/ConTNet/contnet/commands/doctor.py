@@ -1,4 +1,4 @@
-"""The doctor: looks at the data sets of a config, every image included, and says what it finds."""
+"""The command line of tools/doctor.py: checks the data sets of a config, including all images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from contnet.utils.text import plural, say
 
 __all__ = ["build_parser", "diagnose", "main"]
 
-# What the doctor says of each severity.
+# Severities by the word that the doctor prints.
 _WORDS = {"ERROR": (ERROR, SUSPECT), "NOTE": (WARNING, NOTE)}
 
 _EPILOG = """\
 Problems that would stop or corrupt a training are ERRORs: the exit status is then 1. Differences
-from the official data sets and harmless oddities are NOTEs: the exit status is 0. A training does
-not start with an ERROR, except for many crowds, of which it only warns. It also warns of NOTEs that
-change what is learned or measured.
+from the official data sets and harmless oddities are NOTEs: the exit status is 0. Training does not
+start if there is an ERROR; for many crowds, it only warns. It also warns of NOTEs that affect what
+is learned or measured.
 
 --fix writes a copy of an annotation file, in which all problems with a clear solution are fixed:
 ids, image names, missing areas, strings instead of numbers, ... It prints what it changed. It never
@@ -41,7 +41,7 @@ overwrites a file.
 example:
   doctor.py --config-file configs/faster_rcnn_contm.yaml
   doctor.py --config-file my.yaml --page data.html
-  doctor.py --config-file my.yaml --fix mended.json --dataset my_train
+  doctor.py --config-file my.yaml --fix fixed.json --dataset my_train
 """
 
 
@@ -49,14 +49,14 @@ def diagnose(cfg: CfgNode, workers: int) -> dict[str, Findings]:
     """Checks all data sets of a config, and decodes their images.
 
     Args:
-        cfg: of :func:`contnet.launch.arguments.configure`.
+        cfg: config from :func:`contnet.launch.arguments.configure`.
         workers: number of processes.
 
     Returns:
-        What was found, by data set.
+        The findings by data set.
 
     Raises:
-        UsageError: if the config names no data set.
+        UsageError: if the config has no data set.
     """
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     if not names:
@@ -79,7 +79,7 @@ def _print(name: str, findings: Findings) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/doctor.py."""
+    """Builds the parser of tools/doctor.py."""
     parser = config_parser("Checks the data sets of a config file.", _EPILOG)
     add_workers_option(parser)
     parser.add_argument(
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _fix(args: argparse.Namespace) -> int:
-    """Writes a mended copy; a file that cannot be used cannot give the number of classes."""
+    """Writes a fixed copy; the number of classes is not read, because the file may be unusable."""
     cfg = load_checked_config(args.config_file, args.opts)
     register_datasets(cfg)
     return 0 if fix_annotations(cfg, args.fix, args.dataset) else 1
@@ -133,6 +133,6 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/doctor.py; status 1 if something would stop or corrupt training."""
+    """Runs tools/doctor.py; returns exit status 1 if something would stop or corrupt training."""
     silence_known_warnings()
     return run_command(lambda: _run(argv))

@@ -1,7 +1,7 @@
-"""The doctor's page: the images and targets that training uses, and statistics of its data sets.
+"""Writes the doctor's page: images and targets as used in training, and data set statistics.
 
-The pictures come from the training loader, with the same images, order, augmentation and random
-state. Each is shown once as stored and several times as the network gets it.
+The images come from the training loader, with the same order, augmentation and random state. Each
+is shown once as stored and several times as the network gets it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _masks(instances: Instances) -> np.ndarray | None:
 
 
 def _truth(inputs: Mapping) -> dict:
-    """The ground truth of a model input, in the form that is drawn."""
+    """Returns the ground truth of a model input in the format for drawing."""
     if "sem_seg" in inputs:
         return {"semantic": inputs["sem_seg"].numpy()}
     if "label" in inputs:
@@ -74,7 +74,7 @@ def _truth(inputs: Mapping) -> dict:
 
 
 def _stored_truth(record: Mapping) -> dict:
-    """The ground truth of a record in the stored image; only boxes for objects."""
+    """Returns the ground truth of a record in the stored image; for objects, only boxes."""
     if "sem_seg_file_name" in record:
         return {"semantic": read_labels(record["sem_seg_file_name"]).astype(np.int64)}
     if "label" in record:
@@ -88,7 +88,7 @@ def _stored_truth(record: Mapping) -> dict:
 
 
 def _shrink(image: np.ndarray, truth: dict) -> tuple[np.ndarray, dict]:
-    """Shrinks a large image and its ground truth, before lines and labels are drawn."""
+    """Shrinks a large image and its ground truth before lines and labels are drawn."""
     image, scale = shrink(image, _SIDE)
     smaller, (height, width) = dict(truth), image.shape[:2]
     if "boxes" in truth:
@@ -104,7 +104,7 @@ def _shrink(image: np.ndarray, truth: dict) -> tuple[np.ndarray, dict]:
 
 
 def _mix(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict]]:
-    """Images and targets of a batch after a classifier's batch augmentation."""
+    """Yields the images and targets of a batch after a classifier's batch augmentation."""
     mix, erase = build_batch_augmentation(cfg)
     mean, std = (
         torch.tensor(values).view(-1, 1, 1)
@@ -115,7 +115,7 @@ def _mix(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict
     if erase is not None:
         images = erase(images)
     shares = torch.nn.functional.one_hot(labels, cfg.MODEL.CLASSIFIER.NUM_CLASSES).float()
-    if mix is not None and len(batch) % 2 == 0:  # it mixes pairs
+    if mix is not None and len(batch) % 2 == 0:  # mixing needs pairs
         images, shares = mix(images, labels)
     pixels = (images * std + mean).round().clamp(0, 255).to(torch.uint8)
     for image, share in zip(pixels.permute(0, 2, 3, 1).numpy(), shares, strict=True):
@@ -126,7 +126,7 @@ def _mix(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict
 
 
 def _fed(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict]]:
-    """RGB images and ground truth of model inputs."""
+    """Yields the RGB images and ground truth of model inputs."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         yield from _mix(cfg, batch)
         return
@@ -136,7 +136,7 @@ def _fed(cfg: CfgNode, batch: Sequence[dict]) -> Iterator[tuple[np.ndarray, dict
 
 
 def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
-    """Some training images, as stored and as the network gets them."""
+    """Draws some training images, as stored and as the network gets them."""
 
     def draw(image: np.ndarray, truth: dict) -> np.ndarray:
         return draw_prediction(*_shrink(image, truth), class_names)
@@ -154,7 +154,7 @@ def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
         stored = draw(pixels, _stored_truth(record))
         rows.append((record, {f"stored, {pixels.shape[1]}x{pixels.shape[0]}": stored}))
     for time in range(_TIMES):
-        # The random state of an image depends only on its position in the order.
+        # An image's random state depends only on its position in the order.
         batch = [loader.dataset[seed, time * _IMAGES + i, each] for i, each in enumerate(indices)]
         for (_, views), (image, truth) in zip(rows, _fed(cfg, batch), strict=True):
             views[f"input {time + 1}, {image.shape[1]}x{image.shape[0]}"] = draw(image, truth)
@@ -165,8 +165,8 @@ def _pictures(cfg: CfgNode, class_names: Sequence[str]) -> Gallery:
             ReportImage(Path(sample_name(record)).name, next(iter(views.values())), views)
             for record, views in rows
         ],
-        note=f"The first images of the training's order: as stored, and {_TIMES} times as the "
-        "network gets them, with augmentation.",
+        note=f"The first images in training order: as stored, and {_TIMES} times as the network "
+        "gets them, with augmentation.",
     )
 
 
@@ -180,7 +180,7 @@ def _bins(edges: Sequence[float], unit: str = "") -> list[str]:
 
 
 def _counts(edges: Sequence[int]) -> list[str]:
-    """Names of bins of integers."""
+    """Returns the names of bins of integers."""
     inner = [
         str(low) if high == low + 1 else f"{low} to {high - 1}"
         for low, high in itertools.pairwise(edges)
@@ -200,7 +200,7 @@ def _describe(name: str, found: DatasetStatistics) -> list[Section]:
         charts[f"{found.counted} of each class"] = by_count
     for what, values, edges, bins in (
         ("objects per image", found.objects, _OBJECTS, _counts(_OBJECTS)),
-        ("sizes of objects (root of the box's area)", found.sizes, _SIZES, _bins(_SIZES, " px")),
+        ("sizes of objects (root of the box area)", found.sizes, _SIZES, _bins(_SIZES, " px")),
         ("aspect ratios (width / height) of objects", found.ratios, _RATIOS, _bins(_RATIOS)),
         ("aspect ratios (width / height) of images", found.image_ratios, _RATIOS, _bins(_RATIOS)),
     ):
@@ -210,7 +210,7 @@ def _describe(name: str, found: DatasetStatistics) -> list[Section]:
 
 
 def _find_alike(cfg: CfgNode, records: Mapping[str, Sequence[dict]], workers: int) -> Table | Notes:
-    """Near-duplicate images, within a data set and across data sets."""
+    """Finds near-duplicate images within and across data sets."""
     keys = ("file_name", "offset", "size")
     images, prints = [], []
     for name, dicts in records.items():
@@ -234,7 +234,7 @@ def _find_alike(cfg: CfgNode, records: Mapping[str, Sequence[dict]], workers: in
         rows,
         note=f"{plural(len(groups), 'group')}, {across} of them across data sets. Training images "
         "in a test set make its metrics too high. Copies, resized images and frames of one video "
-        "are found by their grey values at 9x8 pixels; look at them before you remove any. At most "
+        "are found by their grey values at 9x8 pixels; check them before you remove any. At most "
         f"{_GROUPS} groups are listed.",
     )
 
@@ -260,14 +260,14 @@ def write_doctor_page(
     """Writes the page.
 
     Args:
-        path: the page's file.
-        cfg: the config from :func:`contnet.launch.arguments.configure`.
-        found: the doctor's findings, by data set.
-        words: severities of findings, by the word that the page uses for them.
+        path: path of the page.
+        cfg: config from :func:`contnet.launch.arguments.configure`.
+        found: findings by data set.
+        words: severities by the word that the page shows for them.
         workers: number of processes.
 
     Returns:
-        The path that was written.
+        The path of the page.
     """
     sections: list[Section] = [_findings(found, words)]
     broken = [name for name, findings in found.items() if findings.lines(ERROR)]

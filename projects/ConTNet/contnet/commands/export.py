@@ -1,4 +1,4 @@
-"""Exports a trained model to a file that runs where this project is not installed."""
+"""The command line of tools/export.py: exports a trained model to run without this project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from contnet.utils.text import say
 __all__ = ["build_parser", "main"]
 
 _EPILOG = f"""\
-FOLDER must not exist. The export writes into it
+FOLDER must not exist. These files are written to it:
 
   model.onnx, model.pt2 or model.pt  the model
   model.json                         how to prepare images, the names of outputs and classes
@@ -33,7 +33,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/export.py."""
+    """Builds the parser of tools/export.py."""
     parser = argparse.ArgumentParser(
         description="Exports a trained model and compares the export with it.",
         epilog=_EPILOG,
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/export.py; status 1 if the export differs too much from the model."""
+    """Runs tools/export.py; returns exit status 1 if the export differs too much from the model."""
     silence_known_warnings()
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

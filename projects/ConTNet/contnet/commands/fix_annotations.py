@@ -1,4 +1,4 @@
-"""Writes a mended copy of an annotation file, for ``tools/doctor.py --fix``."""
+"""Writes a fixed copy of an annotation file, for ``tools/doctor.py --fix``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["fix_annotations"]
 
 
 class _Mended(NamedTuple):
-    """A data set whose annotations were mended in memory.
+    """A data set whose annotations were fixed in memory.
 
     Attributes:
-        name: of the data set.
-        source: of it.
-        content: the mended annotations.
-        done: how many things were mended, by what was done.
+        name: name of the data set.
+        source: its source.
+        content: the fixed annotations.
+        done: number of fixes by description.
     """
 
     name: str
@@ -41,7 +41,7 @@ class _Mended(NamedTuple):
 
 
 def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
-    """The data sets of COCO's form, or the one that is named."""
+    """Finds the data sets in COCO format, or the one with this name."""
     names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     sources = {each: find_source(each) for each in names}
     sources = {key: source for key, source in sources.items() if isinstance(source, CocoSource)}
@@ -58,7 +58,7 @@ def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
 
 
 def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
-    """Mends the only data set, or the only one that needs it."""
+    """Fixes the only data set, or the only one that needs fixing."""
     if len({source.json_file for source in sources.values()}) == 1:
         sources = dict([next(iter(sources.items()))])
     needy = None
@@ -72,12 +72,12 @@ def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
         if done or len(sources) == 1:
             needy = _Mended(name, source, content, done)
     if needy is None:
-        raise UserError(f"--fix finds nothing to fix in {' or '.join(sources)}")
+        raise UserError(f"--fix: there is nothing to fix in {' or '.join(sources)}")
     return needy
 
 
 def _check_target(file: Path) -> None:
-    """Raises UserError if the copy would replace a file or has no folder."""
+    """Raises UserError if the output file exists or its folder does not."""
     if os.path.lexists(file):
         raise UserError(f"--fix {file}: it already exists, give a new file")
     if not file.parent.is_dir():
@@ -85,10 +85,10 @@ def _check_target(file: Path) -> None:
 
 
 def _read(source: CocoSource) -> tuple[dict, Counter]:
-    """The content of a file as far as it can be read, and what was accepted for that.
+    """Reads a file as far as possible; also counts the errors in its text that were accepted.
 
     Raises:
-        UserError: if it has not the form of COCO instances.
+        UserError: if the file does not have the structure of COCO instances.
     """
     content, accepted = read_json(source.json_file, mend=True)
     done = Counter(f"the file {what}: plain UTF-8" for what in accepted)
@@ -97,7 +97,7 @@ def _read(source: CocoSource) -> tuple[dict, Counter]:
 
 
 def _remaining(cfg: CfgNode, name: str, content: dict) -> list[str]:
-    """Errors that a mended file still has."""
+    """Returns the errors that a fixed file still has."""
     findings = Findings()
     try:
         check_instances(content, dataset_use(cfg, name), findings)
@@ -107,15 +107,15 @@ def _remaining(cfg: CfgNode, name: str, content: dict) -> list[str]:
 
 
 def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
-    """Writes a mended copy of a data set's annotation file, and prints what was done.
+    """Writes a fixed copy of a data set's annotation file and prints what was fixed.
 
     Args:
-        cfg: whose data sets are registered.
-        file: to write, which must not be there.
-        name: of the data set; None for the only one that needs it.
+        cfg: config whose data sets are registered.
+        file: output file, which must not exist.
+        name: name of the data set; None for the only one that needs fixing.
 
     Returns:
-        Whether nothing is left that the doctor calls an error.
+        Whether the doctor finds no more errors in the copy.
 
     Raises:
         UserError: if nothing can be written.
@@ -125,7 +125,7 @@ def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
         name, source, content, done = _mend_one(cfg, _find_sources(cfg, name))
         errors = _remaining(cfg, name, content)
         with atomic_write(file, "w") as stream:
-            json.dump(content, stream)  # ASCII, whatever the names
+            json.dump(content, stream)  # ASCII, even if names are not
     except RecursionError as error:
         raise UserError("--fix: the file is nested too deeply, remove the nested lists") from error
     say(f"data set {name}: {source.json_file} -> {file}")

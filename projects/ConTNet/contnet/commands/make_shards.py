@@ -21,7 +21,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/make_shards.py; its exit status."""
+    """Runs tools/make_shards.py and returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Packs class folders of images into shards in WebDataset's format. If "
         "interrupted, run it again to continue."

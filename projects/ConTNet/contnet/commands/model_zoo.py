@@ -1,4 +1,4 @@
-"""Writes MODEL_ZOO.md from the configs, counted costs, and recorded results."""
+"""The command line of tools/model_zoo.py, which writes MODEL_ZOO.md."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ class _Table(TypedDict):
 
 
 def _backbone(name: str) -> str:
-    """The key of ``_NAMES`` that a config's name contains."""
+    """Returns the key of ``_NAMES`` that a config's name contains."""
     words = f"_{name.replace('/', '_')}_"
     return next(each for each in _ORDER if f"_{each}_" in words)
 
 
 def _leaves(configs: Path, system: str) -> list[str]:
-    """Names of a system's configs, plain recipes first, sorted by backbone."""
+    """Lists a system's configs, plain recipes first, sorted by backbone."""
     paths = [path for path in configs.rglob("*.yaml") if not path.name.startswith("Base")]
     found = [str(path.relative_to(configs).with_suffix("")) for path in paths]
     found = [name for name in found if name.startswith(system)]
@@ -82,7 +82,7 @@ def _leaves(configs: Path, system: str) -> list[str]:
 
 
 def _grouped(cells: list[str]) -> str:
-    """AP with s, m and l in brackets; two tasks are separated by a slash."""
+    """Formats AP with s, m and l in brackets; a slash separates two tasks."""
     if len(cells) == 8:
         return " / ".join((_grouped(cells[:4]), _grouped(cells[4:])))
     first, *rest = cells
@@ -144,10 +144,10 @@ def _section(table: dict, configs: Path) -> str:
 
 
 def make_zoo(repository: Path) -> str:
-    """The text of MODEL_ZOO.md.
+    """Returns the text of MODEL_ZOO.md.
 
     Args:
-        repository: holds ``configs`` and ``docs/results.yaml``.
+        repository: folder with ``configs`` and ``docs/results.yaml``.
 
     Raises:
         UserError: if the results cannot be read or name a config that does not exist.
@@ -162,7 +162,7 @@ def make_zoo(repository: Path) -> str:
     for table in tables:
         for name in (*table["paper"], *table["here"]):
             if not (configs / f"{name}.yaml").is_file():
-                raise UserError(f"{RESULTS}: there is no configs/{name}.yaml")
+                raise UserError(f"{RESULTS}: configs/{name}.yaml does not exist")
     return "\n".join([_HEAD, *(_section(table, configs) for table in tables)])
 
 
@@ -175,7 +175,7 @@ def _run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/model_zoo.py, which writes the page into this repository."""
+    """Runs tools/model_zoo.py, which writes the page into this repository."""
     parser = argparse.ArgumentParser(
         description=f"Writes {ZOO} from the configs and {RESULTS}. It has no other options."
     )

@@ -1,4 +1,4 @@
-"""Options that several tools have alike."""
+"""Options that several tools share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contnet.utils.errors import UsageError
 
 __all__ = ["add_workers_option", "check_positive"]
 
-# By option; more processes than any machine has cores are a slip of the finger.
+# Maximum by option: no machine has more cores, so a larger number is a typing error.
 _MOST = {"workers": 1024}
 
 
@@ -26,7 +26,7 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UsageError unless these options are at least 1, and in reason."""
+    """Raises UsageError if an option is below 1 or too large."""
     for name in names:
         value, most = getattr(args, name), _MOST.get(name, math.inf)
         if not 1 <= value <= most:

@@ -1,4 +1,4 @@
-"""Predicts: what a trained model finds in images, folders, COCO files and videos."""
+"""The command line of tools/predict.py: runs a trained model on images and videos."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contnet.utils.errors import UsageError
 
 __all__ = ["build_parser", "main"]
 
-_MOST_WORKERS = 4  # that decode for one model on a GPU
+_MOST_WORKERS = 4  # default maximum for a model on a GPU
 
 _EPILOG = f"""\
 files written to FOLDER:
@@ -41,7 +41,7 @@ examples:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/predict.py."""
+    """Builds the parser of tools/predict.py."""
     parser = argparse.ArgumentParser(
         description="Runs a trained model on images and videos; saves and draws its predictions.",
         epilog=_EPILOG,
@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/predict.py; status 1 if a file could not be read."""
+    """Runs tools/predict.py; returns exit status 1 if a file could not be read."""
     silence_known_warnings()
     args = build_parser().parse_intermixed_args(argv)
     return run_command(lambda: _run(args))

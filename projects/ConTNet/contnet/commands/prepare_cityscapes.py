@@ -20,7 +20,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/prepare_cityscapes.py; its exit status."""
+    """Runs tools/prepare_cityscapes.py and returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Draws Cityscapes' missing label files from its polygon files."
     )

@@ -1,4 +1,4 @@
-"""Publishes: what others need of a trained model, in one folder."""
+"""The command line of tools/publish.py: writes a folder with a trained model to share."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = ["build_parser", "main", "publish"]
 
 _PATHS = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 _EPILOG = f"""\
-FOLDER must not exist. It gets
+FOLDER must not exist. These files are written to it:
 
   NAME-HASH.safetensors  the best weights (their EMA, if the training kept one), with config and
                          class names, without the optimiser
-  config.yaml            the full config; of paths only the last part
+  config.yaml            the full config, with paths reduced to their last part
   results.json           the evaluations of these weights
   README.md              a model card
 
@@ -40,7 +40,7 @@ MODEL.WEIGHTS and contnet.load_run accept the folder.
 
 
 def _without_folders(cfg: CfgNode) -> CfgNode:
-    """The config without the names of folders of this machine."""
+    """Returns the config with paths reduced to their last part."""
     cfg = cfg.clone()
     cfg.defrost()
     for key in _PATHS:
@@ -55,7 +55,7 @@ def _without_folders(cfg: CfgNode) -> CfgNode:
 
 
 def _results(folder: Path, iteration: int | None) -> list[dict]:
-    """The evaluations of a run after an iteration, in training."""
+    """Returns the evaluations that a run made during training after an iteration."""
     records = [each for each in read_results(str(folder)) if each["weights"] is None]
     return [each for each in records if each["iteration"] == iteration]
 
@@ -80,7 +80,7 @@ def _recipe(cfg: CfgNode, iteration: int | None) -> Mapping[str, object]:
 def _card(
     name: str, facts: Metadata, cfg: CfgNode, iteration: int | None, results: Sequence[dict]
 ) -> str:
-    """The model card, in Markdown."""
+    """Returns the model card in Markdown."""
     rows = {"network": facts.network, **_recipe(cfg, iteration), **facts.versions}
     table = "\n".join(f"| {key} | {printable(str(value))} |" for key, value in rows.items())
     tables = [markdown_tables(each["dataset"], each["metrics"]) for each in results]
@@ -119,17 +119,17 @@ found = model("image.jpg")
 
 
 def publish(source: Path, target: Path) -> Path:
-    """Writes what others need of a run.
+    """Writes a folder with a run's weights, config, results and model card.
 
     Args:
-        source: the run's folder, or one of its checkpoints.
-        target: folder to make; its name is the model's.
+        source: folder of the run, or one of its checkpoints.
+        target: folder to create; its name is the model's name.
 
     Returns:
-        The file of weights.
+        The path of the weights.
 
     Raises:
-        UserError: if the run has no weights that load, or the folder is there.
+        UserError: if the run has no weights that can be loaded, or ``target`` exists.
     """
     if target.exists():
         raise UserError(f"{target} already exists: choose another folder, or remove it")
@@ -138,7 +138,7 @@ def publish(source: Path, target: Path) -> Path:
     if not weights.metadata or not weights.metadata.config:
         raise UserError(f"{path} is not a checkpoint of this project's training")
     cfg = config_of(weights)
-    build_predictor(cfg.clone(), weights, "cpu")  # refuses what does not load whole
+    build_predictor(cfg.clone(), weights, "cpu")  # checks that all weights load
     cfg = _without_folders(cfg)
     iteration = trainer_state(weights.rest).get("iteration")
     facts = replace(weights.metadata, config=cfg.dump(), classes=weights.classes)
@@ -160,7 +160,7 @@ def publish(source: Path, target: Path) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/publish.py."""
+    """Builds the parser of tools/publish.py."""
     parser = argparse.ArgumentParser(
         description="Creates a folder with a trained model that others can use.",
         epilog=_EPILOG,
@@ -178,7 +178,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/publish.py; returns the exit status."""
+    """Runs tools/publish.py and returns the exit status."""
     silence_known_warnings()
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

@@ -1,4 +1,4 @@
-"""Writes a report of one run, or of several runs side by side, as one HTML page."""
+"""The command line of tools/report.py: writes an HTML report of one or several runs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ __all__ = ["ReportOptions", "build_parser", "main", "write_report"]
 
 _SEED = 0  # for the bootstrap
 _NO_PREDICTIONS = (
-    "{run} has no predictions for {dataset} on disk. Make them by: python train_net.py "
+    "{run} has no predictions for {dataset} on disk. To make them, run: python train_net.py "
     "--config-file {run}/config.yaml --eval-only --resume OUTPUT_DIR {run}"
 )
-# Keys of run.json and of its versions.
+# Keys of run.json and of its ``versions``.
 _START_FACTS = (
     "command",
     "time",
@@ -86,7 +86,7 @@ examples:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a page shows.
+    """Options of a page.
 
     Attributes:
         images: number of the worst images; a third as many of the best images follow.
@@ -119,7 +119,7 @@ class _Run:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Unique names of the runs: the names of their folders, or their paths."""
+    """Returns unique names of the runs: the names of their folders, or their paths."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -131,7 +131,7 @@ def _read_run(folder: Path, name: str) -> _Run:
     try:
         cfg = load_checked_config(str(folder / "config.yaml"))
         register_datasets(cfg)
-    except UserError as error:  # also if another run has different data under the same name
+    except UserError as error:  # also raised for different data under the same name
         cfg, problem = None, str(error)
     return _Run(folder, read_run_record(folder, name), cfg, problem)
 
@@ -140,7 +140,7 @@ def _read_run(folder: Path, name: str) -> _Run:
 
 
 def _cost_table(runs: Sequence[_Run], rows: Sequence[dict]) -> Section:
-    """A table of state, parameters, MACs of classifiers, speed and memory."""
+    """Makes a table of state, parameters, MACs of classifiers, speed and memory."""
     cells = []
     for run, row in zip(runs, rows, strict=True):
         macs = row.get("macs_g")
@@ -151,7 +151,7 @@ def _cost_table(runs: Sequence[_Run], rows: Sequence[dict]) -> Section:
 
 
 def _start_table(runs: Sequence[_Run]) -> list[Section]:
-    """A table of the last attempt of each run, from run.json."""
+    """Makes a table of the last start of each run, from run.json."""
     attempts = {}
     for run in runs:
         found = peek_record(run.folder / RUN_FILE, list[dict]) or [{}]
@@ -172,7 +172,7 @@ def _gallery_settings(run: _Run, images: int) -> GallerySettings:
 def _find_files(
     runs: Sequence[_Run], dataset: str, file_name: str
 ) -> tuple[dict[str, Path], list[Section]]:
-    """Prediction files for a data set by run, and notes about runs without predictions."""
+    """Finds the prediction files for a data set by run; also returns notes on runs without any."""
     files = {run.record.name: run.inference(dataset) / file_name for run in runs}
     there = {name: file for name, file in files.items() if file.is_file()}
     notes = [
@@ -184,11 +184,11 @@ def _find_files(
 
 
 def _detection_source(dataset: str, run: _Run) -> CocoSource | None:
-    """The source of ground truth boxes; None for other kinds of data sets."""
+    """Returns the source of ground truth boxes; None for other kinds of data sets."""
     source = find_source(dataset)
     if isinstance(source, CocoSource):
         return source
-    # For Cityscapes' instances the evaluation writes it, with full paths of the images.
+    # For Cityscapes instances, the evaluation writes this file, with absolute image paths.
     files = sorted(run.inference(dataset).glob("annotations-*.json"))
     return CocoSource(str(files[-1]), "") if files else None
 
@@ -234,7 +234,7 @@ def _map_sections(runs: Sequence[_Run], dataset: str, options: ReportOptions) ->
     return [*sections, Notes(f"Images: {dataset}", notes)] if notes else sections
 
 
-# Sections about predictions, by the evaluator_type of the data set's metadata.
+# Functions that make the prediction sections, by evaluator_type of the data set's metadata.
 _KINDS = {
     "coco": _box_sections,
     "cityscapes_instance": _box_sections,
@@ -270,15 +270,15 @@ def write_report(
 
     Args:
         folders: folders of runs, or folders that contain them.
-        output: the page's file.
-        options: what the page shows.
-        title: heading of the page; by default the runs' names.
+        output: path of the page.
+        options: options of the page.
+        title: heading of the page; by default the names of the runs.
 
     Returns:
-        The path that was written.
+        The path of the page.
 
     Raises:
-        UserError: if a folder is not a run's.
+        UserError: if a folder is not a run's folder and contains none.
     """
     rows = collect_results(folders, cost=True)
     paths = [Path(row["folder"]) for row in rows]
@@ -295,9 +295,9 @@ def write_report(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tools/report.py."""
+    """Builds the parser of tools/report.py."""
     parser = argparse.ArgumentParser(
-        description="Makes one HTML page of a run, or of several runs side by side.",
+        description="Writes an HTML report of one run, or of several runs side by side.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -324,7 +324,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/report.py; returns the exit status."""
+    """Runs tools/report.py and returns the exit status."""
     silence_known_warnings()
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

@@ -1,4 +1,4 @@
-"""What tools/results.py prints: a table of the results of several runs."""
+"""The command line of tools/results.py: prints a table of the results of several runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _find_runs(folder: Path) -> list[Path]:
-    """The runs that were submitted from a folder, or those in it, or itself."""
+    """Finds the runs submitted from a folder and those in it, or else the folder itself."""
     records = read_submissions(folder)
     submitted = {folder / name: None for each in records for name in each["runs"]}
     inside = {path: None for path in sorted(folder.iterdir()) if path.is_dir() and _is_run(path)}
@@ -54,7 +54,7 @@ def _find_runs(folder: Path) -> list[Path]:
 
 
 def _states(runs: Sequence[Path]) -> dict[Path, str]:
-    """The states of jobs that have not ended, by run; "" where SLURM does not answer."""
+    """Returns the state of each run's live job; "" if it has none or SLURM does not answer."""
     states = {}
     for run in runs:
         records = read_submissions(run)
@@ -69,7 +69,7 @@ def _states(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
-    """Iteration, metrics (not of single classes) and warnings of the last evaluation."""
+    """Returns iteration, metrics and warnings of the last evaluation."""
     records = read_results(str(run))
     if not records:
         return {}
@@ -89,7 +89,7 @@ def _scores(run: Path, metrics: Sequence[str]) -> dict[str, object]:
 
 
 def _read_settings(run: Path) -> dict:
-    """What the run's config.yaml sets; {} before the run has written it, or if it is damaged."""
+    """Returns the values in a run's config.yaml; {} if the file is missing or damaged."""
     path = run / _CONFIG_FILE
     try:
         settings = parse_yaml((read_bytes(path) or b"{}").decode())
@@ -120,11 +120,11 @@ def _row(run: Path, name: str, state: str, metrics: Sequence[str]) -> dict:
     }
 
 
-# --- what a run costs ----------------------------------------------------------------------------
+# --- costs ---------------------------------------------------------------------------------------
 
 
 def _count(cfg: CfgNode) -> dict[str, float]:
-    """Parameters in M, and G MACs of a classifier for one image of CROP_TEST."""
+    """Counts parameters in M and, for classifiers, G MACs for one image of CROP_TEST."""
     model = build_meta_model(cfg)
     counts = {"parameters_m": count_parameters(model)}
     if isinstance(model, ImageClassifier):
@@ -136,7 +136,7 @@ def _count(cfg: CfgNode) -> dict[str, float]:
 
 
 def _read_config(run: Path) -> CfgNode | None:
-    """The run's whole config; None if there is none that can be used."""
+    """Returns a run's full config; None if it is missing or not valid."""
     if not _read_settings(run):
         return None
     try:
@@ -147,7 +147,7 @@ def _read_config(run: Path) -> CfgNode | None:
 
 
 def _measured(run: Path) -> dict[str, list[float]]:
-    """The values of metrics.json by name."""
+    """Returns the values in metrics.json by name."""
     values: dict[str, list[float]] = {}
     for line in read_metrics(run):
         for name, value in line.items():
@@ -176,30 +176,31 @@ def _add_cost(row: dict, counted: dict[str, dict[str, float]]) -> None:
 def collect_results(
     folders: Sequence[Path], metrics: Sequence[str] = (), cost: bool = False
 ) -> list[dict]:
-    """What is known of each run, in JSON's types.
+    """Collects the results of runs, as dicts that can be written as JSON.
+
+    Files that cannot be read are skipped with a warning.
 
     Args:
-        folders: of runs, or folders that hold such, as that of a sweep.
-        metrics: those to take, as ``bbox/AP``; by default all but those of single classes.
-        cost: also tell parameters, MACs of classifiers, speed and memory.
+        folders: folders of runs, or folders that contain them, such as that of a sweep.
+        metrics: metrics to include, such as ``bbox/AP``; by default all except those of single
+            classes.
+        cost: whether to include parameters, MACs of classifiers, speed and memory.
 
     Returns:
-        Of each run ``run`` (its name), ``folder``, ``seed`` (None before it has started),
-        ``state``, ``loss`` (of the last line of metrics.json, not smoothed), ``iteration`` (of the
-        last evaluation, or else how many are done), ``metrics``, and ``warnings`` of what changes
-        these. With ``cost`` also ``parameters_m``, ``macs_g`` and ``macs_with_attention_g``
-        (where they can be counted), ``images_per_second`` in training and ``memory_mb`` (None: not
-        measured).
-
-    Files that cannot be read are left out, with a warning.
+        A dict for each run with ``run`` (its name), ``folder``, ``seed`` (None before it has
+        started), ``state``, ``loss`` (in the last line of metrics.json, not smoothed),
+        ``iteration`` (of the last evaluation, otherwise the number of finished iterations),
+        ``metrics``, and ``warnings`` about them. With ``cost`` also ``parameters_m``, ``macs_g``
+        and ``macs_with_attention_g`` (if they can be counted), ``images_per_second`` in training
+        and ``memory_mb`` (None if not measured).
 
     Raises:
-        UserError: for a folder without runs.
+        UserError: if a folder does not exist or contains no runs.
     """
     rows: dict[str, dict] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
+            raise UserError(f"the folder {folder} does not exist")
         runs = _find_runs(folder)
         states = _states(runs)
         for run in runs:
@@ -223,7 +224,7 @@ def _name_without_seed(run: Path) -> str:
 
 
 def _merge(rows: Sequence[dict]) -> dict:
-    """One row of runs that differ in SEED alone."""
+    """Merges the rows of runs that differ only in SEED."""
     states = dict.fromkeys(row["state"] for row in rows)
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     merged = {
@@ -245,15 +246,15 @@ def _merge(rows: Sequence[dict]) -> dict:
 
 
 def group_by_seed(rows: Sequence[dict]) -> list[dict]:
-    """Puts runs whose config.yaml differ in SEED and OUTPUT_DIR alone into one row.
+    """Merges runs whose config.yaml differs only in SEED and OUTPUT_DIR into one row.
 
     Args:
-        rows: of :func:`collect_results`.
+        rows: rows from :func:`collect_results`.
 
     Returns:
-        Rows of the same keys, with means in the place of loss and metrics, the median speed and the
-        highest memory; ``seeds`` and ``runs`` are what they were made of. A run without config.yaml
-        stays alone.
+        Rows with the mean loss and metrics, the lowest iteration, the median speed and the highest
+        memory; ``seeds`` and ``runs`` list the seeds and rows of the merged runs. A run without
+        config.yaml is not merged.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -264,7 +265,7 @@ def group_by_seed(rows: Sequence[dict]) -> list[dict]:
     merged = [_merge(group) for group in groups.values()]
     names = [row["run"] for row in merged]
     for row in merged:
-        # Also of those whose names tell less than their configs.
+        # Different configs can also have the same name.
         if names.count(row["run"]) > 1:
             row["run"] = "; ".join(each["run"] for each in row["runs"])
     return merged
@@ -278,7 +279,7 @@ def _number(value: float | None, form: str, unknown: str) -> str:
 
 
 def _of_seeds(row: dict, value: Callable[[dict], float | None], form: str, unknown: str) -> str:
-    """A value; of several seeds their mean, and each in brackets."""
+    """Formats a value; for several seeds, the mean, followed by each value in brackets."""
     shown = _number(value(row), form, unknown)
     if len(row.get("runs", ())) < 2:
         return shown
@@ -307,10 +308,10 @@ def _cells(row: dict) -> dict[str, str | float]:
 
 
 def results_table(rows: Sequence[dict]) -> str:
-    """A Markdown table, and below it the warnings of each run.
+    """Returns a Markdown table, followed by the warnings of each run.
 
     Args:
-        rows: of :func:`collect_results` or :func:`group_by_seed`.
+        rows: rows from :func:`collect_results` or :func:`group_by_seed`.
     """
     table = markdown_table("run", {row["run"]: _cells(row) for row in rows})
     warnings = [f"- {row['run']}: {line}" for row in rows for line in row["warnings"]]
@@ -318,7 +319,7 @@ def results_table(rows: Sequence[dict]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of tools/results.py."""
+    """Builds the parser of tools/results.py."""
     parser = argparse.ArgumentParser(description="Prints a table of the results of several runs.")
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="folder of runs, or of a sweep"
@@ -328,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="a column, such as bbox/AP; may be repeated",
+        help="metric to show, such as bbox/AP; may be repeated",
     )
     parser.add_argument(
         "--cost",
@@ -355,6 +356,6 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of tools/results.py; returns the exit status."""
+    """Runs tools/results.py and returns the exit status."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args))

@@ -40,8 +40,8 @@ __all__ = ["PredictionSettings", "predict_files"]
 
 _UNREADABLE = "unreadable"
 _CODEC = "mp4v"
-_FRAMES_PER_SECOND = 25.0  # of a video that does not say
-_WHOLE = 0.9  # of its frames
+_FRAMES_PER_SECOND = 25.0  # of a video that does not specify it
+_WHOLE = 0.9  # share of a video's frames that must be readable
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
         missing = [name for name in model.class_names if name not in settings.inputs.categories]
         raise UsageError(
             f"the categories of the COCO file lack classes of {model.source} "
-            f"({first_names(missing)}): use one with the categories of the training, or without "
-            "categories"
+            f"({first_names(missing)}): use a file with the categories of the training, "
+            "or without categories"
         )
     return ids
 
@@ -286,7 +286,7 @@ def predict_files(settings: PredictionSettings) -> None:
     """Predicts this process's share of the files; the first process writes all results.
 
     Args:
-        settings: the same in all processes.
+        settings: settings, the same in all processes.
 
     Raises:
         UserError: if the model cannot be loaded, or does not support the settings; at the end, if a

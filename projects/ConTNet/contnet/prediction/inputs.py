@@ -1,4 +1,4 @@
-"""Inputs of predictions: image files, folders, glob patterns, COCO files, videos."""
+"""Finds the inputs of predictions: image files, folders, glob patterns, COCO files, videos."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Inputs:
     categories: dict[str, int] = field(default_factory=dict)
 
 
-# A file, the name that people know it by, and its id in a COCO file.
+# A file, its name for users, and its id in a COCO file.
 _Found = tuple[Path, str, int | str | None]
 
 

@@ -31,7 +31,7 @@ PAGE = "index.html"
 _IMAGES = "images"
 _MAPS = "maps"
 _THUMBNAIL = 320  # pixels of the longer side
-_MOST_SHOWN = 500  # pictures of a page
+_MOST_SHOWN = 500  # maximum number of thumbnails
 
 
 def category_ids(class_names: Sequence[str], categories: Mapping[str, int]) -> list[int] | None:

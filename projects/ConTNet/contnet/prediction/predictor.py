@@ -28,14 +28,14 @@ from contnet.utils.errors import UsageError, UserError
 __all__ = ["Predictor", "build_predictor", "config_of", "find_weights", "load_run"]
 
 _CONFIG_FILE = "config.yaml"
-# By what the classes of a model are of.
+# Tasks by the kind of data that the classes describe.
 _TASKS = {
     "objects": "detection",
     "label maps": "segmentation",
     IMAGE_LABELS: "classification",
 }
 
-# What a model takes for an image: a file's path, Pillow's, or uint8 (H, W) or RGB (H, W, 3).
+# An image as a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3) in RGB order.
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
@@ -167,7 +167,7 @@ def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predict
 
     Args:
         cfg: config of the file, or one that fits it; not frozen.
-        weights: from :func:`contnet.checkpoint.reading.read_weights`.
+        weights: weights from :func:`contnet.checkpoint.reading.read_weights`.
         device: as in :func:`load_run`.
 
     Raises:
@@ -180,7 +180,7 @@ def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predict
         )
     (key,) = CLASS_KEYS[architecture].values()
     cfg.MODEL.DEVICE = _choose_device(cfg, device)
-    if weights.classes:  # a config of configs/ has the number of its own data set's
+    if weights.classes:  # a shipped config has the number of its own data set
         cfg.merge_from_list([key, len(weights.classes)])
     cfg.freeze()
     names = weights.classes or dataset_class_names(cfg, cfg.DATASETS.TEST)

@@ -108,7 +108,7 @@ def predict_tiled(
         for index in np.flatnonzero(_is_whole(look, image.shape[:2]))
     ]
     if not parts:
-        return looks[0].found  # of the whole image, which has none either
+        return looks[0].found  # the whole image, which has no detections either
     boxes = np.stack([look.found["boxes"][index] + look.offset for look, index in parts])
     scores, classes = (
         np.stack([look.found[key][index] for look, index in parts]) for key in ("scores", "classes")

@@ -30,7 +30,7 @@ _CLASS_COLOURS = (
     "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
-_LETTER_WIDTH = 0.62  # of a monospaced letter, relative to the font size
+_LETTER_WIDTH = 0.62  # of a monospaced character, relative to the font size
 _LONGEST_LABEL = 100  # characters
 _QUALITY = 88  # of JPEGs
 
