@@ -244,7 +244,7 @@ def test_unreadable_files(tmp_path):
         (["SOLVER.BASE_LR"], "'SOLVER.BASE_LR' has no value"),
         (["SOLVER.BASE_LR=1"], "'SOLVER.BASE_LR=1' is one word"),
         (["SOLVER.BASE_LR=1", "SOLVER.MAX_ITER=2"], "is one word"),
-        (["SOLVER.BASE_LR", "1", "--resume"], "'--resume' stands where a key should"),
+        (["SOLVER.BASE_LR", "1", "--resume"], "'--resume' is not a key"),
         (["SOLVER.BASLR", "1"], "the nearest is SOLVER.BASE_LR$"),
         (["contnet.variant", "x"], "the nearest is MODEL.CONTNET.VARIANT$"),
         (["_BASE_", "x"], "no key _BASE_"),
@@ -274,9 +274,9 @@ def test_wrong_overrides(opts, message):
         ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0", "from 1"),
         ("SOLVER.WARMUP_FACTOR", "-1", r"in \[0, inf\)"),
         ("INPUT.MASK_FORMAT", "rle", "one of polygon, bitmask"),
-        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the least and the greatest"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the smallest and the largest"),
         ("INPUT.MIN_SIZE_TRAIN", "(0,)", "whole numbers from 1"),
-        ("SOLVER.STEPS", "(60000, 90000)", "leave it out"),
+        ("SOLVER.STEPS", "(60000, 90000)", "remove it"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "3", "must divide SOLVER.IMS_PER_BATCH 16"),
         ("MODEL.CONTNET.NORM", "LN", "one of BN, FrozenBN, SyncBN, naiveSyncBN, GN"),
         ("MODEL.CONTNET.OUT_FEATURES", "['res6']", "some of res2"),
@@ -299,7 +299,7 @@ def test_wrong_overrides(opts, message):
         ("MODEL.ANCHOR_GENERATOR.NAME", "Anchors", "one of DefaultAnchorGenerator"),
         ("MODEL.FPN.NORM", "XN", "one of '', BN, FrozenBN, SyncBN"),
         ("MODEL.RESNETS.NORM", "GN32", "one of '', BN, FrozenBN, SyncBN"),
-        ("MODEL.PIXEL_STD", "[1.0]", "of one length"),
+        ("MODEL.PIXEL_STD", "[1.0]", "the same length"),
         ("SOLVER.OPTIMIZER", "adam", "one of SGD, AdamW"),
         ("SOLVER.AMP.DTYPE", "fp16", "one of float16, bfloat16"),
         ("SOLVER.FLOAT32_PRECISION", "fp32", "one of '', tf32, ieee"),
@@ -315,7 +315,7 @@ def test_wrong_overrides(opts, message):
         ("SOLVER.ADAMW_BETAS", "(0.9,)", "two numbers"),
         ("SOLVER.ADAMW_BETAS", "(0.9, 1.0)", "two numbers"),
         ("SOLVER.GRAD_ACCUM_STEPS", "0", "whole number from 1"),
-        ("SOLVER.GRAD_ACCUM_STEPS", "3", "no multiple of SOLVER.GRAD_ACCUM_STEPS 3"),
+        ("SOLVER.GRAD_ACCUM_STEPS", "3", "not a multiple of SOLVER.GRAD_ACCUM_STEPS 3"),
         ("SOLVER.EMA.DECAY", "1.0", r"in \(0, 1\)"),
         ("SOLVER.MAX_ITER", "0", "whole number from 1"),
         ("SOLVER.STEPS", "(8, 6)", "rising"),
@@ -394,5 +394,5 @@ def test_names_of_data_sets_are_texts(key, value):
 
 
 def test_a_folder_of_no_name_is_refused():
-    with pytest.raises(UserError, match=r"CACHE_DIR is .* no path"):
+    with pytest.raises(UserError, match=r"CACHE_DIR is .* not a path"):
         load_checked_config(str(CONFIGS / "fcos_contti.yaml"), ["DATASETS.CACHE_DIR", "a\0b"])

@@ -70,7 +70,7 @@ def test_no_address_is_a_config_or_its_base(tmp_path, scheme):
         (tmp_path / "a.yaml").write_text(f"_BASE_: {address}")
         (tmp_path / "b.yaml").write_text(f"_BASE_: [{LEAF}, '{address}']")
         for file in (str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), address):
-            with pytest.raises(UserError, match="is an address"):
+            with pytest.raises(UserError, match="is a URL"):
                 load_config(file)
         assert not asked
 

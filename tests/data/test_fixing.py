@@ -208,8 +208,8 @@ def _statistics(file: Path) -> np.ndarray:
 
 
 def _check(data: Copy, out: Path, expected: np.ndarray) -> None:
-    cfg, _ = configure(LEAF, _options("mended", out, data.root / "train"))
-    found = check_dataset(cfg, "mended")
+    cfg, _ = configure(LEAF, _options("fixed", out, data.root / "train"))
+    found = check_dataset(cfg, "fixed")
     assert found.lines(ERROR) == [] and found.lines(WARNING) == []
     np.testing.assert_array_equal(_statistics(out), expected)
 
@@ -220,7 +220,7 @@ def expected(drawn) -> np.ndarray:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_mended(data, expected, capsys, tmp_path, damage):
+def test_damage_is_fixed(data, expected, capsys, tmp_path, damage):
     DAMAGE[damage](data)
     data.file.write_text(json.dumps(data.content))
     before, out = data.file.read_bytes(), tmp_path / "out.json"
@@ -246,7 +246,7 @@ def test_missing_sizes_are_those_of_upright_images(data, tmp_path, ending, orien
 
 
 @pytest.mark.parametrize("encoding", BYTES)
-def test_bytes_are_mended(data, expected, tmp_path, encoding):
+def test_bytes_are_fixed(data, expected, tmp_path, encoding):
     data.file.write_bytes(BYTES[encoding](data.file.read_text()))
     assert _fix(data, tmp_path / "out.json") == 0
     _check(data, tmp_path / "out.json", expected)
@@ -291,7 +291,7 @@ def test_a_wrong_folder_is_no_reason_to_drop_all(data, capsys, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_of_several_sets_the_damaged_one_is_mended(data, capsys, tmp_path):
+def test_of_several_sets_the_damaged_one_is_fixed(data, capsys, tmp_path):
     options = data.options()
     fix = ["--config-file", LEAF, "--fix", str(tmp_path / "out.json"), *options]
     assert main(fix) == 1

@@ -18,7 +18,7 @@ from contnet.data.datasets.classes import distinct_class_names
 from contnet.data.datasets.image_files import match_names
 from contnet.data.findings import ERROR, Findings
 from contnet.data.validation.coco import DatasetUse, check_instances
-from contnet.data.validation.fixing import mend
+from contnet.data.validation.fixing import fix_content
 from contnet.data.validation.masks import is_mask_of
 from contnet.utils.errors import UserError
 
@@ -145,7 +145,7 @@ def test_deep_lists_are_named_by_fix(data, capsys, tmp_path):
     for depth in (800, 100_000):
         text = json.dumps(data.content).replace('"HERE"', "[" * depth + "]" * depth)
         data.file.write_text(text)
-        fix = ["--fix", str(tmp_path / "mended.json"), "--dataset", "train"]
+        fix = ["--fix", str(tmp_path / "fixed.json"), "--dataset", "train"]
         assert main(["--config-file", LEAF, *options, *fix]) == 1
         assert "Traceback" not in capsys.readouterr().err
 
@@ -155,7 +155,7 @@ def test_a_bomb_of_gzip_is_not_unpacked(data, capsys, tmp_path):
     with gzip.open(data.file, "wb") as file:
         for _ in range(300):
             file.write(b" " * 2**20)
-    fix = ["--fix", str(tmp_path / "mended.json"), "--dataset", "train"]
+    fix = ["--fix", str(tmp_path / "fixed.json"), "--dataset", "train"]
     assert main(["--config-file", LEAF, *options, *fix]) == 1
     assert "when unpacked, unlike annotations" in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_many_are_mended_in_seconds(tmp_path):
     (tmp_path / "1.jpg").touch()
     content = _content(*(_item(1, area=32 + i) for i in range(20_000)))
     start = time.process_time()
-    mend(content, str(tmp_path), masks=True)
+    fix_content(content, str(tmp_path), masks=True)
     assert len(content["annotations"]) == 20_000
     assert time.process_time() - start < 10
 

@@ -16,7 +16,7 @@ from contnet.data.datasets.register import find_source
 from contnet.data.findings import ERROR, Findings
 from contnet.data.validation.coco import check_instances
 from contnet.data.validation.examine import dataset_use
-from contnet.data.validation.fixing import mend
+from contnet.data.validation.fixing import fix_content
 from contnet.utils.errors import UsageError, UserError
 from contnet.utils.files import atomic_write
 from contnet.utils.text import plural, say
@@ -57,14 +57,14 @@ def _find_sources(cfg: CfgNode, name: str | None) -> dict[str, CocoSource]:
     return {name: sources[name]}
 
 
-def _mend_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
+def _fix_one(cfg: CfgNode, sources: dict[str, CocoSource]) -> _Mended:
     """Fixes the only data set, or the only one that needs fixing."""
     if len({source.json_file for source in sources.values()}) == 1:
         sources = dict([next(iter(sources.items()))])
     needy = None
     for name, source in sources.items():
         content, done = _read(source)
-        done += mend(content, source.image_root, cfg.MODEL.MASK_ON)
+        done += fix_content(content, source.image_root, cfg.MODEL.MASK_ON)
         if needy and done:
             raise UsageError(
                 f"--fix: {needy.name} and {name} both need fixing: choose one with --dataset NAME"
@@ -90,7 +90,7 @@ def _read(source: CocoSource) -> tuple[dict, Counter]:
     Raises:
         UserError: if the file does not have the structure of COCO instances.
     """
-    content, accepted = read_json(source.json_file, mend=True)
+    content, accepted = read_json(source.json_file, lenient=True)
     done = Counter(f"the file {what}: plain UTF-8" for what in accepted)
     check_form(content, source.json_file)
     return content, done
@@ -122,7 +122,7 @@ def fix_annotations(cfg: CfgNode, file: Path, name: str | None) -> bool:
     """
     _check_target(file)
     try:
-        name, source, content, done = _mend_one(cfg, _find_sources(cfg, name))
+        name, source, content, done = _fix_one(cfg, _find_sources(cfg, name))
         errors = _remaining(cfg, name, content)
         with atomic_write(file, "w") as stream:
             json.dump(content, stream)  # ASCII, even if names are not

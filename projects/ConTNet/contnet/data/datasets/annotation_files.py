@@ -65,7 +65,7 @@ def _explain(start: str) -> str:
     return ""
 
 
-def _load(file: str, mend: bool) -> tuple[object, list[str]]:
+def _load(file: str, lenient: bool) -> tuple[object, list[str]]:
     wrong = []
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open_regular(file))
@@ -76,7 +76,7 @@ def _load(file: str, mend: bool) -> tuple[object, list[str]]:
         if head.startswith(_GZIP):
             wrong.append("is compressed by gzip")
             limit = _SMALL + _EXPANSION * os.fstat(stream.fileno()).st_size
-            unpacked = stack.enter_context(gzip.open(stream)).read(limit + 1) if mend else b""
+            unpacked = stack.enter_context(gzip.open(stream)).read(limit + 1) if lenient else b""
             if len(unpacked) > limit:
                 raise UserError(
                     f"the annotation file {file} expands to more than {_EXPANSION} times "
@@ -88,7 +88,7 @@ def _load(file: str, mend: bool) -> tuple[object, list[str]]:
         if reason:
             wrong.append(reason)
         text = stack.enter_context(io.TextIOWrapper(stream, encoding=encoding))
-        if wrong and not mend:
+        if wrong and not lenient:
             raise UserError(
                 f"the annotation file {file} {' and '.join(wrong)}, which pycocotools cannot read: "
                 f"save it as plain UTF-8; {_FIX}"
@@ -100,13 +100,13 @@ def _load(file: str, mend: bool) -> tuple[object, list[str]]:
             raise UserError(f"the annotation file {file} is not valid JSON ({reason})") from error
 
 
-def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
+def read_json(file: str, lenient: bool = False) -> tuple[object, list[str]]:
     """Reads a JSON file.
 
     Args:
         file: path of the file.
-        mend: whether to accept what pycocotools and Detectron2 refuse: gzip, UTF-16, a byte order
-            mark.
+        lenient: whether to accept what pycocotools and Detectron2 refuse: gzip, UTF-16, a byte
+            order mark.
 
     Returns:
         The content, and what was accepted.
@@ -117,7 +117,7 @@ def read_json(file: str, mend: bool = False) -> tuple[object, list[str]]:
     collecting = gc.isenabled()
     gc.disable()  # it would traverse COCO's millions of new objects again and again
     try:
-        return _load(file, mend)
+        return _load(file, lenient)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the annotation file {file} cannot be read ({reason})") from error

@@ -24,7 +24,7 @@ from contnet.data.validation.geometry import Geometry, is_far
 from contnet.data.validation.masks import are_numbers, flatten_polygons, is_mask_of, usable_polygons
 from contnet.utils.errors import UserError
 
-__all__ = ["MAPPING", "mend"]
+__all__ = ["MAPPING", "fix_content"]
 
 MAPPING = "contnet_fix"  # key under which the copy lists old and new ids
 
@@ -388,7 +388,7 @@ _STEPS: tuple[Callable[[_Fix], None], ...] = (
 )
 
 
-def mend(content: dict, root: str, masks: bool) -> Counter:
+def fix_content(content: dict, root: str, masks: bool) -> Counter:
     """Fixes an annotation file's content in place.
 
     Args:
