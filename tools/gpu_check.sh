@@ -1,5 +1,5 @@
 #!/bin/sh
-# Proves the CUDA path in one call: versions, the tests for a GPU, every system, speed and memory.
+# Checks the CUDA path in one command: versions, GPU tests, every system, speed and memory.
 # `sh tools/gpu_check.sh --help` lists the options.
 set -u
 
@@ -9,7 +9,7 @@ device=cuda
 output=output/gpu_check
 budget=360
 only=
-# Each part with the most seconds that it may take, the most valuable first.
+# Each part with its time limit in seconds, the most important part first.
 limits="versions:60 tests:120 attention:60 faster_rcnn:150 network:90 systems:150 steps:90
 inference:60 profile:60 ddp:60 checkpoint:90 compiled:150"
 export GPU_CHECK_COMMAND="sh tools/gpu_check.sh${*:+ $*}"
@@ -65,7 +65,7 @@ log=$output/log.txt
 : >"$results" && : >"$log" || exit 1
 export PYTHONUNBUFFERED=1
 export PYTHONPATH="$root:$root/projects/ConTNet:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
-# Workers that load images pass them on as open files.
+# Data loader workers pass images on as open files.
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 status=0
 pid=

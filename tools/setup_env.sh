@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes or refreshes the virtual environment: sh tools/setup_env.sh VENV [PYTHON]
+# Creates or updates the virtual environment: sh tools/setup_env.sh VENV [PYTHON]
 #
-# VENV/.contnet-setup says how far it came. Its first line is "unfinished PID" or "complete"; after
-# "complete" come the Python and the folders that were used, then a sum over the requirements.
+# VENV/.contnet-setup records the progress. Its first line is "unfinished PID" or "complete"; after
+# "complete" follow the Python and the folders used, then a checksum of the requirements.
 set -eu
 
 venv=${1:?the folder of the environment is missing}
@@ -33,7 +33,7 @@ find_python() {
     fail "Python 3.11 to 3.13 is needed, and $named is $found; name another with PYTHON=..."
 }
 
-# pip in the environment; its output goes to the log, the reason of a failure to the terminal.
+# Runs pip in the environment; its output goes to the log, the reason for a failure to the terminal.
 pip() {
     echo "setup: $1"
     shift
@@ -47,7 +47,7 @@ pip() {
 
 find_python
 case $(command -v "$python") in
-    # An activated environment would vanish under its own Python.
+    # An activated environment would be deleted together with its Python.
     "$venv"/*) python=$("$python" -c 'import sys; print(sys._base_executable)') ;;
 esac
 identity="$("$python" -c 'import sys; print(sys.version.split()[0], sys.base_prefix)') $PWD $venv"
@@ -80,24 +80,24 @@ fi
 mkdir -p "$venv"
 echo "unfinished $$" >"$state"
 if [ "$identity_then" != "$identity" ]; then
-    # Another Python, another folder or an interrupted set-up: start from nothing.
+    # Another Python, another folder or an interrupted set-up: start from scratch.
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .contnet-setup -exec rm -rf {} +
     echo "setup: $("$python" -V), environment $venv"
     "$python" -m venv "$venv"
-    # git and ruff stay out, whatever the folder is called.
+    # git and ruff ignore the folder, whatever its name is.
     echo "*" >"$venv/.gitignore"
 fi
 
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# Few retries here only: without a network this is where it shows.
+# Few retries only here: a missing network shows at this step.
 pip "pip and setuptools" install --retries 2 --require-hashes -r requirements/build.txt
 pip "the pinned packages, about 5 GB; this takes some minutes" \
     install --no-build-isolation --require-hashes -r requirements/lock.txt
-# Its wheel is tagged for Python 3.10, but its Python files run on later ones.
+# Detectron2's wheel is tagged for Python 3.10, but its Python files run on later versions.
 pip "Detectron2 and cityscapesscripts" install --no-deps --only-binary=:all: \
     --python-version 3.10 --implementation cp --abi none --platform any \
     --upgrade --target "$site" --require-hashes -r requirements/detectron2.txt
-# What that command leaves beside the packages: Detectron2's scripts and commands out of reach.
+# Remove what this command installs outside the packages: Detectron2's scripts and commands.
 rm -rf "$site/tools" "$site/bin"
 pip "contnet" install --no-deps --no-build-isolation -e .
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Opens the pages in Chromium; $1 is pytest.
-# As root it installs Chromium where it is missing (Debian's package), and fails if it cannot.
+# Tests the pages in Chromium; $1 is the pytest command.
+# As root, it installs Chromium if it is missing (Debian's package), and fails if it cannot.
 set -u
 pytest=$1
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs tests/slurm on two private clusters at a time; $1 is pytest.
-# As root it installs SLURM where it is missing (Debian's packages), and fails if it cannot.
+# Runs tests/slurm on two private clusters in parallel; $1 is the pytest command.
+# As root, it installs SLURM if it is missing (Debian's packages), and fails if it cannot.
 set -u
 pytest=$1
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -27,7 +27,7 @@ installed || echo "SLURM is missing: as root, apt-get install --no-install-recom
 
 logs=$(mktemp -d)
 pids=
-# Whatever ends this script ends the tests; each cluster's guardian then stops the cluster.
+# The tests end with this script; each cluster's guardian then stops the cluster.
 trap 'kill $pids 2>/dev/null; rm -rf "$logs"' EXIT
 trap 'exit 130' HUP INT TERM
 status=0

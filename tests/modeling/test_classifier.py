@@ -110,7 +110,7 @@ def test_contnets_take_their_options_from_their_node():
         ("res18", "INPUT.CLASSIFIER.CROP_TEST 288", "CROP_TEST 288 exceeds RESIZE_TEST 256"),
         ("res18", "INPUT.CLASSIFIER.SCALE [0.5]", "SCALE is"),
         ("res18", "MODEL.CLASSIFIER.OPTIONS ['a']", "must be a list of [name, value]"),
-        ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS 25023 leaves nothing"),
+        ("res18", "SOLVER.MAX_ITER 100", "WARMUP_ITERS 25023 is not below"),
         ("res18", "INPUT.FORMAT BGR", "ImageClassifier requires RGB"),
         ("contti", "MODEL.CONTNET.FREEZE_AT 2", "FREEZE_AT is 2, which has no effect"),
         (

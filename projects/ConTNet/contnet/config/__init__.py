@@ -1,4 +1,4 @@
-"""The configuration: our keys on top of Detectron2's, read strictly."""
+"""The configuration: this project's keys on top of Detectron2's, read strictly."""
 
 from contnet.config.keys import add_contnet_config
 from contnet.config.reading import (

@@ -1,4 +1,4 @@
-"""What keys mean: the comments beside their definitions, here and in Detectron2's sources."""
+"""Reads the meaning of keys from the comments in this project's and Detectron2's sources."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from contnet.config import keys
 
 __all__ = ["Definition", "find_definition", "read_definitions"]
 
-# The node that a source file assigns to, and the comments which only draw a line.
+# Names of the root node in source files, and comments that only draw a line.
 _ROOTS = ("cfg", "_C")
 _RULE = re.compile(r"#[\s#=-]*")
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Where a key, or a group of keys, is defined.
+    """The definition of a key or a group of keys.
 
     Attributes:
         comment: the text of the comment, on one line; "" if there is none.
         file: path of the source.
-        line: of the definition, from 1.
-        ours: whether it is defined in this project; if not, in Detectron2.
+        line: line of the definition, from 1.
+        ours: whether it is defined in this project, not in Detectron2.
     """
 
     comment: str
@@ -40,7 +40,7 @@ class Definition:
 
 
 def _read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """The text of comments by line: of those with a line of their own, and of those behind code."""
+    """Returns comments by line: those on a line of their own, and those after code."""
     alone, behind = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -51,7 +51,7 @@ def _read_comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _keys_of(statement: ast.Assign) -> list[str]:
-    """The keys that ``cfg.A.B = ...`` defines, and those in ``cfg.A = CfgNode({"B": ...})``."""
+    """Returns the keys that ``cfg.A.B = ...`` or ``cfg.A = CfgNode({"B": ...})`` defines."""
     root, _, key = ast.unparse(statement.targets[0]).partition(".")
     if root not in _ROOTS or not key:
         return []
@@ -61,9 +61,9 @@ def _keys_of(statement: ast.Assign) -> list[str]:
 
 
 def read_definitions(module: ModuleType) -> dict[str, Definition]:
-    """The definitions of keys and of groups of keys in a module, by key with dots.
+    """Returns the definitions of keys and groups of keys in a module, by dotted key.
 
-    A definition's comment is the one in the lines right above it, followed by the one behind it.
+    A definition's comment is the one right above it, followed by those at the end of its lines.
     """
     source, file = inspect.getsource(module), inspect.getsourcefile(module)
     alone, behind = _read_comments(source)
@@ -90,12 +90,12 @@ def _all_definitions() -> dict[str, Definition]:
 
 
 def find_definition(key: str) -> Definition | None:
-    """Where a key or a group of keys has its value from, unless a config sets it.
+    """Returns where a key or a group of keys is defined, and its comment.
 
     Args:
-        key: with dots.
+        key: dotted key.
 
     Returns:
-        None for a key of an extension.
+        The definition; None for a key of an extension.
     """
     return _all_definitions().get(key)

@@ -1,4 +1,4 @@
-"""How a config differs from one that was written down before, perhaps by another version."""
+"""Differences between a config and one that was saved before, perhaps by another version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["differences", "read_values", "show"]
 
 
 def _values(cfg: CfgNode) -> dict[str, object]:
-    """Values by key, of the types that a dumped config has."""
+    """Returns the values by dotted key, with the types of a dumped config."""
     return dict(flatten(yaml.safe_load(cfg.dump()), cfg))
 
 
@@ -26,30 +26,30 @@ def _defaults() -> dict[str, object]:
 
 
 def read_values(text: str, cfg: CfgNode) -> dict[str, object]:
-    """Values by key of a config that ``cfg.dump()`` has written.
+    """Returns the values by dotted key of a config that ``cfg.dump()`` has written.
 
     Args:
-        text: its yaml. Keys that it lacks, of a later version, have their defaults.
-        cfg: says which keys there are.
+        text: its yaml. Keys that it lacks, because a later version added them, have their defaults.
+        cfg: a config, whose groups of keys are those of ``text``.
 
     Raises:
-        ValueError: if it is no yaml of keys.
+        ValueError: if it is not a yaml of keys.
     """
     try:
         content = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}")
+        raise ValueError(f"it is a {type(content).__name__}, not a mapping of keys")
     return {**_defaults(), **dict(flatten(content, cfg))}
 
 
 def differences(before: Mapping[str, object], cfg: CfgNode) -> dict[str, tuple[object, object]]:
-    """Values before and now of each key of ``cfg`` that has another one now.
+    """Returns the old and the new value of each key of ``cfg`` whose value has changed.
 
     Args:
-        before: of :func:`read_values`.
-        cfg: the config of now.
+        before: values from :func:`read_values`.
+        cfg: the current config.
     """
     now = _values(cfg)
     return {
@@ -60,6 +60,6 @@ def differences(before: Mapping[str, object], cfg: CfgNode) -> dict[str, tuple[o
 
 
 def show(key: str, before: object, now: object) -> str:
-    """A difference as one line shows it."""
+    """Formats a difference as one line."""
     before, now = ("''" if value == "" else value for value in (before, now))
     return " ".join(f"{key} {before} -> {now}".split())

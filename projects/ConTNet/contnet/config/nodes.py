@@ -1,4 +1,4 @@
-"""Keys of nested configs, and errors about them."""
+"""Helpers for the keys of nested configs, and errors about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["config_error", "flatten", "get_value"]
 
 
 def flatten(node: Mapping, like: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Keys with dots and values of nested mappings, as deep as ``like`` goes."""
+    """Yields dotted keys and values of nested mappings, as deep as ``like`` is nested."""
     for key, value in node.items():
         below = like.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
@@ -22,12 +22,12 @@ def flatten(node: Mapping, like: Mapping, prefix: str = "") -> Iterator[tuple[st
 
 
 def get_value(cfg: CfgNode, key: str) -> object:
-    """The value of a key with dots."""
+    """Returns the value of a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
 def config_error(message: str) -> UsageError:
-    """An error whose message has no line breaks, whatever it quotes."""
+    """Returns an error with the message on one line, whatever it quotes."""
     return UsageError(" ".join(message.split()))

@@ -1,4 +1,4 @@
-"""Paths as users write them in config files: with ``~`` and environment variables."""
+"""Expands ``~`` and environment variables in the paths of config files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from contnet.config.nodes import config_error
 
 __all__ = ["expand_path"]
 
-# $$, $NAME, ${NAME}, and a brace that nothing closes.
+# $$, $NAME, ${NAME}, and ${ without a name or closing brace.
 _SIGN = re.compile(r"\$(?:(?P<sign>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>\w+)\}|(?P<open>\{))")
 
 
 def expand_path(path: str, key: str) -> str:
-    """A path with its environment variables and its home folder written out.
+    """Expands the environment variables and the home folder in a path.
 
-    ``$$`` stands for a dollar sign, as does one that no name follows; a URL stays as it is. So does
-    the path of a file that exists, if a variable of that name does not: what a run's config.yaml
-    holds can be read again.
+    ``$$`` stands for a dollar sign, as does a ``$`` that no name follows. A URL is not changed. Nor
+    is the path of an existing file if its variables are not set, so that the paths in a run's
+    config.yaml can be read again.
 
     Args:
-        path: with ``$NAME``, ``${NAME}``, ``~`` or ``~user``.
-        key: what it is the value of, for messages.
+        path: path with ``$NAME``, ``${NAME}``, ``~`` or ``~user``.
+        key: the path's key or option, for messages.
 
     Raises:
-        UserError: for a variable that is not set or empty, an unknown user, or a NUL.
+        UserError: for a variable that is not set or empty, an unknown user, or a NUL character.
     """
     if "\0" in path:
-        raise config_error(f"{key} is {path!r}, which is no path")
+        raise config_error(f"{key} is {path!r}, which is not a path: remove the NUL")
 
     def value(match: re.Match) -> str:
         if match["sign"]:

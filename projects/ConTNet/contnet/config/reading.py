@@ -23,7 +23,7 @@ from contnet.utils.yaml_text import check_whole_numbers, parse_yaml, read_yaml
 
 __all__ = ["is_set", "load_config", "load_finished_config", "parse_config", "set_level"]
 
-# Keys of paths, beside DATASETS.REGISTER: one, or a list of them.
+# Keys of a path or a list of paths, besides DATASETS.REGISTER.
 _PATHS = (
     "DATASETS.CACHE_DIR",
     "DATASETS.PROPOSAL_FILES_TEST",
@@ -31,46 +31,46 @@ _PATHS = (
     "MODEL.WEIGHTS",
     "OUTPUT_DIR",
 )
-# Above which a config includes itself; ours have three.
+# Maximum number of files of a config, to detect one that includes itself; ours have three.
 _MOST_FILES = 100
 
 
 def _read_file(config_file: str) -> object:
-    """The content of one config file.
+    """Returns the content of one config file.
 
     Raises:
-        UserError: if it is no file, or no yaml of plain values.
+        UserError: if it is not a file, or not a yaml of plain values.
     """
     try:
         return read_yaml(config_file)
     except UnicodeDecodeError as error:
-        raise config_error(f"{config_file} is no UTF-8 text") from error
+        raise config_error(f"{config_file} is not UTF-8 text") from error
     except OSError as error:
         raise config_error(f"{config_file} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{config_file}, line {mark.line + 1}" if mark else config_file
         problem = getattr(error, "problem", None) or str(error)
-        hint = "write plain values" if "tag:" in problem else "mend the yaml there"
+        hint = "write plain values" if "tag:" in problem else "fix the yaml there"
         raise config_error(f"{place}: {problem}; {hint}") from error
 
 
 def _config_path(config_file: str) -> str:
-    """The path that --config-file means."""
+    """Returns the path that --config-file stands for."""
     return find_config(expand_path(config_file, "--config-file"))
 
 
 def _find(config_file: str, what: str) -> str:
-    """The path of a config file; raises UserError if there is none."""
+    """Returns the path of a config file; raises UserError if it does not exist."""
     if "://" in config_file:
-        raise config_error(f"{what} {config_file} is an address: fetch it, and give the file")
+        raise config_error(f"{what} {config_file} is a URL: download it, and give the file")
     if not os.path.isfile(config_file):
-        raise config_error(f"{what} {config_file} does not exist, or is no file")
+        raise config_error(f"{what} {config_file} does not exist, or is not a file")
     return config_file
 
 
 def _bases(content: object, config_file: str) -> list[str]:
-    """The files that a config builds on, which lie beside it unless they say another folder."""
+    """Returns the files that a config builds on; relative paths start in the config's folder."""
     bases = content.get(BASE_KEY, []) if isinstance(content, dict) else []
     where, folder = f"{config_file}: {BASE_KEY}", os.path.dirname(config_file)
     bases = bases if isinstance(bases, list) else [bases]
@@ -80,7 +80,7 @@ def _bases(content: object, config_file: str) -> list[str]:
 
 
 class _Yaml(CfgNode):
-    """Config files whose ``_BASE_`` may have environment variables, and must be files."""
+    """Reads config files whose ``_BASE_`` may contain environment variables, and must be files."""
 
     opened = 0
 
@@ -99,7 +99,7 @@ class _Yaml(CfgNode):
 
 
 def _read_yaml(config_file: str) -> dict:
-    """The content of a config file merged over its ``_BASE_``."""
+    """Returns the content of a config file, merged over its ``_BASE_``."""
     if not config_file:
         raise UsageError("no config file is given, give one of configs/ with --config-file")
     config_file = _config_path(config_file)
@@ -107,17 +107,19 @@ def _read_yaml(config_file: str) -> dict:
     try:
         content = _Yaml.load_yaml_with_base(_find(config_file, "the config file"))
     except (AssertionError, AttributeError, TypeError) as error:
-        reason = str(error) if isinstance(error, AssertionError) else "must hold KEY: value lines"
+        reason = (
+            str(error) if isinstance(error, AssertionError) else "must contain KEY: value lines"
+        )
         raise config_error(f"{config_file}, with its _BASE_: {reason}") from error
     if not isinstance(content, dict):
-        raise config_error(f"{config_file} holds {content!r}, it must hold KEY: value lines")
+        raise config_error(f"{config_file} contains {content!r}, it must contain KEY: value lines")
     if content.get("VERSION", 2) != 2:
         raise config_error(f"{config_file} has VERSION {content['VERSION']!r}, only 2 can be read")
     return content
 
 
 def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
-    """Sets one key, its value decoded as Detectron2 does it, or raises UserError."""
+    """Sets one key, with its value decoded as in Detectron2, or raises UserError."""
     if has_credentials(str(value)):
         raise config_error(f"{where}: {key} {CREDENTIALS_ADVICE}")
     known = dict(flatten(cfg, cfg))
@@ -143,12 +145,14 @@ def _assign(cfg: CfgNode, key: str, value: object, where: str) -> None:
             check_whole_numbers(get_value(cfg, key))
         except ValueError as error:
             raise config_error(f"{where}: {key}: {error}") from error
-        # yacs takes None for anything; among keys with a default it means something for floats
-        # alone (SOLVER.WEIGHT_DECAY_NORM), and the others have their ranges.
+        # yacs accepts None for every key. Of the keys with a default, only floats may be None
+        # (SOLVER.WEIGHT_DECAY_NORM); their ranges exclude it for the others.
         if get_value(cfg, key) is not None or default is None or isinstance(default, float):
             return
     kind = type(default).__name__
-    raise config_error(f"{where}: {key} is {value!r}, it must be of type {kind}, as {default!r}")
+    raise config_error(
+        f"{where}: {key} is {value!r}, it must be of type {kind}, such as {default!r}"
+    )
 
 
 def _as_float(value: object) -> object:
@@ -159,24 +163,24 @@ def _as_float(value: object) -> object:
 
 
 def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Keys and values of an override list.
+    """Returns the keys and values of a list of overrides.
 
     Raises:
-        UserError: for one that is not KEY VALUE KEY VALUE.
+        UserError: if it is not KEY VALUE KEY VALUE.
     """
-    form = "write KEY VALUE pairs, as SOLVER.BASE_LR 0.01"
+    form = "write KEY VALUE pairs, such as SOLVER.BASE_LR 0.01"
     for key in opts[::2]:
         if "=" in str(key):
             raise config_error(f"overrides: {key!r} is one word, {form}")
         if not isinstance(key, str) or key.startswith("-"):
-            raise config_error(f"overrides: {key!r} stands where a key should, {form}")
+            raise config_error(f"overrides: {key!r} is not a key, {form}")
     if len(opts) % 2:
         raise config_error(f"overrides: {opts[-1]!r} has no value, {form}")
     return zip(opts[::2], opts[1::2], strict=True)
 
 
 def _expand_paths(cfg: CfgNode) -> None:
-    """Writes out variables and home folders in all paths; those of data sets become absolute."""
+    """Expands variables and home folders in all paths; makes those of data sets absolute."""
     for key in _PATHS:
         parent, _, name = key.rpartition(".")
         node = get_value(cfg, parent) if parent else cfg
@@ -199,16 +203,16 @@ def _sets(content: object, key: str) -> bool:
 
 
 def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
-    """How far from the command line a key is set.
+    """Returns the nesting depth of the file that sets a key.
 
     Args:
-        key: with dots.
-        config_file: one that :func:`load_config` has read.
+        key: dotted key.
+        config_file: a config file that :func:`load_config` has read.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
     Returns:
-        0 for the config file itself and the overrides, 1 for its ``_BASE_``, 2 for the base of
-        that, and so on; None for a key that none of them sets.
+        0 for the config file itself and the overrides, 1 for its ``_BASE_``, 2 for the base of its
+        base, and so on; None if none of them sets the key.
     """
     if key in opts[::2]:
         return 0
@@ -224,18 +228,18 @@ def set_level(key: str, config_file: str, opts: Sequence[str]) -> int | None:
 
 
 def is_set(key: str, config_file: str, opts: Sequence[str]) -> bool:
-    """Whether a config file itself, not its ``_BASE_``, or the overrides give a key.
+    """Whether a config file itself, not its ``_BASE_``, or the overrides set a key.
 
     Args:
-        key: with dots.
-        config_file: one that :func:`load_config` has read.
+        key: dotted key.
+        config_file: a config file that :func:`load_config` has read.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
     """
     return key in opts[::2] or _sets(_read_file(_config_path(config_file)), key)
 
 
 def _substitute_sync_bn(cfg: CfgNode) -> None:
-    """SyncBN needs GPUs; on the CPU Detectron2's slower one takes its place, with equal keys."""
+    """Replaces SyncBN, which requires GPUs, with Detectron2's slower one on the CPU."""
     if cfg.MODEL.DEVICE != "cpu":
         return
     for key, value in list(flatten(cfg, cfg)):
@@ -244,7 +248,7 @@ def _substitute_sync_bn(cfg: CfgNode) -> None:
 
 
 def _merge(content: dict, where: str, opts: Sequence[str]) -> CfgNode:
-    """The defaults, changed by a config's content and then by overrides; checked."""
+    """Returns the defaults, overridden by a config's content and then ``opts``; checked."""
     cfg = default_config()
     for key, value in flatten(content, cfg):
         _assign(cfg, key, value, where)
@@ -264,54 +268,54 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     On the CPU, SyncBN becomes "naiveSyncBN", which any backend can run.
 
     Args:
-        config_file: a yaml file, with ``_BASE_`` to build on another; read without Python tags.
+        config_file: a yaml file, which may build on a ``_BASE_``; Python tags are errors.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
     Returns:
-        The config, its paths written out (:func:`contnet.config.paths.expand_path`), those of
+        The config, with its paths expanded (:func:`contnet.config.paths.expand_path`) and those of
         DATASETS.REGISTER absolute.
 
     Raises:
         UserError: for a file that cannot be read, an unknown key, a value of a wrong type or an
-            illegal one, and overrides that are no pairs.
+            illegal one, and overrides that are not pairs.
     """
     return _merge(_read_yaml(config_file), config_file, opts)
 
 
 def parse_config(text: str, where: str) -> CfgNode:
-    """The config that a run has saved beside its weights, not frozen.
+    """Returns the config that a run has saved with its weights, not frozen.
 
-    Keys that it lacks, as one by an earlier version may, have their defaults.
+    Keys that it lacks, because an earlier version wrote it, have their defaults.
 
     Args:
-        text: yaml, as ``cfg.dump()`` writes it.
-        where: what messages call it.
+        text: yaml from ``cfg.dump()``.
+        where: its name in messages.
 
     Raises:
-        UserError: as :func:`load_config`.
+        UserError: as in :func:`load_config`.
     """
     try:
         content = parse_yaml(text)
     except yaml.YAMLError as error:
         raise config_error(f"{where} cannot be read") from error
     if not isinstance(content, dict) or BASE_KEY in content:
-        raise config_error(f"{where} is no whole config")
+        raise config_error(f"{where} is not a full config")
     return _merge(content, where, ())
 
 
 def load_finished_config(config_file: str) -> CfgNode:
-    """Reads back the whole config that ``cfg.dump()`` wrote; its values are not checked again.
+    """Reads the full config that ``cfg.dump()`` wrote; its values are not checked again.
 
     Returns:
-        The config, frozen, each value of the type that it had.
+        The config, frozen; each value has its original type.
 
     Raises:
-        UserError: for a file that cannot be read, or does not hold this project's keys.
+        UserError: if the file cannot be read, or lacks some of this project's keys.
     """
     content = _read_yaml(config_file)
     cfg = default_config()
     if missing := dict(flatten(cfg, cfg)).keys() - dict(flatten(content, cfg)).keys():
-        raise config_error(f"{config_file} is no whole config, it lacks {min(missing)}")
+        raise config_error(f"{config_file} is not a full config, it lacks {min(missing)}")
     try:
         cfg.merge_from_other_cfg(CfgNode(content))
     except (KeyError, ValueError) as error:

@@ -12,7 +12,7 @@ from contnet.config.nodes import config_error, flatten, get_value
 __all__ = ["REGISTER_FORM", "check_choice", "check_values", "is_number"]
 
 REGISTER_FORM = (
-    "it must be a list of [name, annotation file, image folder], as "
+    "it must be a list of [name, annotation file, image folder], such as "
     "[['mine', 'mine.json', 'images']], and for classification of [name, folder] or "
     "[name, label file .txt or .csv, folder]"
 )
@@ -33,7 +33,7 @@ CHOICES = {
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
 
-# Least legal value of whole numbers.
+# Smallest legal values of integers.
 COUNTS = {
     "LOG_PERIOD": 1,
     "INPUT.CLASSIFIER.CROP_TEST": 1,
@@ -75,7 +75,7 @@ COUNTS = {
     "TEST.PATIENCE": 0,
 }
 
-# Intervals as they are printed; a round bracket leaves the bound out.
+# Intervals as they are printed; a round bracket excludes the bound.
 RANGES = {
     "DATASETS.CACHE_SIZE_GB": "[0, inf)",
     "INPUT.CLASSIFIER.COLOR_JITTER": "[0, 1]",
@@ -139,7 +139,7 @@ def check_choice(cfg: CfgNode, key: str, legal: Iterable) -> None:
 
 
 def _numbers(value: object) -> Iterator[float]:
-    """The floats of a value, those in lists included."""
+    """Yields the floats in a value, also those in lists."""
     if isinstance(value, float):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -148,7 +148,7 @@ def _numbers(value: object) -> Iterator[float]:
 
 
 def _check_finite(cfg: CfgNode) -> None:
-    """Refuses what is no number in every key, those of extensions included."""
+    """Raises UserError for NaN and infinity in keys without a range, also of extensions."""
     for key, value in flatten(cfg, cfg):
         if key not in RANGES and not all(map(math.isfinite, _numbers(value))):
             raise config_error(f"{key} is {value!r}, it must be finite")
@@ -180,11 +180,11 @@ def _check_sizes(cfg: CfgNode) -> None:
     if node.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         raise config_error(
             f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, INPUT.MIN_SIZE_TRAIN_SAMPLING range takes the "
-            "least and the greatest"
+            "smallest and the largest"
         )
     if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
         raise config_error(
-            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be of one length, they have "
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have the same length, they have "
             f"{len(cfg.MODEL.PIXEL_MEAN)} and {len(cfg.MODEL.PIXEL_STD)} values"
         )
     if not all(is_number(each) and each > 0 for each in cfg.MODEL.PIXEL_STD):
@@ -206,14 +206,14 @@ def _check_windows(cfg: CfgNode) -> None:
 
 
 def _check_end(cfg: CfgNode) -> None:
-    """Checks iterations against SOLVER.MAX_ITER, once none of them is to follow from epochs."""
+    """Checks iterations against SOLVER.MAX_ITER, once epochs have been converted into them."""
     solver = cfg.SOLVER
     if solver.MAX_EPOCHS or solver.STEPS_EPOCHS or solver.WARMUP_EPOCHS:
         return
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and solver.MAX_ITER in solver.STEPS:
         raise config_error(
             f"SOLVER.STEPS {solver.STEPS!r} has SOLVER.MAX_ITER {solver.MAX_ITER}: a step at the "
-            "end does nothing, leave it out"
+            "end does nothing, remove it"
         )
     if solver.RESCALE_INTERVAL and not 0 < solver.WARMUP_ITERS < solver.MAX_ITER:
         raise config_error(
@@ -222,9 +222,9 @@ def _check_end(cfg: CfgNode) -> None:
         )
     if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" and solver.WARMUP_ITERS >= solver.MAX_ITER:
         raise config_error(
-            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} leaves nothing of SOLVER.MAX_ITER "
-            f"{solver.MAX_ITER}: {solver.LR_SCHEDULER_NAME} would warm up to the rate of the end, "
-            "lower it"
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is not below SOLVER.MAX_ITER "
+            f"{solver.MAX_ITER}: {solver.LR_SCHEDULER_NAME} would warm up to its final rate, lower "
+            "it"
         )
 
 
@@ -239,7 +239,7 @@ def _check_solver(cfg: CfgNode) -> None:
         )
     if solver.IMS_PER_BATCH % solver.GRAD_ACCUM_STEPS:
         raise config_error(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is no multiple of "
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of "
             f"SOLVER.GRAD_ACCUM_STEPS {solver.GRAD_ACCUM_STEPS}, it counts the images of all passes"
         )
     betas = solver.ADAMW_BETAS
@@ -302,12 +302,12 @@ def _check_dataset_names(cfg: CfgNode) -> None:
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks values that types alone do not settle; may be called again after changes.
+    """Checks values beyond their types; may be called again after changes.
 
     Values that only a model can judge are checked in preflight.
 
     Raises:
-        UserError: for the first illegal value, naming its key and what is legal.
+        UserError: for the first illegal value, with its key and the legal values.
     """
     for key, legal in CHOICES.items():
         check_choice(cfg, key, legal)

@@ -46,7 +46,7 @@ __all__ = ["Attempt"]
 
 # Exit status of a process that SIGTERM ended.
 _TERMINATED = 143
-# Seconds in which SLURM tells of a task that was killed, on a node that lives.
+# Seconds within which SLURM reports a killed task on a node that still responds.
 _NODE_SILENCE = 40
 
 
@@ -55,7 +55,7 @@ def _find_job(env: DistributedEnvironment, run_folder: str) -> Job:
     if job.cluster != "local":
         return job
     earlier = [record["job_id"] for record in read_requeues(run_folder)].count(job.job_id)
-    # requeues.json may have been damaged, and begun anew.
+    # requeues.json may have been damaged, and started anew.
     return replace(job, restart=max(earlier, last_requeued(run_folder, job.job_id) + 1))
 
 
@@ -94,7 +94,7 @@ class Attempt:
         self.lease = Lease(run_folder, self.job)
         self.metrics = {}
         self._lock = Lock()
-        self._decision: tuple[int, str] | None = None  # of how it ends, should the note fail
+        self._decision: tuple[int, str] | None = None  # how it ends, if the note cannot be written
         self.watcher = Watcher(
             self.job,
             self.folder,
@@ -106,7 +106,7 @@ class Attempt:
         )
 
     def run(self) -> dict:
-        """Trains or evaluates, as ``TrainingJob`` says; returns the last evaluation's metrics."""
+        """Trains or evaluates, as in ``TrainingJob``; returns the last evaluation's metrics."""
         with explaining_disk(self.run_folder):
             self.watcher.start()
         try:
@@ -133,21 +133,21 @@ class Attempt:
             self.lease.release()
 
     def _train_or_save(self) -> int | None:
-        """The exit status of an attempt that was signalled; None for one that has finished."""
+        """Returns the exit status of a signalled attempt; None if the run has finished."""
         try:
             self._begin()
             self._train()
-        except Preempted:  # rank 0 decides, the others wait for its word
+        except Preempted:  # rank 0 decides, the other ranks wait for it
             if self.job.rank:
                 return self._await_end()
             return self._end(f"saved after iteration {self.watcher.iteration}")
         return None
 
     def _node_is_gone(self) -> bool:
-        """On rank 0, whether others are gone in a way that SLURM has not noticed.
+        """On rank 0, whether another rank is gone and SLURM has not noticed it.
 
-        It takes minutes to notice a dead node, and would call the job failed if this process ended
-        before. A rank that failed has said so; of one that was killed SLURM knows.
+        SLURM takes minutes to notice a dead node, and would call the job failed if this process
+        ended before. A rank that failed has written a note; SLURM reports one that was killed.
         """
         if self.job.cluster != "slurm" or self.job.num_nodes == 1:
             return False
@@ -175,7 +175,7 @@ class Attempt:
                 os.environ[f"{library}_SOCKET_IFNAME"] = self.interface
 
     def _settings(self) -> RunSettings:
-        """The settings of the run, whose config the submission has finished."""
+        """Returns the settings of the run; the submission has finished its config."""
         cfg = load_finished_config(self.config_file)
         size, scaled = self.processes.world_size, cfg.SOLVER.REFERENCE_WORLD_SIZE
         if scaled not in (0, size):
@@ -201,7 +201,7 @@ class Attempt:
         if settings.eval_only:
             self.watcher.enter("evaluation")
         device = torch.device(settings.cfg.MODEL.DEVICE).type
-        # Longer than the watcher waits, who can say more about a hang.
+        # Longer than the watcher's timeout, since the watcher reports more about a hang.
         timeout = self.hang_timeout + 60
         if device == "cuda":
             leave_failures_to_watcher(self.folder.path, timeout)
@@ -223,7 +223,7 @@ class Attempt:
         return note["status"] if note["status"] != LOCAL_REQUEUE_STATUS else 0
 
     def _abandon(self, reason: str) -> int:
-        """On rank 0, in the watcher's thread: the training loop cannot be waited for."""
+        """Returns the exit status without the training loop; on rank 0, in the watcher's thread."""
         return 1 if self.folder.read("failure") else self._end(reason)
 
     def _end(self, reason: str) -> int:
@@ -250,10 +250,10 @@ class Attempt:
     def _requeue(self, reason: str) -> tuple[int, str]:
         state = self.job.state()
         if state != "RUNNING":
-            # Cancelled, requeued or preempted: what comes next is SLURM's affair.
+            # Cancelled, requeued or preempted: SLURM decides what happens next.
             return _TERMINATED, f"not requeued by us: the job is {state or 'unknown to SLURM'}"
         if self.job.cluster == "local" and "SIGUSR2" not in self.watcher.signals:
-            # By --cancel, or by whoever ends a process of this machine.
+            # By --cancel, or because a user ended the process.
             return _TERMINATED, "not requeued: the processes were told to end"
         if error := self.reason_to_stop():
             return 1, error
@@ -271,7 +271,7 @@ class Attempt:
         return (LOCAL_REQUEUE_STATUS if self.job.cluster == "local" else 0), "requeued"
 
     def reason_to_stop(self) -> str:
-        """Why the job may not be requeued: the last time, or no progress; "" if it may."""
+        """Returns why the job may not be requeued: too many times, or no progress; else ""."""
         if self.job.restart >= self.max_requeues:
             return f"not requeued: this was requeue {self.job.restart}, the last one allowed"
         earlier = [
@@ -279,7 +279,7 @@ class Attempt:
             for record in read_requeues(self.run_folder)
             if record["job_id"] == self.job.job_id
         ]
-        # With a larger batch than before, numbers begin again at lower ones.
+        # Not <=: with a larger batch size than before, iteration numbers become lower.
         if earlier and last_saved_iteration(self.run_folder) == earlier[-1]["iteration"]:
             return (
                 "not requeued: no checkpoint was saved since the last requeue, after iteration "

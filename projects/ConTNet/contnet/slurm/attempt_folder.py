@@ -1,10 +1,10 @@
-"""What a job leaves in the ``slurm`` folder of its run.
+"""The files that a job writes into the ``slurm`` folder of its run.
 
-``requeues.json`` lists the attempts that a signal ended; ``attempts/<job>-<restart>`` has, for each
-attempt, a heartbeat of every rank
-(``rank-00000.json``), the stacks of a hung one (``rank-00000.stack``), and notes that are written
-once: ``failure.json`` by the rank that failed first, ``exit.json`` by rank 0 when it has decided
-how the attempt ends, and ``signalled.json``. Every file is either whole or not there.
+``requeues.json`` lists the attempts that were requeued. ``attempts/<job>-<restart>`` contains, for
+each attempt, the heartbeat of each rank (``rank-00000.json``), stack traces (``rank-00000.stack``),
+and notes that are written once: ``failure.json`` by the rank that failed first, ``exit.json`` by
+rank 0 when it has decided how the attempt ends, and ``signalled.json``. A JSON file is either
+complete or does not exist.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ __all__ = [
     "write_json",
 ]
 
-# A note of another attempt under the same number (a cluster that counts from the beginning again).
+# A note this many seconds older than an attempt is from another one with the same number, on a
+# cluster whose job ids have started over.
 _STALE = 300.0
 
-# The forms of these files. Numbers have bounds, for not-a-number is none.
+# The types of these files. Numbers have bounds, which exclude NaN.
 _Time = Annotated[float, Meta(ge=0, le=1e11)]
 _Count = Annotated[int, Meta(ge=-1, le=2**62)]
 
@@ -83,19 +84,19 @@ _NOTES = {"failure": _Failure, "exit": _Exit, "signalled": _Signalled}
 
 
 def slurm_folder(run_folder: str | Path) -> Path:
-    """Where a run's folder keeps all about its jobs."""
+    """Returns the folder for the job files of a run."""
     return Path(run_folder, "slurm")
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Gives a file its name, whatever has that name."""
+    """Renames a file over another one; a folder of that name is set aside."""
     if path.is_dir():
         set_aside(path)
     os.replace(new, path)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a file whole or not at all; not forced to the disk, for heartbeats are many."""
+    """Writes a file atomically, but without fsync, because heartbeats are frequent."""
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(value))
     _replace(temporary, path)
@@ -109,7 +110,7 @@ class AttemptFolder:
         self.opened = time.time()
 
     def rank_file(self, rank: int, suffix: str) -> Path:
-        """Where a rank writes."""
+        """Returns the path of a file of a rank."""
         return self.path / f"rank-{rank:05d}{suffix}"
 
     def write_heartbeat(self, record: dict) -> None:
@@ -117,13 +118,13 @@ class AttemptFolder:
         write_json(self.rank_file(record["rank"], ".json"), {**record, "time": time.time()})
 
     def ranks(self) -> dict[int, dict]:
-        """The last heartbeat of each rank."""
+        """Returns the last heartbeat of each rank."""
         files = sorted(self.path.glob("rank-*.json"))
         found = [peek_record(path, _Heartbeat) for path in files]
         return {record["rank"]: record for record in found if record}
 
     def note(self, name: str, record: dict) -> bool:
-        """Writes a note that no rank has written yet; whether this was the first."""
+        """Writes a note unless a rank has written it before; returns whether it was written."""
         path = self.path / f"{name}.json"
         own = self.path / f"{name}-{record['rank']:05d}.new"
         try:
@@ -139,7 +140,7 @@ class AttemptFolder:
         return True
 
     def read(self, name: str, any_age: bool = False) -> dict | None:
-        """A note, None if there is none of this attempt, or it is damaged."""
+        """Returns a note; None if it is missing, damaged or, unless ``any_age``, too old."""
         record = peek_record(self.path / f"{name}.json", _NOTES[name])
         if record is None or any_age or record["time"] > self.opened - _STALE:
             return record
@@ -151,12 +152,12 @@ def _requeues_file(run_folder: str | Path) -> Path:
 
 
 def read_requeues(run_folder: str | Path) -> list[dict]:
-    """The attempts that a signal ended, the oldest first; none if the file is damaged."""
+    """Returns the requeued attempts, oldest first; none if the file is damaged."""
     return peek_record(_requeues_file(run_folder), list[_Requeue]) or []
 
 
 def record_requeue(run_folder: str | Path, record: dict, guard: WriteGuard = NO_GUARD) -> None:
-    """Appends to them, if the guard lets this process."""
+    """Appends an attempt to ``requeues.json``, if the guard allows it."""
     path = _requeues_file(run_folder)
     records = [*(recover_record(path, list[_Requeue]) or ()), {**record, "time": time.time()}]
     with atomic_write(path, "w", guard) as file:
@@ -164,7 +165,7 @@ def record_requeue(run_folder: str | Path, record: dict, guard: WriteGuard = NO_
 
 
 def last_requeued(run_folder: str | Path, job_id: str) -> int:
-    """The last attempt of a job that has ended to be started again; -1: none."""
+    """Returns the number of a job's last attempt that was requeued; -1 if there is none."""
     names = [path.name for path in slurm_folder(run_folder).glob(f"attempts/{job_id}-*")]
     numbers = [name.removeprefix(f"{job_id}-") for name in names]
     attempts = [int(number) for number in numbers if number.isdecimal()]
@@ -173,7 +174,7 @@ def last_requeued(run_folder: str | Path, job_id: str) -> int:
 
 
 def last_saved_iteration(run_folder: str | Path) -> int:
-    """The iteration of the last complete checkpoint; -1: none; the final one counts as endless."""
+    """Returns the iteration of the last checkpoint; -1 if none, 2**62 for the final one."""
     try:
         iteration = iteration_of(last_checkpoint(run_folder).stem)
     except (OSError, ValueError, UserError):

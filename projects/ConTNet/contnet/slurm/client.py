@@ -13,7 +13,7 @@ __all__ = ["SHORT_TIMEOUT", "ask_slurm", "job_state", "read_states"]
 
 # Seconds for a question that a job asks about itself.
 SHORT_TIMEOUT = 20
-# States in which SLURM has done with a job.
+# States of jobs that have ended.
 _ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -55,10 +55,10 @@ def ask_slurm(*command: str, timeout: float = 120) -> str:
 
 
 def read_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """SLURM's states of jobs, separately for tasks of arrays; ended jobs are not included.
+    """Returns SLURM's states of jobs, separately for tasks of arrays; ended jobs are not included.
 
     Args:
-        job_ids: as ``12``, or ``12_3`` for a task of an array; ``12`` then means all its tasks.
+        job_ids: ids such as ``12`` or ``12_3``; the states of all tasks of an array are returned.
     """
     states = {}
     for job_id in dict.fromkeys(each.partition("_")[0] for each in job_ids):
@@ -78,7 +78,7 @@ def read_states(job_ids: Iterable[str]) -> dict[str, str]:
 
 
 def job_state(job_id: str) -> str:
-    """SLURM's name of a job's state; "" if it is unknown or SLURM does not respond."""
+    """Returns SLURM's name of a job's state; "" if it is unknown or SLURM does not respond."""
     for attempt in range(3):
         try:
             return ask_slurm(

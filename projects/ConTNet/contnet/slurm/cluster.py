@@ -11,7 +11,7 @@ from contnet.utils.errors import UserError
 
 __all__ = ["LOCAL_REQUEUE_STATUS", "Job"]
 
-# The exit status by which submitit's local executor knows that it shall start the tasks again.
+# Exit status that makes submitit's local executor start the tasks again.
 LOCAL_REQUEUE_STATUS = 144
 
 
@@ -36,7 +36,7 @@ class Job:
 
     @classmethod
     def of(cls, env: DistributedEnvironment) -> Job:
-        """The job of a process; outside a cluster, one that is named by the process's number."""
+        """Returns the job of a process; outside a cluster, one named after the process id."""
         return cls(
             env.cluster,
             env.job_id or f"process{os.getpid()}",
@@ -47,7 +47,7 @@ class Job:
         )
 
     def state(self) -> str:
-        """SLURM's name of the job's state, "" if unknown; without SLURM, RUNNING."""
+        """Returns SLURM's name of the job's state, "" if unknown; without SLURM, RUNNING."""
         return job_state(self.job_id) if self.cluster == "slurm" else "RUNNING"
 
     def requeue(self) -> None:

@@ -19,35 +19,35 @@ from contnet.utils.text import printable_lines, say
 
 __all__ = ["describe_run", "follow", "iterations_done", "last_metrics", "print_status"]
 
-# Bytes at the end of a log that its last lines are looked for in.
+# Bytes at the end of a log that are read for its last lines.
 _TAIL = 100_000
-# What stands before messages that say all; others come with a traceback.
+# Prefix of messages that need no traceback.
 _OUR_ERROR = f"{UserError.__name__}: "
 
 
 def last_metrics(folder: str | Path) -> dict:
-    """The latest line of a training's metrics; {} if there is none."""
+    """Returns the latest line of a training's metrics; {} if there is none."""
     return next((line for line in reversed(read_metrics(folder)) if "total_loss" in line), {})
 
 
 def iterations_done(folder: str | Path) -> int:
-    """Number of iterations that a run has done, from its job or else metrics.json."""
+    """Returns the number of iterations that a run has done, by its job and metrics.json."""
     status = read_status(folder) if Path(folder).is_dir() else {}
     return max(status.get("iteration", -1), last_metrics(folder).get("iteration", -1)) + 1
 
 
 def _status_of_last(folder: str | Path, record: dict) -> dict:
-    """What the job of a run's last submission has left; {} if it did not come to that."""
+    """Returns a run's status if it is from the job of the last submission; {} otherwise."""
     status = read_status(folder) if Path(folder).is_dir() else {}
     return status if status.get("job_id") == record.get("job_id", status.get("job_id")) else {}
 
 
 def _read_log(path: str | Path, place: int) -> tuple[bytes, int]:
-    """A log from a place on, and where it ends; nothing if it cannot be read.
+    """Returns a log from a position on, and its end; b"" if it cannot be read.
 
     Args:
-        path: as of :func:`contnet.slurm.records.open_log`.
-        place: in bytes; if negative, from the end.
+        path: path of the log, as in :func:`contnet.slurm.records.open_log`.
+        place: position in bytes; if negative, from the end.
     """
     try:
         if file := open_log(path):
@@ -61,7 +61,7 @@ def _read_log(path: str | Path, place: int) -> tuple[bytes, int]:
 
 
 def _last_words(record: dict, lines: int = 10) -> list[str]:
-    """What a job said that ended before Python did: its set-up, or SLURM."""
+    """Returns the last lines of a job without heartbeats, of its log or its set-up."""
     for path in (record["log"], Path(record["job_folder"], "setup.log")):
         if text := _read_log(path, -_TAIL)[0].decode(errors="replace").strip():
             return text.splitlines()[-lines:]
@@ -167,7 +167,7 @@ def _state_of_run(run: Path, job_id: str, states: dict[str, str]) -> str:
 
 
 def follow(folder: str | Path, poll: float = 5.0) -> bool:
-    """Prints the log of a run's job as it grows, until the job has ended or the user leaves.
+    """Prints the log of a run's job as it grows, until the job ends or Ctrl-C is pressed.
 
     For the folder of a sweep, prints each change of a run's state instead.
 

@@ -1,4 +1,4 @@
-"""submitit's executors as this project uses them: SLURM's, and one for this machine."""
+"""Executors that submit jobs with submitit, to SLURM or on this machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from contnet.utils.errors import UserError
 
 __all__ = ["DetachedExecutor", "local_executor", "sbatch_text", "slurm_executor", "submit_jobs"]
 
-# submitit's own count of requeues after time limits must never be the bound: the job counts.
+# submitit's own limit of requeues after timeouts must never apply: the job counts its requeues.
 _UNBOUNDED = 10**9
 _TEN_YEARS_IN_MINUTES = 10 * 365 * 24 * 60
-# submitit's own command would start the tasks six times at most, whatever was asked for.
+# submitit's own command would start the tasks at most six times, whatever the limit is.
 _CONTROLLER = (
     "import sys; from pathlib import Path; from submitit.local.local import Controller; "
     "Controller(Path(sys.argv[1])).run(max_retry=int(sys.argv[2]))"
@@ -33,18 +33,18 @@ _CONTROLLER = (
 class _SlurmExecutor(SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
-        return 2  # Also without SLURM, to show what would be submitted.
+        return 2  # Also without SLURM, for --dry-run.
 
 
 class DetachedExecutor(LocalExecutor):
-    """Runs tasks on this machine; they outlive the terminal.
+    """Runs tasks on this machine; they continue when the terminal is closed.
 
     Args:
-        folder: for pickles and logs; what the set-up says goes to ``setup.log``.
-        environment: of the tasks, on top of this process's own.
+        folder: folder for pickles and logs; the output of ``setup`` goes to ``setup.log``.
+        environment: environment variables of the tasks, in addition to this process's own.
         setup: shell commands before the start.
         python: the command that starts Python.
-        attempts: how often the tasks are started, the first time and when they ask for it.
+        attempts: maximum number of starts of the tasks, the first one and requeues.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DetachedExecutor(LocalExecutor):
 
 
 def _guarded(command: str) -> str:
-    """A set-up command whose failure ends the job."""
+    """Returns a set-up command whose failure ends the job."""
     message = shlex.quote(f"the set-up command failed: {command}")
     return f"{{\n{command}\n}} || {{ echo {message} >&2; exit 1; }}"
 
@@ -118,19 +118,19 @@ def slurm_executor(
     python: str,
     parallel: int,
 ) -> SlurmExecutor:
-    """SLURM's, with one task for each GPU; nothing is written before it submits.
+    """Returns submitit's executor for SLURM; nothing is written before it submits.
 
     Args:
-        folder: for pickles and logs. Nothing in it depends on the job's id, for SLURM opens the
-            log when a job starts, which may be before submitit has made a folder of that name.
-        settings: of the cluster.
-        name: of the job.
-        nodes: how many.
-        tasks: processes on each.
-        gpus: on each node; 0 for a job on CPUs.
-        environment: exported before the start.
+        folder: folder for pickles and logs. It does not depend on the job's id, because SLURM
+            opens the log when a job starts, perhaps before submitit has created such a folder.
+        settings: settings of the cluster.
+        name: name of the job.
+        nodes: number of nodes.
+        tasks: processes per node.
+        gpus: GPUs per node; 0 for a job on CPUs.
+        environment: environment variables that are exported before the start.
         python: the command that starts Python.
-        parallel: runs of an array at a time.
+        parallel: maximum number of runs of an array at a time.
     """
     executor = _SlurmExecutor(folder, max_num_timeout=_UNBOUNDED, python=_python(settings, python))
     optional = {
@@ -143,7 +143,7 @@ def slurm_executor(
         "cpus_per_task": settings.cpus_per_gpu,
         "gpus_per_node": f"{settings.gpu_type}:{gpus}" if gpus and settings.gpu_type else gpus,
     }
-    # Since SLURM 22.05 srun does not take the cores of the job for its own.
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch.
     cores = [f"--cpus-per-task={settings.cpus_per_gpu}"] if settings.cpus_per_gpu else []
     more = [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.srun.items()]
     executor.update_parameters(
@@ -175,14 +175,14 @@ def local_executor(
     environment: Mapping[str, str],
     python: str,
 ) -> DetachedExecutor:
-    """The one for this machine; makes the folder.
+    """Returns the executor for this machine; creates its folder.
 
     Args:
-        folder: for pickles and logs.
-        settings: set-up commands, container, times, and the bound of requeues.
-        tasks: how many processes.
-        gpus: those that the tasks may use, as CUDA_VISIBLE_DEVICES names them.
-        environment: of the tasks.
+        folder: folder for pickles and logs.
+        settings: set-up commands, container, times, and maximum number of requeues.
+        tasks: number of processes.
+        gpus: GPUs that the tasks may use, as in CUDA_VISIBLE_DEVICES.
+        environment: environment variables of the tasks.
         python: the command that starts Python.
     """
     executor = DetachedExecutor(
@@ -202,7 +202,7 @@ def local_executor(
 
 
 def sbatch_text(executor: SlurmExecutor, runs: int) -> str:
-    """What sbatch would be given, for a job or an array of several runs."""
+    """Returns the script that sbatch would get, for a single run or an array of runs."""
     if runs > 1:
         executor.parameters["map_count"] = runs
     return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -212,10 +212,10 @@ def submit_jobs(executor: SlurmExecutor | DetachedExecutor, jobs: Sequence) -> l
     """Submits callables, several as one array, and returns their job ids.
 
     Raises:
-        UserError: if sbatch refuses, in its own words.
+        UserError: if sbatch rejects the job; with its message.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the error, too
             return [job.job_id for job in executor.submit_array(jobs)]
     except FailedJobError as error:
         said = " ".join(str(error).replace("sbatch: error:", "").split()) or "it gave no reason"

@@ -12,7 +12,7 @@ from contnet.modeling.compat import silence_known_warnings
 
 __all__ = ["TrainingJob", "python_command"]
 
-# Both signals are held back until the job can take them: while Python imports, they would kill it.
+# Both signals are blocked until the job can handle them: during imports, they would kill Python.
 _HOLD_SIGNALS = (
     "import os, signal, sys; "
     "signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM)); "
@@ -21,32 +21,31 @@ _HOLD_SIGNALS = (
 
 
 def python_command() -> str:
-    """The shell command that submitit must start Python with (``python=`` of its executors)."""
+    """Returns the shell command that starts Python (``python=`` of submitit's executors)."""
     return shlex.join([sys.executable, "-I", "-S", "-c", _HOLD_SIGNALS])
 
 
 @dataclass
 class TrainingJob:
-    """A training, one task for each GPU; picklable, and the same object in every attempt.
+    """A training with one task per GPU; picklable, and the same object in every attempt.
 
-    It goes with ``srun --kill-on-bad-exit=1``, tasks in blocks (SLURM's default), ``sbatch
+    It requires ``srun --kill-on-bad-exit=1``, tasks in blocks (SLURM's default), ``sbatch
     --requeue`` and submitit's ``signal_delay_s``.
 
     Attributes:
-        config_file: a whole config, finished for the job's processes: what
-            :func:`contnet.launch.arguments.configure` returns, as its ``dump()``. Each attempt
-            reads it as it is. Its paths are absolute.
-        run_folder: OUTPUT_DIR; what concerns the job lies in its ``slurm`` folder.
-        num_gpus: processes on each machine.
-        resume: also resume from the last checkpoint in the first attempt; later attempts always
-            do.
+        config_file: a full config, finished for the job's processes: the ``dump()`` of what
+            :func:`contnet.launch.arguments.configure` returns. Each attempt reads it unchanged. Its
+            paths are absolute.
+        run_folder: OUTPUT_DIR; the job's files are in its ``slurm`` folder.
+        num_gpus: processes per machine.
+        resume: resume from the last checkpoint in the first attempt, too; later attempts always do.
         eval_only: only evaluate.
         notes: lines for the log, such as those of ``configure``.
         max_requeues: maximum number of attempts after the first, for any reason.
         hang_timeout: seconds without progress after which the job ends.
         interface: network interface for NCCL and gloo; "" for their default.
-        signal_delay: seconds from SLURM's first signal to the end, as submitit's signal_delay_s.
-        heartbeat_interval: seconds between heartbeats; with many ranks they are fewer.
+        signal_delay: seconds from SLURM's first signal to the end; submitit's signal_delay_s.
+        heartbeat_interval: seconds between heartbeats; longer with many ranks.
     """
 
     config_file: str
@@ -71,9 +70,9 @@ class TrainingJob:
         silence_known_warnings()  # before Detectron2 is imported
         from contnet.slurm.attempt import Attempt
 
-        names = [each.name for each in fields(TrainingJob)]  # a subclass may have more
+        names = [each.name for each in fields(TrainingJob)]  # a subclass may have more fields
         return Attempt(**{name: getattr(self, name) for name in names}).run()
 
     def checkpoint(self) -> DelayedSubmission:
-        """The callable that submitit would run after its own requeue."""
+        """Returns the callable that submitit would run after its own requeue."""
         return DelayedSubmission(self)

@@ -1,4 +1,4 @@
-"""The jobs of submissions: their states, and cancelling them."""
+"""States of submitted jobs, and their cancellation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from contnet.utils.text import say
 
 __all__ = ["RUN_VARIABLE", "cancel", "check_free", "end_local", "live_states"]
 
-# Of the environment of all processes of a local run: its folder.
+# Environment variable of all processes of a local run: its folder.
 RUN_VARIABLE = "CONTNET_RUN_FOLDER"
-# Seconds that processes of this machine have to save and end.
+# Seconds that processes on this machine have to save and end.
 _PATIENCE = 30
 
 
 def _is_alive(record: dict) -> bool:
-    """Whether the process of a local submission is there, and not another of its number.
+    """Whether the process of a local submission is running, and not another one with its id.
 
-    That of an array has no mark: it ends its runs itself.
+    The process of an array does not have :data:`RUN_VARIABLE`; it ends its runs itself.
     """
     start = process_start(record["job_id"])
     if not start or start != record.get("process_start"):
@@ -38,10 +38,12 @@ def _is_alive(record: dict) -> bool:
 
 
 def live_states(record: dict) -> dict[str, str]:
-    """The jobs of a submission that have not ended, with SLURM's name of their state.
+    """Returns the jobs of a submission that have not ended, with SLURM's names of their states.
+
+    Without SLURM, a job on another machine counts as running while its heartbeats are recent.
 
     Raises:
-        UserError: if SLURM does not respond, or the job runs on another machine without SLURM.
+        UserError: if SLURM does not respond.
     """
     job_id = record["job_id"]
     if record["cluster"] == "slurm":
@@ -72,35 +74,35 @@ def check_free(folder: str | Path) -> None:
 
 
 def _may_save(record: dict) -> bool:
-    """Whether a job of this machine has anything to lose yet."""
+    """Whether a job on this machine is running, so that it saves before it ends."""
     status = read_status(record["run_folder"])
     return status.get("job_id") == record["job_id"] and status["state"] == "running"
 
 
 def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
-    """Returns when a condition no longer holds, or after so many seconds."""
+    """Waits while a condition holds, at most this many seconds."""
     until = time.monotonic() + seconds
     while condition() and time.monotonic() < until:
         time.sleep(0.05)
 
 
 def end_local(records: Sequence[dict]) -> None:
-    """Ends jobs on this machine; trainings save first, if there is time."""
+    """Ends jobs on this machine; running trainings have :data:`_PATIENCE` seconds to save."""
     alive = [record for record in records if _is_alive(record)]
     for record in alive:
         os.kill(int(record["job_id"]), signal.SIGTERM)  # submitit's controller passes it on
     _wait_while(lambda: any(map(_is_alive, filter(_may_save, alive))), _PATIENCE)
     for record in alive:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads a group of its own
+            os.killpg(int(record["job_id"]), signal.SIGKILL)  # it leads its own process group
     _wait_while(lambda: any(map(_is_alive, alive)), 5)
 
 
 def _end_sweep(record: dict) -> None:
-    """Waits for the process that starts the runs of a sweep here: told by the mark, it ends them.
+    """Waits until the process of a cancelled sweep on this machine has ended its runs.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the process does not end.
     """
     _wait_while(lambda: _is_alive(record), _PATIENCE + 10)
     folders = [Path(record["run_folder"], name) for name in record["runs"]]
@@ -136,7 +138,7 @@ def cancel(folder: str | Path) -> None:
     """Cancels the jobs of a run folder or of a sweep's folder, and prints which.
 
     Raises:
-        UserError: if there is no job to cancel.
+        UserError: if there is no job to cancel, or it runs on another machine without SLURM.
     """
     record = last_submission(folder)
     states = live_states(record)

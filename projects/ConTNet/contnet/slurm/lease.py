@@ -1,4 +1,4 @@
-"""The lease of a run's folder as the attempts of a job take it."""
+"""The lease of a run's folder for the attempts of a job."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 
 class Lease(RunLease):
-    """Says which attempt of which job may write into a run's folder.
+    """Determines which attempt of which job may write into a run's folder.
 
-    SLURM starts a job again when it loses touch with a node, whose tasks may live on; the later
-    attempt takes the lease, and the earlier one, which asks before each file, ends.
+    SLURM restarts a job when it loses contact with a node, whose tasks may continue to run. The
+    later attempt takes the lease; the earlier one checks it before each file, and ends.
 
     Args:
-        run_folder: of the run.
-        job: this attempt.
+        run_folder: folder of the run.
+        job: this attempt of the job.
     """
 
     def __init__(self, run_folder: str | Path, job: Job):
@@ -32,15 +32,15 @@ class Lease(RunLease):
         self.writer = AttemptFolder(run_folder, job.job_id, job.restart).path.name
 
     def remove_unfinished(self) -> None:
-        """Deletes what this attempt has half written; the later one did so before it trained."""
+        """Deletes the unfinished files of this attempt, as the later one did before training."""
         for path in self.run_folder.glob(f"*.{self.writer}{TEMPORARY_SUFFIX}"):
-            with contextlib.suppress(OSError):  # it has no other name, and nobody reads it
+            with contextlib.suppress(OSError):  # nobody reads an unfinished file
                 path.unlink()
 
     def _is_alive(self, number: int, owner: Owner | None) -> bool | None:
         alive = super()._is_alive(number, owner)
         if alive is False or owner is None or (self.owner.cluster, owner.cluster) != ("slurm",) * 2:
             return alive
-        # Tasks of a node that SLURM has given up may live on, but not write.
+        # Tasks on a node that SLURM has given up may still run, but must not write.
         state = "" if owner.job_id == self.owner.job_id else job_state(owner.job_id)
         return state in _ALIVE if state else alive

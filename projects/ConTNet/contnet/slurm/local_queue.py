@@ -18,24 +18,24 @@ __all__ = ["run_queue"]
 
 
 def _start(plan: Submission, run: Run, slot: int, running: dict[int, tuple[Run, dict]]) -> None:
-    """Starts a run, and adds it to those that are running, by slot."""
+    """Starts a run in a slot, and adds it to ``running``."""
     (job_id,) = submit_jobs(plan.local_executor(run, slot), [plan.job(run)])
     record = plan.record(job_id, run.folder)
-    running[slot] = (run, record)  # at once, for an interrupt ends what is in there
+    running[slot] = (run, record)  # at once: an interrupt ends the runs in it
     add_submission(run.folder, record)
     say(f"{run.arguments.name}: started, process {job_id}")
 
 
 def run_queue(plan: Submission) -> bool:
-    """Runs an array on this machine, some runs at a time; stays until all have ended.
+    """Runs an array on this machine, some runs at a time; waits until all have ended.
 
-    A signal of the user, or of ``--cancel``, ends the runs, too.
+    A signal or ``--cancel`` ends the runs, too.
 
     Returns:
-        Whether all have finished.
+        Whether all runs have finished.
     """
     waiting = plan.pending
-    running: dict[int, tuple[Run, dict]] = {}  # by slot, which stands for GPUs
+    running: dict[int, tuple[Run, dict]] = {}  # by slot, which selects the GPUs
     names = {run.arguments.name: "" for run in plan.runs}
     add_submission(plan.base, plan.record(str(os.getpid()), plan.base, names))
     try:
@@ -51,7 +51,7 @@ def run_queue(plan: Submission) -> bool:
                     say(f"{run.arguments.name}: {describe_run(run.folder)}")
     except KeyboardInterrupt:
         end_local([record for _, record in running.values()])
-        with contextlib.suppress(OSError):  # what reads the output has ended, too
+        with contextlib.suppress(OSError):  # the reader of the output may have ended, too
             print("the active runs are cancelled", flush=True)
         raise
     return all(describe_run(run.folder) == "finished" for run in plan.runs)

@@ -1,4 +1,4 @@
-"""The resources of SLURM's nodes, and whether they are enough for a job."""
+"""The resources of SLURM's nodes, and checks that they are enough for a job."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _PRIVATE_TYPES = {"tmpfs", "ramfs", "devtmpfs"}
 
 @dataclass
 class Node:
-    """A node as one of its partitions has it.
+    """A node, as a member of one of its partitions.
 
     Attributes:
-        partition: its name.
+        partition: name of the partition.
         default: whether it is the default partition.
-        up: whether it accepts jobs.
-        gpus: number of GPUs by type; "" if there are no types.
-        cpus: cores, or threads if SLURM counts those.
-        memory_gb: memory.
-        limit_hours: longest job, infinity if there is no limit.
-        name: its name in SLURM.
-        host: its name as a machine.
+        up: whether the partition accepts jobs.
+        gpus: number of GPUs by type; the type is "" if they have none.
+        cpus: number of cores, or of threads if SLURM counts those.
+        memory_gb: memory in GB.
+        limit_hours: time limit of jobs in hours; infinity if there is none.
+        name: the node's name in SLURM.
+        host: the machine's host name.
     """
 
     partition: str
@@ -45,12 +45,12 @@ class Node:
     host: str
 
     def count_gpus(self, kind: str = "") -> int:
-        """GPUs of a type, or of all types."""
+        """Returns the number of GPUs of a type, or of all types."""
         return self.gpus.get(kind, 0) if kind else sum(self.gpus.values())
 
 
 def _hours(text: str) -> float:
-    """Of SLURM's [days-]hours:minutes:seconds, which leaves out what it can from the left."""
+    """Parses SLURM's [days-]hours:minutes:seconds, whose first parts may be missing."""
     if not re.fullmatch(r"(\d+-)?[\d:]+", text):
         return float("inf")
     days, _, rest = text.rpartition("-")
@@ -72,7 +72,7 @@ def read_nodes() -> list[Node]:
     """Reads all nodes of all partitions from sinfo.
 
     Raises:
-        UserError: if SLURM does not respond.
+        UserError: if SLURM does not respond, or shows no nodes.
     """
     nodes = []
     answer = ask_slurm("sinfo", "--noheader", "--Node", "--format=%P|%a|%G|%c|%m|%l|%N|%n")
@@ -103,7 +103,7 @@ def read_nodes() -> list[Node]:
 
 
 def _choose(nodes: Sequence[Node], settings: ClusterSettings) -> list[Node]:
-    """The nodes of the partitions that were asked for, or of the default one."""
+    """Returns the nodes of the requested partitions, or of the default one."""
     known = list(dict.fromkeys(node.partition for node in nodes))
     wanted = [name for name in settings.partition.split(",") if name]
     wanted = wanted or [node.partition for node in nodes if node.default]
@@ -132,15 +132,15 @@ def check_request(
     Args:
         nodes: from :func:`read_nodes`.
         settings: partition, GPU type, memory, cores and time.
-        num_nodes: how many nodes.
-        num_gpus: GPUs on each of them, 0 for a job on CPUs.
-        tasks: processes on each of them.
+        num_nodes: number of nodes.
+        num_gpus: GPUs per node, 0 for a job on CPUs.
+        tasks: processes per node.
 
     Returns:
         The nodes that the job may run on.
 
     Raises:
-        UserError: for resources that no partition has.
+        UserError: if the partitions lack the resources, or the time limit is missing.
     """
     chosen = _choose(nodes, settings)
     kind = settings.gpu_type
@@ -196,7 +196,7 @@ def is_one_machine(nodes: Sequence[Node]) -> bool:
 
 
 def _file_system(path: Path) -> tuple[str, str]:
-    """Where a path is mounted, and the type of file system."""
+    """Returns the mount point of a path, and the type of its file system."""
     best = ("/", "")
     for line in Path("/proc/mounts").read_text(errors="surrogateescape").splitlines():
         _, point, kind, *_ = line.split()

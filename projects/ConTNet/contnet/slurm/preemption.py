@@ -1,4 +1,4 @@
-"""What a job adds to a training, so that it leaves in order when it is signalled."""
+"""The hook that makes the training of a job save and exit when it is signalled."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ __all__ = ["Preempted", "Preemption"]
 
 
 class Preempted(BaseException):
-    """Ends the training loop, of all ranks, after the checkpoint of a signalled job."""
+    """Ends the training loop on all ranks, once a signalled job has saved its checkpoint."""
 
 
 class Preemption(SavingHook):
-    """Tells the watcher how the training goes; saves and leaves when a rank was signalled.
+    """Reports progress to the watcher; saves and exits when a rank has received a signal.
 
-    At least one iteration is done in each attempt, so that signals alone cannot keep a job from
-    going forward.
+    Each attempt does at least one iteration, so that frequent signals cannot stop a job's progress.
 
     Args:
-        watcher: of this process, which has joined the run's others.
-        lease: of the run.
+        watcher: watcher of this process; the process group must exist.
+        lease: lease of the run.
     """
 
     def __init__(self, watcher: Watcher, lease: Lease):
@@ -45,7 +44,7 @@ class Preemption(SavingHook):
         self.watcher.enter("training")
 
     def watch(self, model: nn.Module) -> None:
-        # By the backbone, where there is one: test-time augmentation calls it, too.
+        # The backbone, if there is one: test-time augmentation calls it, too.
         seen = getattr(model, "backbone", model)
         seen.register_forward_pre_hook(lambda *_: self.watcher.progress())
 
@@ -53,7 +52,7 @@ class Preemption(SavingHook):
         trainer = self.trainer
         self.watcher.progress(trainer.iter)
         if is_due(trainer.iter, trainer.cfg.TEST.EVAL_PERIOD, trainer.max_iter):
-            self.save()  # a later attempt need not evaluate again
+            self.save()  # so that a later attempt does not repeat the evaluation
         super().after_step()
 
     def signalled(self) -> int:

@@ -13,7 +13,7 @@ from contnet.utils.text import printable, say
 
 __all__ = ["describe", "show_dry_run"]
 
-_SHOWN = 20  # files that are left out, or taken although git does not track them
+_SHOWN = 20  # names of each group of files
 
 
 def describe(plan: Submission) -> None:
@@ -65,7 +65,7 @@ def _describe_code(plan: Submission) -> None:
 
 
 def show_dry_run(plan: Submission) -> None:
-    """Prints what would be written and sent."""
+    """Prints what would be written and submitted."""
     say("dry run: nothing is submitted or written")
     say(f"would create {plan.folder} with the code, each run's full config, pickles and logs")
     if plan.cluster == "slurm":

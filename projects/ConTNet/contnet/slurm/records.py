@@ -1,4 +1,4 @@
-"""The records of what has been submitted from a run folder."""
+"""Records of the submissions from a run folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = [
 ]
 
 SUBMISSION_FILE = "submission.json"
-# Neither an option of SLURM's commands nor a list of jobs.
+# This is neither an option of SLURM's commands nor a list of jobs.
 _JobId = Annotated[str, Meta(pattern=r"^[0-9]{1,18}(_[0-9]{1,9})?\Z")]
-# Where an array runs here, its runs have no job of their own.
+# Empty for runs without a job in this record: finished ones, and those of a local array.
 _RunJobId = Annotated[str, Meta(pattern=r"^([0-9]{1,18}(_[0-9]{1,9})?)?\Z")]
-# Of a folder in another one.
+# Name of a subfolder, which cannot lead out of its parent.
 _Name = Annotated[str, Meta(pattern=r"^(?!\.\.?\Z)[^/]+\Z")]
-# Of a file or folder whose last part alone is used.
+# Path of a file or folder, of which only the last part is used.
 _Path = Annotated[str, Meta(pattern=r"(?s)^(.*/)?(?!\.\.?\Z)[^/\0]{1,255}\Z")]
 
 
 class _Submission(TypedDict):
-    """What is read of a record; what else there is stays."""
+    """The keys of a record that are read; other keys are kept."""
 
     time: str
     cluster: Literal["slurm", "local"]
@@ -52,9 +52,9 @@ class _Submission(TypedDict):
 
 
 def _placed(record: dict, folder: Path) -> dict:
-    """The record of a run that is in this folder now, with paths that do not lead out of it."""
+    """Returns a record with its paths moved to the folder where the run is now."""
     job_folder = Path(record["job_folder"])
-    # The runs of an array have theirs together, in the folder above them.
+    # The runs of an array share one, in the folder above theirs.
     base = folder if job_folder.parent.parent == Path(record["run_folder"]) else folder.parent
     job_folder = slurm_folder(base) / job_folder.name
     log = job_folder / Path(record["log"]).name
@@ -66,24 +66,24 @@ def _file(folder: str | Path) -> Path:
 
 
 def _read(folder: str | Path, reader: Callable) -> list[dict]:
-    """The records, as one of the readers of :mod:`contnet.utils.records` gives them."""
+    """Returns the records, read with a function of :mod:`contnet.utils.records`."""
     records = reader(_file(folder), list[_Submission]) or []
     return [_placed(each, Path(folder).absolute()) for each in records]
 
 
 def read_submissions(folder: str | Path) -> list[dict]:
-    """The records of submission.json, oldest first; none if it is not there, or damaged.
+    """Returns the records of submission.json, oldest first; none if it is missing or damaged.
 
-    Their paths are those of the folder as it is now.
+    Their paths are in the folder's current location.
     """
     return _read(folder, peek_record)
 
 
 def last_submission(folder: str | Path) -> dict:
-    """The newest record.
+    """Returns the newest record.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the file is damaged.
     """
     records = _read(folder, read_record)
     if not records:
@@ -106,13 +106,13 @@ def write_submissions(folder: str | Path, records: Sequence[dict]) -> None:
 
 
 def open_log(path: str | Path) -> IO[bytes] | None:
-    """Opens a log of a submission; None if it is not there yet.
+    """Opens a log of a submission; returns None if it does not exist yet.
 
     Args:
-        path: in the ``job_folder`` of a record.
+        path: path of the log, in the ``job_folder`` of a record.
 
     Raises:
-        UserError: for anything but a file in the run's folder.
+        UserError: if it is not a file in the run's folder.
     """
     path = Path(path)
     if not path.exists():

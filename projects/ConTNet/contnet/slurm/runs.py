@@ -32,7 +32,7 @@ from contnet.utils.text import say
 
 __all__ = ["Run", "prepare_runs"]
 
-# Between a run of a sweep and the one that goes on with it.
+# Keys that may change when a run of a sweep is resumed.
 _MAY_DIFFER = ("OUTPUT_DIR", "SEED", "SOLVER.MAX_ITER")
 
 
@@ -41,11 +41,10 @@ class Run:
     """A run of a submission.
 
     Attributes:
-        arguments: what was asked for.
-        settings: with the finished config.
+        arguments: arguments of the run, as given.
+        settings: settings of the run, with the finished config.
         folder: OUTPUT_DIR.
-        finished: there is nothing left to do, for it is to be resumed, and has trained all of its
-            iterations.
+        finished: nothing is left to do: the run is to be resumed, but has done all its iterations.
     """
 
     arguments: RunArguments
@@ -60,7 +59,7 @@ class Run:
 
 
 def _base_folder(args: argparse.Namespace, runs: Sequence[RunArguments], cfg: CfgNode) -> Path:
-    """OUTPUT_DIR of a run alone; of an array, the folder that its runs' folders lie in."""
+    """Returns OUTPUT_DIR of a single run, or the folder that contains those of an array."""
     if (len(runs) == 1 and not runs[0].name) or "OUTPUT_DIR" in args.opts[::2]:
         return Path(cfg.OUTPUT_DIR).expanduser().absolute()
     if args.array:
@@ -81,11 +80,11 @@ def _temporary_datasets():
 
 
 def _check_content(settings: RunSettings, seen: set) -> None:
-    """The checks of train_net.py; of what runs have in common, the data sets, once."""
+    """Runs the checks of train_net.py; checks data sets that runs share only once."""
     relevant = settings.cfg.clone()
     relevant.defrost()
     relevant.OUTPUT_DIR = ""
-    if not settings.eval_only:  # whose classes are the weights'
+    if not settings.eval_only:  # where the weights determine the classes
         relevant.MODEL.WEIGHTS = ""
     for key in ("BASE_LR", "MAX_ITER", "STEPS", "WEIGHT_DECAY", "WARMUP_ITERS"):
         relevant.SOLVER.pop(key)
@@ -96,7 +95,7 @@ def _check_content(settings: RunSettings, seen: set) -> None:
 
 
 def _check_same_settings(run: Run) -> None:
-    """Refuses to resume a run of a sweep with other settings; a longer training is fine."""
+    """Raises UserError if a run of a sweep would resume with other settings than before."""
     cfg, file = run.cfg, run.settings.checkpoint.path
     if not file:
         return
@@ -110,13 +109,13 @@ def _check_same_settings(run: Run) -> None:
 
 
 def _has_finished(run: Run, cfg: CfgNode) -> bool:
-    """Whether a resume under ``cfg`` would find nothing left to do."""
+    """Whether a run that is resumed with ``cfg`` has nothing left to do."""
     file = run.settings.checkpoint.path
     if run.settings.eval_only or Path(file).stem != FINAL:
         return False
     if describe_run(run.folder) != "finished":
         return False
-    # MAX_ITER may have been raised since, and iterations may have other batches.
+    # MAX_ITER may have been raised since, and the batch size changed.
     content = read_checkpoint(file)
     state = trainer_state(content)
     before, iterations = Before.of(file, content, cfg), state.get("iteration", -1) + 1
@@ -134,7 +133,7 @@ def _make_run(
     processes: Processes,
     resume_from: str,
 ) -> Run:
-    """A run whose paths keep their meaning in the job."""
+    """Returns a run with absolute paths, which are valid in the job, too."""
     for note in notes:
         say(note)
     cfg.OUTPUT_DIR = str(folder)
@@ -143,7 +142,7 @@ def _make_run(
         cfg.MODEL.WEIGHTS = os.path.abspath(os.path.expanduser(weights))
     cfg.freeze()
     checkpoint = ResumeFile()
-    if arguments.resume:  # the job looks at its tensors
+    if arguments.resume:  # the job verifies its tensors
         checkpoint = choose_checkpoint(folder, resume_from, tensors=bool(resume_from))
     settings = RunSettings(
         cfg,
@@ -160,7 +159,7 @@ def _check(run: Run, seen: set) -> CfgNode:
     """Checks a run on this machine; returns the config that it starts or resumes with."""
     settings = run.settings
     check_free(run.folder)
-    # Of an evaluation, too, for its job takes the lease, by which --status finds it.
+    # Also for an evaluation: its job takes the lease, by which --status finds it.
     RunLease.of(run.folder, settings.processes.environment).check_free()
     if run.arguments.name and settings.resume and not settings.eval_only:
         _check_same_settings(run)
@@ -173,13 +172,13 @@ def prepare_runs(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """Reads, completes and checks the config of every run; nothing is written.
 
     Args:
-        args: of :func:`contnet.slurm.submit.parse_submission`.
+        args: arguments from :func:`contnet.slurm.submit.parse_submission`.
 
     Returns:
-        The folder of the run, or the one that the runs of an array lie in; and the runs.
+        The folder of the run, or the one that contains the runs of an array; and the runs.
     """
     expanded = expand_runs(args)
-    # Those of the job, whatever has started this process.
+    # The job's processes, however this process was started.
     processes = Processes(args.num_gpus, args.num_machines, environment=DistributedEnvironment())
     base, runs, seen = None, [], set()
     for number, arguments in enumerate(expanded, 1):

@@ -1,4 +1,4 @@
-"""Settings of a cluster and of jobs on it, from options or a yaml file that is found by name."""
+"""Settings of a cluster and its jobs, from options or a yaml file that is found by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from contnet.utils.yaml_text import read_yaml
 
 __all__ = ["ClusterSettings", "add_cluster_options", "check_text", "read_settings"]
 
-# What the submission itself decides, with what to use instead.
+# Options of sbatch that the submission sets itself, and what to use instead.
 _OURS = {
     "array": "--sweep or --array",
     "error": "the log's path is fixed",
@@ -37,9 +37,9 @@ _OURS = {
     "time": "--timeout-hours",
     "wrap": "the job is the training",
 }
-# What stands in #SBATCH lines.
+# Settings that are written into #SBATCH lines.
 _DIRECTIVES = ("partition", "account", "qos", "constraint", "exclude", "gpu_type")
-_MOST = 10**9  # of numbers
+_MOST = 10**9  # largest number
 
 
 def _about(unit: str, meaning: str, **more) -> dict:
@@ -144,7 +144,7 @@ def _read_cluster_file(path: Path) -> dict:
         reason = " ".join(str(error).split())
         raise UsageError(f"cluster file {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"cluster file {path} must hold KEY: value lines")
+        raise UsageError(f"cluster file {path} must contain KEY: value lines")
     known = [each.name for each in fields(ClusterSettings)]
     for key in content:
         if key not in known:
@@ -154,7 +154,7 @@ def _read_cluster_file(path: Path) -> dict:
 
 
 def _typed(each: Field, value: object, where: str) -> object:
-    """A setting of its own type, from a cluster file or an option."""
+    """Converts a setting of a cluster file or an option to its type."""
     default = _default(each)
     kind = type(default)
     if kind is list and isinstance(value, str):
@@ -168,7 +168,7 @@ def _typed(each: Field, value: object, where: str) -> object:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if (kind is float and number) or (kind is type(value) and kind not in (list, dict)):
         least, most = each.metadata.get("least", 0), each.metadata.get("most", _MOST)
-        if kind is not bool and not least <= value <= most:  # not-a-number is neither
+        if kind is not bool and not least <= value <= most:  # NaN fails, too
             raise UsageError(f"{where} is {value}, it must be at least {least} and at most {most}")
         return kind(value)
     name = {
@@ -181,7 +181,7 @@ def _typed(each: Field, value: object, where: str) -> object:
 
 
 def _option_key(word: str, where: str) -> str:
-    """The name of an option of sbatch or srun as they write it, without the dashes before it."""
+    """Returns the name of an option of sbatch or srun, without leading dashes."""
     key = word.removeprefix("--").replace("_", "-")
     if not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9-]*", key):
         raise UsageError(f"{where} {word!r}: write KEY=VALUE, such as mail-type=END")
@@ -189,7 +189,7 @@ def _option_key(word: str, where: str) -> str:
 
 
 def _pairs(words: Sequence[str], option: str) -> dict[str, object]:
-    """KEY=VALUE options; a KEY alone is True."""
+    """Parses KEY=VALUE options; KEY without a value is True."""
     pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -202,7 +202,7 @@ def check_text(text: str, where: str, directive: bool = False) -> None:
 
     Args:
         text: a setting, a path or a name.
-        where: its name, for messages.
+        where: name of the text, for messages.
         directive: whether it is in an ``#SBATCH`` line, where sbatch reads quotes and backslashes
             differently from a shell.
 
@@ -224,7 +224,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _check_texts(settings: ClusterSettings) -> None:
-    """Checks all texts of settings, those of cluster files and options alike."""
+    """Checks all strings of the settings, from cluster files and options alike."""
     for each in fields(ClusterSettings):
         value = getattr(settings, each.name)
         if isinstance(value, str):
@@ -246,11 +246,11 @@ def read_settings(args: argparse.Namespace) -> ClusterSettings:
     Setup commands of both are run, the file's first; options of sbatch and srun are merged.
 
     Args:
-        args: arguments of a parser with :func:`add_cluster_options`.
+        args: arguments from a parser with :func:`add_cluster_options`.
 
     Raises:
-        UsageError: for a file that is missing, an unknown key, a value of a wrong type, and texts
-            with line breaks or control characters.
+        UsageError: if the file is missing, or for an unknown key, a value of a wrong type, or a
+            text with line breaks or control characters.
     """
     path = _find_cluster_file(args.cluster_file) if args.cluster_file else None
     given = _read_cluster_file(path) if path else {}
@@ -267,7 +267,7 @@ def read_settings(args: argparse.Namespace) -> ClusterSettings:
         elif option is not None:
             value = _typed(each, option, name)
         setattr(settings, each.name, value)
-    # The shell of the job sees neither; set-up commands and the container it expands itself.
+    # The job's shell does not expand these, unlike set-up commands and the container.
     settings.python = expand_path(settings.python, "python")
     for name in ("sbatch", "srun"):
         given = getattr(settings, name)

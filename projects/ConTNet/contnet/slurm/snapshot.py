@@ -1,4 +1,4 @@
-"""A copy of the code, so that a job runs what was there when it was submitted."""
+"""Copies the code, so that a job runs the version that was submitted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from contnet.utils.text import printable
 
 __all__ = ["LARGEST_FILE", "Code", "list_code", "looks_secret", "take_snapshot"]
 
-# Bytes; what is larger is data that git was not told to ignore, not code.
+# Bytes; a larger file is not code, but data that git was not told to ignore.
 LARGEST_FILE = 20 * 2**20
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".py", ".pyi"}
-# Of what git does not track: a program that the job runs, or what it reads from.
+# Files that are copied even if git does not track them: programs, and what they may read.
 _CODE = _SOURCES | {".cfg", ".sh", ".toml", ".yaml", ".yml"}
-# Names of files and folders that programs keep passwords and keys in.
+# Names of files and folders in which programs keep passwords and keys.
 _SECRET_NAMES = (
     *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".git-credentials", ".npmrc"),
     *(".pypirc", ".pgpass", ".my.cnf", ".htpasswd", ".dockercfg", ".s3cfg", ".boto"),
@@ -35,22 +35,22 @@ _SECRET_NAMES = (
 _SECRET = r"(credentials?|secrets?|passwords?|passwd|(api|access|private|wandb)[-_]?keys?)"
 _SECRET_FOLDER = re.compile(rf"(?<![a-z0-9]){_SECRET}(?![a-z0-9])")
 _SECRET_FILE = re.compile(rf"(?<![a-z0-9])({_SECRET}|tokens?)(?![a-z0-9])")
-# There are tokenizers, and mixers of tokens.
+# Source files may be about tokenizers or mix tokens, so "token" counts only at the end.
 _SECRET_SOURCE = re.compile(rf"(?<![a-z0-9])({_SECRET}(?![a-z0-9])|token$)")
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a snapshot would hold; names start in the root.
+    """The files of a snapshot; names are relative to ``root``.
 
     Attributes:
-        root: folder of the repository, or the one that holds the package.
-        path: of the package's parent, from the root.
-        files: to copy.
-        untracked: those of them that git does not track.
-        secret: left out, for they may hold a password or key, whether git tracks them or not.
-        large: left out, for they exceed :data:`LARGEST_FILE`.
-        other: left out, for git does not track them, and they are neither code nor configs.
+        root: folder of the repository, or the one that contains the package.
+        path: the package's parent folder, relative to ``root``.
+        files: files to copy.
+        untracked: those in ``files`` that git does not track.
+        secret: not copied, may contain a password or key; tracked by git or not.
+        large: not copied, larger than :data:`LARGEST_FILE`.
+        other: not copied, not tracked by git and neither code nor configs.
     """
 
     root: Path
@@ -62,7 +62,7 @@ class Code:
     other: list[str]
 
     def listing(self) -> str:
-        """All of it as a text, a name a line."""
+        """Returns all names as text, one per line."""
         taken = set(self.untracked)
         parts = {
             f"copied from {self.root}": [name for name in self.files if name not in taken],
@@ -78,12 +78,12 @@ class Code:
 
 
 def looks_secret(path: str, tracked: bool) -> bool:
-    """Whether a file may hold a password or key, by its name and those of its folders.
+    """Whether a file may contain a password or key, by its name and those of its folders.
 
     Args:
-        path: of the file.
-        tracked: by git, in which a source file is left out only if it is called ``secrets`` or the
-            like: other modules may need it.
+        path: path of the file.
+        tracked: whether git tracks it. A tracked source file looks secret only if it is called
+            ``secrets`` or similar, because other modules may need it.
     """
     parts = PurePath(path.lower()).parts
     if any(fnmatch.fnmatchcase(part, each) for part in parts for each in _SECRET_NAMES):
@@ -98,7 +98,7 @@ def looks_secret(path: str, tracked: bool) -> bool:
 
 
 def _run_git(folder: Path, *arguments: str) -> str:
-    """What git says; names need not be text.
+    """Returns the output of git, in which names need not be valid text.
 
     Raises:
         OSError, subprocess.SubprocessError: if there is no git, or no repository.
@@ -111,7 +111,7 @@ def _run_git(folder: Path, *arguments: str) -> str:
 
 
 def _git_files(folder: Path) -> tuple[Path, set[str], set[str]] | None:
-    """The root of the repository around a folder, what git tracks, and what it could track."""
+    """Returns the root of a folder's repository, its tracked, and its other unignored files."""
     listing = ("ls-files", "-z", "--full-name")
     try:
         top = Path(_run_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
@@ -123,23 +123,23 @@ def _git_files(folder: Path) -> tuple[Path, set[str], set[str]] | None:
 
 
 def _may_copy(path: Path, name: str, tracked: bool) -> bool:
-    """Whether a file or link holds nothing, and leads to nothing, that is secret."""
+    """Whether neither a file's name nor, for a link, its target looks secret."""
     names = [name, os.readlink(path)] if path.is_symlink() else [name]
     return not any(looks_secret(each, tracked) for each in names)
 
 
 def list_code() -> Code:
-    """What a snapshot would hold.
+    """Lists the files of a snapshot.
 
-    That is what git tracks, and of what it neither tracks nor ignores code and configs; where the
-    package is not in git, the package alone. Links are copied as links.
+    They are the files that git tracks, and the code and configs that it neither tracks nor ignores;
+    if the package is not in git, only the package. Links are copied as links.
     """
     package = _PACKAGE
     found = _git_files(package)
     inside = found is not None and package.is_relative_to(found[0])
     if inside and str((package / "__init__.py").relative_to(found[0])) in found[1] | found[2]:
         root, tracked, others = found
-    else:  # installed, perhaps into an environment that lies in some repository
+    else:  # installed, perhaps into an environment inside some repository
         root, others = package.parent, set()
         tracked = {
             str(path.relative_to(root))
@@ -165,7 +165,7 @@ def list_code() -> Code:
 
 
 def _leads_into(code: Code, path: Path) -> bool:
-    """Whether the copy has a file, or a folder with files, of the root."""
+    """Whether a path in the root is a copied file, or a folder with copied files."""
     if not path.is_relative_to(code.root):
         return False
     name = str(path.relative_to(code.root))
@@ -173,17 +173,17 @@ def _leads_into(code: Code, path: Path) -> bool:
 
 
 def _copy_link(source: Path, target: Path, code: Code) -> None:
-    """A link that leads where the original leads, or into the copy if that is in it."""
+    """Copies a link; a relative one to a copied file leads to the copy, others to the original."""
     to = os.readlink(source)
     end = Path(os.path.normpath(source.parent / to))
     target.symlink_to(to if _leads_into(code, end) and not os.path.isabs(to) else end)
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copies the code into a folder, which is made, and lists it beside it in ``FOLDER.txt``.
+    """Copies the code into a new folder, and lists it next to the folder in ``FOLDER.txt``.
 
     Returns:
-        What belongs on PYTHONPATH.
+        The path for PYTHONPATH.
 
     Raises:
         UserError: if a file cannot be copied.

@@ -10,7 +10,7 @@ from contnet.slurm.attempt_folder import AttemptFolder, read_requeues
 
 __all__ = ["read_status"]
 
-# Heartbeats that are missing before an attempt counts as silent.
+# Missing heartbeats after which an attempt counts as silent.
 _MISSED = 6
 
 
@@ -28,7 +28,7 @@ def _state(ranks: dict[int, dict], failure: dict | None, exit_note: dict | None,
 
 
 def _with_silent_ranks(failure: dict, ranks: dict[int, dict]) -> dict:
-    """Names the rank that fell silent first, where one has only noticed that another is gone."""
+    """Attributes a failure to the rank that fell silent first, if the other only lost contact."""
     silent = sorted((r["time"], rank) for rank, r in ranks.items() if not r["ended"])
     if not failure.get("lost") or not silent:
         return failure
@@ -50,7 +50,7 @@ def read_status(run_folder: str | Path) -> dict:
         - state: "starting", "running", "requeued", "stopped" (a signal ended it and it was not
           requeued: ``exit`` says why), "finished", "failed" (``failure`` says why), or "silent" (no
           heartbeat for long, and no reason either: killed as a whole, or its node is gone);
-        - iteration, max_iter: the last one done by rank 0 (-1: none), and their number (0: not
+        - iteration, max_iter: the last one completed by rank 0 (-1: none), and the total (0: not
           known yet);
         - age: seconds since the freshest heartbeat;
         - ranks: by rank, {"time", "age", "host", "pid", "phase", "iteration", "ended", ...};
@@ -59,7 +59,7 @@ def read_status(run_folder: str | Path) -> dict:
         - exit: None, or {"requeued", "reason", "iteration", "time"};
         - requeues: those of all jobs of the run so far, each {"job_id", "restart", "iteration",
           "reason", "time"};
-        - folder: of heartbeats and stacks.
+        - folder: folder of heartbeats and stacks.
     """
     newest = newest_lease(run_folder)
     if newest is None:
@@ -80,7 +80,7 @@ def read_status(run_folder: str | Path) -> dict:
         "job_id": owner.job_id,
         "restart": owner.restart,
         "state": _state(ranks, failure, exit_note, age),
-        # The note of the end is later than the last heartbeat.
+        # The note is newer than the last heartbeat.
         "iteration": (exit_note or main).get("iteration", -1),
         "max_iter": main.get("max_iter", 0),
         "age": age,

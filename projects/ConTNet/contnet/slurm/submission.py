@@ -51,7 +51,7 @@ class Submission:
 
     @property
     def pending(self) -> list[Run]:
-        """The runs that have not finished."""
+        """Runs that have not finished."""
         return [run for run in self.runs if not run.finished]
 
     @property
@@ -61,27 +61,27 @@ class Submission:
 
     @property
     def parallel(self) -> int:
-        """Runs at a time."""
+        """Maximum number of runs at a time."""
         number = len(self.pending)
         return min(self.args.max_parallel or (1 if self.cluster == "local" else number), number)
 
     @property
     def code(self) -> str:
-        """The code's path, for PYTHONPATH."""
+        """Path of the code, for PYTHONPATH."""
         code = list_code()
         return str((code.root if self.args.no_snapshot else self.folder / "code") / code.path)
 
     @property
     def job_name(self) -> str:
-        """The name of the job in SLURM."""
+        """Name of the job in SLURM."""
         return self.base.name if self.is_array else Path(self.runs[0].arguments.config_file).stem
 
     def config_file(self, run: Run) -> Path:
-        """Path of the full config of a run."""
+        """Returns the path of the full config of a run."""
         return self.folder / f"{run.arguments.name or 'config'}.yaml"
 
     def job(self, run: Run) -> TrainingJob:
-        """The callable that runs in every task."""
+        """Returns the callable that runs in every task."""
         return TrainingJob(
             config_file=str(self.config_file(run)),
             run_folder=str(run.folder),
@@ -96,24 +96,24 @@ class Submission:
         )
 
     def environment(self) -> dict[str, str]:
-        """Environment variables of the job. Relative paths are those of this directory."""
+        """Returns the job's environment variables. Relative paths become absolute."""
         datasets = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
         paths = [self.code, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths if path),
-            # Otherwise a package in the folder where the job starts would go before the snapshot.
+            # Otherwise a package in the folder where the job starts would precede the snapshot.
             "PYTHONSAFEPATH": "1",
             "DETECTRON2_DATASETS": os.path.abspath(datasets),
             COMMIT_VARIABLE: git_commit(),
         }
 
     def python(self) -> str:
-        """The command that starts Python."""
+        """Returns the command that starts Python."""
         words = shlex.split(python_command())
         return shlex.join([self.settings.python or words[0], *words[1:]])
 
     def slurm_executor(self):
-        """submitit's SLURM executor, with all settings."""
+        """Returns submitit's SLURM executor, with all settings."""
         return slurm_executor(
             self.folder,
             self.settings,
@@ -127,7 +127,7 @@ class Submission:
         )
 
     def local_executor(self, run: Run, slot: int = 0):
-        """The executor for a run on this machine; ``slot`` numbers the parallel runs."""
+        """Returns the executor for a run on this machine; ``slot`` numbers parallel runs."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             str(index) for index in range(torch.cuda.device_count() if self.gpus else 0)
         )
@@ -142,11 +142,11 @@ class Submission:
         )
 
     def log(self, job_id: str) -> Path:
-        """Path of the log of a job's first task."""
+        """Returns the path of the log of a job's first task."""
         return self.folder / f"{job_id}_0_log.out"
 
     def record(self, job_id: str, run_folder: Path, runs: dict[str, str] | None = None) -> dict:
-        """The record for submission.json."""
+        """Returns the record for submission.json."""
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "cluster": self.cluster,
@@ -168,7 +168,7 @@ class Submission:
 
 
 def next_folder(base: Path) -> Path:
-    """The folder of the next submission from a run folder."""
+    """Returns the folder of the next submission from a run folder."""
     folder = slurm_folder(base)
     numbers = [path.name.removeprefix("submission") for path in folder.glob("submission*")]
     last = max((int(number) for number in numbers if number.isdecimal()), default=0)
@@ -198,7 +198,7 @@ def write_files(plan: Submission) -> None:
             raise
     for run in plan.pending:
         run.folder.mkdir(parents=True, exist_ok=True)
-        if plan.args.resume_from:  # each attempt of the job goes on from the last one
+        if plan.args.resume_from:  # every attempt of the job resumes from the last one
             make_last(run.folder, plan.args.resume_from)
         with atomic_write(plan.config_file(run), "w") as file:
             file.write(run.cfg.dump())

@@ -55,7 +55,7 @@ See docs/slurm.md for more.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """train_net.py's parser, with options for clusters, arrays and jobs."""
+    """Returns train_net.py's parser, with options for clusters, arrays and jobs."""
     parser = config_parser("Submits what train_net.py would run.", _EPILOG, required=False)
     add_run_options(parser)
     group = parser.add_argument_group("submission")
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of tools/submit.py.
 
     Args:
-        argv: the command line, this process's own by default.
+        argv: the command line; this process's own by default.
 
     Returns:
         The exit status, as in :func:`contnet.utils.command.run_command`: 0 if the run was submitted

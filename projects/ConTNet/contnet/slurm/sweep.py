@@ -28,7 +28,7 @@ class RunArguments:
 
     Attributes:
         config_file: config file as given.
-        opts: KEY VALUE KEY VALUE.
+        opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
         resume: resume from the last checkpoint.
         eval_only: only evaluate.
         own: settings from its line of ``--array`` and from ``--sweep``, by key; also in ``opts``.
@@ -46,10 +46,10 @@ class RunArguments:
 
     @property
     def values(self) -> dict[str, str]:
-        """By key, the last value that was given."""
+        """Last value that was given for each key."""
         given: dict[str, str] = {}
         for key, value in zip(self.opts[::2], self.opts[1::2], strict=True):
-            given.pop(key, None)  # in the order of what counts, the last ones
+            given.pop(key, None)  # in the order of the last values
             given[key] = value
         flags = {"resume": self.resume, "eval-only": self.eval_only}
         set_flags = {name: "True" for name, value in flags.items() if value}
@@ -57,7 +57,7 @@ class RunArguments:
 
 
 def _split_values(text: str) -> list[str]:
-    """Parts between the commas that no bracket or quote encloses."""
+    """Splits a text at the commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -86,7 +86,7 @@ def _parse_sweep(text: str) -> tuple[str, list[str]]:
 
 
 def _read_array(path: str) -> list[tuple[int, list[str]]]:
-    """Line numbers and words of the lines that are not empty."""
+    """Returns the line numbers and words of the lines that are not empty."""
     try:
         with open_regular(expand_path(path, "--array"), "r") as file:
             lines = file.read().splitlines()
@@ -123,7 +123,7 @@ def _parse_line(words: Sequence[str], where: str) -> argparse.Namespace:
 
 
 def _opts(settings: Mapping[str, str]) -> list[str]:
-    """KEY VALUE KEY VALUE."""
+    """Returns ``[KEY, VALUE, KEY, VALUE, ...]``."""
     return [word for pair in settings.items() for word in pair]
 
 
@@ -151,7 +151,7 @@ def _every_run(args: argparse.Namespace) -> list[RunArguments]:
 
 
 def _parse_only(condition: str, text: str) -> tuple[str, str, dict[str, str]]:
-    """Key and value that a run must have, and the settings of such runs."""
+    """Returns a key and value that runs must have, and the settings for these runs."""
     key, equals, value = condition.partition("=")
     if not key or not equals:
         raise UsageError(
@@ -168,7 +168,7 @@ def _parse_only(condition: str, text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> None:
-    """Gives runs what ``--only`` sets for them alone."""
+    """Applies the settings of ``--only`` to the runs that match."""
     for condition, text in only:
         key, value, settings = _parse_only(condition, text)
         having = [run for run in runs if run.own.get(key) == value]
@@ -187,15 +187,15 @@ def _apply_only(only: Sequence[Sequence[str]], runs: Sequence[RunArguments]) -> 
 
 
 def _safe(text: str) -> str:
-    """The same with signs alone that are harmless in the name of a folder."""
+    """Replaces the characters of a text that are not safe in the name of a folder."""
     return re.sub(r"[^\w.+=-]+", "_", text).strip("_.") or "_"
 
 
 def _name_runs(runs: Sequence[RunArguments], swept: Sequence[str]) -> None:
-    """Names runs by what differs and is swept, and by what ``--only`` sets, which has to follow.
+    """Names runs by the keys that differ or are swept, followed by the settings of ``--only``.
 
-    A swept key is in the names also with one value alone, so that the same command with more values
-    finds the folders that it made before.
+    A swept key is in the names even if it has only one value, so that the same command with more
+    values finds the folders that it created before.
     """
     values = [run.values for run in runs]
     files = {run.config_file for run in runs}

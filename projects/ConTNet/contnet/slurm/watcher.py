@@ -1,4 +1,4 @@
-"""The thread that watches over a rank of a job: signals, heartbeat, hangs, other ranks, lease."""
+"""The thread that watches a rank of a job: signals, heartbeat, hangs, other ranks, lease."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["SIGNALS", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
-# What SLURM sends ahead of the end, and what it sends at the end.
+# What SLURM sends before the time limit, and what it sends at the end.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
-# How long a rank waits for its own end after another one's, in seconds.
+# Seconds that a rank gets to end by itself after a rank has failed.
 _LINGER = 10.0
 
 # Exit status of a process that a later attempt has replaced.
@@ -48,24 +48,24 @@ def _where_main_is() -> str:
 
 
 class Watcher(Listener):
-    """Watches over this process until it ends.
+    """Watches this process until it ends.
 
     Args:
         job: this attempt of the job.
-        folder: of this attempt.
-        lease: of the run.
-        hang_timeout: seconds without progress after which the job is given up.
-        grace: seconds after a signal in which the training loop must have left.
+        folder: folder of this attempt.
+        lease: lease of the run.
+        hang_timeout: seconds without progress after which the job fails.
+        grace: seconds after a signal within which the training loop must end.
         heartbeat_interval: seconds between two heartbeats.
-        abandon: called on rank 0 if a signal came and the training loop cannot be waited for, with
-            the reason; writes the note ``exit`` and returns the exit status.
+        abandon: called on rank 0, with the reason, if a signal came and the training loop cannot be
+            waited for; writes the note ``exit`` and returns the exit status.
 
     Attributes:
-        signals: those that have come, oldest first.
+        signals: names of the received signals, oldest first.
         phase: "starting", "training", "evaluation", "preempting" or "ended".
-        iteration: the last one done, -1 before.
-        first_iteration: the last one that an earlier attempt had done.
-        max_iter: their number, 0 before it is known.
+        iteration: last completed iteration, -1 before the first.
+        first_iteration: last iteration of the earlier attempts, -1 if none.
+        max_iter: number of iterations, 0 before it is known.
     """
 
     def __init__(
@@ -96,20 +96,20 @@ class Watcher(Listener):
         self._failure_seen = None
 
     def start(self) -> None:
-        """From the main thread: takes over the signals, those that wait already too."""
+        """Starts the thread and takes over signals, also pending ones; for the main thread."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        # Open to the end: it is written when nothing else can be done.
+        # Kept open: it is written when nothing else is possible any more.
         self._stacks = self.folder.rank_file(self.job.rank, ".stack").open("w")
-        # Also what a compiled library ends, such as NCCL's watchdog by SIGABRT.
+        # Also for crashes in compiled libraries, such as a SIGABRT by NCCL's watchdog.
         faulthandler.enable(file=self._stacks)
         super().start()
         for number in SIGNALS:
             signal.siginterrupt(number, False)
 
-    # What the main thread says.
+    # Called in the main thread.
 
     def progress(self, iteration: int | None = None) -> None:
-        """That something has been done, and, between two iterations, which one."""
+        """Records progress and, between two iterations, the last completed one."""
         self._moved = time.monotonic()
         if iteration is not None:
             self.iteration = iteration
@@ -121,7 +121,7 @@ class Watcher(Listener):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """While all there is to lose is an evaluation, a signal is answered at once."""
+        """Context of an evaluation, in which a signal may end the process at once."""
         self.enter("evaluation")
         try:
             yield
@@ -129,19 +129,19 @@ class Watcher(Listener):
             self.enter("training")
 
     def finish(self, how: str) -> None:
-        """The last word of this rank: "finished", "preempted" or "failed"."""
+        """Records how this rank ends: "finished", "preempted" or "failed"; then ignores signals."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         end_children()
         self.ended = how
         self.enter("ended")
-        with contextlib.suppress(OSError):  # the disk is full perhaps, which has been said
+        with contextlib.suppress(OSError):  # perhaps the disk is full, which was reported
             self.folder.write_heartbeat(self._record())
-        # Should the interpreter not get to its end, for threads or processes that do not.
+        # If threads or child processes keep the interpreter from exiting.
         faulthandler.dump_traceback_later(6 * _LINGER, exit=True, file=self._stacks)
 
     def fail(self, error: BaseException) -> None:
-        """Notes what ended this rank, and the job unless another rank has failed before."""
+        """Records why this rank failed, as the job's failure if no rank failed before."""
         lost, rank = lost_contact(error), None
         if isinstance(error, UserError):
             rank = error.rank
@@ -175,7 +175,7 @@ class Watcher(Listener):
         if first:
             logger.error(f"The job ends: {reason}")
 
-    # What the thread does.
+    # Called in the watcher's thread.
 
     def run(self) -> None:
         while self.ended is None:
@@ -183,8 +183,8 @@ class Watcher(Listener):
                 self._look()
             except LeaseLost:
                 self.end_replaced()
-            except OSError as error:  # a shared folder may fail for a while
-                warn_once(f"The job's folder {self.folder.path}: {error}")
+            except OSError as error:  # a shared folder may be unavailable for a while
+                warn_once(f"The job's folder {self.folder.path} cannot be used now: {error}")
             for number in self.listen(self.heartbeat_interval):
                 self._take(signal.Signals(number).name)
 
@@ -217,7 +217,7 @@ class Watcher(Listener):
         self.lease.check()
         if self.ended is not None:
             return
-        # If this thread cannot run, for a call that keeps the interpreter, this still does.
+        # This still works if another thread holds the GIL, so that this one cannot run.
         patience = self.hang_timeout + 2 * self.heartbeat_interval
         faulthandler.dump_traceback_later(patience, exit=True, file=self._stacks)
         self.folder.write_heartbeat(self._record())
@@ -225,7 +225,7 @@ class Watcher(Listener):
         self._look_at_progress()
         if not self.signals and (note := self.folder.read("signalled")):
             self._take(note["signal"])
-        # Where there is no SLURM that would end the other ranks, at any time.
+        # Without SLURM, nothing else ends the other ranks, so it is checked at any time.
         if (
             "SIGTERM" in self.signals or self.job.cluster == "local"
         ) and self.phase != "preempting":
@@ -234,7 +234,7 @@ class Watcher(Listener):
             self._answer_signal()
 
     def end_replaced(self) -> NoReturn:
-        """Ends this process at once, for a later attempt owns the run; from any thread."""
+        """Ends this process at once, because a later attempt owns the run; for any thread."""
         self.lease.remove_unfinished()
         with contextlib.suppress(OSError, ValueError):  # the log's disk may be full
             print("a later attempt of the job owns the run: this one ends", file=sys.stderr)
@@ -242,7 +242,7 @@ class Watcher(Listener):
         os._exit(_REPLACED)
 
     def dump_stacks(self) -> None:
-        """Adds the stacks of all threads to ``rank-<rank>.stack``."""
+        """Appends the stacks of all threads to ``rank-<rank>.stack``."""
         faulthandler.dump_traceback(file=self._stacks)
         self._stacks.flush()
 
@@ -258,7 +258,7 @@ class Watcher(Listener):
             os._exit(1)
 
     def _look_for_killed(self) -> None:
-        """SIGTERM is also what SLURM sends when another rank was killed, which cannot say so."""
+        """Reports killed ranks on this machine: SLURM sends SIGTERM in this case, too."""
         for rank, record in self.folder.ranks().items():
             if record["host"] != socket.gethostname() or record["ended"]:
                 continue
@@ -287,14 +287,14 @@ class Watcher(Listener):
             if self.folder.read("exit"):
                 os._exit(0)
         elif self._only_evaluation_to_lose():
-            os._exit(self.abandon("a signal came in an evaluation, which will begin again"))
+            os._exit(self.abandon("the signal came during an evaluation, which will be repeated"))
         elif time.monotonic() > self._deadline:
             os._exit(self.abandon(f"{self.grace:.0f} s were not enough to save and exit"))
 
     def _only_evaluation_to_lose(self) -> bool:
-        """Whether to leave an evaluation at once: not if this attempt has done nothing before it.
+        """Whether to exit an evaluation at once: only if this attempt did iterations before it.
 
-        Nor for SIGTERM alone, which also comes when another rank was killed.
+        Not after SIGTERM only, which SLURM also sends when another rank was killed.
         """
         advanced = self.iteration > self.first_iteration
         return self.phase == "evaluation" and advanced and "SIGUSR2" in self.signals

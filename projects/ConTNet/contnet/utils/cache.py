@@ -1,8 +1,8 @@
-"""Folders of caches, whose content is believed: nobody else may have put it there.
+"""Private folders for caches, whose content is trusted.
 
-What a cache holds is not checked again, so that a forged file would be taken for a true one. So a
-cache is a folder of the user's own that no other user can write into, and its files are the user's
-own, too, and no links.
+The content of a cache is not checked again, so a forged file would be used. Therefore, a cache is a
+folder that belongs to the user and that no other user can write into; its files belong to the user,
+too, and are not links.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def _refuse(reason: str, path: Path) -> PermissionError:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Whether a file is this user's, or of root, who can do anything anyhow."""
+    """Whether a file belongs to this user, or to root, who can change any file."""
     return status.st_uid in (os.geteuid(), 0)
 
 
 def private_folder(path: str | Path) -> Path:
-    """Makes a folder that this user alone can enter, unless it is there; its resolved path.
+    """Creates a folder that only this user can enter, unless it exists; returns its resolved path.
 
-    It may be reached by a link, such as one from ``~/.cache`` to a scratch disk. Of the folders
-    above, those that everyone may write into must have the sticky bit, as /tmp has.
+    The path may contain links, such as one from ``~/.cache`` to a scratch disk. Parent folders
+    that everyone may write into must have the sticky bit, like /tmp.
 
     Raises:
-        OSError: if it cannot be made, or if others may have written into it (PermissionError).
+        OSError: if it cannot be created, or if others may write into it (PermissionError).
     """
     folder = Path(os.path.realpath(path))
     for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
@@ -56,15 +56,15 @@ def private_folder(path: str | Path) -> Path:
 
 
 def open_private(path: str | Path, mode: str = "rb", **kwargs) -> IO:
-    """Opens a file of a private folder: one of this user's own, and no link.
+    """Opens a file in a private folder, which must belong to this user and not be a link.
 
     Args:
-        path: of the file.
-        mode: as for ``open``.
-        **kwargs: as for ``open``, such as the encoding.
+        path: path of the file.
+        mode: as in ``open``.
+        **kwargs: as in ``open``, such as the encoding.
 
     Raises:
-        OSError: if it cannot be opened, or is anything else (PermissionError).
+        OSError: if it cannot be opened, or is not such a file (PermissionError).
     """
     try:
         file = open_regular(path, mode, flags=os.O_NOFOLLOW, **kwargs)

@@ -22,10 +22,10 @@ config, 128 + N ended by signal N (130 Ctrl-C, 143 SIGTERM)
 
 
 def _has_reader(stream: IO) -> bool:
-    """Whether what is printed goes anywhere; if not, it is dropped from now on."""
+    """Whether a stream has a reader; if not, its output is discarded from now on."""
     try:
         number = stream.fileno()
-    except OSError:  # no file, but what stands in for one in this process
+    except OSError:  # not a file, but an object that replaces one
         return True
     poll = select.poll()
     poll.register(number, 0)
@@ -36,7 +36,7 @@ def _has_reader(stream: IO) -> bool:
 
 
 def _interrupted(error: KeyboardInterrupt) -> int:
-    _has_reader(sys.stdout)  # the terminal may be what has ended
+    _has_reader(sys.stdout)  # the terminal may have been closed
     if _has_reader(sys.stderr) and str(error):
         print_error(UserError(str(error)))
     return getattr(error, "status", 128 + signal.SIGINT)

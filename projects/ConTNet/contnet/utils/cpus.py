@@ -1,4 +1,4 @@
-"""How many CPUs there are for this process."""
+"""The number of CPUs that this process may use."""
 
 import os
 
@@ -6,5 +6,5 @@ __all__ = ["available_cpus"]
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which taskset, SLURM or a container may have made fewer."""
+    """Returns the number of CPUs for this process; taskset, SLURM or a container may limit it."""
     return len(os.sched_getaffinity(0))

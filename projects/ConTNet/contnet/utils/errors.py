@@ -14,8 +14,8 @@ class UserError(Exception):
     """An error that the user can fix.
 
     Its message is one line: what is wrong, where, and what to do. The entry points print it without
-    a traceback and exit with ``status``. Passwords in addresses are removed. ``rank`` is set for an
-    error of another rank, with which the message begins.
+    a traceback and exit with ``status``. Passwords in addresses are removed. ``rank`` is set if
+    the error is from another rank; its message starts with the rank.
     """
 
     status = 1

@@ -1,4 +1,4 @@
-"""What ends a run that is neither a mistake of the user's nor ours: memory, killed processes."""
+"""Explains failures that are neither user errors nor bugs: lack of memory, killed processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
     "telling_of_memory",
 ]
 
-_SHOWN = 4  # images of a batch
+_SHOWN = 4  # images of a batch in a message
 
 _KILLED = {
     signal.SIGKILL: (
@@ -46,10 +46,10 @@ _LESS_GPU = (
 )
 _LESS_HOST = (
     "lower SOLVER.IMS_PER_BATCH, the size of the images (INPUT) or DATALOADER.NUM_WORKERS, or "
-    "raise the limit of memory"
+    "raise the memory limit"
 )
 
-# What gloo and NCCL say, and PyTorch for it, of a rank that is gone.
+# Messages of gloo, NCCL and PyTorch if a rank is gone.
 _GONE = re.compile(
     "gloo/transport|Connection closed by peer|NCCL communicator|ncclRemoteError|"
     "remote process exited|Watchdog caught collective operation timeout"
@@ -58,10 +58,10 @@ _UNREACHABLE = re.compile("Connection (closed|refused|reset|timed out)")
 
 
 def describe_death(number: int) -> str:
-    """What killed a process, and the likely cause, for a message.
+    """Describes what killed a process, and the likely cause, for a message.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
     try:
         name = signal.Signals(number).name
@@ -72,21 +72,21 @@ def describe_death(number: int) -> str:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone, or does not come."""
+    """Whether an error only shows that another rank is gone, or has not connected."""
     text = str(error)
     if _GONE.search(text):
         return True
     if not type(error).__name__.startswith("Dist"):
         return False
-    # Of NCCL's other errors, most are of this machine's: memory, two ranks on one GPU.
+    # Most other errors of NCCL are caused on this machine: memory, two ranks on one GPU.
     return "NCCL error" not in text or bool(_UNREACHABLE.search(text))
 
 
 def out_of_memory(error: BaseException) -> tuple[str, str] | None:
-    """Whether memory has run out.
+    """Describes an out-of-memory error.
 
     Returns:
-        Which memory, and what to do; None if it is another error.
+        Which memory is full, and what to do; None if it is another error.
     """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -102,10 +102,10 @@ def out_of_memory(error: BaseException) -> tuple[str, str] | None:
 
 @contextlib.contextmanager
 def telling_of_memory(iteration: int, batch: Sequence[dict]) -> Iterator[None]:
-    """Has an error of memory name the iteration and the images.
+    """Context that adds the iteration and the image sizes to an out-of-memory error.
 
     Args:
-        iteration: of the training.
+        iteration: iteration of the training.
         batch: the model's inputs.
     """
     try:
@@ -138,7 +138,7 @@ def _loader_failure(text: str) -> str | None:
 
 
 def explain_failure(error: BaseException) -> str | None:
-    """One line for an error of memory or of a data loader's worker; None for others."""
+    """Returns one line about an out-of-memory or data loader worker error; None for others."""
     if memory := out_of_memory(error):
         return ": ".join(memory)
     return _loader_failure(str(error)) if isinstance(error, RuntimeError) else None

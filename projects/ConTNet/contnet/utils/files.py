@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 TEMPORARY_SUFFIX = ".tmp"
-# The folder beside files that a run does not go on with.
+# Folder next to a run's files, for those that the run no longer uses.
 SET_ASIDE = "set_aside"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 _KINDS = {
@@ -41,26 +41,26 @@ _KINDS = {
 
 
 class WriteGuard:
-    """Whether this process may still write into a run's folder; by this one it always may.
+    """Checks whether this process may write into a run's folder; this base class always allows it.
 
     Attributes:
-        writer: tells the unfinished files of this process from those of others, by their names; ""
-            where there are no others.
+        writer: part of the names of this process's unfinished files, which distinguishes them from
+            those of others; "" if there are no others.
     """
 
     writer = ""
 
     def check(self) -> None:
-        """Raises what the subclass says if this process may write no longer."""
+        """Raises an error of the subclass if this process may no longer write."""
 
 
 NO_GUARD = WriteGuard()
 
 
 def file_names(folder: str | Path) -> set[str]:
-    """Names of the files in a folder; links count that lead to files.
+    """Returns the names of the files, and of the links to files, in a folder.
 
-    There are none where the folder is not there, or cannot be listed.
+    There are none if the folder does not exist or cannot be listed.
     """
     try:
         entries = os.scandir(folder)
@@ -71,15 +71,15 @@ def file_names(folder: str | Path) -> set[str]:
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """Whether an entry is a file, or leads to one."""
+    """Whether an entry is a file or a link to one."""
     try:
         return entry.is_file()
-    except OSError:  # links in a circle
+    except OSError:  # circular links
         return False
 
 
 def describe_kind(path: str | Path) -> str:
-    """The kind of a path that is not a regular file, such as "a pipe"; "" for a regular file.
+    """Describes a path that is not a regular file, such as "a pipe"; "" for a regular file.
 
     Links are followed.
     """
@@ -90,15 +90,15 @@ def describe_kind(path: str | Path) -> str:
             return "a circular link"
         if error.errno == errno.ENOENT:
             return "a broken link" if os.path.islink(path) else "missing"
-        return f"not to be reached ({error.strerror or error})"
-    except ValueError:  # a null byte, or a letter that no name of a file can have
+        return f"not accessible ({error.strerror or error})"
+    except ValueError:  # a null byte, or a character that file names cannot contain
         return "an invalid file name"
     return _kind(status)
 
 
 def _kind(status: os.stat_result) -> str:
     kind = stat.S_IFMT(status.st_mode)
-    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no file")
+    return "" if kind == stat.S_IFREG else _KINDS.get(kind, "not a file")
 
 
 def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -> IO:
@@ -124,7 +124,7 @@ def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -
     try:
         os.lstat(path)
     except OSError:
-        pass  # the opener says so, or makes the file
+        pass  # the opener reports the error, or creates the file
     except ValueError as error:
         raise OSError(errno.EINVAL, "it is an invalid file name", str(path)) from error
     return open(path, mode, opener=opener, **kwargs)
@@ -133,7 +133,7 @@ def open_regular(path: str | Path, mode: str = "rb", flags: int = 0, **kwargs) -
 def set_aside(path: str | Path) -> Path:
     """Moves a file into the folder ``set_aside`` next to it; returns its new path.
 
-    One of that name that is there already stays: the new one gets a number.
+    An existing file of that name is kept: the new one gets a number.
     """
     path = Path(path)
     folder = path.parent / SET_ASIDE
@@ -147,7 +147,7 @@ def set_aside(path: str | Path) -> Path:
 
 
 def explain_os_error(error: OSError, path: str | Path) -> str:
-    """What went wrong with a file, for a message; where the disk is full, how much is free."""
+    """Describes an error with a file for a message; if the disk is full, with its free space."""
     if isinstance(error, WriteError):
         return error.strerror
     reason = error.strerror or str(error)
@@ -165,28 +165,28 @@ def explain_os_error(error: OSError, path: str | Path) -> str:
 
 
 class WriteError(UserError, OSError):
-    """A file that cannot be written; ``filename`` and ``strerror`` say which, and why."""
+    """A file cannot be written; ``filename`` is its path, ``strerror`` the reason."""
 
     def __str__(self) -> str:
         return f"{self.filename} cannot be written ({self.strerror})"
 
 
 def _is_of(error: OSError, path: str | Path) -> bool:
-    """Whether an error is of writing a file: by its name or its temporary one, or by its kind."""
-    if error.filename is None:  # of what is written, or of what is read meanwhile
+    """Whether an error is from writing a file: by its file name or, if it has none, its kind."""
+    if error.filename is None:  # from writing, or from what is read meanwhile
         return error.errno in _DISK_ERRORS
     return str(error.filename).startswith(str(path))
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """While a file is written: an error of the system becomes one that tells people which.
+    """Context in which a file is written; turns system errors into ones that name the file.
 
     Args:
-        path: of the file. Errors that name another one, which was read, stay.
+        path: path of the file. Errors that name another file, which was read, are not changed.
 
     Raises:
-        WriteError: for the others.
+        WriteError: if the file cannot be written.
     """
     try:
         yield
@@ -205,10 +205,10 @@ def explaining_disk(folder: str | Path) -> Iterator[None]:
     """Context of a run that turns disk errors into one-line messages.
 
     Args:
-        folder: where the run writes, named where the system names no file.
+        folder: folder of the run, named if the error does not name a file.
 
     Raises:
-        UserError: if the disk is full, broken or read-only, or the folder has gone.
+        UserError: if the disk is full, broken or read-only, or the folder is gone.
     """
     try:
         yield
@@ -232,8 +232,8 @@ def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUAR
     Args:
         path: the final name; an older file of that name is replaced.
         mode: "wb" or "w".
-        guard: called before the file is created and before it gets its name; if it raises, there
-            is no new file, and nothing unfinished.
+        guard: called before the file is created and before it gets its name; if it raises,
+            neither a new nor an unfinished file remains.
 
     Raises:
         WriteError: if it cannot be written; the older file is kept.
@@ -251,7 +251,7 @@ def atomic_write(path: str | Path, mode: str = "wb", guard: WriteGuard = NO_GUAR
             guard.check()
             os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what has ended the writing is worse
+        with contextlib.suppress(OSError):  # the original error is more important
             temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What people read in terminals and log files: no text that came from elsewhere controls them."""
+"""Protects terminals and log files from control characters in text from elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contnet.utils.text import printable_lines
 __all__ = ["SafeFormatter", "protect_handler", "protect_streams"]
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# A line within a record that would pass for the start of another one.
+# A line within a record that looks like the start of another one.
 _START = re.compile(r"\n(?=\[\d\d/\d\d \d\d:\d\d:\d\d)")
 
 
@@ -22,12 +22,12 @@ def _safe(text: str) -> str:
 
 
 class SafeFormatter(logging.Formatter):
-    """Formats as another formatter does, with messages and tracebacks as ``printable_lines``.
+    """Formats like another formatter, with messages and tracebacks as in ``printable_lines``.
 
-    The colours of the other formatter stay on a terminal; those in messages are taken away.
+    The colours of the other formatter are kept on a terminal; those in messages are removed.
 
     Args:
-        formatter: the other one.
+        formatter: the other formatter.
         colours: whether the lines go to a terminal.
     """
 
@@ -37,7 +37,7 @@ class SafeFormatter(logging.Formatter):
         self.colours = colours
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of a record."""
+        """Returns the text of a record."""
         record = copy.copy(record)
         record.msg, record.args = _safe(record.getMessage()), None
         if record.exc_info:
@@ -52,14 +52,14 @@ def _protect(stream: object) -> None:
 
 
 def protect_handler(handler: logging.Handler) -> None:
-    """Gives a handler that writes text a :class:`SafeFormatter` and an encoding that takes all."""
+    """Sets a :class:`SafeFormatter` for a stream handler; escapes what its encoding lacks."""
     if isinstance(handler, logging.StreamHandler):
         _protect(handler.stream)
         handler.setFormatter(SafeFormatter(handler.formatter, handler.stream.isatty()))
 
 
 def protect_streams() -> None:
-    """The same for this process's output, and for what is logged before loggers are set up."""
+    """Protects this process's output, and what is logged before loggers are set up."""
     for stream in (sys.stdout, sys.stderr):
         _protect(stream)
     logging.lastResort.setFormatter(SafeFormatter(logging.Formatter()))

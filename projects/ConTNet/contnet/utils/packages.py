@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", 
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions by the names of the packages, Python's among them."""
+    """Returns versions by package name, including Python's."""
     found = {
         "python": platform.python_version(),
         "contnet": __version__,

@@ -1,4 +1,4 @@
-"""Pools of processes that end with the command."""
+"""Process pools that end with the command."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["process_pool"]
 
 @contextlib.contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of forked processes; an error inside leaves out what has not begun.
+    """Context with a pool of forked processes; an error in it cancels the waiting calls.
 
-    A signal that ends the command kills them.
+    A signal that ends the command kills the processes.
 
     Args:
-        workers: how many.
+        workers: number of processes.
 
     Raises:
-        UserError: if one of them was killed.
+        UserError: if a process was killed.
     """
     with ProcessPoolExecutor(workers, get_context("fork")) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that this command had started was killed, perhaps because memory ran "
-                "out: try again with fewer --workers, or where there is more memory"
+                "a worker process of this command was killed, perhaps because the host ran out of "
+                "memory: try again with fewer --workers, or on a machine with more memory"
             ) from error
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)

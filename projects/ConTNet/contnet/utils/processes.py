@@ -1,4 +1,4 @@
-"""Processes of this machine."""
+"""Helpers for the processes of this machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["machine_id", "process_environment", "process_start", "raise_open_fil
 
 
 def machine_id() -> str:
-    """Tells this boot of this machine, and this container's numbers of processes, from others."""
+    """Returns a text that identifies this machine, its boot and the namespace of process ids."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # what is not told cannot differ
+    with contextlib.suppress(OSError):  # what cannot be read is left out
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
 def process_start(number: int) -> str:
-    """When a process of this machine started, in ticks since the machine did; "" if it is gone."""
+    """Returns when a process of this machine started, in ticks since boot; "" if it is gone."""
     try:
         fields = Path(f"/proc/{int(number)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -30,7 +30,7 @@ def process_start(number: int) -> str:
 
 
 def process_environment(number: int) -> dict[str, str]:
-    """The environment that a process of this user's was started with; {} of any other."""
+    """Returns the initial environment of a process of this user; {} for other processes."""
     try:
         pairs = Path(f"/proc/{int(number)}/environ").read_text(errors="replace").split("\0")
     except (OSError, ValueError):
@@ -39,7 +39,7 @@ def process_environment(number: int) -> dict[str, str]:
 
 
 def raise_open_files() -> None:
-    """Lets this process and its children have as many open files as they may: the hard limit."""
+    """Raises this process's limit of open files, which its children inherit, to the hard limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # a sandbox may refuse even this
+    with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid this
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""JSON files that are read again, each of which may be damaged since it was written."""
+"""Reads JSON files, which may have been damaged since they were written."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedFile(UserError):
-    """A file that cannot be read, and never will be."""
+    """A file that is damaged or may not be read, so that trying again does not help."""
 
 
 @cache
 def warn_once(line: str) -> None:
-    """Logs a warning, once in this process."""
+    """Logs a warning, once per process."""
     logger.warning(line)
 
 
 def parse_record(data: bytes, form: object) -> object:
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     Args:
         data: the text.
-        form: a type that the value must have, as msgspec checks it. Keys that a TypedDict does not
-            name are kept.
+        form: type that the value must have, checked by msgspec. Keys that a TypedDict does not
+            declare are kept.
 
     Raises:
-        ValueError: if it is no JSON, or of another form.
+        ValueError: if it is not valid JSON, or of another type.
     """
     try:
         value = json.loads(data)
@@ -58,17 +58,17 @@ def parse_record(data: bytes, form: object) -> object:
 
 
 def read_bytes(path: str | Path) -> bytes | None:
-    """What is in a file, None if it is not there.
+    """Returns the content of a file; None if it does not exist.
 
     Raises:
-        DamagedFile: if it is no file, or may not be read.
-        UserError: if the disk does not give it.
+        DamagedFile: if it is not a file, or may not be read.
+        UserError: if the disk fails.
     """
     path = Path(path)
     try:
-        if path.is_file():  # a pipe would be waited for
+        if path.is_file():  # a pipe would block
             return path.read_bytes()
-    except FileNotFoundError:  # gone meanwhile
+    except FileNotFoundError:  # deleted meanwhile
         return None
     except OSError as error:
         kind = DamagedFile if isinstance(error, PermissionError) else UserError
@@ -79,15 +79,15 @@ def read_bytes(path: str | Path) -> bytes | None:
 
 
 def read_record(path: str | Path, form: object) -> object | None:
-    """The content of a JSON file, None if it is not there.
+    """Returns the content of a JSON file; None if it does not exist.
 
     Args:
-        path: of the file.
-        form: as of :func:`parse_record`.
+        path: path of the file.
+        form: as in :func:`parse_record`.
 
     Raises:
-        DamagedFile: if it is no file, may not be read, is no JSON, or is of another form.
-        UserError: if the disk does not give it.
+        DamagedFile: if it is not a file, may not be read, is not valid JSON, or of another type.
+        UserError: if the disk fails.
     """
     if (data := read_bytes(path)) is None:
         return None
@@ -98,7 +98,7 @@ def read_record(path: str | Path, form: object) -> object | None:
 
 
 def peek_record(path: str | Path, form: object) -> object | None:
-    """As :func:`read_record`, for those who only look: a warning and None for what is damaged."""
+    """Like :func:`read_record`, but returns None, with a warning, if the file cannot be read."""
     try:
         return read_record(path, form)
     except UserError as error:
@@ -107,19 +107,19 @@ def peek_record(path: str | Path, form: object) -> object | None:
 
 
 def begin_anew(path: str | Path, error: DamagedFile) -> None:
-    """Sets a damaged file aside, and says so.
+    """Sets a damaged file aside, with a warning.
 
     Raises:
         OSError: if it cannot be moved.
     """
-    logger.warning(f"{error}: it is set aside as {set_aside(path)}, and starts empty")
+    logger.warning(f"{error}: it is set aside as {set_aside(path)}, and a new one is started")
 
 
 def recover_record(path: str | Path, form: object) -> object | None:
-    """As :func:`read_record`, for those who write it anew: what is damaged is set aside.
+    """Like :func:`read_record`, but sets a damaged file aside, so that it can be written anew.
 
     Raises:
-        UserError: if the disk does not give it.
+        UserError: if the disk fails.
         OSError: if it cannot be set aside.
     """
     try:

@@ -1,8 +1,8 @@
-"""Random state as a function of what is computed, so that nothing of it needs to be saved.
+"""Random state as a function of what is computed, so that it need not be saved.
 
-Every image of the training stream is augmented under a state made from (seed, its position), every
-iteration computed under one made from (seed, iteration, rank). A resumed run therefore draws what
-the uncut run would have drawn, whatever happened to the processes in between.
+Every image of the training stream is augmented with a state made from (seed, its position), every
+iteration is computed with one made from (seed, iteration, rank). Therefore, a resumed run draws the
+same numbers as an uninterrupted one, whatever happened to the processes in between.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def seed_everything(*entropy: int) -> None:
 
 @contextlib.contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """Restores the state of Python's, NumPy's and PyTorch's global generators at the end."""
+    """Context that restores the state of Python's, NumPy's and PyTorch's global generators."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

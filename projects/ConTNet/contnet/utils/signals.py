@@ -26,24 +26,24 @@ __all__ = [
     "outliving_signals",
 ]
 
-# A terminal's Ctrl-C, what ends a process politely, and a terminal that was closed.
+# Ctrl-C, the usual request to end, and a closed terminal.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_held: set[int] = set()  # what forked children do not hear
-_outliving = False  # whether children that are forked now do not end by SIGTERM either
+_held: set[int] = set()  # signals that forked children block
+_outliving = False  # whether children that are forked now block SIGTERM, too
 _forking = False
-_parent = 0  # the process that forks, if its main thread does
+_parent = 0  # the process that forks, if its main thread forks
 
 _libc = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal ends this process.
 
     Args:
-        number: of the signal; the exit status is 128 more.
-        message: for the error stream; "" where the log has said it.
+        number: number of the signal; the exit status is 128 more.
+        message: message for stderr; "" if it is in the log.
     """
 
     def __init__(self, number: int, message: str = ""):
@@ -53,14 +53,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """Those that end this process; what nohup or a shell has had it ignore stays ignored."""
+    """Returns the signals that end this process, except those that nohup or a shell disabled."""
     return [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def come_again(number: int) -> bool:
-    """Whether a handler must not raise now; the signal then comes again.
+    """Whether a handler must not raise now; if so, sends the signal again later.
 
-    While a process forks, Python prints what is raised in its callbacks, and drops it.
+    While a process forks, Python prints and drops exceptions that are raised in its fork callbacks.
     """
     if _forking:
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
@@ -75,7 +75,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _begin_fork() -> None:
     global _forking, _parent
     _forking = True
-    # The kernel takes the end of the thread that forks for the parent's.
+    # For the kernel, the parent ends when the thread that forked ends.
     _parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
 
 
@@ -85,14 +85,14 @@ def _end_fork() -> None:
 
 
 def _begin_child() -> None:
-    # However the parent ends: PyTorch's loader workers would not notice it while they begin, those
-    # of a pool never.
+    # Otherwise PyTorch's loader workers would not notice the parent's end while they start, and
+    # those of a pool never.
     if _parent:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != _parent:
             os._exit(1)
     held = set(_held)
-    if signal.SIGTERM in held and not _outliving:  # by which pools end their processes
+    if signal.SIGTERM in held and not _outliving:  # with which pools end their processes
         held.remove(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
@@ -100,18 +100,18 @@ def _begin_child() -> None:
 
 
 def _set_up_children(numbers: Sequence[int]) -> None:
-    """Has children that are forked from now on end with this one, and not hear signals to all."""
-    # Each time, for the last callbacks are the first before a fork, and the last after it.
+    """Makes children that are forked later end with this process, and block these signals."""
+    # Each time, because the latest callbacks run first before a fork, and last after it.
     os.register_at_fork(before=_begin_fork, after_in_parent=_end_fork, after_in_child=_begin_child)
     _held.update(numbers)
 
 
 @contextlib.contextmanager
 def outliving_signals() -> Iterator[None]:
-    """Around the start of loader workers, which a training that saves at a signal still needs.
+    """Context for starting loader workers, which a training still needs to save after a signal.
 
-    Other children hear SIGTERM, and none of them the other signals that reach a whole group.
-    :func:`end_children` ends all.
+    They block SIGTERM; other children do not. All children block the other signals, which reach a
+    whole process group. :func:`end_children` ends all of them.
     """
     global _outliving
     before, _outliving = _outliving, True
@@ -123,7 +123,7 @@ def outliving_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises :class:`Interrupted` at a signal, only in the main thread; children continue."""
+    """Context in which signals raise :class:`Interrupted` in the main thread; children continue."""
     numbers, held = heeded_signals(), set(_held)
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     _set_up_children(numbers)
@@ -143,14 +143,14 @@ def _kill_children() -> list[multiprocessing.Process]:
 
 
 def end_children() -> None:
-    """Kills the processes that this one has left running, which hear no signal of the interpreter.
+    """Kills the remaining child processes, which block the signals that would end them.
 
-    Called in the main thread, when nothing is expected of them any more.
+    Called in the main thread, when the children are no longer needed.
     """
-    # PyTorch's handler calls a killed loader worker an error.
+    # PyTorch's handler raises an error if a loader worker is killed.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in _kill_children():
-        child.join(5)  # a child in a call of a dead file system may not end
+        child.join(5)  # a child that waits for a dead file system may not end
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
@@ -164,18 +164,18 @@ def end_now(status: int) -> NoReturn:
 
 
 class Listener(threading.Thread):
-    """A thread that hears of signals at once.
+    """A thread that receives signals at once.
 
     Python runs signal handlers in the main thread between two of its instructions, so a process
-    that waits in a collective would learn of a signal late or never. This thread learns of it
-    through the file descriptor into which the interpreter writes the number of each signal.
+    that waits in a collective would handle a signal late or never. This thread receives it through
+    the file descriptor to which the interpreter writes the number of each signal.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
         numbers: the signals.
 
     Attributes:
-        left: whether the thread is to end.
+        left: whether the thread should end.
     """
 
     def __init__(self, name: str, numbers: Sequence[int]):
@@ -188,7 +188,7 @@ class Listener(threading.Thread):
         self._outbox.setblocking(False)
 
     def start(self) -> None:
-        """From the main thread: takes over the signals, those that wait already too."""
+        """Starts the thread and takes over signals, also pending ones; for the main thread."""
         signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self.handle) for number in self.numbers}
         super().start()
@@ -196,7 +196,7 @@ class Listener(threading.Thread):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.numbers)
 
     def stop(self) -> None:
-        """From the main thread: gives the signals back, and asks the thread to end."""
+        """Restores the signal handlers and asks the thread to end; for the main thread."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -204,7 +204,7 @@ class Listener(threading.Thread):
         self.wake()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler in the main thread, which only keeps the signal from killing."""
+        """Handles a signal in the main thread: only prevents it from killing the process."""
 
     def wake(self) -> None:
         """Ends the wait of :meth:`listen`."""
@@ -212,7 +212,7 @@ class Listener(threading.Thread):
             self._outbox.send(b"\0")
 
     def listen(self, seconds: float) -> list[int]:
-        """In the thread: waits so long at most; the numbers of the signals that have come."""
+        """Waits at most this long for signals and returns their numbers; for the thread."""
         if not select.select([self._inbox], [], [], seconds)[0]:
             return []
         return [number for number in self._inbox.recv(4096) if number in self.numbers]

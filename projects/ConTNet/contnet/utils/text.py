@@ -21,8 +21,8 @@ _SHOWN = 3
 # Control and format characters (ANSI escapes, bidirectional overrides), lone surrogates, and the
 # two separators that end a line.
 _NOT_PRINTED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-# Words of Persian and of Indian languages, and many emoji, are joined by the first two; flags as
-# that of Scotland are made of the others.
+# The first two join the letters of Persian and Indian languages, and many emoji; the others form
+# flags such as that of Scotland.
 _JOINERS = "\u200c\u200d" + "".join(map(chr, range(0xE0020, 0xE0080)))
 _LONGEST_LINE = 10_000
 
@@ -34,11 +34,11 @@ def _escaped(char: str, kept: str) -> str:
 
 
 def printable(text: str, limit: int = 1000, keep: str = "") -> str:
-    """A text from a file as one line for a person: what cannot be seen is escaped, the end cut.
+    """Returns a text as one line for messages: escapes invisible characters and truncates it.
 
     Args:
-        text: a name, a key, a message that has some of them.
-        limit: characters of the text that are kept.
+        text: a name or a key from a file, or a message that contains them.
+        limit: maximum number of characters that are kept.
         keep: characters that are not escaped.
     """
     shown, kept = text[:limit], keep + _JOINERS
@@ -52,14 +52,14 @@ def _line(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """A text of several lines for a person, each as :func:`printable`; tabs stay, too."""
+    """Applies :func:`printable` to each line of a text, but keeps tabs."""
     return "\n".join(map(_line, text.split("\n")))
 
 
 def say(*lines: str) -> None:
-    """Prints what may hold names of files, classes or keys, each argument on one line.
+    """Prints texts that may contain names of files, classes or keys, each argument on one line.
 
-    What cannot be seen is escaped as by :func:`printable`, and what the encoding of the terminal
+    Escapes invisible characters as in :func:`printable`, and those that the terminal's encoding
     lacks.
     """
     encoding = sys.stdout.encoding or "utf-8"
@@ -68,7 +68,7 @@ def say(*lines: str) -> None:
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """The most similar word; for keys, the last part counts most."""
+    """Returns the most similar word, ignoring case."""
     upper = {name.upper(): name for name in words}
     if near := difflib.get_close_matches(word.upper(), upper, n=1, cutoff=0.0):
         return upper[near[0]]
@@ -76,13 +76,13 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def plural(number: int, what: str) -> str:
-    """``1 class``, ``2 classes``."""
+    """Returns a number with its noun: ``1 class``, ``2 classes``."""
     ending = "es" if what.endswith("s") else "s"
     return f"{number} {what}{ending if number != 1 else ''}"
 
 
 def first_names(names: Sequence[str]) -> str:
-    """The first of many names, for a message; they may be from a file."""
+    """Returns the first of many names, which may be from a file, for a message."""
     return ", ".join(printable(str(name), 200) for name in names[:3]) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )

@@ -1,4 +1,4 @@
-"""The version of this package, which setup.cfg has too."""
+"""The version of this package, as in setup.cfg."""
 
 __all__ = ["__version__"]
 
