@@ -7,9 +7,9 @@ from torch import nn
 
 import contnet
 
-# ConT-M, by batch size, autocast and GRAD_CHECKPOINTING: launches and GB of the forward pass in training,
-# then of the backward pass, with the locked PyTorch. This includes the masks of margins, which are
-# only made for the first batch of a size.
+# ConT-M, by batch size, autocast and GRAD_CHECKPOINTING: launches and GB of the forward pass in
+# training, then of the backward pass, with the locked PyTorch. This includes the masks of margins,
+# which are only made for the first batch of a size.
 STEPS = {
     ((128, 3, 224, 224), "bfloat16", ""): (495, 18.89, 653, 35.63),
     ((128, 3, 224, 224), "float32", ""): (271, 36.90, 430, 70.77),
