@@ -26,7 +26,7 @@ demo-imagenet: setup
 test: setup
 	$(BIN)/pytest tests -n auto --maxprocesses 4 --dist worksteal
 
-# What make test leaves out because it takes long.
+# The tests that take longest, of which make test runs only shorter variants.
 test-long: setup
 	$(BIN)/pytest tests -m long -n auto --maxprocesses 4 --dist worksteal
 

@@ -54,6 +54,14 @@ def pytest_configure() -> None:
             signal.signal(number, lambda *_: None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every long test as slow, too, so that ``-m "not slow"`` leaves it out."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 def metrics_of(folder: Path) -> list[dict]:
     """Returns the lines of a run's metrics.json, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]

@@ -112,7 +112,7 @@ def test_loading_of_a_classifier(capsys):
         assert re.search(rates, output, re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_over_two_processes():
     command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), "scaling"]
     small = "--model contnet_ti --size 64 64 --rounds 1"

@@ -140,7 +140,7 @@ def copy(tmp_path) -> Path:
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_changed_network_is_found(copy, capsys):
     argv = [str(copy), "--only", "classifier"]
     assert main(REPOSITORY, argv) == 0

@@ -134,7 +134,12 @@ def test_what_is_missing(name, argv, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "argv", "word"),
     [
-        ("demo", ["--output", "out", "SOLVER.MAX_ITER", "5000"], "iter: "),
+        pytest.param(
+            "demo",
+            ["--output", "out", "SOLVER.MAX_ITER", "5000"],
+            "iter: ",
+            marks=pytest.mark.long,
+        ),
         ("make_shards", ["images", "shards", "--workers", "1"], ""),
     ],
 )

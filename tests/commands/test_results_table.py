@@ -59,7 +59,7 @@ def make_run(folder: Path, top1: float | None, *options: str, metrics: list[dict
 # --- real runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_networks_are_trained_alike_and_kept(imagenet_root, tmp_path, capsys):
     environment = {"DETECTRON2_DATASETS": str(imagenet_root), "OMP_NUM_THREADS": "1"}
     out = str(tmp_path / "out")

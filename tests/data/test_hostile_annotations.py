@@ -190,7 +190,7 @@ def test_many_take_seconds(many):
     assert time.process_time() - start < 15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_million_annotations_of_an_image():
     content = _content(*map(_item, range(1, 1_000_001)))
     start = time.process_time()

@@ -297,7 +297,11 @@ def test_boxes_without_masks(drawn, tmp_path):
     ("options", "launcher"),
     [
         ("--num-gpus 2 DATALOADER.NUM_WORKERS 1", ()),
-        ("", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")),
+        pytest.param(
+            "",
+            ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["two processes", "torchrun"],
 )

@@ -66,7 +66,7 @@ def test_a_network_without_encoders_is_refused():
         compile_encoders(timm.create_model("resnet18"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_with_compiled_encoders(coco_here, tmp_path):
     losses = []
     for compiled in (False, True):

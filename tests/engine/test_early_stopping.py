@@ -67,7 +67,10 @@ def test_it_ends_after_the_patience_and_evaluates_the_best(run):
     assert results_of(folder) == EARLY
 
 
-@pytest.mark.parametrize("checkpoint", ["model_0000002.pth", "model_0000005.pth"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["model_0000002.pth", pytest.param("model_0000005.pth", marks=pytest.mark.long)],
+)
 def test_a_resumed_training_ends_at_the_same_iteration(run, checkpoint):
     folder = run("run")
     whole = last_state(folder)

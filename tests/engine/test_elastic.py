@@ -63,7 +63,7 @@ def undisturbed(coco_root, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "passes", "workers"),
-    [(1, 1, 0), (1, 2, 1)],
+    [pytest.param(1, 1, 0, marks=pytest.mark.long), (1, 2, 1)],
     ids=["one", "one, two passes, a worker"],
 )
 def test_another_number_of_processes(coco_root, undisturbed, tmp_path, processes, passes, workers):

@@ -71,8 +71,15 @@ def results(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("period", ["0", "2"], ids=["at the end", "in the middle"])
-@pytest.mark.parametrize("background", ["True", "False"])
+@pytest.mark.parametrize(
+    ("background", "period"),
+    [
+        ("True", "0"),
+        ("False", "2"),
+        pytest.param("True", "2", marks=pytest.mark.long),
+        pytest.param("False", "0", marks=pytest.mark.long),
+    ],
+)
 def test_a_failed_evaluation_costs_no_training(classify, tmp_path, background, period):
     more = ("TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_BACKGROUND", background)
     more = (*more, "DATASETS.CHECK_IMAGES", "none")  # the check would find it before the training

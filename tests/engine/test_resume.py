@@ -173,8 +173,16 @@ def trainings(train_net, cityscapes_root, imagenet_root, tmp_path_factory) -> Tr
     return Trainings(train_net, datasets, tmp_path_factory.mktemp("trainings"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
+def _params() -> list:
+    """Returns the settings; those that have little of their own are marked as long."""
+    rare = ("two processes", "cityscapes masks", "mixed images")
+    return [
+        pytest.param(each, marks=pytest.mark.long if each in rare else pytest.mark.slow)
+        for each in SETTINGS
+    ]
+
+
+@pytest.mark.parametrize("setting", _params())
 def test_killed_and_resumed_equals_uncut(trainings, tmp_path, setting):
     launch, _ = SETTINGS[setting]
     uncut, output = trainings.uncut(setting)

@@ -319,7 +319,7 @@ def test_resume_without_last_checkpoint_leaves_everything(uncut, tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_killed_in_an_evaluation_and_damaged(train_net, imagenet_root, uncut, tmp_path, processes):
     """SIGKILL during the evaluation after iteration 2; then the newest checkpoint is damaged."""
     root = {"DETECTRON2_DATASETS": str(imagenet_root)}

@@ -246,7 +246,7 @@ def test_results_of_training_and_of_evaluation_alone_are_recorded(averaged, tmp_
         assert value is None if math.isnan(last) else value == last
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_test_time_augmentation_of_boxes_and_masks(tmp_path):
     """At the end of training, and for the same checkpoint in a separate evaluation; in bfloat16."""
     folder = tmp_path / "run"

@@ -19,11 +19,6 @@ CLASSIFIER, SEGMENTER = "imagenet/contti_strong", "cityscapes/pspnet_contti"
 DETECTORS = ["retinanet_contti", "fcos_contti", "faster_rcnn_contti", "mask_rcnn_contti"]
 NEVER = {"contnet", "detectron2", "fvcore", "timm"}
 OTHERS = ("onnx", "torch-export")
-OFTEN = (
-    ("mask_rcnn_contti", "onnx"),
-    ("fcos_contti", "onnx"),
-    ("retinanet_contti", "torch-export"),
-)
 HIDDEN = {"onnx": NEVER | {"torch", "torchvision", "onnx"}, "torch-export": NEVER}
 
 
@@ -76,7 +71,7 @@ def every_pair():
     for name in (CLASSIFIER, SEGMENTER, *DETECTORS):
         for form in FORMATS:
             fast = form == "torchscript" or (name, form) == (CLASSIFIER, "onnx")
-            rare = name != CLASSIFIER and (name, form) not in OFTEN
+            rare = name != CLASSIFIER and (name, form) != ("mask_rcnn_contti", "onnx")
             marks = () if fast else pytest.mark.long if rare else pytest.mark.slow
             yield pytest.param(name, form, marks=marks)
 
@@ -99,8 +94,8 @@ def test_whole_models(name, form, run_of, tmp_path, capsys):
     [
         (CLASSIFIER, "torchscript"),
         ("fcos_contti", "torchscript"),
-        pytest.param("fcos_contti", "onnx", marks=pytest.mark.slow),
-        pytest.param(CLASSIFIER, "torch-export", marks=pytest.mark.slow),
+        pytest.param("fcos_contti", "onnx", marks=pytest.mark.long),
+        pytest.param(CLASSIFIER, "torch-export", marks=pytest.mark.long),
     ],
 )
 def test_backbones(name, form, run_of, tmp_path):
@@ -143,7 +138,7 @@ def test_int8_weights(run_of, tmp_path):
     assert (folder / "model.onnx").stat().st_size < 14e6  # 22 MB in float32
 
 
-@pytest.mark.parametrize("form", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["torchscript", pytest.param("onnx", marks=pytest.mark.long)])
 def test_images_in_which_nothing_is_found(form, run_of, tmp_path):
     run = run_of("mask_rcnn_contti", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9999")
     folder = tmp_path / "exported"

@@ -19,6 +19,7 @@ def lab(tmp_path_factory) -> Lab:
         yield Lab(folder, make_coco(folder / "datasets"))
 
 
+@pytest.mark.long
 def test_killed_while_it_saves_and_evaluates(lab):
     """After damage, it resumes from the checkpoint before the damaged one."""
     tally = lab.run(
@@ -49,6 +50,7 @@ def test_signalled_once(lab):
     assert tally["starts"] == 4
 
 
+@pytest.mark.long
 def test_two_processes(lab):
     tally = lab.run(
         "two",

@@ -106,7 +106,7 @@ def test_each_value_of_another_kind(finished, tmp_path_factory, name):
         run_command(results.main, str(folder))
 
 
-@settings(max_examples=max(settings().max_examples // 4, 1))
+@settings(max_examples=max(settings().max_examples // 8, 1))
 @given(st.data())
 def test_resume(finished, imagenet_root, tmp_path_factory, monkeypatch, data):
     """A resume works with damaged records, but may fail with another last_checkpoint."""

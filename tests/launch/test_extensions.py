@@ -28,7 +28,7 @@ def _draw_squares(folder, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_example_of_the_docs_trains(tmp_path, processes):
     toy, script = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (command,) = re.findall(r"```bash\n(python train_toy.py .*?)```", PAGE, re.DOTALL)

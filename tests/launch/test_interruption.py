@@ -97,7 +97,7 @@ def are_gone(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_saves_and_a_resume_is_exact(start, tmp_path, processes):
     options = ["--num-gpus", str(processes), "SOLVER.MAX_ITER", "12", "DATALOADER.NUM_WORKERS", "1"]
     process = start(*options, nohup=processes == 1)
@@ -147,7 +147,7 @@ def test_the_second_signal_ends_ranks_that_cannot_save(start, tmp_path):
     assert not (tmp_path / "run" / "last_checkpoint").exists()
 
 
-@pytest.mark.parametrize("killed", ["rank 1", "parent"])
+@pytest.mark.parametrize("killed", ["rank 1", pytest.param("parent", marks=pytest.mark.long)])
 def test_a_kill_ends_all(start, killed):
     process = start("--num-gpus", "2", "SOLVER.MAX_ITER", "100")
     until(process, "iter: 2 ")

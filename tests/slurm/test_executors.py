@@ -81,7 +81,7 @@ def project(tmp_path) -> Path:
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, capsys):
     """The code is broken after the submission; the job does not notice and reports its result."""
     out = no_slurm / "out"
@@ -117,7 +117,7 @@ def test_the_snapshot_runs_here_in_two_processes(no_slurm, coco_root, project, c
     wait_for(lambda: not processes_of(out))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_snapshot_the_code_is_as_the_job_finds_it(no_slurm, coco_root, project):
     environment = {"PYTHONPATH": str(project), "DETECTRON2_DATASETS": str(coco_root)}
     broken = "--setup", f"echo 'raise RuntimeError(1)' > {project}/contnet/slurm/job.py"
@@ -163,7 +163,7 @@ def test_attempts_on_this_machine_are_bounded_by_the_user_alone(no_slurm):
     assert (no_slurm / "attempts").read_text() == 8 * "x"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_attempt_uses_what_the_submission_has_read(no_slurm):
     """The config file is changed before the job starts, and removed before its second attempt."""
     out, mine = no_slurm / "out", no_slurm / "mine.yaml"
