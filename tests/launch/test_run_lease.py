@@ -1,5 +1,6 @@
 """Tests the lease of a run's folder with real processes."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -35,9 +36,10 @@ def _take(folder, start, answers, job):
 
 def _take_and_fork(folder, children):
     RunLease(folder).take()
-    child = os.fork()
-    if child:
-        children.put(child)
+    if os.fork() == 0:
+        # Another test may have made forked processes end with their parent.
+        ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG
+        children.put(os.getpid())
     signal.pause()
 
 
