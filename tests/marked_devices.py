@@ -41,6 +41,8 @@ _INDEXING = {_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_
 _INDEXING |= {_aten._index_put_impl_, _aten._unsafe_index_put}
 # Operations that accept no scalar tensors of the CPU.
 _STRICT = {_aten.cat, _aten.stack}
+# Operations that a CPU computes many times slower in float16. A GPU adds in float32, too.
+_PRODUCTS = {_aten.addmm, _aten.bmm, _aten.mm, _aten.convolution, _aten.convolution_backward}
 
 
 def _tensors(values):
@@ -72,6 +74,12 @@ def _place(tensor, device, sources=()):
     return tensor
 
 
+def _computed_in_float32(func, args, kwargs):
+    """Runs an operation on float16 tensors in float32, and rounds its results."""
+    args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+    return tree_map_only(Tensor, Tensor.half, func(*args, **kwargs))
+
+
 class _Watch(TorchDispatchMode):
     """Checks each operation for mixed devices, and marks the results of marked tensors."""
 
@@ -81,7 +89,10 @@ class _Watch(TorchDispatchMode):
         marks = {_mark(tensor) for tensor in given}
         if True in marks and len(marks) > 1 and func not in _CROSSING:
             self._settle(func, args, kwargs)
-        out = func(*args, **kwargs)
+        if func.overloadpacket in _PRODUCTS and {each.dtype for each in given} == {torch.float16}:
+            out = _computed_in_float32(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if marks != {False}:
             mark = True if True in marks else None
             known = {tensor.untyped_storage()._cdata for tensor in given}
