@@ -29,7 +29,7 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _TRAINING = "SEED 1 LOG_PERIOD 1 SOLVER.BASE_LR 0.0005 SOLVER.STEPS () SOLVER.WARMUP_ITERS 1"
 _ON_GPU = "SOLVER.IMS_PER_BATCH 4 DATALOADER.NUM_WORKERS 4"
 _ON_CPU = "SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"
-# Keys for short iterations on a CPU, by the start of a config's name; the last are for detectors.
+# Keys for short iterations on a CPU, by the start of a config's name; the last: other detectors.
 _SMALL = {
     "cityscapes/pspnet": """
         INPUT.MIN_SIZE_TRAIN (96,160) INPUT.CROP.SIZE (64,96) INPUT.MIN_SIZE_TEST 96
@@ -37,6 +37,12 @@ _SMALL = {
         """,
     "imagenet/": """
         INPUT.CLASSIFIER.SIZE 64 INPUT.CLASSIFIER.RESIZE_TEST 64 INPUT.CLASSIFIER.CROP_TEST 64
+        """,
+    # In bfloat16 on a CPU, the gradient of a convolution at stride 2 on one pixel, as on the top
+    # level of a smaller image, is garbage.
+    "fcos": """
+        INPUT.MIN_SIZE_TRAIN (96,) INPUT.MAX_SIZE_TRAIN 128 INPUT.MIN_SIZE_TEST 64
+        INPUT.MAX_SIZE_TEST 96 MODEL.FPN.OUT_CHANNELS 64
         """,
     "": """
         INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64
