@@ -215,7 +215,7 @@ class TrackedRun:
         except Exception as error:  # of which MLflow raises some
             raise UserError(
                 f"TRACKERS {name} cannot start ({_in_one_line(error)}): see "
-                "docs/training.md for its environment variables, or leave it out"
+                "docs/training.md for its environment variables, or remove it"
             ) from error
         state["run"] = self._tracker.run
         save()

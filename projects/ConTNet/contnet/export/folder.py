@@ -67,9 +67,9 @@ def _check_settings(predictor: Predictor, settings: ExportSettings) -> None:
     """Checks for unsupported settings before anything is computed."""
     classifies = isinstance(predictor.model, ImageClassifier) and not settings.backbone
     if settings.int8 and not (classifies and settings.format == "onnx"):
-        raise UsageError("--int8 requires a whole classifier and --format onnx: leave it out")
+        raise UsageError("--int8 requires a whole classifier and --format onnx: remove it")
     if settings.int8 and settings.dtype != "float32":
-        raise UsageError("--int8 requires --dtype float32: leave --dtype out")
+        raise UsageError("--int8 requires --dtype float32: remove --dtype")
     for package in FORMATS[settings.format].packages:
         require(package, f"--format {settings.format}")
     colours = predictor.cfg.INPUT.FORMAT

@@ -14,7 +14,7 @@ from contnet.data.findings import Findings
 from contnet.data.validation.geometry import Geometry, describe_object, is_far
 from contnet.data.validation.left_out import CROWD, LeftOut
 from contnet.data.validation.masks import (
-    MEND,
+    FIX_HINT,
     DatasetUse,
     are_numbers,
     check_mask,
@@ -53,10 +53,10 @@ def _check_image_id(image: dict, where: str, findings: Findings) -> bool:
     if is_whole(key) or isinstance(key, str):
         return True
     if as_whole(key) is not None:
-        what = f"image ids that are not integers: {MEND}"
+        what = f"image ids that are not integers: {FIX_HINT}"
         findings.error(what, f"{describe_value(key)} ({where})")
         return True
-    findings.error(f"images without an id: {MEND}", where)
+    findings.error(f"images without an id: {FIX_HINT}", where)
     return False
 
 
@@ -64,7 +64,7 @@ def _check_image_name(image: dict, findings: Findings) -> None:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         other = next((key for key in NAME_KEYS if isinstance(image.get(key), str)), None)
-        hint = f", they have {other!r} instead: {MEND}" if other else ""
+        hint = f", they have {other!r} instead: {FIX_HINT}" if other else ""
         findings.error(f"images without a file_name{hint}", describe_value(image))
     elif is_stray(name):
         findings.error(
@@ -78,11 +78,11 @@ def _check_image_size(image: dict, where: str, findings: Findings) -> tuple[int,
     width, height = image.get("width"), image.get("height")
     if is_size(width, height):
         return width, height
-    what = f"images whose width and height are not integers above 0: {MEND}"
+    what = f"images whose width and height are not integers above 0: {FIX_HINT}"
     if is_size(as_whole(width) or 0, as_whole(height) or 0):
         what = (
             "images whose width and height are strings or have a decimal point, instead of "
-            f"integers above 0: {MEND}"
+            f"integers above 0: {FIX_HINT}"
         )
         where += f" ({describe_value(height if is_whole(width) else width)})"
     findings.error(what, where)
@@ -108,7 +108,7 @@ def _check_images(images: list[dict], findings: Findings) -> dict:
         sizes[key] = size
     if len({isinstance(key, str) for key in sizes}) > 1:
         findings.error(
-            f"some image ids are numbers, some are strings: Detectron2 cannot sort them, {MEND}"
+            f"some image ids are numbers, some are strings: Detectron2 cannot sort them, {FIX_HINT}"
         )
     return sizes
 
@@ -121,7 +121,7 @@ def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str 
     """
     if not isinstance(box, list) or len(box) != 4 or not are_numbers(box):
         texts = isinstance(box, list) and len(box) == 4 and is_text_of_numbers(box)
-        hint = f", but strings: {MEND}" if texts else ""
+        hint = f", but strings: {FIX_HINT}" if texts else ""
         findings.error(f"boxes that are not 4 finite numbers x, y, width, height{hint}", where)
         return None
     x, y, width, height = box
@@ -148,13 +148,13 @@ def _check_box(box: object, size: tuple, where: str, findings: Findings) -> str 
 def _check_marks(item: dict, use: DatasetUse, where: str, findings: Findings) -> None:
     """Checks area, iscrowd and ignore, which decide how an object counts."""
     if use.evaluated and (missing := [key for key in ("area", "iscrowd") if key not in item]):
-        what = f"annotations without {', '.join(missing)}, which evaluation requires: {MEND}"
+        what = f"annotations without {', '.join(missing)}, which evaluation requires: {FIX_HINT}"
         findings.error(what, where)
     if item.get("iscrowd", 0) not in (0, 1):
-        findings.error(f"annotations whose iscrowd is neither 0 nor 1: {MEND}", where)
+        findings.error(f"annotations whose iscrowd is neither 0 nor 1: {FIX_HINT}", where)
     area = item.get("area", 0)
     if use.evaluated and not (are_numbers([area]) and area >= 0):
-        findings.error(f"annotations whose area is not a number of at least 0: {MEND}", where)
+        findings.error(f"annotations whose area is not a number of at least 0: {FIX_HINT}", where)
     if item.get("ignore"):
         findings.error('annotations with "ignore", which Detectron2 refuses: use iscrowd', where)
 
@@ -174,7 +174,7 @@ def _check_ids(item: dict, findings: Findings) -> bool:
         return False
     for key in wrong:
         findings.error(
-            f"annotations whose {key} is not an integer: {MEND}",
+            f"annotations whose {key} is not an integer: {FIX_HINT}",
             f"{describe_value(item[key])} in {describe_object(item)}",
         )
     return True
@@ -210,7 +210,7 @@ class _Listed:
         one, other = ("strings", "numbers") if isinstance(value, str) else ("numbers", "strings")
         self._findings.error(
             f"annotations whose {self._key} are {one}, while the ids of {self._what} are {other}, "
-            f"which never match: {MEND}",
+            f"which never match: {FIX_HINT}",
             f"{describe_value(value)} in {describe_object(item)}",
         )
         return found
@@ -300,7 +300,7 @@ def _check_annotations(content: dict, sizes: dict, use: DatasetUse, findings: Fi
     if use.evaluated and 0 in seen:
         findings.warn(
             "the annotation id 0 counts as missed in COCO's evaluation, so AP is too low: "
-            f"number from 1, {MEND}"
+            f"number from 1, {FIX_HINT}"
         )
     if annotations and all(_is_relative(item.get("bbox")) for item in annotations):
         findings.error("all boxes lie between 0 and 1: they must be in pixels")

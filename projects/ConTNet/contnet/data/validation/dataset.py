@@ -35,7 +35,7 @@ from contnet.data.validation.images import (
     inspect_listed,
     look_at_images,
 )
-from contnet.data.validation.masks import MEND
+from contnet.data.validation.masks import FIX_HINT
 from contnet.utils.cpus import available_cpus
 from contnet.utils.errors import UserError
 from contnet.utils.files import describe_kind
@@ -121,7 +121,7 @@ def _check_files(cfg: CfgNode, name: str, images: Sequence[str], findings: Findi
         return
     matches = match_names(root, missing, images)
     for image, match in matches.items():
-        what = f"images that have other names in the folder ({match.difference}): {MEND}"
+        what = f"images that have other names in the folder ({match.difference}): {FIX_HINT}"
         findings.error(what, f"{image!a} is {match.path!a}")
     if lost := [image for image in missing if image not in matches]:
         advice = _advise(cfg, name, lost, len(set(images)))

@@ -12,7 +12,7 @@ from contnet.data.datasets.coco import is_whole
 from contnet.data.findings import Findings
 
 __all__ = [
-    "MEND",
+    "FIX_HINT",
     "DatasetUse",
     "are_numbers",
     "check_mask",
@@ -24,7 +24,7 @@ __all__ = [
 
 _NUMBERS = {int, float}
 _DIGITS = 7  # of a number of 32 bits in a compressed mask, at most
-MEND = "tools/doctor.py --fix fixes it in a copy"
+FIX_HINT = "tools/doctor.py --fix fixes it in a copy"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _check_polygons(polygons: list, where: str, findings: Findings) -> bool:
     for polygon in polygons:
         if not isinstance(polygon, list) or not are_numbers(polygon):
             texts = isinstance(polygon, list) and is_text_of_numbers(polygon)
-            hint = f", but strings: {MEND}" if texts else ""
+            hint = f", but strings: {FIX_HINT}" if texts else ""
             what = f"polygons that are not lists [x, y, x, y, ...] of finite numbers{hint}"
             findings.error(what, where)
             sound = False
@@ -191,7 +191,7 @@ def check_mask(item: dict, size: tuple, use: DatasetUse, where: str, findings: F
         if flatten_polygons(mask):
             findings.error(
                 "masks that are one list of numbers, or of points [x, y], instead of polygons "
-                f"[[x, y, x, y, ...], ...]: {MEND}",
+                f"[[x, y, x, y, ...], ...]: {FIX_HINT}",
                 where,
             )
             return False
