@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """What needs Detectron2, whose registries are then filled."""
+    """Imports the names that need Detectron2, and fills its registries."""
     if name == "add_contnet_config":
         import contnet.modeling.build  # noqa: F401
         from contnet.config import add_contnet_config
@@ -35,7 +35,7 @@ def __getattr__(name: str):
         from contnet.modeling.build import build_model
 
         return build_model
-    if name in ("get_config", "load_config"):  # shipped ones by their names, or any file
+    if name in ("get_config", "load_config"):  # by the name of a shipped config, or from a file
         from contnet.launch.preflight_config import load_checked_config
 
         return load_checked_config

@@ -12,14 +12,14 @@ __all__ = ["paired_interval"]
 def paired_interval(
     measure: Callable[[np.ndarray], float], images: int, resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """The difference and the lower and upper end of its 95 % interval.
+    """Returns the difference, and the lower and upper end of its 95 % interval.
 
     Args:
         measure: computes the difference of two runs from weights (images,); image i counts
             ``weights[i]`` times.
         images: number of images.
         resamples: number of bootstrap resamples.
-        seed: for the resampling; the same seed draws the same images.
+        seed: seed of the resampling; the same seed draws the same images.
     """
     rng = np.random.default_rng(seed)
     drawn = [

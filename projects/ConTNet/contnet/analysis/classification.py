@@ -41,7 +41,7 @@ class _File(TypedDict):
 
 @dataclass(frozen=True)
 class _Predictions:
-    """A run's predictions, and the first class of each image (-1: none)."""
+    """A run's predictions, and the first predicted class of each image (-1 if there is none)."""
 
     names: list[str]
     images: list[_Image]
@@ -67,7 +67,7 @@ def _read(file: Path) -> _Predictions:
 
 
 def _confusion(found: _Predictions) -> np.ndarray:
-    """Counts by true and first class; the last column counts images without a prediction."""
+    """Counts images by true and first predicted class; the last column is for no prediction."""
     size = len(found.names)
     columns = np.where(found.first < 0, size, found.first)
     counts = np.zeros((size, size + 1), dtype=np.int64)
@@ -150,12 +150,12 @@ def classification_sections(
     seed: int,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """Sections about the classes that runs have predicted on one data set.
+    """Returns sections about the classes that runs have predicted on one data set.
 
     Args:
         title: name of the data set.
         files: prediction files of the runs, by name of the run.
-        resamples, seed: of the bootstrap.
+        resamples, seed: number of resamples and seed of the bootstrap.
         gallery: number and size of the images.
     """
     found, notes = {}, []

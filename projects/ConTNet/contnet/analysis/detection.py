@@ -77,10 +77,10 @@ def _read_truth(source: CocoSource) -> _Truth:
 
 
 def _read_detections(file: Path, truth: _Truth) -> list[dict]:
-    """The rows of a results file.
+    """Returns the rows of a results file.
 
     Raises:
-        UserError: if it cannot be read, or has other images or classes.
+        UserError: if it cannot be read, or has images or classes that the annotations lack.
     """
     try:
         with open_regular(file) as stream:
@@ -188,7 +188,7 @@ def _same(ours: float, theirs: float) -> bool:
 
 
 def _disagreement(measured: _Precision, errors: DetectorErrors) -> str:
-    """The first AP where hotcoco and pycocotools differ; "" if there is none."""
+    """Describes the first AP for which hotcoco and pycocotools differ; "" if there is none."""
     for name, value in measured.metrics.items():
         if not _same(value, errors.metrics[name]):
             return f"{name} {errors.metrics[name]:.4f} instead of {value:.4f}"
@@ -267,7 +267,7 @@ def _image(
     shown: Sequence[dict],
     errors: DetectorErrors,
 ) -> ReportImage:
-    """An image with its boxes, without its pixels."""
+    """Returns an image with its boxes, but without its pixels."""
 
     def box(item: dict, wrong: bool) -> Box:
         x, y, width, height = item["bbox"]
@@ -330,7 +330,7 @@ def _gallery_section(
     )
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- all sections --------------------------------------------------------------------------------
 
 
 def _counted(
@@ -339,7 +339,7 @@ def _counted(
     measured: Mapping[str, _Precision],
     settings: ErrorSettings,
 ) -> tuple[dict[str, DetectorErrors], list[str]]:
-    """hotcoco's counts for the runs where its AP is pycocotools', and notes about the others."""
+    """Returns hotcoco's counts for runs whose AP equals pycocotools', and notes on the others."""
     if not has_hotcoco():
         return {}, [
             "Errors by kind, confusion, calibration, intervals and images need hotcoco: "
@@ -371,12 +371,12 @@ def detection_sections(
     errors: ErrorSettings,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """Sections about the boxes of runs on one data set.
+    """Returns sections about the boxes of runs on one data set.
 
     Args:
         title: name of the data set.
         source: its annotation file and images.
-        files: results in COCO's format, by run; the others are compared with the first one.
+        files: results in COCO's format, by run; later runs are compared with the first one.
         errors: how errors are counted.
         gallery: number and size of the images.
 

@@ -59,15 +59,15 @@ class DetectorErrors:
         counts: errors by TIDE's kinds, for all detections.
         gains: by kind, how much AP50 would rise in percent without these errors.
         shown_counts: errors by kind, for the detections with at least the minimum score.
-        image_counts: the same by image id.
+        image_counts: these errors by image id, then by kind.
         confusion: (K + 1, K + 1), rows are the truth, the last row and column the background.
         category_ids: categories of the first K rows and columns, in order.
         right: by image id, the indices of shown detections that match an object.
         found: ids of the objects that a shown detection matches.
         calibration: bins of all detections: mean score, share of correct detections, number.
         calibration_error: the expected calibration error, in 0..1.
-        differences: from the first run's metrics in percent: difference, lower and upper end of the
-            95 % interval by metric; {} for the first run.
+        differences: difference from the first run, and lower and upper end of its 95 % interval, in
+            percent by metric; {} for the first run.
     """
 
     metrics: dict[str, float]
@@ -135,7 +135,7 @@ def _differences(hotcoco: Any, first: Any, other: Any, settings: ErrorSettings) 
 def _summarise(
     hotcoco: Any, truth: Any, evaluation: Any, detections: list[dict], settings: ErrorSettings
 ) -> dict:
-    """The fields of :class:`DetectorErrors` for a run, except differences."""
+    """Returns the fields of :class:`DetectorErrors` for a run, except differences."""
     evaluation.accumulate()
     evaluation.summary_lines()
     tide, calibration = evaluation.tide_errors(), evaluation.calibration()
@@ -149,7 +149,7 @@ def _summarise(
         place = places[each["image_id"]] = places.get(each["image_id"], -1) + 1
         if status["dt_status"].get(number) == "tp":
             right.setdefault(each["image_id"], set()).add(place)
-    # hotcoco's own table of classes is by name, and names may repeat.
+    # hotcoco's own table of classes is keyed by name, but names may repeat.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     known = [precision[:, :, k][precision[:, :, k] > -1] for k in range(precision.shape[2])]
     ids = list(evaluation.params.catIds)

@@ -36,7 +36,7 @@ class GallerySettings:
 def choose_images(
     errors: Mapping[object, float], size: Mapping[object, float], number: int
 ) -> tuple[list, list]:
-    """The worst images and a third as many of the best images.
+    """Returns the worst images and a third as many of the best images.
 
     Args:
         errors: error of each image; 0 is best.
@@ -55,7 +55,7 @@ def _scaled(view: Sequence[Box] | np.ndarray, scale: float, side: int) -> object
 
 
 def with_pixels(image: ReportImage, pixels: np.ndarray, side: int) -> ReportImage:
-    """An image with its pixels and views, shrunk.
+    """Returns an image with its pixels and views, shrunk.
 
     Args:
         image: an image whose boxes are in pixels of the original image.
@@ -75,7 +75,7 @@ def build_gallery(
     note: str,
     settings: GallerySettings,
 ) -> Section:
-    """A gallery of images, which are read from disk.
+    """Returns a gallery of images, which are read from disk.
 
     Args:
         heading: heading of the section.

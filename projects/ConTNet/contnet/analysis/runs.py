@@ -1,6 +1,6 @@
 """Sections from the records of a run: curves, metrics, config differences.
 
-They need neither the data set nor images or weights, so training can refresh them.
+They need no data set, images or weights, so training can refresh them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PLAIN = {
     "time": ("Time per iteration", "seconds"),
     "memory": ("Peak memory", "MB"),
 }
-# Keys that other curves already show.
+# Keys without a curve.
 _LEFT_OUT = {"iteration", "images_seen", "eta_seconds"}
 
 
@@ -64,7 +64,7 @@ class RunRecord:
 
 
 def _group(key: str) -> tuple[str, str]:
-    """Title and y-axis of the plot that a key of metrics.json belongs to."""
+    """Returns the title and y-axis of the plot that a key of metrics.json belongs to."""
     if _LOSS.fullmatch(key):
         return _PLAIN["loss"]
     if key == "lr":
@@ -85,7 +85,7 @@ def _group(key: str) -> tuple[str, str]:
 
 
 def _place(title: str) -> tuple:
-    """Sort key of a plot: losses, metrics, metrics by class, the rest, costs."""
+    """Returns the sort key of a plot: losses, metrics, the rest, then learning rate and costs."""
     titles = [title for title, _ in _PLAIN.values()]
     if title == titles[0]:
         return 0, 0
@@ -105,7 +105,7 @@ def _rank(key: str) -> tuple:
 def _lines(
     rows: Mapping[str, Mapping[int, Mapping[str, float]]], keys: Sequence[str]
 ) -> list[Line]:
-    """A line for each key and run."""
+    """Returns a line for each key and run."""
     lines = []
     for key in keys:
         for run, each in rows.items():
@@ -135,7 +135,7 @@ def _plots(rows: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[Plot]:
 def _listed(
     rows: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> list[tuple[object, Mapping[str, float]]]:
-    """Rows of the table; of very many, evenly spaced rows and those of evaluations."""
+    """Returns the table's rows; if there are too many, evenly spaced ones and those with APs."""
     listed = []
     for run, each in rows.items():
         step = math.ceil(len(each) / (_MOST_ROWS / len(rows)))
@@ -147,7 +147,7 @@ def _listed(
 
 
 def curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """Curves of all keys of metrics.json; those of several runs share a plot."""
+    """Returns curves of all keys of metrics.json; those of several runs share a plot."""
     rows = {run.name: by_iteration(run.metrics) for run in runs}
     if not any(rows.values()):
         return [Notes("Curves", ["metrics.json is missing or empty: there are no curves."])]
@@ -164,7 +164,7 @@ def curve_sections(runs: Sequence[RunRecord]) -> list[Section]:
 
 
 def _main_value(record: Mapping, wanted: str) -> float:
-    """The metric that decides which record is best; -inf if the record has none."""
+    """Returns the metric that decides which record is best; -inf if the record has none."""
     names = [wanted, wanted.removeprefix(f"{record['dataset']}/")] if wanted else []
     for name in [*names, *MAIN_METRICS]:
         task, _, metric = name.partition("/")
@@ -176,7 +176,7 @@ def _main_value(record: Mapping, wanted: str) -> float:
 
 
 def _chosen(run: RunRecord, dataset: str) -> dict[str, Mapping]:
-    """The final and the best evaluation of a run on a data set; one entry if they are the same."""
+    """Returns a run's final and best evaluation on a data set; one entry if they are the same."""
     records = [each for each in run.results if each["dataset"] == dataset and each["metrics"]]
     if not records:
         return {}
@@ -187,13 +187,13 @@ def _chosen(run: RunRecord, dataset: str) -> dict[str, Mapping]:
 
 
 def _cells(record: Mapping, table: int) -> dict[str, float]:
-    """Cells by column of one of the tables of a record."""
+    """Returns the cells of one of a record's tables, by column."""
     tasks = split_metrics(record["metrics"])[table]
     return {f"{task} {name}": v for task, values in tasks.items() for name, v in values.items()}
 
 
 def _columns(cells: Iterable[Mapping[str, object]]) -> list[str]:
-    """The columns of all rows, grouped by task, the paper's first."""
+    """Returns the columns of all rows, grouped by task, with the paper's columns first."""
     names = dict.fromkeys(name for each in cells for name in each)
     tasks = list(dict.fromkeys(name.split(" ")[0] for name in names))
 
@@ -248,7 +248,7 @@ def _class_table(dataset: str, records: Mapping[str, Mapping]) -> list[Table]:
 
 
 def _tiles(run: RunRecord) -> list[Section]:
-    """The first main metrics of the last evaluation, and the last loss."""
+    """Returns the first main metrics of the last evaluation, and the last loss."""
     final = max(run.results, key=lambda each: each["iteration"] or 0, default=None)
     cells = _cells(final, 0) if final else {}
     numbers = {name: _shown(cells[name]) for name in _columns([cells])[:_TILES]}
@@ -259,7 +259,7 @@ def _tiles(run: RunRecord) -> list[Section]:
 
 
 def _warnings(records: Mapping[str, Mapping]) -> list[str]:
-    """Warnings about the metrics of evaluations on one data set, one line each."""
+    """Returns warnings about the metrics of evaluations on one data set, one line each."""
     lines = [line for each in records.values() for line in each.get("warnings", ())]
     for name, record in records.items():
         others = [line for line in record.get("deviations", ()) if line != SEE_WARNINGS]
@@ -271,7 +271,7 @@ def _warnings(records: Mapping[str, Mapping]) -> list[str]:
 
 
 def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """The final and the best evaluation of each run on each data set, and their warnings."""
+    """Returns each run's final and best evaluation on each data set, and their warnings."""
     sections = _tiles(runs[0]) if len(runs) == 1 else []
     for dataset in dict.fromkeys(each["dataset"] for run in runs for each in run.results):
         records = {}
@@ -293,7 +293,7 @@ def result_sections(runs: Sequence[RunRecord]) -> list[Section]:
 
 
 def _config_values(run: RunRecord, cfg: CfgNode | None = None) -> dict[str, object]:
-    """The values of a run's config by key; {} if it is missing or incomplete."""
+    """Returns the values of a run's config by key; {} if it is missing or cannot be read."""
     try:
         return read_values(run.config, cfg or default_config()) if run.config else {}
     except ValueError:
@@ -301,7 +301,7 @@ def _config_values(run: RunRecord, cfg: CfgNode | None = None) -> dict[str, obje
 
 
 def difference_sections(runs: Sequence[RunRecord]) -> list[Section]:
-    """The config keys whose values differ between runs."""
+    """Returns a table of the config keys whose values differ between runs."""
     cfg = default_config()
     values = {run.name: _config_values(run, cfg) for run in runs}
     sections: list[Section] = []

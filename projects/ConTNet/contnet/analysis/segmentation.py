@@ -20,7 +20,7 @@ from contnet.utils.errors import UserError
 
 __all__ = ["SegmentationData", "segmentation_sections"]
 
-_OPACITY = 0.6  # of the class colours over the image
+_OPACITY = 0.6  # opacity of the class colours over the image
 _NONE = "nothing"
 
 
@@ -37,14 +37,19 @@ class SegmentationData:
     truth: Path
 
     def image_of(self, truth: str) -> Path:
-        """The image of a label file."""
+        """Returns the image of a label file."""
         return self.images / truth.replace("_gtFine_labelIds.png", "_leftImg8bit.png")
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """A run's class names and label files, and pixel counts (N, C, C + 1) by true and predicted
-    class; the last column counts pixels without a prediction.
+    """A run's pixel counts.
+
+    Attributes:
+        names: class names.
+        files: label files.
+        pixels: counts (N, C, C + 1) by file, true class and predicted class; the last column counts
+            pixels without a prediction.
     """
 
     names: list[str]
@@ -65,7 +70,7 @@ def _read(file: Path) -> _Counts:
 
 
 def _iou(pixels: np.ndarray) -> np.ndarray:
-    """IoU (..., C) in percent from counts (..., C, C + 1); nan for classes that do not occur."""
+    """Returns the IoU (..., C) in percent of counts (..., C, C + 1); NaN for absent classes."""
     right = np.diagonal(pixels, axis1=-2, axis2=-1)
     union = pixels.sum(axis=-1) + pixels[..., :-1].sum(axis=-2) - right
     return 100 * np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
@@ -77,7 +82,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _difference(first: _Counts, other: _Counts, resamples: int, seed: int) -> tuple:
-    """The difference of the mean IoU and its interval."""
+    """Returns the difference of the mean IoU and its interval."""
 
     def measure(weights: np.ndarray) -> float:
         first_sum, other_sum = (
@@ -99,7 +104,7 @@ def _matrix(name: str, counts: _Counts) -> Matrix:
 
 
 def _painted(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Paints the colours of classes (H, W) over an image; 255 is no class."""
+    """Paints the colours of classes (H, W) over an image; 255 stands for no class."""
     known = classes < len(CITYSCAPES_COLOURS)
     colours = CITYSCAPES_COLOURS[np.where(known, classes, 0)]
     mixed = (1 - _OPACITY) * image + _OPACITY * colours
@@ -161,7 +166,7 @@ def segmentation_sections(
     seed: int,
     gallery: GallerySettings,
 ) -> list[Section]:
-    """Sections about the label maps that runs have predicted for one data set.
+    """Returns sections about the label maps that runs have predicted for one data set.
 
     Args:
         title: name of the data set.
@@ -169,7 +174,7 @@ def segmentation_sections(
         data: folders of images and ground truth.
         predictors: by run, a function from an RGB image (H, W, 3) to its classes (H, W); runs
             without one have no images.
-        resamples, seed: of the bootstrap.
+        resamples, seed: number of resamples and seed of the bootstrap.
         gallery: number and size of the images.
     """
     found: dict[str, _Counts] = {}

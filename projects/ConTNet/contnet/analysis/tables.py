@@ -18,13 +18,13 @@ _MOST_PAIRS = 200  # confused pairs that are listed for more classes
 def confusion_section(
     heading: str, rows: Sequence[str], columns: Sequence[str], counts: np.ndarray, note: str
 ) -> Section:
-    """A confusion matrix, or the most confused pairs if there are very many classes.
+    """Returns a confusion matrix, or the most confused pairs if there are very many classes.
 
     Args:
         heading: heading of the section.
         rows, columns: names of the true and the predicted classes.
         counts: (R, C).
-        note: what is counted.
+        note: text that explains what is counted.
     """
     if len(rows) <= _MOST_CLASSES:
         return Matrix(heading, "truth \\ predicted", rows, columns, counts, note)
@@ -43,7 +43,7 @@ def difference_table(
     resamples: int,
     seed: int,
 ) -> Table:
-    """A table of the differences of runs' metrics from the first run's.
+    """Returns a table of the differences between runs' metrics and those of the first run.
 
     Args:
         title: name of the data set.

@@ -1,5 +1,5 @@
 """Hooks around the training step. Their order in the trainer matters: evaluation, then metrics,
-then checkpoints, so everything before a checkpoint is on the disk.
+then checkpoints, so that a checkpoint's metrics are on the disk before it is saved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Of the training's time, that refreshes of its page may take.
+# Maximum share of the training's time for updates of the report page.
 _REPORT_SHARE = 0.02
 
 
@@ -68,24 +68,25 @@ def collecting_garbage() -> Iterator[None]:
 
 
 class CollectGarbage(HookBase):
-    """Collects garbage after the same iterations on all ranks, and at no other time.
+    """Collects garbage after the same iterations on all ranks, and never otherwise.
 
-    By default, each rank would collect at different times, and all others would wait for it. This
-    must be the first hook, so it restores Python's state even if another hook fails at the end.
+    By default, each rank would collect at different times, and the others would wait for it. This
+    must be the first hook, so that it restores Python's state even if another hook fails at the
+    end.
 
     Args:
         period: period in iterations.
     """
 
     def __init__(self, period: int = 100):
-        # Steps of all shipped systems were counted to leave nothing that only a collection frees,
-        # so it may be rare; not rarer, for other models may leave tensors, which a GPU would miss.
+        # Measured: steps of the shipped models leave no reference cycles, so collections may be
+        # rare. They should not be rarer, because other models may leave tensors in GPU memory.
         self.period = period
 
     def before_train(self) -> None:
         self.enabled = gc.isenabled()
         gc.collect()
-        gc.freeze()  # what lives as long as the training is not looked through each time
+        gc.freeze()  # collections skip the objects that live as long as the training
         gc.disable()
 
     def after_step(self) -> None:
@@ -122,7 +123,8 @@ class Evaluation(HookBase):
 
     Attributes:
         results: metrics of the last evaluation, on the main process.
-        best: metric, value and iteration of the best evaluation, and the number of later ones.
+        best: metric, value and iteration of the best evaluation, and the number of evaluations
+            after it.
     """
 
     def __init__(
@@ -155,17 +157,17 @@ class Evaluation(HookBase):
             self._compare(scalars)
         self.best = comm.all_gather(self.best)[0]
         if self.is_hopeless:
-            # All that is due at the end is due now.
+            # The actions of the last iteration are due now.
             self.trainer.max_iter = self.trainer.iter + 1
 
     def _compare(self, scalars: Mapping[str, float]) -> None:
         metric = self.choose(scalars)
         if not metric:
             return
-        if metric != self.best.get("metric"):  # another one was asked for before a resume
+        if metric != self.best.get("metric"):  # the metric has changed since a resume
             self.best = {}
         value = scalars[metric]
-        if value > self.best.get("value", -math.inf):  # not-a-number is above nothing
+        if value > self.best.get("value", -math.inf):  # never true for NaN
             self.best = {"metric": metric, "value": value, "iteration": self.trainer.iter}
         else:
             self.best = {"metric": metric, **self.best, "waited": self.best.get("waited", 0) + 1}
@@ -195,15 +197,15 @@ class ValidationLoss(HookBase):
 
 
 class CheckpointBeforeEvaluation(HookBase):
-    """Saves before each evaluation, so no training is lost if it fails.
+    """Saves a checkpoint before each evaluation, so that a failed evaluation loses no training.
 
-    A resume from such a checkpoint starts with the evaluation. If no regular checkpoint is due, the
-    file is deleted when the next one exists.
+    A resume from such a checkpoint starts with the evaluation. The file is deleted once a later
+    checkpoint exists, unless it is a periodic one.
 
     Args:
-        checkpointer: saves on the main process only.
+        checkpointer: the checkpointer, which saves only on the main process.
         period: period of checkpoints, in iterations.
-        evaluation_period: period of :class:`Evaluation`, in iterations, which must come next.
+        evaluation_period: period of :class:`Evaluation`, the next hook, in iterations.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int, evaluation_period: int):
@@ -215,7 +217,7 @@ class CheckpointBeforeEvaluation(HookBase):
         trainer, iteration = self.trainer, self.trainer.iter
         if not is_due(iteration, self.evaluation_period, trainer.max_iter):
             return
-        # As metrics.json has them: of what each pass of an iteration puts, their median.
+        # The values in metrics.json; the median if several passes of an iteration put a scalar.
         latest = trainer.storage.latest_with_smoothing_hint(window_size=1)
         hints = trainer.storage.smoothing_hints()
         scalars = {key: float(value) for key, (value, i) in latest.items() if i == iteration}
@@ -316,11 +318,11 @@ class RefreshReport(HookBase):
 class PeriodicCheckpoint(HookBase):
     """Saves ``model_<iteration>`` every period and ``model_final`` after the last iteration.
 
-    Errors of files that are written in the background are raised after the next iteration; the
-    training waits for these files at its end.
+    Errors of background writes are raised after the next iteration; the training waits for all
+    writes at its end.
 
     Args:
-        checkpointer: saves on the main process only.
+        checkpointer: the checkpointer, which saves only on the main process.
         period: period in iterations.
     """
 
@@ -343,15 +345,15 @@ class PeriodicCheckpoint(HookBase):
         except UserError as error:
             if self.trainer.iter == self.trainer.max_iter:
                 raise
-            logger.error(str(error))  # what has ended the training is worse
+            logger.error(str(error))  # the training has ended with another error
 
 
 class BestCheckpoint(HookBase):
     """Saves ``model_best`` after each evaluation that is better than all before it.
 
     Args:
-        checkpointer: saves on the main process only.
-        evaluation: an earlier hook, which knows the best evaluation.
+        checkpointer: the checkpointer, which saves only on the main process.
+        evaluation: the earlier hook that stores the best evaluation.
     """
 
     def __init__(self, checkpointer: Checkpointer, evaluation: Evaluation):
@@ -366,14 +368,14 @@ class BestCheckpoint(HookBase):
 
 
 class EndsEarly(BaseException):
-    """Leaves the training loop, of all ranks, before its last iteration."""
+    """Raised on all ranks to leave the training loop before its last iteration."""
 
 
 class EarlyStopping(HookBase):
-    """Ends a training whose evaluations no longer improve.
+    """Ends a training when its evaluations stop improving.
 
     Args:
-        evaluation: an earlier hook, which knows the best evaluation.
+        evaluation: the earlier hook that stores the best evaluation.
     """
 
     def __init__(self, evaluation: Evaluation):
@@ -392,7 +394,7 @@ class EarlyStopping(HookBase):
 
 
 class LauncherHook(HookBase):
-    """A launcher's hook in a training, the last of its hooks; this base class does nothing.
+    """The hook of a launcher, which runs after all other hooks; this base class does nothing.
 
     Attributes:
         guard: called before anything is written to the run's folder.
@@ -401,8 +403,8 @@ class LauncherHook(HookBase):
     guard: WriteGuard = NO_GUARD
 
     def watch(self, model: nn.Module) -> None:
-        """Called for each model before it runs, also in evaluation only."""
+        """Called for each model before it runs, also with --eval-only."""
 
     def evaluating(self) -> contextlib.AbstractContextManager:
-        """Context that each process enters for each evaluation in training."""
+        """Returns a context that each process enters for each evaluation during training."""
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Saves a training before a signal ends it, in all processes after the same iteration."""
+"""Saves a checkpoint before a signal ends a training, on all ranks after the same iteration."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ __all__ = ["Interruption", "SaveOnSignal", "SavingHook"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds from a signal to the checkpoint, and to the end where there is nothing to save.
+# Timeouts in seconds: from a signal to the checkpoint, and for the exit once nothing is left to
+# save.
 _PATIENCE = 120.0
 _LINGER = 10.0
-# Seconds within which a second signal is the first one, sent to the process and to its group.
+# Seconds within which a second signal counts as the first one, which may reach a process twice:
+# directly and through its group.
 _DOUBLE = 1.0
 
 
 class _Vote:
-    """Exchanges which signal any rank has received: sent after an iteration, read after the next.
+    """Shares a signal among all ranks: sent after an iteration, read after the next one.
 
-    So no rank waits, and all ranks get the same answer. With a single process, the answer is
-    immediate.
+    Therefore no rank waits, and all ranks get the same answer. With a single process, the answer
+    is immediate.
     """
 
     def __init__(self):
@@ -64,9 +66,9 @@ class _Vote:
 
 
 class SavingHook(LauncherHook):
-    """Saves and leaves the training loop on all ranks when one of them received a signal.
+    """Saves and leaves the training loop on all ranks when one of them receives a signal.
 
-    At least one iteration is run before that.
+    At least one iteration runs first.
     """
 
     def __init__(self):
@@ -74,7 +76,7 @@ class SavingHook(LauncherHook):
         self._saved = -1
 
     def signalled(self) -> int:
-        """The signal that this process has received, 0 for none."""
+        """Returns the number of the signal that this process has received; 0 for none."""
         raise NotImplementedError
 
     def leave(self, number: int) -> NoReturn:
@@ -108,10 +110,10 @@ class SavingHook(LauncherHook):
 class Interruption(Listener):
     """Context that handles the signals that end a process.
 
-    After the first signal, a training saves. If there is nothing to save, the signal is raised in
-    the main thread, which then has some seconds. The second signal ends the process at once; so
-    does the end of the process that spawned this one. That process counts the signals for its
-    ranks, since those from a terminal reach them twice.
+    After the first signal, a training saves a checkpoint. If there is nothing to save, the signal
+    is raised in the main thread, which then has some seconds to exit. A second signal ends the
+    process at once, and so does the end of the process that spawned this one. A spawned rank does
+    not count signals, because it receives those from a terminal twice.
 
     Attributes:
         number: number of the first signal, 0 before that.
@@ -127,7 +129,7 @@ class Interruption(Listener):
 
     @property
     def is_spawned(self) -> bool:
-        """Whether another process has spawned this one, and notices its end."""
+        """Whether another process has spawned this one, and monitors it."""
         return self._parent is not None
 
     def __enter__(self) -> Interruption:
@@ -140,7 +142,7 @@ class Interruption(Listener):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.number:  # the thread stays, should the process not get to its end
+        if self.number:  # the thread ends the process if it does not exit
             self.end_soon()
             return
         self.stop()
@@ -151,18 +153,18 @@ class Interruption(Listener):
             self.interrupt()
 
     def interrupt(self) -> NoReturn:
-        """Raises the first signal, if there is nothing to save."""
+        """Raises :class:`Interrupted` for the first signal; called if there is nothing to save."""
         told = self.is_spawned or comm.get_rank() > 0
         name = signal.Signals(self.number).name
         raise Interrupted(self.number, "" if told else f"ended by {name}")
 
     def take_time(self) -> None:
-        """Allows more time, while a checkpoint is written."""
-        self._first = min(self._first, time.monotonic())  # also if the thread has not heard yet
+        """Removes the timeout while a checkpoint is written."""
+        self._first = min(self._first, time.monotonic())  # the thread may not have read it
         self._deadline = math.inf
 
     def end_soon(self) -> None:
-        """Called once all is saved: ignores further signals, and gives the process time to end."""
+        """Ignores further signals and starts the timeout for the exit; called once all is saved."""
         for number in self.numbers:
             signal.signal(number, signal.SIG_IGN)
         self.saving = False
@@ -192,7 +194,7 @@ class Interruption(Listener):
 
 
 class SaveOnSignal(SavingHook):
-    """Saves and exits with the status of the signal; in an evaluation it exits at once.
+    """Saves and exits with the signal's status; exits at once during an evaluation.
 
     Args:
         listener: the :class:`Interruption` of this process.
@@ -216,7 +218,7 @@ class SaveOnSignal(SavingHook):
         super().save()
 
     def leave(self, number: int) -> NoReturn:
-        comm.synchronize()  # the first process that ends has the others ended
+        comm.synchronize()  # when one process exits, the others are ended
         self.listener.number = number
         self.listener.end_soon()
         iteration, folder = self.trainer.iter, self.trainer.cfg.OUTPUT_DIR
@@ -228,7 +230,7 @@ class SaveOnSignal(SavingHook):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        # The checkpoint from before the evaluation is there.
+        # The checkpoint is saved before an evaluation, but not before validation losses.
         self.listener.saving = False
         if self.listener.number:
             self.listener.interrupt()

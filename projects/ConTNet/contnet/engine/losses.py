@@ -17,7 +17,7 @@ def read_from_all(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
     """Reads numbers of all processes, with one exchange and one device synchronisation.
 
     Args:
-        rows: rows of tensors with one element, on one device; the same number in all processes.
+        rows: rows of scalar tensors on one device; the shape is the same in all processes.
 
     Returns:
         Array (processes, rows, columns) of float64, the same in all processes.

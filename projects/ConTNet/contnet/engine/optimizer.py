@@ -42,7 +42,7 @@ def _undecayed_names(model: nn.Module) -> set[str]:
 
 
 def _vector_names(model: nn.Module) -> set[str]:
-    """Parameters that timm treats like those of norms: layer scales, and its own norms."""
+    """Names of the 1D parameters except biases, e.g. layer scales, which timm treats like norms."""
     return {
         name
         for name, parameter in model.named_parameters()
@@ -75,7 +75,7 @@ def _lr_factors(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
-    """One parameter group for each pair of learning rate and weight decay."""
+    """Builds a parameter group for each pair of learning rate and weight decay."""
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
         model,
@@ -87,7 +87,7 @@ def _make_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
     undecayed = _undecayed_names(model)
-    # WEIGHT_DECAY_NORM None is WEIGHT_DECAY.
+    # If WEIGHT_DECAY_NORM is None, norms have WEIGHT_DECAY.
     like_norms = isinstance(model, ImageClassifier) and solver.WEIGHT_DECAY_NORM is not None
     vectors = _vector_names(model) if like_norms else ()
     factors = _lr_factors(cfg, model)
@@ -133,7 +133,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     ``LAYER_DECAY`` in the bottom-up network.
 
     Raises:
-        UserError: for layer decay with a network without layer groups.
+        UserError: if the optimiser is unknown, all parameters are frozen, or layer decay is set for
+            a network without layer groups.
     """
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
@@ -171,7 +172,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
 
 
-# --- a resume ------------------------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------
 
 
 def _states_by_name(state: Mapping, names: Sequence[Sequence[str]]) -> dict[str, dict]:
@@ -207,7 +208,7 @@ def matching_state(
     own = optimizer.state_dict()["param_groups"]
     matching, new = {}, []
     for group, numbers in zip(optimizer.param_groups, own, strict=True):
-        if group.get("momentum") == 0:  # nothing is remembered; what once was is out of date
+        if group.get("momentum") == 0:  # without momentum, there is no state to restore
             continue
         triples = zip(numbers["params"], group["param_names"], group["params"], strict=True)
         for number, name, parameter in triples:

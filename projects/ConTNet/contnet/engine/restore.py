@@ -1,4 +1,4 @@
-"""Restores the parts of a training's state from a checkpoint, or starts them anew with a warning.
+"""Restores the parts of a training's state from a checkpoint, or initialises them with a warning.
 
 A checkpoint may lack a part if it was disabled in its run, or if it is from an earlier version or
 another trainer.
@@ -32,7 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# What checkpoints hold beside what is asked for elsewhere; the last two are Detectron2's.
+# Known keys of checkpoints and trainer states; __author__ and matching_heuristics are Detectron2's.
 _CONTENT = {
     "contnet",
     "trainer",
@@ -54,12 +54,12 @@ _TRAINER = {
     "loss_normalizers",
     "scaled_settings",
     "weights_warnings",
-    "classes",  # of the first version
+    "classes",  # from the first version
 }
 
 
 def restore_ema(ema: ModelEmaV3 | None, model: nn.Module, content: Mapping, file: str) -> None:
-    """Restores the EMA; if the checkpoint has none, it starts from the checkpoint's weights."""
+    """Restores the EMA, or starts it from the checkpoint's weights if the checkpoint has none."""
     if ema is None:
         if "ema" in content:
             logger.warning(f"{file} has an EMA, which is discarded: SOLVER.EMA.ENABLED is False")
@@ -101,7 +101,7 @@ def loss_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def restore_loss_normalizers(model: nn.Module, state: Mapping, file: str) -> None:
-    """Restores what :func:`loss_normalizers` has returned; models have none before they train."""
+    """Restores the result of :func:`loss_normalizers`; untrained models lack these attributes."""
     modules = dict(model.named_modules())
     saved = state.get("loss_normalizers", {})
     for name in saved.keys() & modules.keys():
@@ -125,7 +125,7 @@ def _old_names(
     cfg.defrost()
     known = dict(flatten(cfg, cfg))
     for key, value in (before.config or {}).items():
-        if key.startswith("SOLVER.") and key in known:  # the log names the others
+        if key.startswith("SOLVER.") and key in known:  # unknown keys are logged elsewhere
             cfg.merge_from_list([key, value])
     names = parameter_names(cfg, model)
     sizes = [[len(each) for each in known] for known in (names, [g["params"] for g in groups])]

@@ -1,8 +1,8 @@
 """Resumes with settings that differ from the checkpoint's.
 
 Keys of the network, its losses, the kind of optimiser and the training sets cannot change. All
-others take effect from the next iteration. With another batch size, periods and lengths in
-iterations, and the learning rate, are scaled, unless they were changed, too.
+others take effect from the next iteration. If the batch size changes, the learning rate and all
+periods and lengths in iterations are scaled, unless they were changed, too.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ _END = "SOLVER.MAX_ITER"
 _PROCESSES = "SOLVER.REFERENCE_WORLD_SIZE"
 _REGISTER = "DATASETS.REGISTER"
 _STAYS = ("DATASETS.TRAIN", "INPUT.FORMAT", "SOLVER.OPTIMIZER")
-# Of MODEL, what neither the network's function nor the losses depend on: where it starts and runs,
-# what it keeps in memory, which layers are trained, and what matters only in a test.
+# MODEL keys that affect neither the network's function nor its losses: initial weights, device,
+# memory use, frozen layers, and settings that matter only in an evaluation.
 _FREE = re.compile(
     r"MODEL\.(?:WEIGHTS|DEVICE|ALLOW_MISSING_WEIGHTS|CONTNET\.(?:GRAD_CHECKPOINTING|SDPA)"
     r"|CLASSIFIER\.CHANNELS_LAST|.*\.FREEZE_AT|.*_TEST|PANOPTIC_FPN\.COMBINE\..*)"
 )
-# Norms over all processes, which compute the same.
+# Norms over all processes, which are equivalent.
 _SYNC_NORMS = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-# What no line is needed for: a folder that was moved, and keys that have a line of their own.
+# Keys that are not logged with the other differences: the folder may be moved, and SEED and
+# DATASETS.REGISTER have their own lines.
 _SILENT = ("OUTPUT_DIR", "SEED", _REGISTER)
 
 
@@ -55,11 +56,11 @@ def _mapping(value: object) -> Mapping:
 
 
 def trainer_state(content: Mapping) -> dict:
-    """Returns the state of the trainer in a checkpoint, by this project's names.
+    """Returns the state of the trainer in a checkpoint, with this project's keys.
 
     Args:
         content: content of a checkpoint. Detectron2's trainers save the states of the optimiser and
-            the scaler one level below, their first version saved them next to the model.
+            the scaler one level deeper; their first version saved them next to the model.
     """
     trainer = _mapping(content.get("trainer"))
     old = {key: content[key] for key in ("iteration", "optimizer") if key in content}
@@ -74,8 +75,8 @@ class Before:
     Attributes:
         file: file of the checkpoint.
         config: values by key; None if they are unknown.
-        scaled: original values, and the batch size they were set for, of keys that a resume with
-            another batch size has scaled.
+        scaled: original value of each key that a resume with another batch size has scaled, and the
+            batch size that the value was set for.
         seed: seed of the order of the images; None if it is unknown.
         optimizer: SGD or AdamW; "" if it is unknown.
     """
@@ -120,7 +121,7 @@ def _kind_of_optimizer(state: Mapping) -> str:
     return "AdamW" if "betas" in groups[0] else "SGD" if "momentum" in groups[0] else ""
 
 
-# --- another batch -------------------------------------------------------------------------------
+# --- another batch size --------------------------------------------------------------------------
 
 
 def _iterations(value: int, ratio: float) -> int:
@@ -128,8 +129,8 @@ def _iterations(value: int, ratio: float) -> int:
     return max(round(value / ratio), 1) if value else value
 
 
-# How a value follows a batch that is ``ratio`` times as large. Ends are rounded so that no image of
-# the training is lost, and steps so that they stay before the end.
+# How values are scaled for a batch size that is ``ratio`` times as large. MAX_ITER is rounded up so
+# that no image of the training is lost, and STEPS down so that they stay before the end.
 _RULES = {
     "SOLVER.BASE_LR": lambda value, ratio: value * ratio,
     "SOLVER.BASE_LR_END": lambda value, ratio: value * ratio,
@@ -150,18 +151,18 @@ def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[s
     """Scales settings for another batch size, in place.
 
     Returns:
-        Original values and batch sizes of scaled keys; and how each key has changed.
+        Original values and batch sizes of scaled keys, and a description of each change.
     """
     old, new = before.config[BATCH], cfg.SOLVER.IMS_PER_BATCH
     scaled, changes = {}, []
     processes = (before.config[_PROCESSES], cfg.SOLVER.REFERENCE_WORLD_SIZE)
     if all(processes) and processes[0] != processes[1]:
-        return scaled, changes  # the whole recipe is scaled already
+        return scaled, changes  # already scaled to REFERENCE_WORLD_SIZE
     for key, rule in _RULES.items():
         value = _plain(get_value(cfg, key))
         known = [before.scaled.get(key), (before.config[key], old)]
         batch = next((batch for given, batch in filter(None, known) if given == value), new)
-        if batch == new or not value:  # set anew, or for this batch; or nothing to scale
+        if batch == new or not value:  # changed, set for this batch size, or off
             continue
         scaled[key] = [value, batch]
         follows = rule(value, new / batch)
@@ -172,18 +173,18 @@ def _follow_batch(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[s
 
 
 def resumed_iteration(images: int, iterations: int, before: Before, cfg: CfgNode) -> int:
-    """The iteration to resume with, after a change of the batch size.
+    """Returns the iteration to resume at after a change of the batch size.
 
     Args:
         images: number of images seen.
         iterations: number of completed iterations.
-        before: the checkpoint's settings, which are known.
+        before: the checkpoint's settings; ``config`` is not None.
         cfg: the current config.
     """
     end = cfg.SOLVER.MAX_ITER
     full = before.config[_END] * before.batch / cfg.SOLVER.IMS_PER_BATCH
     if iterations >= before.config[_END] and end == math.ceil(full):
-        return end  # it has finished, whatever rounding leaves
+        return end  # the training has finished, despite rounding
     return images // cfg.SOLVER.IMS_PER_BATCH
 
 
@@ -201,7 +202,7 @@ def _is_refused(key: str, values: tuple) -> bool:
 
 
 def _moved(before: list, now: list) -> dict[str, list]:
-    """Files before and now of the data sets whose files have changed, by name."""
+    """Returns old and new files, by name, of the data sets whose files have changed."""
     places = [{name: paths for name, *paths in entries} for entries in (before, now)]
     names = dict.fromkeys([*places[0], *places[1]])
     pairs = {name: [place.get(name, "none") for place in places] for name in names}
@@ -223,7 +224,7 @@ class Resumed:
 
     Attributes:
         cfg: the config, frozen.
-        scaled: as in :class:`Before`, to be saved.
+        scaled: as in :class:`Before`, for checkpoints.
         lines: differences from the checkpoint's settings, for the log.
         moved: whether files of training sets have another path.
     """
@@ -235,7 +236,7 @@ class Resumed:
 
 
 def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
-    """Sets the checkpoint's seed; returns a line about another seed in the config."""
+    """Sets the checkpoint's seed; returns a log line if the config has another seed."""
     seed, asked = before.seed, cfg.SEED
     if seed is None or seed < 0:
         return []
@@ -249,7 +250,7 @@ def _keep_seed(before: Before, cfg: CfgNode) -> list[str]:
 
 
 def _follow(before: Before, cfg: CfgNode) -> tuple[dict[str, list], list[str]]:
-    """Scales to the batch size, in place; returns scaled keys, and a line for each difference."""
+    """Scales to the batch size, in place; returns scaled keys and a log line per difference."""
     changed = differences(before.config, cfg)
     if found := [show(key, *pair) for key, pair in changed.items() if _is_refused(key, pair)]:
         raise refusal(before.file, found)
@@ -303,7 +304,7 @@ def resume_config(before: Before, cfg: CfgNode) -> Resumed:
 
 
 def differing_keys(before: Before, cfg: CfgNode) -> list[str]:
-    """Keys whose values differ from those that a run was started with.
+    """Returns the keys whose values differ from those that a run was started with.
 
     Args:
         before: the checkpoint's settings.

@@ -41,7 +41,7 @@ class ResumeFile:
 
     Attributes:
         path: its path; "" if there is none.
-        warnings: why it is not the expected one, a line each.
+        warnings: reasons why it is not the expected one, one line each.
         last: value of :func:`last_name` when it was chosen.
     """
 
@@ -51,17 +51,17 @@ class ResumeFile:
 
 
 def _images(content: Mapping) -> int:
-    """Images that a checkpoint has seen, which is comparable for all batch sizes."""
+    """Number of images that a checkpoint has seen, which is comparable for all batch sizes."""
     state = trainer_state(content)
     stream = state.get("stream")
-    # The first versions did not count images: theirs are before all others.
+    # The first versions did not count images; the iteration sorts them before later checkpoints.
     seen = stream.get("images_seen") if isinstance(stream, Mapping) else None
     found = state.get("iteration") if seen is None else seen
     return found if isinstance(found, int) else -1
 
 
 def _images_of(path: Path) -> int | None:
-    """Images that a file's checkpoint has seen; None if it cannot be read."""
+    """Number of images that a file's checkpoint has seen; None if it cannot be read."""
     try:
         return _images(read_checkpoint(str(path)))
     except UserError:
@@ -116,8 +116,8 @@ def last_name(output_dir: str | Path) -> str:
 def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = True) -> ResumeFile:
     """Chooses the checkpoint to resume from.
 
-    It is the one in ``last_checkpoint`` or, if that is damaged or missing, the newest undamaged one
-    before it. Nothing is written.
+    It is the one named in ``last_checkpoint`` or, if that is damaged or missing, the newest
+    undamaged one before it. Nothing is written.
 
     Args:
         output_dir: the run's folder.
@@ -126,7 +126,7 @@ def choose_checkpoint(output_dir: str | Path, file: str = "", tensors: bool = Tr
 
     Raises:
         UserError: if ``file``, or every checkpoint in the folder, is damaged; if the folder has
-            checkpoints but no ``last_checkpoint``.
+            checkpoints but no ``last_checkpoint``, unless its first save was interrupted.
     """
     folder = Path(output_dir)
     named = last_name(folder)
@@ -165,7 +165,7 @@ def _without_last(folder: Path, tensors: bool) -> ResumeFile:
 
 
 def _adopt(folder: Path, file: Path, number: int, guard: WriteGuard) -> Path:
-    """Copies a checkpoint into a run's folder, unless it is there under a name to resume from."""
+    """Copies a checkpoint into a run's folder, unless it is there and is not ``model_best``."""
     if file.parent.resolve() == folder.resolve() and file.stem != BEST:
         return folder / file.name
     path = folder / f"{numbered_name(number)}.pth"
@@ -192,7 +192,7 @@ def make_last(output_dir: str | Path, file: str, guard: WriteGuard = NO_GUARD) -
     """
     folder, content = Path(output_dir), read_checkpoint(file)
     path = _adopt(folder, Path(file), trainer_state(content)["iteration"], guard)
-    # First, so that whatever cuts this off, a resume goes on from here.
+    # First, so that a resume uses this checkpoint even if this function is interrupted.
     with atomic_write(folder / LAST_CHECKPOINT, "w", guard) as pointer:
         pointer.write(path.name)
     images = {each: _images_of(each) for each in checkpoint_files(folder)}

@@ -20,7 +20,7 @@ from contnet.utils.records import recover_record
 
 __all__ = ["COMMIT_VARIABLE", "RUN_FILE", "git_commit", "record_run"]
 
-# Of the environment: the commit that a snapshot of the code, which is outside git, was taken of.
+# Environment variable with the commit of a snapshot of the code outside git.
 COMMIT_VARIABLE = "CONTNET_GIT_COMMIT"
 RUN_FILE = "run.json"
 
@@ -43,7 +43,7 @@ def git_commit() -> str:
 
 
 def _command() -> list[str]:
-    """The command line, which starts with the console script or with a script and its Python."""
+    """Returns the command line, beginning with the console script or with Python and a script."""
     script, *arguments = map(redact, sys.argv)
     console = script.startswith("contnet ")
     return [*(script.split() if console else [sys.executable, script]), *arguments]

@@ -98,7 +98,7 @@ class Tracker(ABC):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases."""
+    """A run of Weights & Biases."""
 
     package = "wandb"
 
@@ -131,11 +131,11 @@ class WandbTracker(Tracker):
 
 
 class MlflowTracker(Tracker):
-    """MLflow."""
+    """A run of MLflow."""
 
     package = "mlflow"
     _MOST = 100  # maximum number of settings per request
-    _LONGEST = 500  # characters of a setting that every server accepts
+    _LONGEST = 500  # maximum number of characters of a setting on all servers
 
     def __init__(self, run: str, name: str, folder: str, settings: Mapping[str, str]):
         from mlflow import MlflowClient
@@ -212,7 +212,7 @@ class TrackedRun:
             self._tracker = TRACKERS[name](
                 state.get("run", ""), Path(folder).resolve().name, folder, settings
             )
-        except Exception as error:  # of which MLflow raises some
+        except Exception as error:  # MLflow raises several types
             raise UserError(
                 f"TRACKERS {name} cannot start ({_in_one_line(error)}): see "
                 "docs/training.md for its environment variables, or remove it"
@@ -238,7 +238,7 @@ class TrackedRun:
         self._save()
         try:
             send(iteration, values)
-        except Exception as error:  # of which MLflow raises some
+        except Exception as error:  # MLflow raises several types
             self._state[what] = last
             self._save()
             self._failed = True
@@ -251,12 +251,12 @@ class TrackedRun:
         """Ends the tracker's run as finished or interrupted."""
         try:
             self._tracker.close(finished)
-        except Exception as error:  # of which MLflow raises some
+        except Exception as error:  # MLflow raises several types
             logger.warning(f"TRACKERS {self._name} could not be closed ({_in_one_line(error)})")
 
 
 class TrackerWriter(EventWriter):
-    """Sends the metrics of metrics.json, first those that it already has.
+    """Sends the metrics of metrics.json, beginning with those already in the file.
 
     Args:
         runs: runs to send to.
@@ -278,7 +278,7 @@ class TrackerWriter(EventWriter):
         self._send((iteration, key, float(value)) for key, (value, iteration) in latest.items())
 
     def _send(self, values: Iterable[tuple[int, str, float]]) -> None:
-        """Sends the (iteration, key, value) that are later than the last iteration sent."""
+        """Sends the (iteration, key, value) tuples that are later than the last iteration sent."""
         rows: dict[int, dict[str, float]] = {}
         for iteration, key, value in values:
             if iteration > self._last:

@@ -84,7 +84,7 @@ def wrap_ddp(model: nn.Module, device: str) -> nn.Module:
         model: model on the device of this process.
         device: MODEL.DEVICE.
     """
-    # Without device_ids a module on the CPU can be distributed too.
+    # On the CPU, device_ids must be None.
     devices = None if device == "cpu" else [torch.cuda.current_device()]
     model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
     if device == "cpu":
@@ -102,8 +102,8 @@ class Trainer(SimpleTrainer):
         cfg: the config.
         seed: seed of the order of images and of all random state, the same on all ranks.
         launcher: hook of the launcher of this process.
-        scaled: as in :class:`contnet.engine.resume.Before`, for checkpoints.
-        warnings: warnings that concern the run's results, a line each, for results.json.
+        scaled: see :class:`contnet.engine.resume.Before`; saved in checkpoints.
+        warnings: warnings that concern the run's results, one line each, for results.json.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class Trainer(SimpleTrainer):
         self.start_iter = 0
         self.done = Progress(-1)  # before the first iteration of this attempt
         self.ema = None
-        self.weights_warnings = []  # of the file that the run started from
-        self.pending_evaluation = None  # scalars with their smoothing hints, to evaluate first
+        self.weights_warnings = []  # about the initial weights
+        self.pending_evaluation = None  # scalars and hints, if a resume starts by evaluating
         extras = {}
         if cfg.SOLVER.EMA.ENABLED:
             self.ema = ModelEmaV3(self.unwrapped_model, decay=cfg.SOLVER.EMA.DECAY)
@@ -181,7 +181,7 @@ class Trainer(SimpleTrainer):
         Test-time augmentation is slow, so it only runs after the last iteration.
         """
         tta = self.cfg.TEST.AUG.ENABLED and self.iter + 1 == self.max_iter
-        storage = getattr(self, "storage", None)  # which a training has
+        storage = getattr(self, "storage", None)  # only in training
         loss, _ = storage.latest().get("total_loss", (None, 0)) if storage else (None, 0)
         with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.evaluate(
@@ -193,7 +193,7 @@ class Trainer(SimpleTrainer):
             )
 
     def validation_losses(self) -> dict[str, float]:
-        """Losses on the test sets, with the same weights as :meth:`evaluate`."""
+        """Computes the losses on the test sets, with the same weights as :meth:`evaluate`."""
         with collecting_garbage(), self.launcher.evaluating():
             return self.evaluator.losses(self._evaluated_model())
 
@@ -223,7 +223,7 @@ class Trainer(SimpleTrainer):
         self.evaluator.warnings = [*self.evaluator.warnings, *lines]
 
     def _resume(self, file: str) -> None:
-        """Resumes from a checkpoint with the current settings; logs what it lacks."""
+        """Resumes from a checkpoint with the current settings; logs what the checkpoint lacks."""
         others = [key for key in self.checkpointer.checkpointables if key not in ("trainer", "ema")]
         content = self.checkpointer.load(file, others)
         before, state = Before.of(file, content, self.cfg), trainer_state(content)
@@ -262,7 +262,7 @@ class Trainer(SimpleTrainer):
             self.evaluation.best = {}
 
     def _restore_order(self, state: dict, before: Before) -> None:
-        """Continues in the order of the images."""
+        """Restores the order of the images, or starts a new one."""
         if "stream" in state:
             self.batch_sampler.load_state_dict(state["stream"])
             return
@@ -285,7 +285,7 @@ class Trainer(SimpleTrainer):
                 f"iteration {self.start_iter} of {batch}"
             )
             if best := self.evaluation.best:
-                # Before any that is evaluated from now on, which alone may be a new one.
+                # Before all later evaluations, so BestCheckpoint does not save it again.
                 number = (best.get("iteration", -1) + 1) * old // batch - 1
                 best["iteration"] = min(number, self.start_iter - 2)
         counts = images // batch == self.start_iter
@@ -324,7 +324,7 @@ class Trainer(SimpleTrainer):
             logger.info(f"Training has finished: {self.start_iter} of {self.max_iter} iterations")
             return self._evaluate_best() if self.evaluation.is_hopeless else {}
         self.evaluator.prepare()
-        check_best_metric(self.cfg)  # anew, for now the classes are known
+        check_best_metric(self.cfg)  # again, because the classes are known now
         if comm.is_main_process():
             self.checkpointer.remove_leftovers()
             guard = self.launcher.guard
@@ -345,7 +345,7 @@ class Trainer(SimpleTrainer):
         known = [(each["weights"], each["iteration"]) for each in read_results(cfg.OUTPUT_DIR)]
         if iteration is None or comm.all_gather((file, iteration) in known)[0]:
             return {}
-        if not comm.all_gather(Path(file).is_file())[0]:  # of a run in another folder
+        if not comm.all_gather(Path(file).is_file())[0]:  # it is in another run's folder
             logger.warning(f"{file} does not exist: the best weights are not evaluated at the end")
             return {}
         self.checkpointer.load(file, [], ema=self.ema is not None)
@@ -378,7 +378,7 @@ class Trainer(SimpleTrainer):
             return
         self.iter = self.storage.iter = self.start_iter - 1
         for name, (value, hint) in self.pending_evaluation.items():
-            # As the later iterations put it, for the storage takes no other.
+            # With its original hint, because the storage accepts only one hint per scalar.
             self.storage.put_scalar(name, value, smoothing_hint=hint)
         for hook in self._hooks[self._hooks.index(self.evaluation) :]:
             hook.after_step()
@@ -388,7 +388,7 @@ class Trainer(SimpleTrainer):
         return self.iter + 1 - self.start_iter
 
     def _images_seen(self) -> int:
-        """Images that all processes have trained on, after this iteration."""
+        """Number of images that all processes have trained on, including this iteration."""
         return self.batch_sampler.images_seen(self._steps_done())
 
     def run_step(self) -> None:
@@ -408,7 +408,7 @@ class Trainer(SimpleTrainer):
                 sums[name] = sums.get(name, 0) + loss / self.grad_accum_steps
         self.after_backward()
         seconds = torch.full_like(total, data_time, dtype=torch.float64)
-        # The only wait for the device in a step; all ranks hear of a loss that is not finite.
+        # The only device synchronisation in a step, except the scaler's; all ranks get all losses.
         tables = read_from_all([*passes, [*sums.values(), seconds]])
         self._check_finite(tables[:, :-1], list(sums), batches)
         self._put_losses(tables[:, -1], list(sums))
@@ -429,23 +429,23 @@ class Trainer(SimpleTrainer):
         """Adds a step's losses and times to the metrics, as Detectron2's trainer does.
 
         Args:
-            tables: (processes, losses and the seconds of waiting for data).
+            tables: (processes, losses + 1); the last column is the seconds of waiting for data.
             names: names of the losses.
         """
         self.storage.put_scalar("rank_data_time", tables[comm.get_rank(), -1])
         if not comm.is_main_process():
             return
-        self.storage.put_scalar("data_time", tables[:, -1].max())  # for the slowest all wait
+        self.storage.put_scalar("data_time", tables[:, -1].max())  # all wait for the slowest
         means = {name: np.mean(tables[:, i]) for i, name in enumerate(names)}
         self.storage.put_scalar("total_loss", sum(means.values()))
         if len(means) > 1:
             self.storage.put_scalars(**means)
 
     def _backward(self, batch: Sequence[dict], last: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Adds a batch's gradients, which processes exchange after the last one.
+        """Adds a batch's gradients; the processes exchange gradients after the last batch.
 
         Returns:
-            The batch's losses, and their sum as it was differentiated; neither was read.
+            The batch's losses, and their sum divided by the number of passes, on the device.
         """
         waiting = not last and self.model is not self.unwrapped_model
         unsynced = self.model.no_sync() if waiting else contextlib.nullcontext()
@@ -460,7 +460,7 @@ class Trainer(SimpleTrainer):
     def _losses(self, batch: Sequence[dict]) -> dict[str, Tensor]:
         try:
             return self.model(batch)
-        except FloatingPointError as error:  # Detectron2's proposals are made before the loss
+        except FloatingPointError as error:  # from Detectron2's proposals, before the loss
             raise self._not_finite(str(error), batch) from error
 
     def _check_finite(
@@ -469,9 +469,9 @@ class Trainer(SimpleTrainer):
         """Raises UserError, on all ranks, if a loss of any rank is not finite.
 
         Args:
-            tables: (processes, passes, losses and their sum).
-            names: of the losses.
-            batches: of this rank's passes.
+            tables: (processes, passes, losses + 1); the last column is their sum.
+            names: names of the losses.
+            batches: batches of this rank's passes.
         """
         broken = dict(rows_not_finite(tables[:, :, -1]))
         if not broken:
@@ -482,7 +482,7 @@ class Trainer(SimpleTrainer):
             values = zip(names, tables[rank, number], strict=False)
             what = ", ".join(f"{name} {value:g}" for name, value in values)
             own = self._not_finite(what, batches[number])
-        # Whichever rank is first to say it ends the run.
+        # All ranks need the message, because the first one to raise it ends the run.
         told = comm.all_gather(str(own or ""))
         if own is None:
             first = min(broken)
@@ -500,7 +500,7 @@ class Trainer(SimpleTrainer):
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        # Named so since the first checkpoints, which still load.
+        # The key is "stream" because earlier checkpoints, which can still be loaded, use it.
         state["stream"] = self.batch_sampler.state_dict(self._steps_done())
         state["grad_scaler"] = self.scaler.state_dict()
         state["loss_normalizers"] = loss_normalizers(self.unwrapped_model)
@@ -511,5 +511,5 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Resumes from a state with the current settings; logs what it lacks."""
+        """Resumes from a state with the current settings; logs what the state lacks."""
         self._restore(state_dict, Before.of("the state", {"trainer": state_dict}, self.cfg))

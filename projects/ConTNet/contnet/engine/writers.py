@@ -21,7 +21,7 @@ __all__ = ["METRICS_FILE", "build_writers", "read_metrics", "truncate_metrics"]
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
-_WINDOW = 20  # iterations, whose median loss the screen shows
+_WINDOW = 20  # iterations of the median losses on the console
 
 
 def _parse_line(text: bytes) -> dict | None:
@@ -33,7 +33,7 @@ def _parse_line(text: bytes) -> dict | None:
 
 
 def _parse(data: bytes) -> tuple[list[dict], int]:
-    """The lines of metrics.json, and the number of damaged ones; the last may be truncated."""
+    """Returns valid lines of metrics.json and the number of damaged ones; skips a cut last line."""
     *texts, last = data.split(b"\n")
     if last and (last[:1] != b"{" or last[-1:] == b"}"):
         texts.append(last)
@@ -42,7 +42,7 @@ def _parse(data: bytes) -> tuple[list[dict], int]:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict]:
-    """The lines of metrics.json without damaged ones; none if the file does not exist."""
+    """Returns the undamaged lines of metrics.json; none if the file does not exist."""
     path = Path(output_dir, METRICS_FILE)
     try:
         lines, damaged = _parse(read_bytes(path) or b"")
@@ -77,7 +77,7 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
     with atomic_write(path, "w", guard) as file:
         file.writelines(json.dumps(line, sort_keys=True) + "\n" for line in kept)
         if damaged:
-            file.flush()  # the disk has room for the new one
+            file.flush()  # fails before the old file is moved if the disk is full
             logger.warning(
                 f"{path} has {plural(damaged, 'damaged line')}: it is set aside as "
                 f"{set_aside(path)}, and written again without them"
@@ -85,7 +85,7 @@ def truncate_metrics(output_dir: str, done: Progress, guard: WriteGuard = NO_GUA
 
 
 class _MetricsWriter(JSONWriter):
-    """Detectron2's writer, but the file only has complete lines if the disk is full."""
+    """Detectron2's writer, which keeps only complete lines if the disk is full."""
 
     def __init__(self, path: Path):
         super().__init__(str(path), window_size=1)
@@ -93,7 +93,7 @@ class _MetricsWriter(JSONWriter):
 
     def write(self) -> None:
         with writing(self._path):
-            size = self._path.stat().st_size  # it may have gone with its folder
+            size = self._path.stat().st_size  # fails if the folder was deleted
             try:
                 super().write()
             except OSError:
@@ -102,12 +102,12 @@ class _MetricsWriter(JSONWriter):
                 raise
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # write() has told of it
+        with contextlib.suppress(OSError):  # write() has raised it
             super().close()
 
 
 class _EventsWriter(TensorboardXWriter):
-    """Detectron2's writer, but it stops if the disk is full: metrics.json has the same data."""
+    """Detectron2's writer, which stops if the disk is full; metrics.json has the same data."""
 
     failed = False
 

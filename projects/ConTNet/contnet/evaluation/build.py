@@ -22,7 +22,7 @@ __all__ = ["EVALUATORS", "build_evaluator", "check_evaluator"]
 
 
 class _Several(DatasetEvaluators):
-    """Detectron2's DatasetEvaluators, which also forwards skipped images, and warnings."""
+    """Detectron2's DatasetEvaluators, which also forwards skipped images and collects warnings."""
 
     def skip(self, images: Sequence[dict]) -> None:
         for evaluator in self._evaluators:
@@ -60,9 +60,9 @@ def _build_classification(cfg: CfgNode, name: str, folder: str) -> DatasetEvalua
     return ClassificationEvaluator(classes, folder, names)
 
 
-# By the evaluator_type of a data set's metadata: makes an evaluator from the config, the data set's
-# name and a folder for its files. A training makes it once, and resets it before each evaluation.
-# Data sets of another kind add theirs.
+# Functions by the evaluator_type of a data set's metadata. Each builds an evaluator from the
+# config, the data set's name and a folder for its files. A training builds it once, and resets it
+# before each evaluation. Data sets of another kind need an entry here.
 EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
     "coco": build_coco_evaluator,
     "cityscapes_instance": _build_cityscapes_instance,

@@ -1,4 +1,4 @@
-"""Cityscapes' own metrics of instances and of classes.
+"""Cityscapes' own metrics of instance and semantic segmentation.
 
 Each process compares its own images with the ground truth. The results are small, and are gathered
 on the main process, which computes the scores with the functions of cityscapesscripts. Processes
@@ -55,7 +55,7 @@ _EVALUATED = [label for label in labels if not label.ignoreInEval]
 _IDS = np.array(
     [label.id for label in sorted(_EVALUATED, key=lambda label: label.trainId)], dtype=np.uint8
 )
-# Of each trained class, RGB.
+# RGB colour of each trained class.
 CITYSCAPES_COLOURS = np.array([id2label[number].color for number in _IDS.tolist()], dtype=np.uint8)
 
 
@@ -93,7 +93,7 @@ class _Evaluator(DatasetEvaluator, ABC):
         file = self._folder / name
         try:
             self._images[name] = self._compare(file, predict(file))
-        except KeyError as error:  # from cityscapesscripts' table
+        except KeyError as error:  # from cityscapesscripts' table of ids
             raise UserError(
                 f"{file}, or the files next to it: {error} is not a class id of "
                 "Cityscapes; remove them and run python tools/prepare_cityscapes.py"
@@ -101,18 +101,18 @@ class _Evaluator(DatasetEvaluator, ABC):
 
     @abstractmethod
     def _read_output(self, output: dict, file: Path) -> Any:
-        """The prediction in a model's output."""
+        """Returns the prediction in a model's output."""
 
     @abstractmethod
     def _nothing(self, file: Path) -> Any:
-        """An empty prediction; ``file`` is the ground truth."""
+        """Returns an empty prediction; ``file`` is the ground truth."""
 
     @abstractmethod
     def _compare(self, file: Path, prediction: Any) -> Any:
         """Compares an image with its ground truth ``file``; returns what the scores need."""
 
     def _gather(self) -> dict[str, Any]:
-        """Every process's images by name, in the order of names; on the main process only."""
+        """Gathers all results by image name, in the order of names, on the main process only."""
         images = {name: value for part in comm.gather(self._images) for name, value in part.items()}
         if comm.is_main_process():
             present = len(list(self._folder.glob(f"*/*{self._end}")))
@@ -166,13 +166,13 @@ def match_instances(
     instances: Instances,
     things: Sequence[str],
 ) -> dict[str, dict[str, list[dict]]]:
-    """Overlaps of an image's predictions with the objects of their class.
+    """Computes the overlaps of an image's predictions with the objects of their class.
 
     Args:
-        truth: objects by label, as of cityscapesscripts' ``instances2dict``.
+        truth: objects by label, from cityscapesscripts' ``instances2dict``.
         pixels: instanceIds of the ground truth, (H, W).
         instances: on the CPU, with ``pred_masks`` (N, H, W), ``scores`` and ``pred_classes``.
-        things: the labels that ``pred_classes`` count.
+        things: the labels that ``pred_classes`` index.
 
     Returns:
         "groundTruth" and "prediction", each by label, as cityscapesscripts' ``assignGt2Preds``
@@ -238,13 +238,13 @@ class CityscapesInstanceEvaluator(_Evaluator):
         return match_instances(truth, pixels, instances, self._args.instLabels)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """{"cityscapes": {"AP", "AP50", "AP-person", "AP50-person", ...}} in percent."""
+        """Returns {"cityscapes": {"AP", "AP50", "AP-person", "AP50-person", ...}} in percent."""
         images = self._gather()
         if not comm.is_main_process():
             return {}
         matches = dict(enumerate(images.values()))
         precisions = official_instances.evaluateMatches(matches, self._args)
-        with warnings.catch_warnings():  # where no class has an object
+        with warnings.catch_warnings():  # if no class has an object
             warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
             averages = official_instances.computeAverages(precisions, self._args)
         scores = {"AP": averages["allAp"], "AP50": averages["allAp50%"]}
@@ -278,7 +278,7 @@ def read_class_ids(output: dict) -> np.ndarray:
             f"the model predicts {len(scores)} classes, Cityscapes has {len(_IDS)}: set "
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES to {len(_IDS)}"
         )
-    return _IDS[scores.argmax(dim=0).byte().cpu().numpy()]  # an eighth to copy from a GPU
+    return _IDS[scores.argmax(dim=0).byte().cpu().numpy()]  # bytes, to copy less from a GPU
 
 
 class _Terms(list):
@@ -293,7 +293,7 @@ class _Terms(list):
 
 
 def _sums(stats: dict) -> list[tuple[dict, str]]:
-    """The sums of weighted pixels in cityscapesscripts' instance statistics."""
+    """Returns (dict, key) of each sum of weighted pixels in cityscapesscripts' statistics."""
     groups = [group for kind in stats.values() for group in kind.values()]
     return [(group, key) for group in groups for key in ("tpWeighted", "fnWeighted")]
 
@@ -302,7 +302,7 @@ class CityscapesSemSegEvaluator(_Evaluator):
     """Cityscapes' IoU and iIoU of classes and of categories.
 
     As in the official script, a class counts in the average if it has pixels in the ground truth,
-    or was predicted where the ground truth has a class; any other has the IoU nan.
+    or was predicted where the ground truth has a class; otherwise its IoU is nan.
 
     Args:
         name: name of a registered data set whose metadata has ``gt_dir``.
@@ -324,7 +324,7 @@ class CityscapesSemSegEvaluator(_Evaluator):
 
     def _compare(self, file: Path, prediction: np.ndarray) -> tuple[np.ndarray, list[_Terms]]:
         for value in np.unique(_read(file, prediction.shape)).tolist():
-            id2label[value]  # KeyError
+            id2label[value]  # raises KeyError for other ids
         _read(file.with_name(file.name.replace("labelIds", "instanceIds")), prediction.shape)
         matrix = official_classes.generateMatrix(self._args)
         stats = official_classes.generateInstanceStats(self._args)
@@ -337,10 +337,10 @@ class CityscapesSemSegEvaluator(_Evaluator):
         return matrix, [group[key] for group, key in _sums(stats)]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road", ...}} in percent.
+        """Returns {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", "IoU-road", ...}} in percent.
 
-        "_sup" are categories. The instance scores iIoU exist for classes with instances, and for
-        the categories that have only such.
+        "_sup" marks categories. The instance score iIoU exists for classes with instances, and
+        for categories with only such classes.
         """
         images = self._gather()
         if not comm.is_main_process():
@@ -361,7 +361,7 @@ class CityscapesSemSegEvaluator(_Evaluator):
         return {"sem_seg": scores}
 
     def _write(self, matrices: dict[str, np.ndarray]) -> None:
-        """Writes pixels by true (C) and predicted class (C, and a last one for none) of images."""
+        """Writes pixel counts (C, C + 1) of images by true and predicted class, or none (last)."""
         path = Path(self._output, CONFUSION_FILE)
         counts = np.stack([each[_IDS] for each in matrices.values()]).astype(np.int64)
         none = np.delete(counts, _IDS, axis=2).sum(axis=2, keepdims=True)

@@ -19,13 +19,13 @@ __all__ = ["NumberedImages", "as_coco"]
 
 
 def _numbers(name: str) -> dict[str, int]:
-    """A number for each image id, which Detectron2 makes from the file name."""
+    """Returns the number of each image id, which is its file name in Detectron2."""
     images = sorted(Path(MetadataCatalog.get(name).image_dir).glob("*/*.png"))
     return {path.name: number for number, path in enumerate(images, 1)}
 
 
 def _digest(name: str) -> str:
-    """A digest of what the objects of a data set are made from."""
+    """Returns a digest of a data set's classes, image names and polygon files."""
     metadata = MetadataCatalog.get(name)
     content = hashlib.sha256(repr([metadata.thing_classes, _numbers(name)]).encode())
     for file in sorted(Path(metadata.gt_dir).glob("*/*_gtFine_polygons.json")):
@@ -37,14 +37,14 @@ def as_coco(name: str, folder: str) -> str:
     """Prepares a Cityscapes data set of instances for Detectron2's ``COCOEvaluator``.
 
     Writes its objects in COCO format to ``annotations-DIGEST.json``, unless this file exists; files
-    of other objects are removed. May be called by several processes.
+    with another digest are removed. May be called by several processes.
 
     Args:
         name: name of a registered data set whose metadata has ``image_dir`` and ``gt_dir``.
         folder: folder for the file.
 
     Returns:
-        The name to give to the evaluator.
+        The name to pass to the evaluator.
     """
     file = Path(folder, f"annotations-{_digest(name)}.json").absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def as_coco(name: str, folder: str) -> str:
         for other in file.parent.glob("annotations-*"):
             if not other.name.startswith(file.name):
                 other.unlink()
-    # Metadata of its own: Detectron2 would note the file in the data set's, and never look again.
+    # Separate metadata, because Detectron2 would set the file in the data set's permanently.
     things = MetadataCatalog.get(name).thing_classes
     MetadataCatalog.get(str(file)).set(json_file=str(file), thing_classes=things)
     return str(file)

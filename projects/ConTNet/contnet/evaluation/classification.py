@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 
 CLASSIFICATION_FILE = "classification.json"
 _TOP_K = (1, 5)
-# Of a record, where its image is; the last three of those in shards.
+# Keys of a record that locate its image; the last three are those of images in shards.
 _PLACE = ("file_name", "image_id", "offset", "size")
 
 
 def top_ks(num_classes: int) -> list[int]:
-    """The k of meaningful top-k accuracies: with five classes, top-5 is always correct."""
+    """Returns the k of meaningful top-k accuracies: with five classes, top-5 is always 100 %."""
     return [k for k in _TOP_K if k < max(num_classes, 2)]
 
 
 class ClassificationEvaluator(DatasetEvaluator):
-    """Counts images whose class is the first, or among the first five, of the logits.
+    """Counts images whose class has the highest logit, or one of the five highest.
 
     Each process counts its own images; Detectron2's inference sampler gives each image to one
     process, so the sums are those of the whole data set.
@@ -52,10 +52,10 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.broken = 0
         self.warnings: list[str] = []
         self._skipped: list[dict] = []
-        self._best: list[tuple] = []  # of each batch: facts, and topk's result, not read yet
+        self._best: list[tuple] = []  # facts and topk's result of each batch, on the device
 
     def skip(self, images: list[dict]) -> None:
-        """Counts images that cannot be read as wrong."""
+        """Counts unreadable images as wrong."""
         self.images += len(images)
         if self.folder:
             self._skipped += [{**self._facts(each), "classes": [], "scores": []} for each in images]
@@ -71,7 +71,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         finite = logits.isfinite().all(dim=1)
         hits = logits.topk(max(self.top_ks)).indices == labels[:, None]
         hits &= finite[:, None]
-        # Read at once: this process waits for a GPU each time.
+        # Read all counts together, because each read waits for the GPU.
         counts = torch.stack([(~finite).sum(), *(hits[:, :k].sum() for k in self.top_ks)])
         broken, *correct = counts.tolist()
         for k, count in zip(self.top_ks, correct, strict=True):

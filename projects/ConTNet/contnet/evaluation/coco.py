@@ -1,4 +1,4 @@
-"""COCO's AP of boxes and masks: Detectron2's evaluator on arrays, with pycocotools' numbers."""
+"""COCO's AP of boxes and masks: Detectron2's evaluator on arrays, with pycocotools' results."""
 
 from __future__ import annotations
 
@@ -78,19 +78,19 @@ def _read_instances(image_id: object, instances: Instances) -> Detections:
 
 
 class _FullCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, with average recalls, and metrics of classes with the same name."""
+    """Detectron2's evaluator with average recalls, and separate metrics if class names repeat."""
 
     def __init__(self, name: str, **options):
         super().__init__(name, **options)
-        # Detectron2 asks only whether the file has a list of them.
+        # Detectron2 only checks whether there is a list of annotations, which may be empty.
         self._do_evaluation = bool(self._coco_api.dataset.get("annotations"))
 
     @property
     def results_file(self) -> Path:
-        """The file of detections; without ground truth it has the name for COCO's server."""
+        """The file of detections; without ground truth, its name is the one for COCO's server."""
         if self._do_evaluation:
             return Path(self._output_dir, COCO_RESULTS_FILE)
-        # Of image_info_test-dev2017.json, as COCO calls it.
+        # For example, test-dev2017 for COCO's image_info_test-dev2017.json.
         test_set = Path(self._metadata.json_file).stem.removeprefix("image_info_")
         return Path(self._output_dir, f"detections_{test_set}_contnet_results.json")
 
@@ -99,7 +99,7 @@ class _FullCOCOEvaluator(COCOEvaluator):
         if self._do_evaluation:
             return []
         line = f"{self._metadata.name} has no annotations: no metrics"
-        if self.results_file.exists():  # proposals alone have no such form
+        if self.results_file.exists():  # proposals have no such file
             line += (
                 "; the detections, in the format of COCO's server, are in "
                 f"{self.results_file.absolute()}"
@@ -169,8 +169,8 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
         return results
 
     def _join(self, parts: Sequence[Detections]) -> Detections:
-        """All detections of this process, with the data set's category ids."""
-        # A process without images goes with the others, whether they have masks or not.
+        """Joins the detections of this process, with the data set's category ids."""
+        # An empty list in a process without images, whether the model has masks or not.
         masks = None if any(each.masks is None for each in parts) else []
         if masks is not None:
             masks = [mask for each in parts for mask in each.masks]
@@ -209,7 +209,7 @@ class ArrayCOCOEvaluator(_FullCOCOEvaluator):
         with writing(self.results_file), open(self.results_file, "w") as file:
             file.write("[")
             separator = ""
-            # Not all at once, for the memory's sake.
+            # In chunks, to save memory.
             while some := list(itertools.islice(results, 1000)):
                 file.write(separator + json.dumps(some)[1:-1])
                 separator = ", "
@@ -253,7 +253,7 @@ def build_coco_evaluator(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
         folder: folder for the predictions.
 
     Returns:
-        For keypoints, and for models with only proposals, an evaluator that uses pycocotools.
+        An :class:`ArrayCOCOEvaluator`; for keypoints and proposals, one that uses pycocotools.
     """
     options = {
         "tasks": coco_tasks(cfg),

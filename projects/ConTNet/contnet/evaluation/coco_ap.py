@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes and masks: pycocotools' numbers, computed on whole arrays.
+"""COCO's average precision of boxes and masks: pycocotools' results, computed on whole arrays.
 
 pycocotools matches image by image and class by class in Python. Here the detections of a rank (the
 best of each image and class, then the second, ...) are matched together, for all thresholds and
@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["PAIRS_AT_ONCE", "ArrayEvaluation", "Detections", "Matches", "encode_masks"]
 
-# Of a detection and an object, compared at once; some 100 bytes each.
+# Approximate number of detection-object pairs compared at once, of about 100 bytes each.
 PAIRS_AT_ONCE = 4_000_000
 
 
@@ -33,8 +33,8 @@ class Detections:
         categories: category ids, (N,).
         scores: float64 (N,).
         boxes: float64 (N, 4), x, y, width, height in pixels.
-        masks: compressed run lengths; none if the model has no masks.
-        mask_areas: in pixels, (N,); (0,) without masks.
+        masks: compressed run lengths; None if the model has no masks.
+        mask_areas: areas in pixels, (N,); (0,) without masks.
     """
 
     images: np.ndarray
@@ -51,8 +51,8 @@ class Matches:
 
     Attributes:
         outcomes: int8 (T, A, N): 1 correct, -1 wrong, 0 ignored.
-        images: indices of their images in the order of ids, (N,).
-        categories: indices of their categories in the order of ids, (N,).
+        images: index of each detection's image among the sorted ids, (N,).
+        categories: index of its category among the sorted ids, (N,).
         ranks: number of better detections in the same image and category, (N,).
         scores: (N,).
     """
@@ -72,7 +72,7 @@ class Matches:
 
 @dataclass
 class _Truth:
-    """The ground truth, sorted by ``groups``, a number for each pair of image and category."""
+    """The ground truth, sorted by ``groups``, the number of each pair of image and category."""
 
     groups: np.ndarray
     boxes: np.ndarray
@@ -88,14 +88,14 @@ def encode_masks(masks: Tensor) -> list[dict]:
     columns = masks.view(torch.uint8).amax(dim=1).numpy()
     plain = []
     for mask, used in zip(masks.numpy(), columns, strict=True):
-        # Only columns between the first and the last that hold a pixel are looked into.
+        # Only the columns from the first to the last with a pixel of the mask are encoded.
         first = int(used.argmax())
         last = width - int(used[::-1].argmax()) if used[first] else first
         inside = np.zeros((last - first) * height + 2, dtype=bool)
         inside[1:-1].reshape(-1, height)[:] = mask[:, first:last].T
         changes = np.flatnonzero(inside[1:] != inside[:-1]) + first * height
         counts = np.diff(np.concatenate([[0], changes, [height * width]]))
-        # There is no last run of zeros where a mask holds the last pixel.
+        # Without the last count if it is 0, because the mask contains the last pixel.
         plain.append({"size": [height, width], "counts": counts[: np.flatnonzero(counts)[-1] + 1]})
     encoded = rle.frPyObjects(plain, height, width) if number else []
     return [{**each, "counts": each["counts"].decode()} for each in encoded]
@@ -115,7 +115,7 @@ class _Pairs:
     """All pairs of a detection and an object of the same image and category.
 
     Args:
-        groups: of the detections, sorted, (N,).
+        groups: sorted groups of the detections, (N,).
         truth: the objects.
     """
 
@@ -129,7 +129,7 @@ class _Pairs:
     def mask_overlaps(
         self, groups: np.ndarray, masks: Sequence[dict], truth: _Truth, images: Mapping
     ) -> np.ndarray:
-        """IoU (P,) of the masks; groups are pycocotools' unit of work."""
+        """Computes the IoU (P,) of the masks, group by group as pycocotools does."""
         blocks = [np.zeros(0)]
         busy = np.flatnonzero(self.count)
         edges = np.flatnonzero(np.diff(groups[busy])) + 1
@@ -178,7 +178,7 @@ class ArrayEvaluation(COCOevalMaxDets):
         self._regular = ~(self._truth.crowd | (areas < lower) | (areas > upper))
 
     def _groups(self, images: Sequence, categories: Sequence) -> np.ndarray:
-        """A number for each pair of image and category, -1 for those that are not evaluated."""
+        """Returns the number of each (image, category) pair; -1 if the pair is not evaluated."""
         image = np.array([self._images.get(each, -1) for each in images], dtype=np.int64)
         category = np.array([self._categories.get(each, -1) for each in categories], dtype=np.int64)
         return np.where((image < 0) | (category < 0), -1, image * len(self._categories) + category)
@@ -228,7 +228,7 @@ class ArrayEvaluation(COCOevalMaxDets):
         return [slice(*each) for each in itertools.pairwise(edges)]
 
     def _match_part(self, groups: np.ndarray, ranks: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Outcomes of some groups; ``order`` has the rows of their detections."""
+        """Computes outcomes of some groups; ``order`` is the indices of their detections."""
         found, truth = self.detections, self._truth
         pairs = _Pairs(groups, truth)
         if self.params.iouType == "bbox":
@@ -245,17 +245,17 @@ class ArrayEvaluation(COCOevalMaxDets):
     def _match(
         self, pairs: _Pairs, overlaps: np.ndarray, ranks: np.ndarray, areas: np.ndarray
     ) -> np.ndarray:
-        """Outcomes (T, A, N): by rank, each detection is matched to the best remaining object.
+        """Matches each detection, in the order of ranks, to the best free object.
 
-        Ignored objects come last; then the higher overlap, then the later object in the file comes
-        first.
+        Objects that count precede ignored ones; then the higher overlap, then the later object in
+        the file comes first. Returns the outcomes (T, A, N).
         """
         truth, p = self._truth, self.params
         lower, upper = np.array(p.areaRng, dtype=float).T[:, :, None]
         shape = (len(p.iouThrs), len(p.areaRng))
         outcomes = np.where((areas < lower) | (areas > upper), 0, -1).astype(np.int8)
         outcomes = np.repeat(outcomes[None], shape[0], axis=0)
-        # Within a detection's pairs: place 1 is the least overlap; of equal ones the first object.
+        # Place of a pair among those of its detection: 1 is the lowest overlap; ties in file order.
         by_place = np.lexsort((pairs.truth, overlaps, pairs.found))
         place = np.empty(len(by_place), dtype=np.int32)
         place[by_place] = np.arange(len(by_place)) - pairs.first[pairs.found] + 1
@@ -277,7 +277,7 @@ class ArrayEvaluation(COCOevalMaxDets):
             chosen = pairs.truth[by_place[pairs.first[row] + best - many * counted - 1]]
             taken[t, a, chosen] = True
             outcomes[t[~counted], a[~counted], row[~counted]] = 0
-            # An object with the number 0 is to pycocotools as if nothing had been matched.
+            # As in pycocotools, a match with an object whose id is 0 does not count.
             right = counted & truth.numbered[chosen]
             outcomes[t[right], a[right], row[right]] = 1
         return outcomes
@@ -308,7 +308,7 @@ class ArrayEvaluation(COCOevalMaxDets):
 
 
 def _curve(outcomes: np.ndarray, objects: int, levels: np.ndarray) -> tuple:
-    """Precision (T, R) at the levels of recall and the last recall (T,) of sorted outcomes."""
+    """Returns precision (T, R) at recall levels, and the final recall (T,), of sorted outcomes."""
     precision = np.zeros((len(outcomes), len(levels)))
     if outcomes.shape[1] == 0:
         return precision, np.zeros(len(outcomes))

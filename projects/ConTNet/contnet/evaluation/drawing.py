@@ -13,7 +13,7 @@ from contnet.utils.text import printable
 
 __all__ = ["draw_prediction"]
 
-# Smaller images are enlarged, so that their labels can be read; in pixels.
+# Images with a shorter longest side, in pixels, are enlarged so that labels are readable.
 _SMALLEST = 480
 _LONGEST_NAME = 40
 

@@ -51,21 +51,21 @@ from contnet.utils.text import printable
 
 __all__ = ["Evaluator"]
 
-_DRAWN = 4  # images
+_DRAWN = 4  # number of images
 _DRAWN_SCORE = 0.3
 
 logger = logging.getLogger(__name__)
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """Copies rank 0's running statistics, which are saved, to all processes."""
+    """Copies rank 0's running statistics, which checkpoints contain, to all processes."""
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
 def _build_mapper(cfg: CfgNode, mapper: Callable | None = None) -> Callable:
-    """Builds the mapper of an evaluation, or wraps the given one, for TEST.SKIP_UNREADABLE."""
+    """Builds the mapper of an evaluation, or wraps the given one; applies TEST.SKIP_UNREADABLE."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         mapper = ClassificationMapper(cfg, is_train=False)
     mapper = NamedErrors(mapper or Mapper(cfg, is_train=False))
@@ -94,7 +94,7 @@ def _build_test_loader(
         batch_size=cfg.TEST.IMS_PER_PROCESS if classifier else 1,
         collate_fn=CollateReadable(build_collator(cfg)),
     )
-    # For these Detectron2's function has no arguments.
+    # Detectron2's function has no arguments for these.
     loader.worker_init_fn = init_worker
     loader.pin_memory = pins_memory(cfg)
     return loader
@@ -131,7 +131,7 @@ class _Outcome:
     Attributes:
         metrics: metrics by task.
         skipped: files of images that could not be read.
-        warnings: warnings that concern the metrics, a line each.
+        warnings: warnings that concern the metrics, one line each.
     """
 
     metrics: dict
@@ -150,7 +150,7 @@ class Evaluator:
         guard: called before predictions and results.json are written.
         classes: names of the model's classes, in order, to match data sets with some of the
             classes; None if they are unknown.
-        warnings: warnings that concern all evaluations, a line each, for results.json.
+        warnings: warnings that concern all evaluations, one line each, for results.json.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Evaluator:
         """
         _share_buffers(model)
         self._load()
-        if self._with_truth is None:  # once, for it reads the annotation files
+        if self._with_truth is None:  # once, because it reads the annotation files
             tests = self.cfg.DATASETS.TEST
             self._with_truth = [name for name in tests if has_truth(self.cfg, name)]
         losses = {}
@@ -268,7 +268,7 @@ class Evaluator:
             model: a model with Detectron2's inputs.
 
         Returns:
-            Drawn images by file name, uint8 RGB (H, W, 3); none of a data set whose classes have
+            Drawn images by file name, uint8 RGB (H, W, 3); none if the data set's classes have
             no names.
         """
         self._load()
@@ -311,7 +311,7 @@ class Evaluator:
         logger.info("Evaluating with test-time augmentation")
         cfg = self.cfg.clone()
         model = tta_class(cfg.MODEL.META_ARCHITECTURE)(cfg, model).train(model.training)
-        # Views are made of the images as they are on the disk, each by one resizing.
+        # Each view is resized once, from the original image.
         mapper = Mapper(cfg, is_train=False, augmentations=[])
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR, "tta"))

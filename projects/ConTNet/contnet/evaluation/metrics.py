@@ -1,4 +1,4 @@
-"""The names of metrics, before and after an evaluation."""
+"""Names of metrics before an evaluation, and the main metric after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contnet.utils.text import printable
 
 __all__ = ["MAIN_METRICS", "check_best_metric", "main_metric"]
 
-# The one number of a data set: the first of these that its evaluators give.
+# A data set's main metric is the first of these that its evaluators return.
 MAIN_METRICS = (
     "cityscapes/AP",
     "segm/AP",
@@ -50,8 +50,8 @@ def _classification_metrics(cfg: CfgNode, name: str) -> set[str]:
     return {f"classification/top{k}" for k in top_ks(cfg.MODEL.CLASSIFIER.NUM_CLASSES)}
 
 
-# By the evaluator_type of a data set's metadata: what its evaluator gives, by the names of
-# metrics.json.
+# Functions by the evaluator_type of a data set's metadata, which return the names of its
+# evaluator's metrics, as in metrics.json.
 _METRIC_NAMES: dict[str, Callable[[CfgNode, str], set[str]]] = {
     "coco": _coco_metrics,
     "cityscapes_instance": _cityscapes_instance_metrics,
@@ -84,7 +84,7 @@ def check_best_metric(cfg: CfgNode) -> None:
     The classes of a registered data set are only known once it is loaded.
 
     Raises:
-        UserError: with the available metrics, if it is not one of them.
+        UserError: if it is not one of the available metrics, which the message lists.
     """
     kinds = {name: MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST}
     unknown = any(kind == "coco" and not coco_class_names(name) for name, kind in kinds.items())
@@ -96,7 +96,7 @@ def check_best_metric(cfg: CfgNode) -> None:
 
 
 def main_metric(cfg: CfgNode, metrics: Iterable[str]) -> str:
-    """The metric that selects the best weights; "" if there is none.
+    """Returns the metric that selects the best weights; "" if there is none.
 
     Args:
         cfg: the config, of which TEST.BEST_METRIC is read; by default, the metric is the first data

@@ -42,7 +42,7 @@ def plain_output(output: dict, class_names: Sequence[str], score: float = 0.0) -
 
     Args:
         output: output of a model in evaluation mode: ``instances``, ``sem_seg`` or ``logits``.
-        class_names: in the order of the model's outputs.
+        class_names: class names in the order of the model's outputs.
         score: minimum score of a detection.
 
     Returns:

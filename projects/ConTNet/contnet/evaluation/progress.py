@@ -13,9 +13,9 @@ class Progress:
     """The progress of a checkpoint.
 
     Attributes:
-        iteration: its last iteration, in the checkpoint's batch size; -1 for none.
+        iteration: its last iteration, counted in the checkpoint's batch size; -1 for none.
         images: number of images seen; None if it is unknown.
-        batch: images per iteration from now on; 0 if the batch size is unchanged.
+        batch: images per iteration from now on; 0 to keep the iterations of records.
     """
 
     iteration: int
@@ -30,7 +30,7 @@ class Progress:
         return seen <= self.images
 
     def recounted(self, record: Mapping) -> dict:
-        """The record, with its iteration in the current batch size."""
+        """Returns the record with its iteration recounted in the current batch size."""
         seen = record.get("images_seen")
         if not self.batch or seen is None:
             return dict(record)

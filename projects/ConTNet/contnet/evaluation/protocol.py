@@ -27,7 +27,7 @@ _THRESHOLDS = {
 
 
 def dataset_digest(records: Iterable[dict]) -> str:
-    """SHA-256 of the names, sizes and ground truth of a data set's images in order; not of pixels.
+    """Returns the SHA-256 of a data set's image names, sizes and ground truth, but not pixels.
 
     Args:
         records: Detectron2's data set dicts. Folders in file names are ignored.
@@ -44,7 +44,7 @@ def dataset_digest(records: Iterable[dict]) -> str:
 
 
 def describe_protocol(cfg: CfgNode, name: str, digest: str, warnings: Sequence[str]) -> dict:
-    """The entries of results.json about how a data set was evaluated.
+    """Returns the entries of results.json about how a data set was evaluated.
 
     Args:
         cfg: the config; TEST, SOLVER and the model's thresholds are read.

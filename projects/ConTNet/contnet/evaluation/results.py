@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 RESULTS_FILE = "results.json"
-# On which whoever changes results.json holds a lock: evaluations may run beside a training.
+# Lock file for changes of results.json, because evaluations may run during a training.
 _LOCK = f"{RESULTS_FILE}.lock"
-# "AP-person", and "min(IoU, B-Iou)-road".
+# Metrics of one class, such as "AP-person" and "min(IoU, B-Iou)-road".
 _OF_A_CLASS = re.compile(r"([^-(]*(?:\([^)]*\))?)-(.+)")
-# What tells records apart: of two that agree in all of these, the later one stays.
+# Fields that identify a record; a later record with the same values replaces it.
 _KEYS = ("iteration", "dataset", "weights", "ema")
 
 
@@ -42,7 +42,7 @@ def _cell(value: object) -> str:
 
 
 def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str:
-    """A GitHub table of rows by name; a column for each key that any of them has."""
+    """Returns a Markdown table of rows by name, with a column for each key of any row."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [[corner, *columns], ["---", *["---:"] * len(columns)]]
     lines += [[name, *(row.get(key, "") for key in columns)] for name, row in rows.items()]
@@ -52,10 +52,10 @@ def markdown_table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str
 def split_metrics(
     metrics: Mapping[str, Mapping[str, float] | float],
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, dict]]:
-    """Metrics by task as three tables.
+    """Splits metrics by task into three tables.
 
     Args:
-        metrics: metrics by task. In Detectron2's evaluators, those of a class are ``AP-person``.
+        metrics: metrics by task. Detectron2's evaluators name those of a class ``AP-person``.
 
     Returns:
         The main metrics by task, average recalls by task, and metrics by class, which are named
@@ -74,7 +74,7 @@ def split_metrics(
 
 
 def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | float]) -> str:
-    """Main metrics and, below, average recalls and those of single classes, in GitHub's Markdown.
+    """Returns Markdown tables of the main metrics, the average recalls and the metrics by class.
 
     Args:
         dataset: name of the data set.
@@ -85,7 +85,7 @@ def markdown_tables(dataset: str, metrics: Mapping[str, Mapping[str, float] | fl
 
 
 def _plain(value: object) -> object:
-    """The same in JSON's own types; JSON has no numbers that are not finite."""
+    """Converts a value to JSON's types; numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {key: _plain(below) for key, below in value.items()}
     if isinstance(value, str):
@@ -94,19 +94,19 @@ def _plain(value: object) -> object:
 
 
 class _Record(TypedDict, total=False):
-    """The fields of a record that are read; others are kept."""
+    """The fields of a record that are read; other fields are kept."""
 
     iteration: Required[int | None]
     dataset: Required[str]
     weights: Required[str | None]
     metrics: Required[dict[str, dict[str, float | str | None] | float | str | None]]
-    ema: bool  # runs of before had another name for it
+    ema: bool  # earlier versions had another name for it
     images_seen: float | None
     warnings: list[str]
 
 
 def read_results(output_dir: str) -> list[dict]:
-    """The records of results.json; none if the file does not exist or is damaged."""
+    """Returns the records of results.json; none if the file does not exist or is damaged."""
     return peek_record(Path(output_dir, RESULTS_FILE), list[_Record]) or []
 
 
@@ -162,7 +162,7 @@ def record_results(
         images_seen: in training, the number of images seen.
         loss: in training, the loss of that iteration; None in evaluation only.
         skipped: number of images that could not be read, by data set; 0 by default.
-        warnings: warnings that concern the metrics, a line each, by data set.
+        warnings: warnings that concern the metrics, one line each, by data set.
         float32_precision: SOLVER.FLOAT32_PRECISION.
         protocols: from :func:`contnet.evaluation.protocol.describe_protocol`, by data set.
         guard: as in :func:`contnet.utils.files.atomic_write`.

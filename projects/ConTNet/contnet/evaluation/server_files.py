@@ -24,7 +24,7 @@ __all__ = ["CityscapesInstanceFiles", "CityscapesSemSegFiles"]
 
 
 class _Files(DatasetEvaluator, ABC):
-    """Each process writes the files of its own images, and replaces those of earlier evaluations.
+    """Writes the files of each process's own images, and replaces those of earlier evaluations.
 
     Args:
         name: name of a registered data set in Cityscapes' layout.
@@ -60,7 +60,7 @@ class _Files(DatasetEvaluator, ABC):
 
 
 class CityscapesInstanceFiles(_Files):
-    """``NAME_pred.txt`` of each image: lines of mask file, class id and score."""
+    """Writes ``NAME_pred.txt`` for each image: lines of mask file, class id and score."""
 
     def _write(self, image: Path, output: dict) -> None:
         instances = output["instances"].to("cpu")
@@ -82,7 +82,7 @@ class CityscapesInstanceFiles(_Files):
 
 
 class CityscapesSemSegFiles(_Files):
-    """A PNG of class ids (not train ids) of each image, under the image's own name."""
+    """Writes a PNG of class ids (not train ids) for each image, with the image's name."""
 
     def _write(self, image: Path, output: dict) -> None:
         Image.fromarray(read_class_ids(output)).save(self._folder / f"{image.stem}.png")

@@ -24,8 +24,8 @@ class SharedClasses(DatasetEvaluator):
 
     Args:
         evaluator: evaluator of the data set.
-        numbers: the model's number of each class in the data set.
-        classes: the model's number of classes.
+        numbers: the model's index of each class of the data set.
+        classes: number of the model's classes.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, numbers: Sequence[int], classes: int):

@@ -37,7 +37,7 @@ _TRAINING_ONLY = (_NormBase, _DropoutNd, DropPath)
 
 
 def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
-    """The mapper of an evaluation, which also adds the targets of training."""
+    """Builds the mapper of an evaluation, which also adds the targets of training."""
     if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
         return ClassificationMapper(cfg, is_train=False)
     augmentations = keep_a_pixel(build_augmentation(cfg, is_train=False))
@@ -45,13 +45,13 @@ def build_loss_mapper(cfg: CfgNode) -> Mapper | ClassificationMapper:
 
 
 def _own_value(name: str, value: float, *_) -> float:
-    """Replaces a dense detector's running mean of positives by those of the image."""
+    """Replaces a dense detector's running mean of positives with the number in this image."""
     return value
 
 
 @contextlib.contextmanager
 def _giving_losses(model: nn.Module) -> Iterator[None]:
-    """Lets a model return losses, and restores it afterwards."""
+    """Context in which a model returns losses; restores the model afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     for name, module in model.named_modules():
@@ -80,7 +80,7 @@ def _losses(model: nn.Module, batch: Sequence[dict]) -> dict[str, torch.Tensor]:
 def mean_losses(
     cfg: CfgNode, model: nn.Module, batches: Iterable[Sequence[dict]]
 ) -> dict[str, float]:
-    """Mean losses over all images, the same on all processes.
+    """Computes mean losses over all images, the same on all processes.
 
     Args:
         cfg: the config; MODEL.DEVICE is read.

@@ -65,7 +65,7 @@ def _fields(instances: Instances) -> list[Tensor]:
 
 
 class Reference:
-    """The outputs of the trained model, in float32 and as lists of tensors.
+    """Computes the outputs of the trained model, in float32 and as lists of tensors.
 
     Args:
         model: the model in evaluation mode.
@@ -80,14 +80,14 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Outputs for images (N, 3, H, W) with values from 0 to 255; N is 1 for a detector."""
+        """Returns the outputs for images (N, 3, H, W) from 0 to 255; N is 1 for a detector."""
         model, inputs = self.model, [{"image": image} for image in images]
         if self.backbone and isinstance(model, ImageClassifier):
             return _network_features(model, images)
         if self.backbone:
             return _backbone_features(model, images)
         if isinstance(model, GeneralizedRCNN):
-            # Masks before they are pasted into the image.
+            # Without postprocessing, masks are not pasted into the image.
             (instances,) = model.inference(inputs, do_postprocess=False)
             return _fields(instances[instances.pred_boxes.nonempty()])
         outputs = model(inputs)
@@ -111,7 +111,7 @@ class Check:
         batches: number of batches that were compared.
         sizes: heights and widths of the images.
         detections: number of detections with a counterpart.
-        unmatched: number of detections without one, except those with about the lowest score.
+        unmatched: number without a counterpart, except those with about the lowest score.
         top1: for classifiers, whether the best class is the same, for each image.
     """
 
@@ -139,7 +139,7 @@ class Check:
         )
 
     def describe(self) -> str:
-        """The result in one line."""
+        """Returns the result in one line."""
         text = f"largest difference {self.difference:.2g} (tolerance {self.tolerance:g})"
         if self.detections or self.unmatched:
             text += f", {self.detections} detections matched, {self.unmatched} not"
@@ -219,9 +219,9 @@ def compare(
 
 
 def random_images(module: ExportModule, size: Size) -> list[Tensor]:
-    """Batches of noise, of several sizes if the size is free."""
+    """Returns batches of noise, of several sizes if the size is free."""
     least = module.least_side
-    # A multiple of the patch size, no multiple, the smallest, and a wide size.
+    # A multiple of the patch size, a size that is not a multiple, the smallest and a wide size.
     sizes = [size] if size else [(224, 224), (203, 299), (least, least + 14), (150, 448)]
     counts = (1, _BATCH) if module.free_batch else (1,)
     generator = torch.Generator().manual_seed(0)
@@ -257,7 +257,7 @@ def check_export(
 
 
 def measure_speed(runner: Runner, reference: Reference, images: Tensor) -> tuple[float, float]:
-    """Median seconds per batch of the export and of the model, measured in turns."""
+    """Returns the median seconds per batch of the export and of the model, which run in turns."""
     times: dict[int, list[float]] = {0: [], 1: []}
     for number in range(_REPEATS + 1):
         for which, function in enumerate((runner, reference)):

@@ -61,7 +61,7 @@ boxes = outputs[0] * np.tile(np.divide(image.size, small.size), 2)
 names = [facts["classes"][number] for number in outputs[2]]
 print(json.dumps([names, outputs[1].tolist(), boxes.tolist()]))
 """
-# Pastes each mask into its box, bilinearly: weights of its rows and columns for each pixel.
+# Pastes each mask into its box, with bilinear weights of the mask's rows and columns per pixel.
 _MASKS = """\
 masks, (w, h), cells = [], image.size, np.arange(outputs[3].shape[-1])[:, None]
 for mask, (x0, y0, x1, y1) in zip(outputs[3], boxes):
@@ -88,7 +88,7 @@ print(json.dumps([[name, each.shape] for name, each in zip(facts["outputs"], out
 
 
 def make_example(facts: dict) -> str:
-    """A script of at most 20 lines of code that runs the model on an image.
+    """Returns a script of at most 20 lines of code that runs the model on an image.
 
     Args:
         facts: the result of :func:`contnet.export.folder.describe_export`.

@@ -64,7 +64,7 @@ class ExportSettings:
 
 
 def _check_settings(predictor: Predictor, settings: ExportSettings) -> None:
-    """Checks for unsupported settings before anything is computed."""
+    """Raises an error for unsupported settings, before anything is computed."""
     classifies = isinstance(predictor.model, ImageClassifier) and not settings.backbone
     if settings.int8 and not (classifies and settings.format == "onnx"):
         raise UsageError("--int8 requires a whole classifier and --format onnx: remove it")
@@ -78,7 +78,7 @@ def _check_settings(predictor: Predictor, settings: ExportSettings) -> None:
 
 
 def _fixed_size(predictor: Predictor) -> Size:
-    """The input size of timm networks with fixed position embeddings; None if it is free."""
+    """Returns the input size of timm networks with patch embeddings; None if it is free."""
     network = getattr(predictor.model, "network", None)
     if getattr(network, "patch_embed", None) is None:
         return None
@@ -86,7 +86,7 @@ def _fixed_size(predictor: Predictor) -> Size:
 
 
 def _preparation(cfg: CfgNode, classifies: bool) -> dict:
-    """How an image becomes the model's input."""
+    """Returns the entries of ``model.json`` that describe how to prepare an image."""
     if classifies:
         node = cfg.INPUT.CLASSIFIER
         return {
@@ -105,7 +105,7 @@ def _preparation(cfg: CfgNode, classifies: bool) -> dict:
 def describe_export(
     predictor: Predictor, module: ExportModule, settings: ExportSettings, size: Size
 ) -> dict:
-    """The content of ``model.json`` without the check."""
+    """Returns the content of ``model.json`` without the check."""
     cfg, form = predictor.cfg, FORMATS[settings.format]
     versions = installed_versions()
     facts = {
@@ -118,7 +118,7 @@ def describe_export(
         "batch": "any" if module.free_batch else 1,
         "size": list(size) if size else "any",
         "least_side": size[0] if size else module.least_side,
-        # Part of the model; its input images are from 0 to 255.
+        # The exported model normalises its input, which has values from 0 to 255.
         "normalisation": {"mean": cfg.MODEL.PIXEL_MEAN, "std": cfg.MODEL.PIXEL_STD},
         **_preparation(cfg, isinstance(predictor.model, ImageClassifier)),
         "packages": ["numpy", "pillow", *form.runs_on],

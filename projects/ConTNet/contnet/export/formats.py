@@ -22,18 +22,18 @@ __all__ = ["FORMATS", "OPSET", "Format", "Runner", "Size", "quantize", "require"
 
 OPSET = 20
 
-# From images (N, 3, H, W) to the outputs.
+# Function from images (N, 3, H, W) to the outputs.
 Runner = Callable[[Tensor], list[Tensor]]
 # Fixed height and width of an export in pixels; None if they are free.
 Size = tuple[int, int] | None
 
-# No patch size divides these at any stage, so that tracing records the padding for all sizes.
+# No patch size divides the maps of these images at any stage, so that tracing records the padding.
 _TRACED_SIZE = (96, 160)
-# All feature maps of a detector exceed one pixel, which torch.export would treat specially.
+# Large enough that no feature map of a detector has one pixel, which torch.export specializes.
 _CAPTURED_SIZE = (288, 416)
 # Warnings of libraries about their own code: (category, start of the message).
 _WARNINGS = (
-    (torch.jit.TracerWarning, ""),  # sizes might become constants: the check finds out
+    (torch.jit.TracerWarning, ""),  # sizes may become constants, which the check detects
     (FutureWarning, r"`torch\.jit\.(trace|script|save|load)"),
     (FutureWarning, r"`create_unbacked_symint` is deprecated"),  # torchvision's NMS calls it
     (UserWarning, r"ONNX export for RoIAlign with a non-zero sampling_ratio"),
@@ -81,7 +81,7 @@ class _PlainConvolutions(TorchFunctionMode):
 
 @torch.no_grad()
 def _capture(module: ExportModule, size: Size) -> ExportedProgram:
-    """The program of torch.export, for any image size, and any batch size if that is free."""
+    """Returns the program of torch.export, for any image and batch size unless they are fixed."""
     if not hasattr(symbolic_config, "backed_size_oblivious"):
         raise UserError(
             f"torch.export of PyTorch {torch.__version__} does not support free sizes: install a "
@@ -90,7 +90,7 @@ def _capture(module: ExportModule, size: Size) -> ExportedProgram:
     shapes = {} if size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     if module.free_batch:
         shapes[0] = Dim.DYNAMIC
-    # Otherwise sizes of 1, and properties of the example's size, would be specialized.
+    # Otherwise, sizes of 1 and properties of the example's size would be specialized.
     with symbolic_config.patch(backed_size_oblivious=True), _quiet(), _PlainConvolutions():
         return torch.export.export(
             module,

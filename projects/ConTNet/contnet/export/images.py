@@ -31,7 +31,7 @@ def _walk(folder: str) -> Iterator[Path]:
 
 
 def _test_images(cfg: CfgNode) -> Iterator[Path]:
-    """The image files of the test sets that exist."""
+    """Yields the image files of the test sets that exist."""
     register_datasets(cfg)
     for name in cfg.DATASETS.TEST:
         source = find_source(name)

@@ -1,4 +1,4 @@
-"""Trained models as modules from a tensor of images to tensors, which can be exported.
+"""Trained models as exportable modules, which map a tensor of images to tensors.
 
 They compute the same as the models of Detectron2 and of this project, including decoding and NMS,
 without Python control flow that depends on the detections in an image.
@@ -42,7 +42,7 @@ class _AveragePool(nn.Module):
         self.side = side
 
     def _weights(self, size: int, like: Tensor) -> Tensor:
-        """(side, size): the share of each pixel in each bin."""
+        """Returns the share of each pixel in each bin, (side, size)."""
         bins = torch.arange(self.side, device=like.device)[:, None]
         first, end = bins * size // self.side, ((bins + 1) * size + self.side - 1) // self.side
         pixels = torch.arange(size, device=like.device)
@@ -64,19 +64,20 @@ def _replace_pools(module: nn.Module) -> None:
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest scores and their indices; -inf if there are fewer."""
-    # No comparison with the number of scores: its result would become a constant of the export.
+    """Returns the ``count`` highest scores and their indices; missing scores are -inf."""
+    # Do not compare with the number of scores: the result would become a constant of the export.
     return F.pad(scores, (0, count), value=-torch.inf).topk(count)
 
 
 def _suppress(
     boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, limit: int | None
 ) -> Tensor:
-    """NMS within each group: indices of the kept boxes, best first, at most ``limit``."""
-    # As torchvision's batched_nms for few boxes. The zero is for images without boxes.
+    """Applies NMS within each group; returns at most ``limit`` indices of boxes, best first."""
+    # Like torchvision's batched_nms for few boxes. The zero is for images without boxes.
     farthest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
     shifted = boxes + (groups.to(boxes.dtype) * (farthest + 1))[:, None]
-    # Two more boxes beyond all others, always kept: torch.export assumes at least two from nms.
+    # Add two boxes beyond all others, which are always kept, because torch.export assumes that nms
+    # returns at least two.
     farthest = torch.cat([shifted.flatten(), boxes.new_zeros(1)]).max()
     more = torch.tensor([[1, 1, 2, 2], [4, 4, 5, 5]]).to(boxes) + farthest
     lowest = torch.full((2,), -torch.inf).to(scores)
@@ -91,12 +92,12 @@ def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _nonempty(boxes: Tensor, least: float = 0.0) -> Tensor:
-    """Indices of the boxes whose sides are longer than ``least``."""
+    """Returns the indices of the boxes whose sides are longer than ``least``."""
     return ((boxes[:, 2:] - boxes[:, :2]) > least).all(dim=1).nonzero()[:, 0]
 
 
 def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """The output (R, C, side, side) of a pooler for the boxes of one image."""
+    """Returns the output (R, C, side, side) of a pooler for the boxes of one image."""
     regions = torch.cat([boxes.new_zeros(boxes.shape[0], 1), boxes], dim=1)
     sizes = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = (pooler.canonical_level + (sizes / pooler.canonical_box_size + 1e-8).log2()).floor()
@@ -113,14 +114,14 @@ def _pool(pooler: ROIPooler, features: Sequence[Tensor], boxes: Tensor) -> Tenso
 
 
 class ExportModule(nn.Module):
-    """A trained model from images (N, 3, H, W) to a tuple of tensors.
+    """A trained model that maps images (N, 3, H, W) to a tuple of tensors.
 
     Images are floats from 0 to 255, with channels in the order of the config; the module
     normalises them.
 
     Attributes:
         output_names: names of the outputs.
-        free_batch: whether N may be other than 1.
+        free_batch: whether N may differ from 1.
         least_side: minimum length of the longer side of an image, in pixels.
         dtype: type in which the network, or the backbone of a detector, computes.
     """
@@ -136,11 +137,11 @@ class ExportModule(nn.Module):
         cast_weights(self.network(), dtype)
 
     def network(self) -> nn.Module:
-        """The part that computes in ``dtype``."""
+        """Returns the part that computes in ``dtype``."""
         return self.model.backbone
 
     def _normalize(self, images: Tensor, divisor: int = 1) -> Tensor:
-        """Normalises as the model does, and pads to a multiple of ``divisor``."""
+        """Normalises images as the model does, and pads them to a multiple of ``divisor``."""
         images = (images - self.model.pixel_mean) / self.model.pixel_std
         if divisor > 1:
             h, w = images.shape[2], images.shape[3]
@@ -165,7 +166,7 @@ class _Classifier(ExportModule):
 
 
 class _ClassifierFeatures(_Classifier):
-    """The features of a classifier's network before its head."""
+    """A classifier's network before its head."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
@@ -193,7 +194,7 @@ class _Features(ExportModule):
 
 
 class _Segmenter(ExportModule):
-    """Logits (N, K, H, W), for the whole image at once."""
+    """A segmenter, with logits (N, K, H, W) for the whole image at once."""
 
     output_names = ("semantic",)
 
@@ -207,7 +208,10 @@ class _Segmenter(ExportModule):
 
 
 class _Detector(ExportModule):
-    """Boxes (D, 4) in pixels of the input image, scores (D,) and classes (D,), best first."""
+    """A detector, with detections sorted by score.
+
+    Outputs: boxes (D, 4) in pixels of the input image, scores (D,) and classes (D,).
+    """
 
     output_names = ("boxes", "scores", "classes")
     free_batch = False
@@ -221,7 +225,7 @@ class _Detector(ExportModule):
 
 class _DenseDetector(_Detector):
     def _scores(self, predictions: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Scores (H * W * A, K) of each level."""
+        """Returns the scores (H * W * A, K) of each level."""
         logits = [permute_to_N_HWA_K(x, self.model.num_classes)[0] for x in predictions[0]]
         if not isinstance(self.model, FCOS):
             return [x.sigmoid() for x in logits]
@@ -252,7 +256,7 @@ class _DenseDetector(_Detector):
 
 
 class _RCNN(_Detector):
-    """Also masks (D, side, side), if the model has them: probabilities within each box."""
+    """A two-stage detector, whose masks (D, side, side) are probabilities within each box."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__(model, dtype)
@@ -290,7 +294,7 @@ class _RCNN(_Detector):
         scores = scores[:, :-1]
         rows, classes = (scores > predictor.test_score_thresh).nonzero().unbind(1)
         scores = scores[rows, classes]
-        if deltas.shape[1] > 4:  # for each class
+        if deltas.shape[1] > 4:  # one box for each class
             deltas = deltas.reshape(-1, heads.num_classes, 4)[rows, classes]
         else:
             deltas = deltas[rows]
@@ -354,7 +358,7 @@ def _choose(model: nn.Module, backbone: bool) -> type[ExportModule]:
 def build_module(
     predictor: Predictor, *, backbone: bool = False, dtype: torch.dtype = torch.float32
 ) -> ExportModule:
-    """The model of a predictor as a module that can be exported, on the CPU.
+    """Returns the model of a predictor as a module that can be exported, on the CPU.
 
     Args:
         predictor: the predictor; its model is copied.

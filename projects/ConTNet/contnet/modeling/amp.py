@@ -41,7 +41,7 @@ def keep_regions_exact(model: nn.Module) -> None:
     """Makes a detector pool regions and paste masks in float32, also under autocast.
 
     In half precision Detectron2 rounds a region's coordinates to multiples of up to 4 pixels before
-    it pools features, and those of the pixels of a mask before it pastes the mask.
+    it pools features, and the coordinates of a mask's pixels before it pastes the mask.
     """
     for module in model.modules():
         if isinstance(module, ROIPooler):

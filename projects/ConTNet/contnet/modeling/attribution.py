@@ -15,7 +15,7 @@ __all__ = ["attribute", "sum_of_parts"]
 def attribute(
     model: nn.Module, read: Callable[[], Mapping[str, float]]
 ) -> Iterator[dict[str, Counter[str]]]:
-    """Splits the growth of running totals among the modules that run meanwhile.
+    """Splits the growth of running totals among the modules that run within the context.
 
     The costs of a module's children are not part of its own. Costs outside of all module calls
     belong to the model itself.

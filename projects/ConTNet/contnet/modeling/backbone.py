@@ -62,7 +62,7 @@ class ConTNetBackbone(ConTNet, Backbone):
         self.out_features = tuple(name for name in FEATURES if name in out_features)
         self.prune_intermediate_layers([FEATURES.index(name) for name in self.out_features])
         if self.taps == "pre" and self.out_features[-1] != FEATURES[-1]:
-            # Nothing is read behind this tap, and DDP refuses parameters without a gradient.
+            # Layers after this tap are not used, and DDP rejects parameters without a gradient.
             last = self.stages[-1][-1]
             last.conv.requires_grad_(False)
             last.shortcut.requires_grad_(False)
@@ -75,11 +75,11 @@ class ConTNetBackbone(ConTNet, Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """0: the network accepts any size, since it pads and masks its patches itself."""
+        """Always 0: any image size is accepted, because the network pads and masks its patches."""
         return 0
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each feature."""
+        """Returns the channels and stride of each feature."""
         return {
             name: ShapeSpec(
                 channels=self.out_feature_channels[name], stride=self.out_feature_strides[name]
@@ -93,7 +93,7 @@ class ConTNetBackbone(ConTNet, Backbone):
 
 
 def backbone_prefix(model: nn.Module) -> str:
-    """Prefix of the backbone's keys in a model's state dict, such as "backbone.bottom_up.".
+    """Returns the prefix of the backbone's keys in a state dict, such as "backbone.bottom_up.".
 
     The backbone is a classifier's network, or the innermost backbone of a detector.
 
@@ -150,7 +150,7 @@ def _dilate(block: nn.Module, dilation: int) -> int:
 
 @BACKBONE_REGISTRY.register()
 def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Builds Detectron2's ResNet with ``MODEL.RESNETS.OUTPUT_STRIDE``, by dilated last stages.
+    """Builds Detectron2's ResNet with ``MODEL.RESNETS.OUTPUT_STRIDE``, by dilating the last stages.
 
     As in ConTNet, the same weights fit: at every (32 / output stride)-th pixel, res5 equals that of
     the network without dilation.

@@ -14,20 +14,21 @@ from contnet.modeling.patches import margin_masks, merge_and_crop, pad_and_parti
 
 __all__ = ["CPU_CHUNK_ELEMENTS", "GPU_CHUNK_PATCHES", "ConTBlock", "PooledShortcut", "Stage"]
 
-# For torch.fx, which cannot follow what depends on the size of the map.
+# torch.fx cannot trace these functions, because their control flow depends on the map's size.
 torch.fx.wrap("margin_masks")
 torch.fx.wrap("merge_and_crop")
 torch.fx.wrap("mean_with_next")
 torch.fx.wrap("pad_and_partition")
 
-# Elements of the tokens that a CPU encodes at a time, so that they stay in its cache.
+# Maximum number of token elements that a CPU encodes at a time, so that they fit in its cache.
 CPU_CHUNK_ELEMENTS = 400_000
-# The smaller patches that a GPU attends in at a time: PyTorch 2.11's flash attention fails on more.
+# Maximum number of the smaller patches per attention call on a GPU, because flash attention of
+# PyTorch 2.11 fails on more.
 GPU_CHUNK_PATCHES = 65_535
 
 
 def mean_with_next(x: Tensor, dim: int, dilation: int) -> Tensor:
-    """Mean of each pixel and the pixel ``dilation`` further; the pixel itself at the margin."""
+    """Averages each pixel with the one ``dilation`` pixels after it; keeps the last ones as is."""
     size = x.shape[dim]
     if size <= dilation:
         return x
@@ -84,7 +85,7 @@ class ConTBlock(nn.Module):
         patch_dilation: distance of a patch's pixels; each of the ``patch_dilation**2`` grids of
             such pixels is cut into patches.
         use_avgdown: use average pooling in the shortcut, if it is a convolution.
-        encoder: other arguments of the encoders.
+        **encoder: other arguments of the encoders.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class ConTBlock(nn.Module):
         cut = (self.patch_size, self.cell_size, self.patch_dilation)
         tokens = pad_and_partition(x, *cut)
         masks = margin_masks(x, self.patch_sizes, self.patch_dilation)
-        if torch.jit.is_scripting():  # it cannot compile the chunks
+        if torch.jit.is_scripting():  # TorchScript cannot compile the chunks
             tokens = self._run_encoders(tokens, masks)
         else:
             tokens = self._encode_chunks(tokens, masks)

@@ -1,4 +1,4 @@
-"""Detectron2's ``build_model``, with all of our parts registered."""
+"""Detectron2's ``build_model``, with all components of this project registered."""
 
 import detectron2.modeling
 import torch
@@ -15,7 +15,7 @@ from contnet.modeling.contnet import ConTNet
 
 __all__ = ["ATTENTION_KERNELS", "build_model", "set_attention_kernels", "use_channels_last"]
 
-# What MODEL.CONTNET.SDPA allows beside the plain computation ("math"), by PyTorch's names.
+# Kernels that each value of MODEL.CONTNET.SDPA allows besides "math", by PyTorch's names.
 ATTENTION_KERNELS = {
     "flash": ("flash", "mem_efficient"),
     "efficient": ("mem_efficient",),
@@ -39,8 +39,9 @@ def set_attention_kernels(choice: str) -> None:
 def use_channels_last(model: nn.Module) -> None:
     """Converts the weights of all convolutions to channels_last, in place.
 
-    Their gradients then have the same layout for any layout of the images. Otherwise those of 1x1
-    convolutions may differ from their weights, and DistributedDataParallel warns and copies them.
+    Their gradients then have the same layout for any layout of the images. Otherwise, the layout of
+    1x1 convolutions' gradients may differ from that of their weights, and DistributedDataParallel
+    warns and copies the gradients.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

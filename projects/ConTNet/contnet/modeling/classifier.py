@@ -26,7 +26,7 @@ __all__ = [
     "contnet_options",
 ]
 
-# Keys of MODEL.CONTNET that are arguments of a ConTNet, by the same names in small letters.
+# Keys of MODEL.CONTNET that are arguments of ConTNet, with the same names in lower case.
 _ARGUMENT_KEYS = (
     "RELATIVE",
     "PRE_NORM",
@@ -36,7 +36,7 @@ _ARGUMENT_KEYS = (
     "LAST_DROP_RATE",
     "DROP_PATH_RATE",
 )
-# What a classifier's ConTNet depends on. The others of MODEL.CONTNET are of backbones alone.
+# Keys of MODEL.CONTNET that affect classifiers; its other keys only affect backbones.
 OPTION_KEYS = (*_ARGUMENT_KEYS, "GRAD_CHECKPOINTING", "SDPA")
 
 
@@ -95,9 +95,9 @@ class ImageClassifier(nn.Module):
         return self.pixel_mean.device
 
     def head_names(self) -> list[str]:
-        """Full names of the tensors that depend on the number of classes."""
+        """Returns the full names of the tensors that depend on the number of classes."""
         heads = self.network.get_classifier()
-        # DeiT with distillation has two.
+        # DeiT with distillation has two heads.
         heads = heads if isinstance(heads, (tuple, list)) else [heads]
         own = {id(tensor) for head in heads for tensor in head.parameters()}
         return [name for name, tensor in self.named_parameters() if id(tensor) in own]
@@ -114,7 +114,7 @@ class ImageClassifier(nn.Module):
         """
         stacked = isinstance(batch, ImageBatch)
         images = batch.images if stacked else torch.stack([each["image"] for each in batch])
-        # Without blocking: the GPU may still be at work on the step before.
+        # Do not block, because the GPU may still be running the previous step.
         images = images.to(self.device, non_blocking=True)
         images = (images - self.pixel_mean) / self.pixel_std
         if not self.training:
@@ -127,7 +127,7 @@ class ImageClassifier(nn.Module):
         smoothing = self.label_smoothing
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-            smoothing = 0.0  # the mixed labels are smooth already
+            smoothing = 0.0  # mixed labels are already smoothed
         logits = self.network(images.contiguous(memory_format=self.memory_format))
         return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)}
 
@@ -156,19 +156,19 @@ def build_batch_augmentation(cfg: CfgNode) -> tuple[Mixup | None, RandomErasing 
 
 
 def classifier_name(cfg: CfgNode) -> str:
-    """MODEL.CLASSIFIER.NAME without timm's tag of weights, which follows a dot."""
+    """Returns MODEL.CLASSIFIER.NAME without timm's tag of weights, which follows a dot."""
     return cfg.MODEL.CLASSIFIER.NAME.partition(".")[0]
 
 
 def contnet_options(cfg: CfgNode) -> dict:
-    """Arguments of a ConTNet, as classifier or backbone, from ``cfg.MODEL.CONTNET``."""
+    """Returns ConTNet's arguments from ``cfg.MODEL.CONTNET``, for a classifier or a backbone."""
     values = {key.lower(): cfg.MODEL.CONTNET[key] for key in _ARGUMENT_KEYS}
-    # A negative rate stands for the variant's own.
+    # A negative rate keeps the variant's default.
     return {name: value for name, value in values.items() if value >= 0}
 
 
 def _check_sizes(cfg: CfgNode, network: nn.Module) -> None:
-    """Checks that a network of patches accepts the config's image sizes: some accept only one."""
+    """Checks that a network with patch embeddings accepts the config's image sizes."""
     embed = getattr(network, "patch_embed", None)
     for key in ("SIZE", "CROP_TEST") if embed is not None else ():
         size = cfg.INPUT.CLASSIFIER[key]

@@ -1,8 +1,8 @@
 """Workarounds for bugs and noisy warnings of our dependencies.
 
 tests/modeling/test_compat.py fails when the pinned libraries no longer need one of them. Nothing
-here is applied on import: entry points call :func:`silence_known_warnings`, scripts before they
-import the rest, since importing Detectron2 already warns.
+here is applied on import: entry points call :func:`silence_known_warnings`, and scripts call it
+before their other imports, because importing Detectron2 already warns.
 """
 
 import logging
@@ -55,7 +55,7 @@ KNOWN_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
 
 
 class _NoKnownTracebacks(logging.Filter):
-    """Drops the traceback that Detectron2's training loop logs for errors that we log in a line."""
+    """Drops Detectron2's traceback in the training loop for errors that we log in one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -77,7 +77,7 @@ class _NoTermination(logging.Filter):
         return not record.getMessage().startswith("Terminating process")
 
 
-# Filters by the names of the loggers whose lines they take away.
+# Filters by the names of the loggers whose lines they drop.
 _LOG_FILTERS: dict[str, type[logging.Filter]] = {
     "detectron2.engine.train_loop": _NoKnownTracebacks,
     "torch.fx._symbolic_trace": _NoTracingAdvice,
@@ -99,7 +99,7 @@ def restore_in1d(module: ModuleType) -> None:
     """Gives one module the function ``np.in1d``, which cityscapesscripts calls and numpy 2.4 lacks.
 
     Args:
-        module: has numpy as ``np``; numpy itself stays as it is.
+        module: a module that imports numpy as ``np``; numpy itself does not change.
     """
     stand_in = ModuleType("numpy")
     stand_in.__dict__.update(vars(np), in1d=np.isin)
@@ -109,10 +109,10 @@ def restore_in1d(module: ModuleType) -> None:
 def fix_gradient_order(model: nn.Module) -> None:
     """Makes DistributedDataParallel arrange its gradient buckets now, not after its first step.
 
-    More than two processes add the parts of a gradient in an order that depends on its position, so
-    a resumed run, whose first step is another one, would differ in the last bits. Gradients are
-    then exchanged late. This is only for processes on the CPU, which cannot overlap exchange and
-    computation anyway.
+    With more than two processes, the order in which a gradient is summed depends on its position in
+    the buckets, so a resumed run, whose first step is a later one, would differ in the last bits.
+    Gradients are then exchanged late. This is only for processes on the CPU, which cannot overlap
+    communication and computation anyway.
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._push_all_rebuilt_params()

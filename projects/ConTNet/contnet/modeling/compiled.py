@@ -9,7 +9,8 @@ from contnet.utils.errors import UsageError
 
 __all__ = ["compile_encoders"]
 
-# A ConTNet's encoders have seven shapes, with and without margins, of one and of many sizes.
+# Limit on compiled graphs: a ConTNet's encoders have seven shapes, each with and without margins,
+# and with static and dynamic sizes.
 _GRAPHS = 64
 
 
@@ -33,7 +34,7 @@ def compile_encoders(
     if not encoders:
         raise UsageError("SOLVER.COMPILE is True, but the model has no ConTNet: set it False")
     functorch.activation_memory_budget = memory_budget
-    # PyTorch 2.6 has the other name.
+    # PyTorch 2.6 calls it cache_size_limit.
     name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
     setattr(dynamo, name, max(_GRAPHS, getattr(dynamo, name)))
     for encoder in encoders:

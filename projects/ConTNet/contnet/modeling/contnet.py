@@ -5,7 +5,8 @@ arXiv 2104.13497. Layer sizes follow the authors' published classification code;
 maps whose size is not a multiple of the patch, and the dense taps, are ours (docs/network.md).
 """
 
-# No annotations as strings: torch.fx copies those of forward into its code, for TorchScript.
+# No `from __future__ import annotations`: torch.fx copies the annotations of forward into its code,
+# which TorchScript could not compile with strings.
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -29,7 +30,7 @@ FEATURES = ("res2", "res3", "res4", "res5")
 TAPS = ("stage", "pre")
 GLOBAL_POOLS = ("avg", "")
 OUTPUT_STRIDES = (32, 16, 8)
-# What activation checkpointing computes again: nothing, the GELUs of MLPs, MLPs, whole blocks.
+# What activation checkpointing recomputes: nothing, the GELUs of MLPs, MLPs, or whole blocks.
 GRAD_CHECKPOINTING_MODES = ("", "gelu", "mlp", "block")
 
 VARIANTS: dict[str, dict] = {
@@ -60,7 +61,7 @@ def _make_stage(
     drop_path_rate: float,
     **options,
 ) -> Stage:
-    """Stage ``number``, from 0, of a ConTNet with these arguments; ``options`` are its blocks'."""
+    """Builds stage ``number`` (from 0); ``options`` are further arguments of its blocks."""
     final = number == len(depths) - 1
     dilation = max((4 << number) // output_stride, 1)
     drop_path_step = drop_path_rate / max(sum(depths) - 1, 1)
@@ -92,7 +93,7 @@ class ConTNet(nn.Module):
 
     Args:
         depths: blocks of each of the four stages.
-        dim: channels of the stem; stage i works on ``dim * 2**i``, with ``2**i`` heads.
+        dim: channels of the stem; stage i (from 0) works on ``dim * 2**i``, with ``2**i`` heads.
         mlp_dims: hidden width of each stage's MLPs.
         num_classes: number of classes; 0 for no classifier.
         in_chans: channels of the input image.
@@ -264,7 +265,7 @@ class ConTNet(nn.Module):
         return self.stages(self._embed(x))
 
     def _embed(self, x: Tensor) -> Tensor:
-        # The blocks work on channels last, as partitions into patches are cheapest there.
+        # Blocks use channels_last, the layout in which cutting a map into patches is cheapest.
         return self.pool(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
     def _run_tapped(
@@ -294,10 +295,10 @@ class ConTNet(nn.Module):
             out_features: names from ``FEATURES``.
 
         Returns:
-            The last map (N, num_features, ceil(H / 32), ceil(W / 32)), or, with ``out_features``,
-            a dict of maps by name, at strides 4, 8, 16 and 32 (or ``output_stride``, if that is
-            less). Stages after the last requested one do not run, and features that are not
-            requested cost nothing.
+            The last map (N, num_features, ceil(H / s), ceil(W / s)), s being ``output_stride``, or,
+            with ``out_features``, a dict of maps by name, at strides 4, 8, 16 and 32, but at most
+            ``output_stride``. Stages after the last requested one do not run, and features that
+            are not requested cost nothing.
 
         Raises:
             ValueError: for a name that is not in ``FEATURES``.

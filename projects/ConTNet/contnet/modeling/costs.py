@@ -1,6 +1,6 @@
 """Costs of a model, module by module: parameters, time, and activations for the backward pass.
 
-MACs are counted by :mod:`contnet.modeling.macs`. Here, the model really runs, on the CPU.
+MACs are counted by :mod:`contnet.modeling.macs`. The functions here run the model, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["count_saved", "own_parameters", "padded_size", "time_modules"]
 
 
 def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width, in pixels, of images of this size after the model's padding."""
+    """Returns the height and width, in pixels, of images after the model's padding."""
     if isinstance(model, ImageClassifier):
         return size
     backbone = model.backbone
@@ -36,7 +36,7 @@ def padded_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of each module without its children's; shared ones belong to the first module."""
+    """Returns each module's parameters without its children's; shared ones count for the first."""
     seen: set[nn.Parameter] = set()
     own = {}
     for name, module in model.named_modules():
@@ -62,7 +62,7 @@ def count_saved(cfg: CfgNode, model: nn.Module, inputs: Sequence[dict]) -> dict[
     """
     model.train()
     tensors = [*model.parameters(), *model.buffers()]
-    # Storages are held, so that none is freed and its address given to another one.
+    # Keep the storages, so that none is freed and its address reused.
     held = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
     total: Counter[str] = Counter(numbers=0, bytes=0)
 
@@ -72,7 +72,7 @@ def count_saved(cfg: CfgNode, model: nn.Module, inputs: Sequence[dict]) -> dict[
             held[storage.data_ptr()] = storage
             total["numbers"] += storage.nbytes() // tensor.element_size()
             total["bytes"] += storage.nbytes()
-        return tensor.detach()  # an operation that kept its own result would never be freed
+        return tensor.detach()  # otherwise, operations that store their results are never freed
 
     def unpack(tensor: Tensor) -> Tensor:
         return tensor

@@ -16,7 +16,7 @@ __all__ = ["Attention", "Encoder", "Mlp", "run_checkpointed"]
 
 _DROPS = (nn.Dropout, StochasticDepth)
 
-# For torch.fx, which cannot follow what depends on whether there is a mask.
+# torch.fx cannot trace these functions, because they depend on types, or on whether a mask is None.
 torch.fx.wrap("attention_mask")
 torch.fx.wrap("layer_norm")
 torch.fx.wrap("mask_of_patches")
@@ -36,9 +36,9 @@ def attention_mask(valid: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def run_checkpointed(owner: nn.Module, part: nn.Module, *args) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs a part of a module, with activation checkpointing if the module asks for it."""
+    """Runs a part of a module, with activation checkpointing if the module enables it."""
     if owner.grad_checkpointing and owner.training and torch.is_grad_enabled():
-        # What the random state is for, which takes a while to set.
+        # Only dropout needs the random state, which is slow to restore.
         drops = any(isinstance(each, _DROPS) and each.p for each in owner.modules())
         return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=drops)
     return part(*args)
@@ -66,7 +66,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if torch.jit.is_scripting() or x.dtype == weight.dtype:
         x = F.layer_norm(x, shape, weight, bias, eps)
     else:
-        # Autocast would make float32 of x, and so of all residual sums that follow.
+        # Autocast would convert x, and so all later residual sums, to float32.
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
     return x
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             valid: bool (B, T), False for tokens that no query attends to; None for all True.
         """
         b, t, c = x.shape
-        # In parts of the last dimension, whose gradients are joined without another copy.
+        # Chunks of the last dimension, because their gradients are joined without another copy.
         q, k, v = self.qkv(x).chunk(3, dim=2)
         shape = (b, t, self.num_heads, c // self.num_heads)
         q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
@@ -139,9 +139,9 @@ class Mlp(nn.Module):
         return (
             self.grad_checkpointing
             and self.training
-            and self.drop.p == 0  # dropout keeps as much again
+            and self.drop.p == 0  # dropout stores as much itself
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()  # which chooses what is computed again
+            and not torch.compiler.is_compiling()  # the compiler chooses what to recompute
             and not isinstance(hidden, torch.fx.Proxy)
         )
 

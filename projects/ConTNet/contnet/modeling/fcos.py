@@ -3,8 +3,8 @@
 Sources: plain, Tian et al., 2019, arXiv 1904.01355 (no centre sampling, IoU loss, distances as
 exp of a learned scale per level, centre-ness beside the classes); improved, Tian et al., 2020,
 arXiv 2006.09214 (centre sampling, GIoU loss, distances in strides, centre-ness beside the boxes).
-The improved version is Detectron2's own FCOS, which has no config keys. This adds the config, the
-plain version, and losses that are normalised over all processes.
+The improved version is Detectron2's own FCOS, which has no config keys. This module adds the keys,
+the plain version, and losses that are normalised over all processes.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _LEAST_IOU = 1e-6
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a number over all processes; gradients are averaged over them, too.
+    """Returns the mean of a number over all processes, because gradients are averaged, too.
 
     Args:
-        value: without dimensions, on the model's device.
+        value: scalar on the model's device.
 
     Returns:
-        In float64, on the same device.
+        Scalar in float64, on the same device.
     """
     total = value.to(torch.float64, copy=True)
     if comm.get_world_size() == 1 or not torch.is_grad_enabled():
-        return total  # without gradients each process computes losses of its own images
+        return total  # without gradients, each process normalises over its own images
     dist.all_reduce(total)
     return total / comm.get_world_size()
 
@@ -83,7 +83,7 @@ class FCOSHead(fcos.FCOSHead):
             }
             logits.append(self.cls_score(towers["classification"]))
             centerness.append(self.ctrness(towers[self.centerness_on]))
-            # Half precision is too coarse for distances; Detectron2's losses mix it with single.
+            # Half precision is too coarse for distances; Detectron2's losses mix it with float32.
             distance = self.bbox_pred(towers["regression"]).float()
             if self.scales is not None:
                 distance = (distance * self.scales[level]).exp()
@@ -141,7 +141,7 @@ class FCOS(fcos.FCOS):
     def _ema_update(
         self, name: str, value: float, initial_value: float, momentum: float = 0.9
     ) -> float:
-        """Detectron2's running normaliser, updated with the mean over all processes."""
+        """Updates Detectron2's running normaliser with the mean over all processes."""
         if comm.get_world_size() > 1:
             number = torch.full((), value, dtype=torch.float64, device=self.device)
             value = _mean_over_processes(number).item()
@@ -150,7 +150,7 @@ class FCOS(fcos.FCOS):
     def losses(
         self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
     ) -> dict[str, Tensor]:
-        """Detectron2's losses, or with ``box_loss`` "iou" the plain version's box loss."""
+        """Returns Detectron2's losses; ``box_loss`` "iou" replaces the box loss."""
         losses = super().losses(
             anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
         )
@@ -167,7 +167,7 @@ class FCOS(fcos.FCOS):
         pred_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> Tensor:
-        """Mean of -log(IoU) over all processes' positive locations, weighted by centre-ness.
+        """Returns the mean -log(IoU) of all processes' positive locations, weighted by centre-ness.
 
         Args:
             anchors: anchors of each level.

@@ -30,12 +30,12 @@ __all__ = [
     "register_top_block",
 ]
 
-# Makes a top block from the bottom-up network's shapes and the pyramid's width.
+# Function that makes a top block from the bottom-up network's shapes and the pyramid's width.
 TopBlockMaker = Callable[[Mapping[str, ShapeSpec], int], nn.Module]
 
 
 class BottomUp(NamedTuple):
-    """A network that pyramids are built over.
+    """A network on which pyramids are built.
 
     Attributes:
         build: its builder, as in Detectron2's registry of backbones.
@@ -51,15 +51,15 @@ class DivisibleFPN(FPN):
 
     @property
     def size_divisibility(self) -> int:
-        """Least common size divisibility of the pyramid and the bottom-up network."""
+        """Least common multiple of the pyramid's and the bottom-up network's size divisibility."""
         return math.lcm(super().size_divisibility, self.bottom_up.size_divisibility or 1)
 
 
-# By the names in builders' names: "resnet" of build_resnet_fpn_backbone, and the prefix
+# Keys are parts of the builders' names: "resnet" of build_resnet_fpn_backbone, and the prefix
 # "retinanet_" of build_retinanet_resnet_fpn_backbone.
 BOTTOM_UPS: dict[str, BottomUp] = {}
 TOP_BLOCKS: dict[str, TopBlockMaker] = {}
-# Builders of the networks alone.
+# Builders of networks without a pyramid, and the names of these networks.
 _BARE_BUILDERS = {
     "build_contnet_backbone": "contnet",
     "build_resnet_backbone": "resnet",
@@ -73,7 +73,7 @@ def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlock
         shapes = bottom_up.output_shape()
         in_features = cfg.MODEL.FPN.IN_FEATURES
         width = cfg.MODEL.FPN.OUT_CHANNELS
-        # The top blocks of every detector here start at stride 32.
+        # All registered top blocks start at stride 32.
         if missing := [feature for feature in (*in_features, "res5") if feature not in shapes]:
             raise ValueError(
                 f"{name} needs the feature {missing[0]!r}, "
@@ -95,7 +95,7 @@ def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlock
 
 
 def _register_pyramids() -> None:
-    """Registers the pairs that Detectron2 does not have."""
+    """Registers a builder for each pair that Detectron2 does not have."""
     for prefix, make_top_block in TOP_BLOCKS.items():
         for name, bottom_up in BOTTOM_UPS.items():
             builder = f"build_{prefix}{name}_fpn_backbone"
@@ -104,13 +104,13 @@ def _register_pyramids() -> None:
 
 
 def bottom_up_name(builder: str) -> str:
-    """The name that a builder's bottom-up network is registered under, such as "contnet".
+    """Returns the registered name of a builder's bottom-up network, such as "contnet".
 
     Args:
         builder: MODEL.BACKBONE.NAME of a pyramid or of the bare network.
 
     Returns:
-        The builder's own name, if it belongs to no registered network.
+        The network's name, or ``builder`` itself if it belongs to no registered network.
     """
     names = {f"build_{p}{name}_fpn_backbone": name for p in TOP_BLOCKS for name in BOTTOM_UPS}
     return {**names, **_BARE_BUILDERS}.get(builder, builder)

@@ -11,11 +11,11 @@ __all__ = ["ImageBatch", "collate_images"]
 
 
 class ImageBatch(Sequence):
-    """Detectron2's inputs, one dict per image, whose ``image`` is a view of one tensor.
+    """A batch of Detectron2's inputs: one dict per image, whose ``image`` is a view of one tensor.
 
     A loader's worker sends this tensor as one file, instead of one file per image. It is pinned and
     copied to a GPU as a whole; DistributedDataParallel, which moves the items of lists one by one,
-    leaves this to the model.
+    leaves this copy to the model.
 
     Args:
         records: the other items of each image's dict.
@@ -43,7 +43,7 @@ def collate_images(inputs: Sequence[dict]) -> ImageBatch:
     """Stacks the images of inputs, in shared memory in a worker.
 
     Args:
-        inputs: one or more dicts, whose ``image`` have the same size.
+        inputs: one or more dicts, whose images have the same size.
     """
     records = [{k: v for k, v in each.items() if k != "image"} for each in inputs]
     return ImageBatch(records, default_collate([each["image"] for each in inputs]))

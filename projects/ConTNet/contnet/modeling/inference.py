@@ -17,7 +17,7 @@ __all__ = ["CudaGraphs", "OptimizedNetwork", "cast_weights", "optimize_for_infer
 
 logger = logging.getLogger(__name__)
 
-_WARM_UPS = 3  # PyTorch's own advice for what goes into a CUDA graph
+_WARM_UPS = 3  # number that PyTorch recommends before recording a CUDA graph
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -64,7 +64,7 @@ class CudaGraphs:
             A function that replays it on images of the same kind, and the bytes that it uses.
         """
         kind = images.device.type
-        # A graph must not read casts of weights that autocast keeps for a while.
+        # A graph must not read weights from autocast's cache of casts, which is temporary.
         amp = torch.autocast(
             kind,
             torch.get_autocast_dtype(kind),
@@ -80,11 +80,11 @@ class CudaGraphs:
                 for _ in range(_WARM_UPS):
                     self.network(buffer)
             torch.cuda.current_stream().wait_stream(self._stream)
-            # Recording begins with this, too: what the warm-ups have left is not the graph's.
+            # Recording empties the cache, too, so do it before memory is measured.
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            # Memory is used again within a stream alone, hence one stream for all graphs.
+            # Memory is only reused within a stream, so all graphs are recorded on the same one.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 out = self.network(buffer)
             held = torch.cuda.memory_reserved() - before + buffer.nbytes
@@ -93,7 +93,7 @@ class CudaGraphs:
             with torch.cuda.device(images.device):
                 buffer.copy_(images)
                 graph.replay()
-                # The next replay writes where this one did.
+                # Clone the outputs, because the next replay overwrites them.
                 return tree_map_only(Tensor, torch.clone, out)
 
         return replay, held
@@ -122,10 +122,10 @@ class CudaGraphs:
 
 
 class OptimizedNetwork(nn.Module):
-    """A network that :func:`optimize_for_inference` has made faster.
+    """A network that :func:`optimize_for_inference` has optimized.
 
-    It has the attributes of the network, and its names of tensors and modules. Moving, casting or
-    loading weights, and ``deepcopy``, discard the recorded graphs.
+    It has the attributes of the network, and the same names of tensors and modules. Moving, casting
+    or loading weights, and ``deepcopy``, discard the recorded graphs.
 
     Args:
         network: called with a batch of images (N, C, H, W).
@@ -164,7 +164,7 @@ class OptimizedNetwork(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Python also asks how to copy it, while it has no attributes yet.
+            # Copying and unpickling look up methods while the object has no attributes yet.
             if name == "_network" or name.startswith("__"):
                 raise
             return getattr(self._network, name)
@@ -204,7 +204,7 @@ class OptimizedNetwork(nn.Module):
         return self._network.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Called when a model that contains this one loads its weights."""
+        """Loads the weights when a model that contains this one loads its own."""
         self._forget_graphs()
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}_network.{key[len(prefix) :]}"] = state_dict.pop(key)
@@ -234,7 +234,7 @@ def optimize_for_inference(
 
     Returns:
         The copy, in evaluation mode: a module with the attributes of ``model``, such as a
-        backbone's ``output_shape`` and ``size_divisibility``, and its names of tensors.
+        backbone's ``output_shape`` and ``size_divisibility``, and the same names of tensors.
 
     Raises:
         ValueError: if ``max_graph_bytes`` is negative.

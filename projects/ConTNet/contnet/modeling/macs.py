@@ -1,13 +1,13 @@
 """Parameters and multiply-adds (MACs) of built models, by the rule behind the published figures.
 
-The rule is that of the counter behind the baselines' figures: convolutions with their biases,
-linear layers without, BatchNorm and LayerNorm 2 per element, GroupNorm, ReLU modules and
-max-pooling 1; 1000 proposals for a box head and 100 for a mask head. Attention products are
-counted separately, since the published figures do not include them. Nothing is computed: on the
-meta device, hooks count from shapes. PyTorch counts the products of convolutions by their
-operators, since hooks do not see those of ConTNet's dense taps. For timm's classifiers, whose
-modules are unknown, PyTorch counts all operators: convolutions and linear layers without biases,
-and products of two computed arrays as attention.
+The rule is that of the counter behind the baselines' figures: convolutions count with their biases,
+linear layers without; BatchNorm and LayerNorm count 2 per element, GroupNorm, ReLU modules and
+max-pooling 1; a box head runs on 1000 proposals and a mask head on 100. Attention products are
+counted separately, because the published figures do not include them. Nothing is computed: the
+model runs on the meta device, and hooks count from shapes. PyTorch counts the products of
+convolutions by operator, because hooks do not see those of ConTNet's dense taps. For timm's
+classifiers, whose modules are unknown, PyTorch counts all operators: convolutions and linear layers
+without biases, and products of two computed arrays as attention.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "macs_of_call",
 ]
 
-# Regions of an image that go through the box head, and through the mask head.
+# Number of regions per image for the box head and for the mask head.
 PROPOSALS = 1000
 MASKS = 100
 _NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
@@ -54,7 +54,7 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
 
 
 def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[str, int]]:
-    """MACs of one call of a module by kind, without its children; "bias" is a convolution's."""
+    """Yields the MACs of a module's call by kind, without children; "bias" is a convolution's."""
     if isinstance(module, nn.Conv2d):
         yield "convolution", out.numel() * module.weight[0].numel()
         yield "bias", 0 if module.bias is None else out.numel()
@@ -75,7 +75,7 @@ def macs_of_call(module: nn.Module, x: Tensor, out: Tensor) -> Iterator[tuple[st
         batch, tokens, channels = x.shape
         yield "attention", 2 * batch * tokens**2 * channels
     elif isinstance(module, BasicStem):
-        # ReLU and pooling, both at twice the output's height and width.
+        # ReLU and pooling both run at twice the output's height and width.
         yield "relu", 4 * out.numel()
         yield "pooling", 4 * out.numel()
     elif isinstance(module, BottleneckBlock):
@@ -103,17 +103,17 @@ def _run_heads(cfg: CfgNode, model: nn.Module, features: dict[str, Tensor]) -> N
 
 
 def _kind(operator: str) -> str:
-    """The kind of a PyTorch operator, such as "aten.addmm"."""
+    """Returns the kind of a PyTorch operator, such as "aten.addmm"."""
     if "convolution" in operator:
         return "convolution"
     return "linear" if operator in ("aten.mm", "aten.addmm") else "attention"
 
 
 def _by_operator(counter: FlopCounterMode) -> Counter[str]:
-    """G MACs that PyTorch has counted so far, by kind."""
+    """Returns the MACs that PyTorch has counted so far, by kind, in units of 10^9."""
     total: Counter[str] = Counter()
     for operator, number in counter.flop_counts["Global"].items():
-        total[_kind(str(operator))] += number / 2e9  # it counts additions, too
+        total[_kind(str(operator))] += number / 2e9  # PyTorch counts additions, too
     return total
 
 
@@ -143,14 +143,14 @@ def count_macs_by_module(
 
     def count(module: nn.Module, args: tuple, out: Tensor) -> None:
         for kind, number in macs_of_call(module, args[0], out):
-            # The products of convolutions are counted by operators.
+            # PyTorch counts the products of convolutions.
             if kind != "convolution":
                 own[names[module]]["convolution" if kind == "bias" else kind] += number / 1e9
 
     handles = [
         module.register_forward_hook(count)
         for module in model.modules()
-        # Its own forward takes a dict.
+        # The hook cannot read its input, a dict.
         if not isinstance(module, PSPHead)
     ]
     try:
@@ -180,7 +180,7 @@ def count_macs(cfg: CfgNode, model: nn.Module, size: tuple[int, int]) -> Counter
 
 
 def count_parameters(model: nn.Module) -> float:
-    """Trained parameters in millions, with affine parameters of frozen norms in trained blocks."""
+    """Counts trained parameters, and frozen norms' parameters in trained layers, in millions."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for module in model.modules():
         norm = getattr(module, "norm", None)

@@ -23,9 +23,9 @@ __all__ = [
 
 
 def relative_index(patch_size: int, cell_size: int) -> Tensor:
-    """Row of the relative bias table for each pair of tokens of a patch, int64 (P*P, P*P).
+    """Returns the row of the relative bias table for each pair of tokens, int64 (P*P, P*P).
 
-    Tokens are ordered cell by cell, as in :func:`partition_patches`.
+    The tokens of a patch are ordered cell by cell, as in :func:`partition_patches`.
     """
     axis = torch.arange(patch_size)
     token = torch.cartesian_prod(axis, axis).view(1, patch_size, patch_size, 2)
@@ -35,14 +35,14 @@ def relative_index(patch_size: int, cell_size: int) -> Tensor:
 
 
 def is_multiple(size: int, of: int) -> bool:
-    """Whether ``size % of == 0``; where torch.export has free sizes, whether that is certain."""
+    """Whether ``size % of == 0``; for a symbolic size of torch.export, whether this is certain."""
     if torch.jit.is_scripting():
         return size % of == 0
     fits = size % of == 0
-    # torch.compile of PyTorch 2.6 cannot go into the function, nor through bool().
+    # torch.compile of PyTorch 2.6 can trace neither statically_known_true nor bool().
     if isinstance(fits, torch.SymBool):
         return statically_known_true(fits)
-    return True if fits else False  # noqa: SIM210, jit.trace has sizes as tensors
+    return True if fits else False  # noqa: SIM210, sizes are tensors in jit.trace
 
 
 def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
@@ -50,8 +50,8 @@ def partition_patches(x: Tensor, patch_size: int, cell_size: int) -> Tensor:
     n, h, w, c = x.shape
     cells = patch_size // cell_size
     x = x.reshape(n, h // patch_size, cells, cell_size, w // patch_size, cells, cell_size, c)
-    # Cells by columns: by rows, a map one patch wide is as contiguous as it was, and torch.export
-    # would make that a case of its own.
+    # Cells are ordered by columns. If they were ordered by rows, a map one patch wide would stay
+    # contiguous, and torch.export would specialize that case.
     return x.permute(0, 1, 4, 2, 5, 6, 3, 7).reshape(-1, patch_size * patch_size, c)
 
 
@@ -67,7 +67,7 @@ def space_to_batch(x: Tensor, dilation: int) -> Tensor:
     """Makes each grid of every ``dilation``-th pixel of (N, H, W, C) a separate image.
 
     Returns:
-        (N * dilation**2, H / dilation, W / dilation, C), the grids of an image side by side.
+        (N * dilation**2, H / dilation, W / dilation, C); the grids of an image are consecutive.
     """
     n, h, w, c = x.shape
     x = x.reshape(n, h // dilation, dilation, w // dilation, dilation, c)
@@ -108,7 +108,7 @@ def pad_and_partition(x: Tensor, patch_size: int, cell_size: int, dilation: int)
 def _make_masks(
     n: int, h: int, w: int, patch_sizes: list[int], dilation: int, device: torch.device
 ) -> list[Tensor | None]:
-    """The masks of :func:`margin_masks` where there are margins."""
+    """Creates the masks of :func:`margin_masks` for a map that is padded."""
     larger, smaller = max(patch_sizes), min(patch_sizes)
     unit = larger * dilation
     rows = torch.arange(_round_up(h, unit), device=device) < h
@@ -120,23 +120,23 @@ def _make_masks(
     masks: list[Tensor | None] = []
     for size in patch_sizes:
         own = inside.reshape(-1, size * size)
-        # A softmax over nothing is NaN: a patch of padding only attends to itself instead.
+        # A softmax over no tokens is NaN, so a patch of only padding attends to its own tokens.
         own = own | ~own.any(dim=1, keepdim=True)
         masks.append(own.reshape(inside.shape).repeat(n, 1))
     return masks
 
 
-# Of 32 sizes of images, as a network has four stages.
+# Enough for 32 image sizes, because a network has four stages.
 @lru_cache(maxsize=128)
 def _kept_masks(
     stream: int, n: int, h: int, w: int, patch_sizes: tuple[int, ...], *rest
 ) -> list[Tensor | None]:
-    """Masks cached per GPU stream, since streams do not wait for each other."""
+    """Returns masks, cached per GPU stream because streams do not wait for each other."""
     return _make_masks(n, h, w, list(patch_sizes), *rest)
 
 
 def _find_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
-    """Cached masks of this size; created anew while operations are being recorded."""
+    """Returns cached masks for this size, or new ones while operations are being recorded."""
     size = x.shape[:3]
     if (
         torch.compiler.is_compiling()
@@ -152,7 +152,7 @@ def _find_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor
 def margin_masks(x: Tensor, patch_sizes: list[int], dilation: int) -> list[Tensor | None]:
     """Returns attention masks for the patches of :func:`pad_and_partition`.
 
-    They depend only on sizes, and are cached.
+    The masks depend only on sizes, and are cached.
 
     Args:
         x: the map (N, H, W, C).

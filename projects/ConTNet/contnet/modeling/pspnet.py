@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 __all__ = ["SEGMENTORS", "PSPHead", "WindowSegmentor", "window_starts"]
 
-# Meta-architectures that give semantic maps alone.
+# Meta-architectures whose only output is a semantic map.
 SEGMENTORS = ("SemanticSegmentor", "WindowSegmentor")
 
 
@@ -123,7 +123,7 @@ class PSPHead(nn.Module):
     def _loss(self, logits: Tensor, stride: int, targets: Tensor) -> Tensor:
         logits = _enlarge(logits.float(), scale_factor=stride)
         logits = logits[..., : targets.shape[-2], : targets.shape[-1]]
-        # cross_entropy's own mean is NaN where no pixel has a label.
+        # The mean of cross_entropy is NaN if no pixel has a label.
         valid = (targets != self.ignore_value).sum().clamp(min=1)
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")
         return total / valid
@@ -154,7 +154,7 @@ class PSPHead(nn.Module):
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """Start positions of windows that cover ``size`` pixels; the last one ends at the border."""
+    """Returns the starts of windows that cover ``size`` pixels; the last one ends at the border."""
     last = max(size - window, 0)
     return [*range(0, last, stride), last]
 
@@ -163,7 +163,7 @@ def window_starts(size: int, window: int, stride: int) -> list[int]:
 class WindowSegmentor(SemanticSegmentor):
     """Detectron2's segmentor, with optional sliding-window inference.
 
-    It averages the logits of overlapping windows.
+    The logits of overlapping windows are averaged.
 
     Args:
         num_classes: number of classes of the head.

@@ -17,7 +17,7 @@ __all__ = ["RandomCrop", "ResizeShortestEdge", "keep_a_pixel", "keep_a_pixel_in_
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, with sides of at least one pixel."""
+    """Detectron2's ResizeShortestEdge, with sides of at least one pixel."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -27,7 +27,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 class RandomCrop(T.RandomCrop):
-    """Detectron2's, with sides of at least one pixel."""
+    """Detectron2's RandomCrop, with sides of at least one pixel."""
 
     def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         height, width = super().get_crop_size(image_size)
@@ -51,5 +51,5 @@ def keep_a_pixel(augmentations: Iterable[T.Augmentation]) -> list[T.Augmentation
 
 
 def keep_a_pixel_in_tta() -> None:
-    """Makes Detectron2's test-time augmentation use them, too; it builds its own resizing."""
+    """Makes Detectron2's test-time augmentation use the ResizeShortestEdge above."""
     test_time_augmentation.ResizeShortestEdge = ResizeShortestEdge

@@ -29,16 +29,16 @@ from contnet.modeling.thin_images import keep_a_pixel_in_tta
 
 __all__ = ["DenseDetectorTTA", "SemanticSegmentorTTA", "tta_class"]
 
-# What a view gives: the model's output for one image, and whether the image was mirrored.
+# Result of a view: the model's output for one image, and whether the image was mirrored.
 View = tuple[dict, bool]
 
 
 class _TTA(nn.Module, ABC):
-    """Has the model's inputs and outputs; runs one view at a time.
+    """Wraps a model, with the same inputs and outputs, and runs one view at a time.
 
     Args:
         cfg: the config, of which TEST.AUG is read.
-        model: returns its output in each input's ``height`` and ``width``.
+        model: model whose outputs have each input's ``height`` and ``width``.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
@@ -71,7 +71,7 @@ class DenseDetectorTTA(_TTA):
                 boxes = instances.pred_boxes.tensor
                 boxes[:, [0, 2]] = instances.image_size[1] - boxes[:, [2, 0]]
             found.append(instances)
-        if len(found) == 1:  # has been suppressed, before its boxes were clipped
+        if len(found) == 1:  # the model applied NMS, before it clipped the boxes
             return {"instances": found[0]}
         union = Instances.cat(found)
         keep = batched_nms(
@@ -99,7 +99,7 @@ def tta_class(architecture: str) -> type[nn.Module] | None:
         architecture: MODEL.META_ARCHITECTURE.
     """
     model = META_ARCH_REGISTRY.get(architecture)
-    # Detectron2's own does not take panoptic models, though they derive from the two-stage one.
+    # Detectron2's wrapper does not support panoptic models, which derive from GeneralizedRCNN.
     if not isinstance(model, type) or issubclass(model, PanopticFPN):
         return None
     pairs = (

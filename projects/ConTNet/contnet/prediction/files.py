@@ -40,8 +40,8 @@ __all__ = ["PredictionSettings", "predict_files"]
 
 _UNREADABLE = "unreadable"
 _CODEC = "mp4v"
-_FRAMES_PER_SECOND = 25.0  # of a video that does not specify it
-_WHOLE = 0.9  # share of a video's frames that must be readable
+_FRAMES_PER_SECOND = 25.0  # for a video that does not specify its frame rate
+_WHOLE = 0.9  # minimum share of a video's frames that must be readable
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Decoded(Dataset):
 
 
 class _Share:
-    """The work of one process."""
+    """Predicts the files of one process."""
 
     def __init__(self, settings: PredictionSettings, model: Predictor):
         self.settings = settings
@@ -203,7 +203,7 @@ class _Share:
         unreadable = ""
         if not number:
             unreadable = f"the video {file.path} cannot be read"
-        elif number < _WHOLE * length:  # which some files only estimate
+        elif number < _WHOLE * length:  # an estimate in some files
             unreadable = f"the video {file.path} can be read up to frame {number} of {length:.0f}"
         return _Outcome(file, rows, (), number, unreadable)
 
@@ -224,7 +224,7 @@ def _video_writer(path: Path, source: cv2.VideoCapture, shape: tuple) -> cv2.Vid
 
 
 def _caption(found: dict) -> str:
-    """A short summary of an image's predictions."""
+    """Returns a short summary of an image's predictions."""
     if "boxes" in found:
         counts = Counter(found["names"]).most_common(3)
         return ", ".join(f"{count} {name}" for name, count in counts) or "nothing"
@@ -234,7 +234,7 @@ def _caption(found: dict) -> str:
 
 
 def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
-    """Category ids of the model's classes in the results."""
+    """Checks the settings; returns the model's category ids in the results."""
     if settings.tile:
         check_tiles(model, *settings.tile)
     for name in settings.classes:
@@ -257,7 +257,7 @@ def _ids(settings: PredictionSettings, model: Predictor) -> list[int]:
 
 
 def _own_device(device: str) -> str:
-    """The GPU of this process, if several processes have one each."""
+    """Returns the GPU of this process if there are several processes, otherwise ``device``."""
     if comm.get_world_size() > 1 and device == "cuda":
         return f"cuda:{torch.cuda.current_device()}"
     return device
@@ -283,16 +283,16 @@ def _write(
 
 
 def predict_files(settings: PredictionSettings) -> None:
-    """Predicts this process's share of the files; the first process writes all results.
+    """Predicts this process's share of the files; the main process writes the results.
 
     Args:
-        settings: settings, the same in all processes.
+        settings: model, inputs and outputs, the same in all processes.
 
     Raises:
         UserError: if the model cannot be loaded, or does not support the settings; at the end, if a
             file could not be read.
     """
-    with writing(settings.output):  # before the work
+    with writing(settings.output):  # fail before the model is loaded
         settings.output.mkdir(parents=True, exist_ok=True)
     with explaining_disk(settings.output):
         model = load_run(settings.source, settings.config_file, device=_own_device(settings.device))

@@ -23,7 +23,7 @@ class Input:
     Attributes:
         path: path of the file.
         name: unique name of its outputs: a relative path without a suffix.
-        image_id: its id in the results: that of the COCO file, or the file's name.
+        image_id: id in the results: the id from the COCO file, or the file's name.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Inputs:
     categories: dict[str, int] = field(default_factory=dict)
 
 
-# A file, its name for users, and its id in a COCO file.
+# A file, its displayed name, and its id in a COCO file.
 _Found = tuple[Path, str, int | str | None]
 
 
@@ -58,7 +58,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _in_folder(folder: Path) -> Iterator[_Found]:
-    """The images and videos below a folder, without hidden ones."""
+    """Yields the images and videos below a folder, without hidden ones."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -98,7 +98,7 @@ def _expand(argument: str, root: str, categories: dict[str, int]) -> list[_Found
 
 
 def _output_names(names: Iterable[str]) -> list[str]:
-    """Unique relative paths without suffixes, which do not leave the output folder."""
+    """Returns unique relative paths without suffixes, which stay inside the output folder."""
     taken: set[str] = set()
     result = []
     for name in names:

@@ -35,10 +35,10 @@ _MOST_SHOWN = 500  # maximum number of thumbnails
 
 
 def category_ids(class_names: Sequence[str], categories: Mapping[str, int]) -> list[int] | None:
-    """The ids of the model's classes in a COCO file; without a file, their indices.
+    """Returns the ids of the model's classes in a COCO file; without a file, their indices.
 
     Returns:
-        None if the file lacks one of the classes.
+        The ids in the order of the classes; None if the file lacks one of them.
     """
     if not categories:
         return list(range(len(class_names)))

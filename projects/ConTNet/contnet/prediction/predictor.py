@@ -43,7 +43,7 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def _record_of(number: int, image: ImageLike) -> dict:
-    """The record of an image for a mapper."""
+    """Returns the record of an image for a mapper."""
     if isinstance(image, (str, os.PathLike)):
         return {"file_name": os.fspath(image)}
     name = f"image {number}"
@@ -61,13 +61,13 @@ def _record_of(number: int, image: ImageLike) -> dict:
     return {"file_name": name, "pixels": Image.fromarray(image)}
 
 
-# --- the function --------------------------------------------------------------------------------
+# --- predictor -----------------------------------------------------------------------------------
 
 
 class Predictor:
     """A trained model that accepts images of any size and returns plain arrays.
 
-    It has no state between calls, so threads may share it.
+    It keeps no state between calls, so threads may share it.
 
     Args:
         cfg: config of the model; MODEL.WEIGHTS is the file of its weights.
@@ -144,7 +144,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def config_of(weights: Weights) -> CfgNode:
-    """The config of the run that wrote a file."""
+    """Returns the config of the run that wrote a file."""
     if weights.metadata and weights.metadata.config:
         return parse_checked_config(weights.metadata.config, f"the config in {weights.path}")
     beside = Path(weights.path).parent / _CONFIG_FILE
@@ -180,7 +180,7 @@ def build_predictor(cfg: CfgNode, weights: Weights, device: str = "") -> Predict
         )
     (key,) = CLASS_KEYS[architecture].values()
     cfg.MODEL.DEVICE = _choose_device(cfg, device)
-    if weights.classes:  # a shipped config has the number of its own data set
+    if weights.classes:  # a shipped config has the number of classes of its own data set
         cfg.merge_from_list([key, len(weights.classes)])
     cfg.freeze()
     names = weights.classes or dataset_class_names(cfg, cfg.DATASETS.TEST)

@@ -20,8 +20,8 @@ from contnet.utils.errors import UsageError
 
 __all__ = ["check_tiles", "predict_tiled"]
 
-_CUT = 2.0  # pixels from a border of a tile within which a detection is cut
-_SAME = 0.5  # IoU from which two detections are of one object
+_CUT = 2.0  # maximum distance of a cut-off detection from its tile's border, in pixels
+_SAME = 0.5  # IoU above which two detections belong to the same object
 
 
 def check_tiles(model: Predictor, size: int, overlap: int) -> None:
@@ -36,7 +36,7 @@ def check_tiles(model: Predictor, size: int, overlap: int) -> None:
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:
-    """Start positions of tiles; the last one ends at the image's border."""
+    """Returns the start positions of tiles; the last one ends at the image's border."""
     last = max(length - size, 0)
     return sorted({min(start, last) for start in range(0, last + size - overlap, size - overlap)})
 
@@ -56,7 +56,7 @@ class _Look(NamedTuple):
 
 
 def _is_whole(look: _Look, shape: tuple[int, int]) -> np.ndarray:
-    """Which objects touch no inner border of their tile, (N,)."""
+    """Returns which detections (N,) touch no inner border of their tile."""
     boxes, (rows, columns) = look.found["boxes"], shape
     whole = np.ones(len(boxes), bool)
     if look.left:
@@ -73,7 +73,7 @@ def _is_whole(look: _Look, shape: tuple[int, int]) -> np.ndarray:
 def _tiles(
     model: Predictor, image: np.ndarray, size: int, overlap: int, score: float
 ) -> Iterator[_Look]:
-    """The whole image and, if it is larger than one, its tiles."""
+    """Yields the whole image and, if it is larger than a tile, its tiles."""
     rows, columns = image.shape[:2]
     yield _Look(0, 0, columns, rows, model(image, score=score))
     if rows <= size and columns <= size:
@@ -108,7 +108,7 @@ def predict_tiled(
         for index in np.flatnonzero(_is_whole(look, image.shape[:2]))
     ]
     if not parts:
-        return looks[0].found  # the whole image, which has no detections either
+        return looks[0].found  # the whole image, which has no complete detections either
     boxes = np.stack([look.found["boxes"][index] + look.offset for look, index in parts])
     scores, classes = (
         np.stack([look.found[key][index] for look, index in parts]) for key in ("scores", "classes")

@@ -82,13 +82,13 @@ def by_iteration(metrics: Iterable[Mapping[str, float]]) -> dict[int, dict[str, 
 
 
 def series(rows: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
-    """Iterations and values of one key, where the value is finite."""
+    """Returns the iterations and values of one key, where the value is finite."""
     points = [(i, row[key]) for i, row in rows.items() if math.isfinite(row.get(key, math.nan))]
     return [i for i, _ in points], [value for _, value in points]
 
 
 def running_median(values: list[float]) -> list[float]:
-    """The median over a centred window of about a twentieth of the series."""
+    """Returns the median over a centred window of about a twentieth of the series."""
     reach = len(values) // 40
     return [
         statistics.median(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))
@@ -96,20 +96,20 @@ def running_median(values: list[float]) -> list[float]:
 
 
 def line_colour(index: int) -> str:
-    """The CSS colour of a plot's line."""
+    """Returns the CSS colour of a plot's line."""
     return _COLOURS[index % len(_COLOURS)]
 
 
 @lru_cache(maxsize=1)
 def bokeh_script() -> str:
-    """Bokeh's JavaScript library."""
+    """Returns Bokeh's JavaScript library."""
     from bokeh.resources import Resources
 
     return Resources(mode="inline", components=["bokeh"]).js_raw[0]
 
 
 def _source(line: Line, most: int) -> ColumnDataSource:
-    """A line's finite points; of more than ``most``, evenly spaced ones with the last one."""
+    """Returns a line's finite points; if there are more than ``most``, evenly spaced ones."""
     from bokeh.models import ColumnDataSource
 
     x, y = (np.asarray(values, dtype=float) for values in (line.x, line.y))
@@ -160,14 +160,14 @@ def _figure(plot: Plot, sources: Sequence[ColumnDataSource], scale: str) -> Figu
 
 
 def plot_json(plot: Plot, most: int = 1000) -> str:
-    """A plot as JSON for ``Bokeh.embed.embed_item``.
+    """Returns a plot as JSON for ``Bokeh.embed.embed_item``.
 
-    Its root is a column with a figure whose y-axis is linear; the column's tag is a figure of the
-    same data with a logarithmic y-axis. Lines have their numbers as tags.
+    The root is a column with a figure whose y-axis is linear; the column's tag is a figure of the
+    same data with a logarithmic y-axis. The tag of a line is its number.
 
     Args:
         plot: the plot.
-        most: maximum number of points of a line; of more, evenly spaced ones are kept.
+        most: maximum number of points of a line; if it has more, evenly spaced ones are kept.
 
     Returns:
         Text that is safe in an HTML script element.

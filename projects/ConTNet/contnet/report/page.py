@@ -106,7 +106,7 @@ class Bars(Section):
 
     Attributes:
         heading: heading of the section.
-        charts: by title, names and counts, at least one.
+        charts: names and counts by title; each chart has at least one.
     """
 
     template = "bars.html"
@@ -257,14 +257,14 @@ class ContactSheet(Section):
 
 
 def _short(value: object) -> str:
-    """A value as text with few digits."""
+    """Returns a value as text with few digits."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
     return "" if value is None else str(value)
 
 
 def _shown(value: object) -> object:
-    """A value as the page shows it: text in one line, cut if it is very long."""
+    """Returns a value as the page shows it: text in one line, cut off if it is very long."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value, _LONGEST_TEXT)
     return value
@@ -291,12 +291,12 @@ def _environment() -> Environment:
 
 
 def _script_hash(script: str) -> str:
-    """The hash of a script for a Content-Security-Policy."""
+    """Returns the hash of a script for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _scripts(sections: Sequence[Section]) -> list[str]:
-    """The scripts that the sections need, in the page's order."""
+    """Returns the scripts that the sections need, in the page's order."""
     plots = any(isinstance(section, Curves) and section.plots for section in sections)
     own = plots or any(isinstance(section, Gallery) for section in sections)
     page = files("contnet.report").joinpath("templates", "page.js").read_text("utf-8")
@@ -317,7 +317,7 @@ def write_page(
     Returns:
         The path that was written.
     """
-    # HTML does not unescape text in scripts; neither script contains a closing tag.
+    # Scripts are not escaped, because HTML does not unescape them; they contain no closing tag.
     scripts = _scripts(sections)
     page = (
         _environment()

@@ -30,9 +30,9 @@ _CLASS_COLOURS = (
     "#ffb000", "#56b4e9", "#ff8fb8", "#3ddc97", "#c5a3ff", "#f0e442", "#ff7f5c", "#9fe8ff",
     "#b8c93a", "#e6b8a2",
 )  # fmt: skip
-_LETTER_WIDTH = 0.62  # of a monospaced character, relative to the font size
+_LETTER_WIDTH = 0.62  # width of a monospaced character, relative to the font size
 _LONGEST_LABEL = 100  # characters
-_QUALITY = 88  # of JPEGs
+_QUALITY = 88  # JPEG quality
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class LabelledBox:
         text: its class and score.
         colour: colour of its class.
         wrong: as in :class:`Box`.
-        outline: the box.
-        tag: the background of the text.
+        outline: rectangle of the box.
+        tag: rectangle of the text's background.
         letter: font size in pixels of the image.
         text_width: width of the text in pixels of the image.
     """
@@ -111,7 +111,7 @@ class LabelledBox:
 
 
 def shrink(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
-    """Shrinks a uint8 RGB image to at most ``side`` pixels in width and height; also its scale."""
+    """Shrinks a uint8 RGB image to at most ``side`` pixels per side; also returns the scale."""
     scale = min(1.0, side / max(image.shape[:2]))
     if scale == 1:
         return image, scale
@@ -120,14 +120,14 @@ def shrink(image: np.ndarray, side: int) -> tuple[np.ndarray, float]:
 
 
 def data_url(image: np.ndarray) -> str:
-    """A uint8 RGB image (H, W, 3) as a data URL of a JPEG."""
+    """Returns a uint8 RGB image (H, W, 3) as a data URL of a JPEG."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def class_colour(index: int) -> str:
-    """The CSS colour of a class."""
+    """Returns the CSS colour of a class."""
     return _CLASS_COLOURS[index % len(_CLASS_COLOURS)]
 
 
@@ -163,7 +163,7 @@ def place_tag(
 def label_boxes(
     boxes: Sequence[Box], class_names: Sequence[str], width: int, height: int
 ) -> list[LabelledBox]:
-    """Boxes with labels that avoid each other, in an image of ``width`` x ``height`` pixels."""
+    """Returns boxes with labels that avoid each other, in an image of this size in pixels."""
     letter = max(width, height) / 23
     labelled: list[LabelledBox] = []
     for box in boxes:
