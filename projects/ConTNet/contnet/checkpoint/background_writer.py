@@ -18,7 +18,7 @@ __all__ = ["BackgroundWriter", "HostCopy"]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether storage, place in it, shape and strides are all that there is to a tensor."""
+    """Whether storage, offset, shape and strides describe a tensor completely."""
     odd = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return type(tensor) is Tensor and tensor.layout is torch.strided and not odd
 
@@ -28,7 +28,7 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 class _Pickler(pickle.Pickler):
-    """Hands tensors over, and pickles the number that it gets for each."""
+    """Passes tensors to ``keep``, and pickles the number that it returns for each."""
 
     def __init__(self, file: io.BytesIO, keep: Callable[[Tensor], int]):
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -52,7 +52,7 @@ class HostCopy:
 
     Whole storages are copied, so tensors that share a storage still do. GPU storages are copied to
     page-locked memory on the current stream: this process does not wait for the copy, and a later
-    step cannot overtake it. A thread can copy those in host memory.
+    step cannot overtake it. Another thread can copy storages that are in host memory.
     """
 
     def __init__(self):
@@ -62,9 +62,9 @@ class HostCopy:
     def _forget(self) -> None:
         self._pickled = b""
         self._tensors: list[Tensor] = []
-        self._numbers: dict[int, tuple[int, Tensor]] = {}  # of a tensor's identity; the tensor
-        self._storages: dict[int, UntypedStorage] = {}  # of a source's identity
-        self._deferred: set[int] = set()  # identities of sources
+        self._numbers: dict[int, tuple[int, Tensor]] = {}  # by id of the tensor
+        self._storages: dict[int, UntypedStorage] = {}  # copies by id of the source
+        self._deferred: set[int] = set()  # ids of the sources
         self._rest: list[tuple[UntypedStorage, UntypedStorage]] = []  # source, copy
         self._copied: torch.cuda.Event | None = None
 
@@ -73,7 +73,7 @@ class HostCopy:
 
         Args:
             data: an object that pickle supports. Pickle copies tensors that are not dense.
-            deferred: those of its tensors that do not change until :meth:`finish` has copied them.
+            deferred: tensors in ``data`` that do not change until :meth:`finish` has copied them.
         """
         self._forget()
         self._deferred = {t.untyped_storage()._cdata for t in deferred if t.device.type == "cpu"}
@@ -84,11 +84,11 @@ class HostCopy:
         if any(device == "cuda" for device, _ in self._buffers):
             self._copied = torch.cuda.Event()
             self._copied.record()
-        # Identities mean nothing once the state may change.
+        # Ids are no longer valid once the state may change.
         self._numbers, self._storages, self._deferred = {}, {}, set()
 
     def finish(self) -> None:
-        """Copies the tensors that :meth:`take` has deferred; may be called by another thread."""
+        """Copies the deferred tensors of :meth:`take`; may be called by another thread."""
         for source, copy in self._rest:
             _bytes(copy).copy_(_bytes(source))
         self._rest = []
@@ -108,7 +108,7 @@ class HostCopy:
         return number
 
     def _copy(self, source: UntypedStorage) -> UntypedStorage:
-        # torch.save tells storages apart by this number too.
+        # torch.save identifies storages by the same number.
         if source._cdata not in self._storages:
             device = source.device.type
             copy = self._buffer(len(self._storages), device, source.nbytes())
@@ -128,7 +128,7 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """Runs functions in a thread, one after the other, until one has failed.
+    """Runs functions in a thread, one after the other, until one fails.
 
     The interpreter does not exit before the thread ends.
     """
@@ -151,7 +151,7 @@ class BackgroundWriter:
 
     def check(self) -> None:
         """Raises the error of a function that has failed, once; does not wait."""
-        done = [task for task in self._tasks if task.done()]  # asked once: others end meanwhile
+        done = [task for task in self._tasks if task.done()]  # queried once: others may end now
         if any(task.exception() for task in done):
             self.wait()
         self._tasks = [task for task in self._tasks if task not in done]

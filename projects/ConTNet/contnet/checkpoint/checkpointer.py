@@ -1,4 +1,4 @@
-"""Checkpoints that are never half written, and weights that never half load."""
+"""Saves and loads checkpoints; a file or model is never left half written or half loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from contnet.utils.files import NO_GUARD, TEMPORARY_SUFFIX, WriteGuard, atomic_w
 
 __all__ = ["Checkpointer"]
 
-_TEMPORARY = "temporary"  # key of a checkpoint that goes when the next one is there
+_TEMPORARY = "temporary"  # key that marks a checkpoint to delete after the next one is saved
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -40,23 +40,23 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         model: the model, or a DistributedDataParallel of it.
-        save_dir: where checkpoints are saved and looked for.
-        allow_missing: let :meth:`load_backbone` accept a file without some of its tensors.
+        save_dir: folder in which checkpoints are saved and looked for.
+        allow_missing: whether :meth:`load_backbone` accepts a file without some of its tensors.
         keep: number of latest numbered checkpoints that are kept; model_final.pth and
             model_best.pth are always kept.
-        background: return from :meth:`save` once the state is copied, and write it in a thread.
+        background: whether :meth:`save` returns once the state is copied, and a thread writes it.
             This needs host memory of the size of a checkpoint (for a GPU up to twice that, since
             page-locked memory is rounded up). Call :meth:`wait` at the end of the training.
         model_optimizer: with ``background``, the optimiser whose parameters and state change only
             in its step: the thread copies these, too, and the next step waits for the copy.
-        metadata: facts of the model, which are saved in checkpoints and compared with files; None
-            to save and compare nothing.
+        metadata: metadata of the model, which are saved in checkpoints and compared with files;
+            None to save and compare nothing.
         guard: called before anything is written or removed.
         **checkpointables: objects with a state dict that are saved and resumed with the model.
 
     Attributes:
         earlier: numbered checkpoints from before a resume, in the order of images seen. Their
-            numbers may be above later ones, if a run is resumed with a larger batch.
+            numbers may exceed those of later ones, if a run is resumed with a larger batch.
         warnings: warnings about the last file that concern results, a line each.
         file_classes: names of the last file's classes, in order; None if they are unknown.
     """
@@ -81,7 +81,7 @@ class Checkpointer(DetectionCheckpointer):
         self._writer = BackgroundWriter()
         self._host_copy = HostCopy()
         self._temporary: Path | None = None
-        self._copied_iteration = None  # of the host copy
+        self._copied_iteration = None  # iteration of the host copy
         self._copying: Future | None = None
         self._optimizer = model_optimizer
         if background and model_optimizer is not None:
@@ -97,15 +97,15 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         """Saves model and checkpointables to ``<name>.pth``, then deletes the oldest checkpoints.
 
-        In the background, files are written in the order of the calls; a file of another iteration
-        waits for all earlier ones.
+        In the background, files are written in the order of the calls. A call with another
+        iteration waits until all earlier files are written.
 
         Args:
             name: name of the file; a resume uses the last one, except ``BEST``.
             iteration: calls with the same iteration, and without kwargs, save the same state, which
                 is copied only once.
-            temporary: delete the file once there is one with a later state; ``keep`` does not count
-                it. The file is marked as temporary.
+            temporary: whether to delete the file after the next save of a later state; ``keep``
+                does not count it. The file is marked as temporary.
             **kwargs: more data to save.
 
         Raises:
@@ -131,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
         self._writer.submit(self._write, path, self._host_copy.read, temporary)
 
     def _deferred_tensors(self) -> Iterator[Tensor]:
-        """The tensors that may be copied until the optimiser's next step."""
+        """Yields the tensors that can be copied any time before the optimiser's next step."""
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
                 yield from group["params"]
@@ -168,7 +168,7 @@ class Checkpointer(DetectionCheckpointer):
             if path.stem == BEST:
                 self._write_verified(path, read)
             else:
-                # Begun first: of a first save that was cut off before its end, it stays behind.
+                # Opened first, so that a killed first save leaves a temporary file of this name.
                 pointer = Path(self.save_dir, LAST_CHECKPOINT)
                 with atomic_write(pointer, "w", self.guard) as file:
                     file.write(path.name)
@@ -231,12 +231,12 @@ class Checkpointer(DetectionCheckpointer):
         return weights
 
     def load_backbone(self, path: str) -> None:
-        """Loads initial weights, which must include every tensor of the backbone.
+        """Loads initial weights, which must contain every tensor of the backbone.
 
         Args:
-            path: a file or URL in any format that docs/weights.md lists. From our own runs, the
-                rest of the model is loaded, too, if it fits. The last weights are used, an EMA only
-                if there are no others.
+            path: a file or URL in any format that docs/weights.md lists. Of our own runs, the rest
+                of the model is loaded, too, if it fits. The last weights are used, or the EMA if
+                there are no others.
 
         Raises:
             UserError: if the file cannot be read, lacks tensors of the backbone, or is of a network
@@ -264,8 +264,8 @@ class Checkpointer(DetectionCheckpointer):
         Args:
             path: a file or URL.
             checkpointables: names of the checkpointables to load; None for all.
-            ema: load the EMA of the weights.
-            subset: accept a file with more classes than the data; the caller maps them.
+            ema: whether to load the EMA of the weights.
+            subset: whether to accept a file with more classes than the data; the caller maps them.
 
         Returns:
             The other contents of the checkpoint.
@@ -288,8 +288,8 @@ class Checkpointer(DetectionCheckpointer):
     def remove_leftovers(self) -> None:
         """Deletes incomplete files of a killed training."""
         self.wait()
-        self.guard.check()  # those of a later attempt are still being written
+        self.guard.check()  # a later attempt may be writing its files
         for path in Path(self.save_dir).glob("*" + TEMPORARY_SUFFIX):
-            # Without a writer's name, files other than checkpoints are of an evaluation that runs.
+            # Without a writer's name, .json and .yaml files may be those of a running evaluation.
             if Path(path.stem).suffix not in (".json", ".yaml"):
                 path.unlink(missing_ok=True)

@@ -34,27 +34,27 @@ from contnet.utils.text import first_names, printable
 
 __all__ = ["read_content"]
 
-# What torch.save wrote before PyTorch 1.6 begins with: a pickle of a number. Two more come before
-# the pickle of the content.
+# First bytes of torch.save files from before PyTorch 1.6: a pickled number. Two more pickles come
+# before that of the content.
 _TORCH_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 4
 _STATE_DICT = "where the file was made, save model.state_dict() with torch.save, and use that file"
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of a library's error, without PyTorch's advice to load the file unsafely."""
+    """Returns the first line of a library's error, without PyTorch's advice of unsafe loading."""
     lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     line = printable(lines[0], 300) if lines else type(error).__name__
     return "it cannot be unpickled" if "weights_only" in line or "safe_globals" in line else line
 
 
 def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserError:
-    """The one line about a file that cannot be read.
+    """Returns the error for a file that cannot be read.
 
     Args:
         path: path of the file.
         error: the error that was raised while reading it.
-        left_out: names of classes in it that are not plain values.
+        left_out: names of the classes in the file whose objects are not plain values.
     """
     what = f"{path} is not a checkpoint of tensors and plain values"
     if isinstance(error, RunsCode):
@@ -71,11 +71,11 @@ def _refusal(path: str, error: Exception, left_out: Collection[str]) -> UserErro
     return UserError(f"{path} cannot be read, it may be truncated: {reason}")
 
 
-# --- forms ---------------------------------------------------------------------------------------
+# --- formats -------------------------------------------------------------------------------------
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
-    """Rejects archives not written by torch.save: TorchScript, and those that unpack to more."""
+    """Rejects TorchScript archives, and archives that unpack to more bytes than the file has."""
     entries = archive.infolist()
     if any(Path(entry.filename).name == "constants.pkl" for entry in entries):
         raise UserError(f"{path} is a TorchScript archive, which contains code: {_STATE_DICT}")
@@ -88,7 +88,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int, path: str) -> None:
 
 
 def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
-    """Names of the classes and functions in a torch.save file, with the kind of their objects."""
+    """Returns the kinds of objects in a torch.save file, by the name of class or function."""
     if file.read(2) != b"PK":
         file.seek(0)
         return find_kinds(file, _LEGACY_PICKLES)
@@ -97,23 +97,23 @@ def _kinds_in(file: BinaryIO, path: str) -> dict[str, type | None]:
         _check_archive(archive, size, path)
         pickles = [each for each in archive.infolist() if Path(each.filename).name == "data.pkl"]
         for each in pickles:
-            if not each.CRC:  # torch.serialization.set_crc32_options(False)
-                del each.CRC  # or zipfile would compare it
+            if not each.CRC:  # saved with set_crc32_options(False)
+                del each.CRC  # otherwise, zipfile would compare it
         found = [find_kinds(io.BytesIO(archive.read(each))) for each in pickles]
     return {name: kind for each in found for name, kind in each.items()}
 
 
 def _read_torch(file: BinaryIO, path: str, mmap: bool, left_out: set[str]) -> object:
     kinds = _kinds_in(file, path)
-    if "builtins.bytearray" in kinds:  # which PyTorch makes as long as the file says
+    if "builtins.bytearray" in kinds:  # PyTorch allocates whatever size the file gives
         raise pickle.UnpicklingError("it contains a bytearray")
     file.seek(0)
-    # Of these, PyTorch takes those that it does not know itself.
+    # PyTorch uses these only for names that it does not support itself.
     allowed = [
         (NUMPY.get(name) or make_stand_in(name, kind, left_out), name)
         for name, kind in kinds.items()
     ]
-    source = f"/dev/fd/{file.fileno()}" if mmap else file  # what is open, not what has its name now
+    source = f"/dev/fd/{file.fileno()}" if mmap else file  # its name may be another file now
     with torch.serialization.safe_globals(allowed):
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -146,7 +146,7 @@ def _format(start: bytes, suffix: str) -> str:
     return "pickle" if start.startswith(b"\x80") or suffix == ".pkl" else ""
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
 def _holds_tensors(content: Mapping) -> bool:

@@ -17,13 +17,13 @@ from contnet.utils.errors import UserError
 __all__ = ["EXPORTS", "TARGETS", "Result", "convert", "largest_difference"]
 
 _SEED = 0
-# The form that each choice of --to gives, by family of networks.
+# Format of the result for each choice of --to, by network family.
 TARGETS = {
     "detectron2": {"contnet": "contnet", "resnet": "detectron2"},
     "timm": {"contnet": "contnet", "resnet": "timm"},
     "authors": {"contnet": "authors"},
 }
-# Gives a state the names of a form.
+# Functions that convert a state dict with the family's own names to each format.
 EXPORTS = {
     "contnet": dict,
     "timm": dict,
@@ -38,11 +38,11 @@ class Result:
 
     Attributes:
         form: the format, one of the family's ``FORMS``.
-        variant, options: as in :class:`Network`, with the new head's classes.
+        variant, options: as in :class:`Network`, with the number of classes of the new head.
         tensors: tensors by the format's names.
         mapped: pairs of names in the file and in the result.
         new: names in the result without a tensor in the file.
-        left: names in the file of the network's tensors that are not in the result.
+        left: names in the file of tensors of the network that are not in the result.
     """
 
     form: str
@@ -55,7 +55,7 @@ class Result:
 
 
 def _new_head(network: Network, classes: int) -> dict[str, Tensor]:
-    """A random head from the network's initialisation, with a fixed seed."""
+    """Returns a head with the network's random initialisation, with a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         if network.family == "contnet":
@@ -74,7 +74,7 @@ def convert(network: Network, to: str, head: str | int) -> Result:
         head: "keep", "drop", or the number of classes of a new head.
 
     Raises:
-        UserError: if this network does not exist in that format.
+        UserError: if the format does not support this network.
     """
     form = TARGETS[to].get(network.family)
     if form is None:
@@ -117,7 +117,7 @@ def largest_difference(
         network: the source.
         result: the converted network, read back from the file.
         size: (height, width) of the image, in pixels.
-        with_logits: compare the logits too, not only the last map.
+        with_logits: whether to compare the logits too, not only the last map.
 
     Returns:
         The largest difference, and the largest output of the source.

@@ -15,17 +15,17 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 __all__ = ["detector_classes", "detector_of", "translate_detector"]
 
-# One of their names each, by what it says.
+# Patterns of tensor names that identify the library of a detector.
 _MARKS = {
     "torchvision": re.compile(r"backbone\.body\..+|backbone\.fpn\.inner_blocks\..+"),
     "mmdetection": re.compile(r"(neck\.lateral_convs|roi_head\.bbox_head|rpn_head\.rpn_conv)\..+"),
 }
-_RATIOS = 3  # of anchors: 1:2, 1:1 and 2:1
+_RATIOS = 3  # aspect ratios of anchors: 1:2, 1:1 and 2:1
 _NO_CLASS = "N/A"
 _BOX, _MASK, _RPN = "roi_heads.box_predictor.", "roi_heads.mask_head.", "proposal_generator."
 
-# Their names, and Detectron2's. Levels of pyramids and places in sub-networks are still counted as
-# they do: what is in braces becomes Detectron2's number.
+# Patterns of a library's names, with Detectron2's names. Numbers in braces (pyramid levels, layers
+# of sub-networks) count as in the library, and _number() converts them to Detectron2's.
 _TORCHVISION = (
     (r"backbone\.fpn\.inner_blocks\.(\d)(?:\.0)?", r"backbone.fpn_lateral{\1}"),
     (r"backbone\.fpn\.layer_blocks\.(\d)(?:\.0)?", r"backbone.fpn_output{\1}"),
@@ -76,7 +76,7 @@ _TABLES = {
 
 
 def detector_of(names: Collection[str]) -> str:
-    """The library of a detector with these tensor names: "torchvision", "mmdetection", or ""."""
+    """Returns the library of a detector, by tensor names: "torchvision", "mmdetection" or ""."""
     for who, mark in _MARKS.items():
         if any(mark.fullmatch(name) for name in names):
             return who
@@ -84,13 +84,13 @@ def detector_of(names: Collection[str]) -> str:
 
 
 def _number(name: str, names: Collection[str]) -> str:
-    """Replaces their numbers in a name by Detectron2's."""
+    """Converts the numbers in braces in a name to Detectron2's numbers."""
     laterals = {m[0] for k in names if (m := re.search(r"(inner_blocks|lateral_convs)\.\d", k))}
     normed = any(re.search(r"\.gn\.|_head\.conv\.\d+\.1\.", other) for other in names)
 
     def level(match: re.Match) -> str:
         found = int(match[2]) + 6 - len(laterals)
-        # The extra convolutions of MMDetection, behind those of the backbone's features.
+        # MMDetection's extra convolutions follow those of the backbone's features.
         return f"top_block.p{found}" if found > 5 else f"{match[1]}{found}"
 
     name = re.sub(r"(fpn_lateral|fpn_output)\{(\d)\}", level, name)
@@ -118,18 +118,18 @@ def _swap_anchors(value: Tensor) -> Tensor:
 
 
 def _of_places(value: Tensor, width: int) -> Tensor:
-    """Rows of a dense head with nine anchors in Detectron2's order."""
+    """Reorders the rows of a dense head with several anchors to Detectron2's order."""
     return _swap_anchors(value.unflatten(0, (-1, width))).flatten(0, 1)
 
 
 def _kept_classes(rows: int) -> list[int]:
-    """Of so many classes of torchvision's, the background first, those that are some."""
+    """Returns the rows of torchvision's classes, without background (row 0) and "N/A"."""
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return [i for i in range(1, rows) if rows != len(names) or names[i] != _NO_CLASS]
 
 
 def _torchvision_values(tensors: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is done to the values of tensors, by Detectron2's names without weight and bias."""
+    """Returns conversions of values, by Detectron2's names without ``.weight`` and ``.bias``."""
 
     def scores(value: Tensor) -> Tensor:
         return value[[*_kept_classes(len(value)), 0]]
@@ -173,16 +173,16 @@ _VALUES = {"torchvision": _torchvision_values, "mmdetection": _mmdetection_value
 
 
 def _unlike(who: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Starts of Detectron2's names of what means something else there."""
+    """Returns prefixes of Detectron2's names whose tensors mean something else there."""
     dense = "head.bbox_pred.bias" in tensors
     fcos = dense and len(tensors["head.bbox_pred.bias"]) == 4
     if fcos and who == "torchvision":
-        # Its places lie half a stride from Detectron2's.
+        # torchvision's locations differ from Detectron2's by half a stride.
         return ["head.bbox_pred."]
     if dense and not fcos and len(tensors["head.bbox_pred.bias"]) % (4 * _RATIOS):
         return ["head.cls_score.", "head.bbox_pred."]
     if dense and not fcos and who == "mmdetection":
-        # p7 is made of p6 as it is, and in Detectron2 of its positive part.
+        # MMDetection computes p7 from p6, but Detectron2 from relu(p6).
         return ["backbone.top_block.p7."]
     first = tensors.get(f"{_RPN}rpn_head.objectness_logits.bias")
     if first is not None and len(first) != _RATIOS:
@@ -206,7 +206,7 @@ def translate_detector(
     found = {ours: tensors[name] for name, ours in names.items() if ours}
     unlike = tuple(_unlike(who, found))
     left = [k for k, ours in names.items() if not ours or (unlike and ours.startswith(unlike))]
-    # FCOS of MMDetection scales distances by a number for each level.
+    # MMDetection's FCOS has a scale of distances for each pyramid level.
     scales = [k for k in tensors if re.fullmatch(r"bbox_head\.scales\.\d\.scale", k)]
     made = {}
     changes = _VALUES[who](found)
@@ -221,7 +221,7 @@ def translate_detector(
 
 
 def detector_classes(tensors: Mapping[str, Tensor], who: str, rest: Mapping) -> list[str] | None:
-    """Names of a detector's classes, without the background; None if they are unknown."""
+    """Returns the classes of a detector, without background; None if they are unknown."""
     if who == "torchvision":
         names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         rows = len(tensors.get("roi_heads.box_predictor.cls_score.bias", ()))

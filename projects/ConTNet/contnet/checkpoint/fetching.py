@@ -52,18 +52,18 @@ from contnet.utils.text import nearest, printable
 
 __all__ = ["Fetched", "fetch_weights"]
 
-# A server that says nothing for so long, in seconds, is given up.
+# Timeout for an answer of a server, in seconds.
 _TIMEOUT = 30
-# In bytes, above which no file is taken.
+# Size of the largest file that is downloaded, in bytes.
 _LARGEST = 2**36
-# What stands in a URL as it is; any other letter becomes bytes of UTF-8.
+# Characters that are kept in a URL; others, except ASCII letters and digits, are percent-encoded.
 _IN_URLS = string.punctuation
-# Of a repository of the hub, the first that it has.
+# Weight files in a repository of the hub; the first one that exists is used.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_CONFIG = "config.json"
-# Owner, name, revision and file of an address hf://...
+# Groups of an hf:// address: owner and name, revision, file.
 _HUB_ADDRESS = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
-# Those of its library of HTTP among them.
+# Errors of the hub's client, including those of its HTTP library.
 _HUB_ERRORS = (*HfHubHTTPError.__bases__, EntryNotFoundError, HFValidationError, ValueError)
 
 
@@ -109,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
-    """The error of a failed download, in one line."""
+    """Returns the error for a failed download, in one line."""
     advice = "without a network connection, copy the file and set MODEL.WEIGHTS to it"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         advice = "FVCORE_CACHE, HF_HOME and TORCH_HOME set the cache folders"
@@ -117,7 +117,7 @@ def _cannot(source: str, error: Exception, reason: str = "") -> UserError:
 
 
 def _cached_file(url: str) -> Path:
-    """Path of a URL's file in iopath's cache, in its own folder."""
+    """Returns the path of a URL's file in iopath's cache, in a folder of its own."""
     name = re.sub(r"[^\w.-]+", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-100:]
     key = hashlib.sha256(url.encode()).hexdigest()[:32]
     return Path(get_cache_dir(), "contnet", key, name.lstrip(".") or "weights")
@@ -131,7 +131,7 @@ def _has_digest(file: Path, digest: str) -> bool:
 
 
 def _digest_of(source: str, url: str, fragment: str) -> str:
-    """The SHA-256, or its start, that a URL ends with or the file's name has."""
+    """Returns the (start of the) SHA-256 at the end of a URL or of its file's name; "" if none."""
     if not fragment:
         return digest_in_name(urlsplit(url).path)
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
@@ -144,7 +144,7 @@ def _digest_of(source: str, url: str, fragment: str) -> str:
 
 
 def _receive(url: str, file: BinaryIO) -> str:
-    """Writes the complete file of a server; returns its SHA-256."""
+    """Downloads a complete file into ``file``; returns its SHA-256."""
     digest, received = hashlib.sha256(), 0
     with build_opener(_Redirects).open(Request(url), timeout=_TIMEOUT) as answer:
         length = answer.headers.get("Content-Length")
@@ -179,7 +179,7 @@ def _fetch_url(source: str, url: str) -> Fetched:
         url = quote(url, safe=_IN_URLS)
         digest = _digest_of(source, url, fragment)
         path = _cached_file(url)
-    except ValueError as error:  # no address
+    except ValueError as error:  # not a valid address
         raise _cannot(source, error) from error
     try:
         if not path.is_file() or not _has_digest(path, digest):
@@ -214,7 +214,7 @@ def _hub_reason(error: Exception, repo: str) -> str:
 
 
 def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> str | None:
-    """The first of several files that is in the hub's cache; needs no network connection."""
+    """Returns the first of several files in the hub's cache; needs no network connection."""
     for name in names:
         if isinstance(cached := try_to_load_from_cache(repo, name, revision=revision), str):
             return cached
@@ -222,7 +222,7 @@ def _find_in_cache(repo: str, revision: str | None, names: tuple[str, ...]) -> s
 
 
 def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ...]) -> str:
-    """The first of several files that exists in a repository."""
+    """Returns the first of several files that exists in a repository; downloads it if needed."""
     try:
         if cached := _find_in_cache(repo, revision, names):
             return cached
@@ -235,7 +235,7 @@ def _hub_file(source: str, repo: str, revision: str | None, names: tuple[str, ..
 
 
 def _pixels_of(config: Mapping) -> dict[str, str | list[float]]:
-    """Pixel statistics from a timm config, which are for values from 0 to 1."""
+    """Converts the pixel statistics of a timm config from values in [0, 1] to [0, 255]."""
     mean, std = config.get("mean"), config.get("std")
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:
@@ -252,7 +252,7 @@ def _classes_of(config: Mapping) -> list[str] | None:
 
 
 def _read_hub_config(repo: str, revision: str | None, offline: bool) -> Mapping:
-    """A repository's config in timm's format; empty if it has none."""
+    """Reads a repository's config in timm's format; empty if it has none."""
     try:
         find = _find_in_cache if offline else partial(_hub_file, "")
         file = find(repo, revision, (_HUB_CONFIG,))
@@ -281,7 +281,7 @@ def _fetch_hub(source: str, address: str) -> Fetched:
     except _HUB_ERRORS as error:
         raise _cannot(source, error, _hub_reason(error, repo)) from error
     path = cached or _hub_file(source, repo, revision, names)
-    # Weights that came before came with their config, if there is one: no network is needed.
+    # The config of cached weights is also cached, if it exists, so no network is needed.
     config = _read_hub_config(repo, revision, offline=cached is not None)
     maker = f"{repo}'s {_HUB_CONFIG}"
     return Fetched(path, "", maker, _pixels_of(config), _classes_of(config))
@@ -312,7 +312,7 @@ def _fetch_timm(source: str, name: str) -> Fetched:
     return replace(fetched, maker="timm's config of it", pixels=pixels, classes=classes)
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- all sources ---------------------------------------------------------------------------------
 
 
 def fetch_weights(source: str) -> Fetched:
@@ -325,7 +325,7 @@ def fetch_weights(source: str) -> Fetched:
             Detectron2's ``PathManager``.
 
     Raises:
-        UserError: if it cannot be downloaded, or the address contains a password or a token.
+        UserError: if the file cannot be downloaded, or the address has a password or a token.
     """
     scheme, mark, address = source.partition("://")
     if not mark:

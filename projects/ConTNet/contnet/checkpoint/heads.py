@@ -1,4 +1,4 @@
-"""Heads for other classes: copies the weights of each class to the class of the same name."""
+"""Adapts heads to other classes: copies the weights of classes with the same name."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ClassRows:
     extra: int = 0
 
     def length(self, classes: int) -> int:
-        """Number of rows of a tensor for a number of classes."""
+        """Returns the number of rows of a tensor for a number of classes."""
         return self.groups * classes * self.width + self.extra
 
     def _split(self, tensor: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Views of the classes' rows (groups, classes, width, ...) and of the extra rows."""
+        """Returns views of the class rows (groups, classes, width, ...) and of the extra rows."""
         count = self.length(classes) - self.extra
         shape = (self.groups, classes, self.width, *tensor.shape[1:])
         return tensor[:count].view(shape), tensor[count:]
@@ -50,8 +50,8 @@ class ClassRows:
         Args:
             fresh: the tensor for the new classes.
             trained: the tensor for the file's classes.
-            pairs: indices of the same class, new and old.
-            sizes: numbers of classes, new and old.
+            pairs: (new, old) indices of the same class.
+            sizes: (new, old) numbers of classes.
         """
         made = fresh.clone()
         rows, extra = self._split(made, sizes[0])
@@ -65,21 +65,21 @@ class ClassRows:
 def _rows_of_boxes(module: FastRCNNOutputLayers) -> dict[str, ClassRows]:
     rows = {"cls_score": ClassRows(extra=1)}
     per_class, rest = divmod(module.bbox_pred.out_features, module.num_classes)
-    # A head that is blind to classes has the rows of one box.
+    # A class-agnostic head has rows for only one box.
     if not rest and per_class == len(module.box2box_transform.weights):
         rows["bbox_pred"] = ClassRows(width=per_class)
     return rows
 
 
 def _parts(model: nn.Module) -> dict[str, ClassRows]:
-    """The layers of a model that depend on its classes, by name."""
+    """Returns the layers of a model that depend on its classes, by name."""
     found = {}
     classes = {m.num_classes for m in model.modules() if isinstance(m, ROIHeads)}
     for name, module in model.named_modules():
         parts = {}
         if isinstance(module, FastRCNNOutputLayers):
             parts = _rows_of_boxes(module)
-        elif isinstance(module, RetinaNetHead):  # FCOS's, too
+        elif isinstance(module, RetinaNetHead):  # also FCOS's head
             parts = {"cls_score": ClassRows(groups=module.bbox_pred.out_channels // 4)}
         elif isinstance(module, MaskRCNNConvUpsampleHead):
             parts = {"predictor": ClassRows()} if {module.predictor.out_channels} == classes else {}
@@ -94,7 +94,7 @@ def _parts(model: nn.Module) -> dict[str, ClassRows]:
 
 
 def class_rows(model: nn.Module) -> dict[str, ClassRows]:
-    """The tensors of a model that depend on its classes, by full name; none of a bare backbone."""
+    """Returns the tensors that depend on a model's classes, by full name; empty for a backbone."""
     if isinstance(model, ImageClassifier):
         return dict.fromkeys(model.head_names(), ClassRows())
     if isinstance(model, ConTNet):
@@ -116,7 +116,7 @@ def compare_names(ours: Sequence[str], theirs: Sequence[str], path: str) -> str:
     """Returns a log line about the classes that a head copies from a file by name."""
     shared = [name for name in ours if name in theirs]
     new = [name for name in ours if name not in theirs]
-    # Names that a spelling alone keeps apart.
+    # Names that differ only in case, spaces or punctuation.
     alike = {_simple(name): name for name in theirs if _simple(name)}
     near = [f"{name} is {alike[_simple(name)]} there" for name in new if _simple(name) in alike]
     hint = f"; names must be equal ({first_names(near)})" if near else ""

@@ -1,10 +1,10 @@
 """Converts classification checkpoints (the authors' and ResNets) to our key names.
 
 The authors' files are ``{"model": state_dict, ...}`` of a DistributedDataParallel (keys start with
-``module.``) or bare state dicts. Their variant and options are found from keys and shapes, but for
-``pre_norm``, which leaves no trace in them: the published default (post-norm) is assumed.
+``module.``) or bare state dicts. Their variant and options are found from keys and shapes, except
+``pre_norm``, which these do not show: the published default (post-norm) is assumed.
 
-ResNets of torchvision and timm (the plain stem) become Detectron2's.
+ResNets of torchvision and timm (with the plain stem) are converted to Detectron2's names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "torchvision_name",
 ]
 
-# By form: one tensor that each of its networks has. "timm" is torchvision's too, "contnet" is ours.
+# By format: a tensor that all its networks have. "timm" is also torchvision's, "contnet" is ours.
 MARKS = {
     "authors": "layer0.conv.conv.weight",
     "contnet": "stem.weight",
@@ -41,7 +41,7 @@ MARKS = {
 _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.(.+)")
 _THEIR_BLOCK = re.compile(r"layer(\d+)\.ConTBlock(\d+)\.")
 _INDEX = ".attn.relative_position_index"
-# Ours and theirs inside a block, in the order in which they are replaced.
+# Prefixes of names inside a block, ours and the authors'; only the first match is replaced.
 _PARTS = (
     ("norm.", "bn."),
     ("encoders.0.", "ste1."),
@@ -49,7 +49,7 @@ _PARTS = (
     ("conv.", "out_conv.conv."),
     ("shortcut.", "downsample.conv."),
 )
-# torchvision's ResNet and Detectron2's, in the order in which they are replaced.
+# Substitutions from torchvision's ResNet names to Detectron2's, in the order of application.
 _RESNET = (
     (re.compile(r"^(conv|bn)1\."), r"stem.\g<0>"),
     (re.compile(r"^layer(\d)\."), lambda match: f"res{int(match[1]) + 1}."),
@@ -71,15 +71,15 @@ _LEAVES = {"row_table": "pe.0", "col_table": "pe.1", "bias_table": "relative_pos
 
 @dataclass
 class ConversionReport:
-    """What a conversion did with a checkpoint's tensors.
+    """A report of what a conversion did with a checkpoint's tensors.
 
     Attributes:
-        mapped: our names by their names.
-        dropped: their tensors that our network computes instead of loading.
-        missing: their names of tensors that the checkpoint lacks.
-        unexpected: the checkpoint's names that the network does not have.
+        mapped: our names by the authors' names.
+        dropped: the authors' tensors that our network computes instead of loading.
+        missing: the authors' names of tensors that the checkpoint lacks.
+        unexpected: names in the checkpoint that the network does not have.
         variant: name for :func:`contnet.create_model`.
-        options: its keyword arguments, as far as keys and shapes show them.
+        options: keyword arguments of this function, as far as keys and shapes show them.
     """
 
     mapped: dict[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class ConversionReport:
 
 
 def locate_networks(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Form and prefix of each network whose tensors are among names."""
+    """Returns the format and the prefix of each network with tensors among these names."""
     return [
         (form, name.removesuffix(mark))
         for name in names
@@ -101,7 +101,7 @@ def locate_networks(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def authors_name(ours: str) -> str:
-    """The authors' name of a tensor of :func:`contnet.create_model`."""
+    """Returns the authors' name of a tensor of :func:`contnet.create_model`."""
     if not (match := _BLOCK.fullmatch(ours)):
         return re.sub(r"^stem\.", "layer0.conv.conv.", re.sub(r"^head\.", "fc.", ours))
     stage, block, rest = match.groups()
@@ -153,11 +153,11 @@ def _options_of(state: Mapping[str, Tensor]) -> dict:
 
 
 def _said_of(checkpoint: Mapping) -> dict:
-    """The option ``pre_norm`` in a file of ours, which tensors do not show."""
+    """Returns the option ``pre_norm`` in the metadata of a file, as tensors do not show it."""
     said = checkpoint.get("contnet")
     options = said.get("options") if isinstance(said, Mapping) else None
     given = options.get("pre_norm") if isinstance(options, Mapping) else None
-    # The first version, which had no format, wrote False without knowing it.
+    # The first version, without a format number, wrote False even if it was unknown.
     known = isinstance(given, bool) and (given or "format" in said)
     return {"pre_norm": given} if known else {}
 
@@ -214,20 +214,20 @@ def revert_state_dict(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".bias_table"):
             patch_size = (int(value.shape[0] ** 0.5) + 1) // 2
             encoder = authors_name(name).removesuffix(".attn.relative_position_bias_table")
-            # Their tokens run by rows, as cells of one pixel do.
+            # The authors order tokens row by row, as with cells of one pixel.
             theirs[encoder + _INDEX] = relative_index(patch_size, 1).to(value.device)
     return theirs
 
 
 def detectron2_name(name: str) -> str:
-    """Detectron2's name of a ResNet's tensor, from torchvision's."""
+    """Converts torchvision's name of a ResNet's tensor to Detectron2's."""
     for pattern, replacement in _RESNET:
         name = pattern.sub(replacement, name)
     return name
 
 
 def torchvision_name(name: str) -> str:
-    """torchvision's name of a ResNet's tensor, from Detectron2's."""
+    """Converts Detectron2's name of a ResNet's tensor to torchvision's."""
     for pattern, replacement in _RESNET_BACK:
         name = pattern.sub(replacement, name)
     return name
@@ -237,14 +237,14 @@ def convert_resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Converts a ResNet of torchvision or timm to Detectron2's names.
 
     Args:
-        state: its state dict, which is not changed.
+        state: state dict of the ResNet, which is not changed.
 
     Returns:
         The tensors without ``num_batches_tracked``, which Detectron2's frozen norms do not have;
-        the head is ``linear``.
+        the head is called ``linear``.
 
     Raises:
-        ValueError: if it is not such a ResNet, or has another stem.
+        ValueError: if it is not a ResNet with these names, or has another stem.
     """
     stem = state.get("conv1.weight")
     if MARKS["timm"] not in state or stem is None or stem.shape[-2:] != (7, 7):

@@ -1,4 +1,4 @@
-"""Loads weights into a model: converts names, checks values and facts, loads all or nothing."""
+"""Loads weights into a model: converts names, checks metadata and values, then loads all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _convert_authors(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor
 
 
 def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
-    """A file's network with the names of another format; unchanged if it is of another family."""
+    """Renames a file's network to another format; unchanged if it is of another family."""
     state = weights.network_tensors()
     if (weights.form, form) == ("authors", "contnet"):
         return _convert_authors(state, weights.path)
@@ -63,7 +63,7 @@ def _network_in_form(weights: Weights, form: str) -> dict[str, Tensor]:
 
 
 def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Pyramid and heads of another library's detector, with Detectron2's names."""
+    """Returns pyramid and heads of another library's detector, with Detectron2's names."""
     if not weights.origin.detector or isinstance(model, ImageClassifier | ConTNet):
         return {}
     rest = {
@@ -73,7 +73,7 @@ def _translated_parts(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     }
     made, left = translate_detector(rest, weights.origin.detector)
     if ("head.scales" in made) != ("head.scales" in model.state_dict()):
-        # The other form of FCOS.
+        # Only one of the two FCOS heads has scales, so these parts compute something else.
         for part in ("head.bbox_pred", "head.ctrness"):
             left += [f"{part} of FCOS"] if made.pop(f"{part}.weight", None) is not None else []
             made.pop(f"{part}.bias", None)
@@ -139,7 +139,7 @@ def _check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: 
 
 
 def _frozen_statistics(model: nn.Module) -> set[str]:
-    """Names of the statistics that a FrozenBN fills in itself if a file has none."""
+    """Returns the names of statistics that FrozenBN sets itself if a file lacks them."""
     return {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
@@ -149,7 +149,7 @@ def _frozen_statistics(model: nn.Module) -> set[str]:
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    """Full names of a classifier's head; none of a detector."""
+    """Returns the full names of a classifier's head tensors; empty for a detector."""
     return list(class_rows(model)) if isinstance(model, ImageClassifier | ConTNet) else []
 
 
@@ -196,7 +196,7 @@ def _check_complete(
     logger.info(line)
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------
 
 
 def _backbone_prefix(model: nn.Module, path: str) -> str:
@@ -208,7 +208,7 @@ def _backbone_prefix(model: nn.Module, path: str) -> str:
 
 def _takes_head(given: Mapping[str, Tensor]) -> bool:
     """Whether the matching tensors include parts that depend on the classes."""
-    # Pyramids and proposals know no classes.
+    # Pyramids and proposal generators do not depend on classes.
     return any(not name.startswith(("backbone.", "proposal_generator.")) for name in given)
 
 
@@ -220,7 +220,7 @@ def _fit_head(
     state: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
 ) -> Mapping[str, Tensor]:
-    """The tensors to load, with the head's rows chosen by class names."""
+    """Returns the tensors to load, with the head's rows chosen by class names."""
     rows, path = class_rows(model), weights.path
     names, theirs = ours.classes if ours is not None else None, weights.classes
     rest = {name: value for name, value in given.items() if name not in rows}
@@ -229,7 +229,7 @@ def _fit_head(
         logger.info(compare_names(names, theirs, path))
         return rest | match_rows(rows, own, state, names, theirs)
     if differ and not rows and len(names) == len(theirs) and _takes_head(given):
-        check_class_names(model, names, theirs, weights)  # nothing shows what its rows are
+        check_class_names(model, names, theirs, weights)  # the layout of its rows is unknown
     if any(name not in given for name in _head_names(model)):
         logger.info(f"The classifier's head starts from random weights: {first_names(list(rows))}")
         return rest
@@ -264,12 +264,12 @@ def load_weights(
     Args:
         model: the model.
         weights: from :func:`contnet.checkpoint.reading.read_weights`.
-        whole: the file must have every tensor of the model. Otherwise, it must have every tensor of
-            the backbone (of a classifier: all but its head), and other tensors are loaded if they
-            fit.
-        ours: facts of the model, which are compared with the file's; None to compare nothing.
-        allow_missing: accept a file without some of the backbone's tensors.
-        subset: accept a whole file that has more classes than ``ours``.
+        whole: whether the file must have every tensor of the model. Otherwise, it must have every
+            tensor of the backbone (of a classifier: all but its head), and other tensors are loaded
+            if they fit.
+        ours: metadata of the model, compared with the file's; None to compare nothing.
+        allow_missing: whether to accept a file without some of the backbone's tensors.
+        subset: whether to accept a whole file that has more classes than ``ours``.
 
     Raises:
         UserError: if tensors are missing, have another shape, are damaged or quantised, or were
@@ -291,7 +291,7 @@ def load_weights(
         given = _fit_head(model, weights, ours, own, state, given)
         wanted = [name for name in wanted if name not in _head_names(model)]
     elif given and ours is not None and (weights.metadata or weights.classes):
-        # Of a file that says nothing, check_network has told.
+        # Without metadata and class names, only check_network gives warnings.
         check_class_names(model, ours.classes, weights.classes, weights, subset)
     _check_values({name: own[name] for name in (*wanted, *given)}, {**state, **given}, path)
     _check_complete(model, weights, wanted, state, given, whole, allow_missing)

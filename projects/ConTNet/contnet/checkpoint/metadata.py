@@ -1,7 +1,7 @@
 """Metadata of checkpoints, which must match a model before it loads the weights.
 
 Tensors do not show everything that a network's function depends on: ``pre_norm``, for example,
-does not change names and shapes. All checkpoints and converted files have these facts under
+does not change names and shapes. All checkpoints and converted files have metadata under the key
 "contnet".
 """
 
@@ -34,12 +34,12 @@ __all__ = [
     "describe_model",
 ]
 
-# The key, of a checkpoint or of a .safetensors file's metadata.
+# Key in a checkpoint, or in the metadata of a .safetensors file.
 METADATA = "contnet"
 _FORMAT = 1
 _DAMAGED = (AttributeError, RecursionError, TypeError, ValueError)
 
-# Options that change the function, most of them without a trace in names and shapes.
+# Options that change the function, most of which do not change names and shapes.
 _DECISIVE = {
     "relative": "MODEL.CONTNET.RELATIVE",
     "pre_norm": "MODEL.CONTNET.PRE_NORM",
@@ -54,7 +54,7 @@ _PIXEL_KEYS = {
     "std": "MODEL.PIXEL_STD",
 }
 _DILATED_PATCHES = "MODEL.CONTNET.DILATED_PATCHES"
-# Options that one kind of model has and another lacks, or that are no matter of weights.
+# Options that only some models have, or that do not concern weights.
 _OTHERS = {
     "dilated_patches": bool,
     "output_stride": int,
@@ -67,7 +67,7 @@ _OTHERS = {
     "last_drop_rate": float,
     "drop_path_rate": float,
 }
-# Of ResNets.
+# Options of ResNets.
 RESNET_OPTIONS = {
     "stride_in_1x1",
     "output_stride",
@@ -77,13 +77,13 @@ RESNET_OPTIONS = {
     "in_chans",
 }
 _KINDS = {**dict.fromkeys(_DECISIVE, bool), **_OTHERS}
-# Options that weights can be trained further with, at some loss.
+# Options that may change when weights are trained further, at some loss of accuracy.
 _ADVISABLE = ("taps", "output_stride")
 _PLAIN_RESNET = re.compile(r"resnet\d+")
-# Norms that compute the same of the same statistics.
+# Norms that compute the same function with the same statistics.
 _BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-# What JSON has.
+# Types that JSON supports.
 Option = bool | int | float | str | list | dict | None
 
 
@@ -93,8 +93,8 @@ class Metadata:
 
     Attributes:
         network: name of the backbone or of the classifier's network, such as "contnet_m".
-        options: its options, for a ConTNet as arguments of :func:`contnet.create_model`.
-        norm: the norm of the backbone, as in MODEL.CONTNET.NORM; "" if it is unknown.
+        options: options of the network, for a ConTNet arguments of :func:`contnet.create_model`.
+        norm: norm of the backbone, as in MODEL.CONTNET.NORM; "" if it is unknown.
         classes: names of the head's classes, in order; None if they are unknown.
         pixels: "format", "mean" and "std" of the network's input channels.
         config: the config of the run, as yaml; "" for a file that was not written by a run.
@@ -126,7 +126,7 @@ class Metadata:
             path: path of the file, for messages.
 
         Raises:
-            UserError: if a later version wrote them, or they are damaged.
+            UserError: if the metadata have another format, or are damaged.
         """
         if said is None or (isinstance(said, Mapping) and not said):
             return None
@@ -164,12 +164,12 @@ class _Weights(Protocol):
 def _upgrade(said: Mapping) -> dict:
     """Upgrades the metadata of the first version of tools/convert_weights.py."""
     options = dict(said.get("options") or {})
-    if options.get("pre_norm") is not True:  # False was taken for granted
+    if options.get("pre_norm") is not True:  # False was assumed if it was unknown
         options.pop("pre_norm", None)
     return {"network": said.get("variant"), "options": options, "classes": said.get("classes")}
 
 
-# --- of a config ---------------------------------------------------------------------------------
+# --- from a config -------------------------------------------------------------------------------
 
 
 def _contnet_facts(variant: str, cfg: CfgNode) -> dict:
@@ -190,7 +190,7 @@ def _describe_classifier(cfg: CfgNode) -> dict:
 
 
 def _resnet_name(depth: int, groups: int, width: int) -> str:
-    """timm's name of a Detectron2 ResNet."""
+    """Returns timm's name of a Detectron2 ResNet."""
     if groups > 1:
         return f"resnext{depth}_{groups}x{width}d"
     return f"resnet{depth}" if width == 64 else f"wide_resnet{depth}_{width // 64}"
@@ -242,7 +242,7 @@ def describe_model(cfg: CfgNode, classes: Sequence[str] | None) -> Metadata:
     )
 
 
-# --- compared ------------------------------------------------------------------------------------
+# --- comparison ----------------------------------------------------------------------------------
 
 
 def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
@@ -258,7 +258,7 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
                 f"{key} (for a classifier MODEL.CLASSIFIER.NAME), or use other weights"
             )
     keys = dict(_DECISIVE)
-    # Patches that lie apart are another function where convolutions dilate, and the same elsewhere.
+    # Dilated patches change the function only if convolutions are dilated, too.
     if all(facts.options.get("output_stride", 32) < 32 for facts in (ours, theirs)):
         keys["dilated_patches"] = _DILATED_PATCHES
     for option, key in keys.items():
@@ -271,7 +271,7 @@ def _check_decisive(ours: Metadata, theirs: Metadata, path: str) -> None:
 
 
 def _same_norm(ours: str, theirs: str, whole: bool) -> bool:
-    # That the statistics of a trained backbone are frozen is the rule.
+    # Batch norms of a pretrained backbone may differ, as its statistics are usually frozen.
     return ours == theirs or (not whole and {ours, theirs} <= set(_BATCH_NORMS))
 
 
@@ -284,7 +284,7 @@ def _same_value(ours: object, theirs: object) -> bool:
 
 
 def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
-    """Settings that differ from those of the weights' training, but do not prevent their use."""
+    """Lists settings that differ from those of the training, but do not prevent using weights."""
     pairs = {"network": (theirs.network, ours.network)}
     for name in _ADVISABLE:
         pairs[name] = (theirs.options.get(name), ours.options.get(name))
@@ -297,7 +297,7 @@ def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
         for name, (before, now) in pairs.items()
         if before not in (None, "") and now not in (None, "") and not _same_value(before, now)
     ]
-    # Options of timm's networks, whose absence means something, too.
+    # Options of timm's networks, for which a missing option means the default.
     for name in sorted((ours.options.keys() | theirs.options.keys()) - _KINDS.keys()):
         before, now = theirs.options.get(name), ours.options.get(name)
         if not _same_value(before, now):
@@ -306,7 +306,7 @@ def _differences(ours: Metadata, theirs: Metadata, whole: bool) -> list[str]:
 
 
 def _unsaid(ours: Metadata, theirs: Metadata, origin: Origin) -> list[str]:
-    """The settings of a config that neither the file's metadata nor its tensors show."""
+    """Lists settings of a config that the file's metadata, tensors and origin do not show."""
     keys = [
         f"{_DECISIVE[name]} {ours.options[name]}"
         for name in ("pre_norm", "stride_in_1x1")
@@ -320,7 +320,7 @@ def _unsaid(ours: Metadata, theirs: Metadata, origin: Origin) -> list[str]:
 
 
 def _keys_of(origin: Origin, ours: Metadata) -> list[str]:
-    """The config keys to set, with their values, for a file from another library."""
+    """Lists the config keys to change, with values, for a file from another library."""
     pairs = {
         key: (origin.pixels.get(name), ours.pixels.get(name)) for name, key in _PIXEL_KEYS.items()
     }
@@ -335,19 +335,19 @@ def _keys_of(origin: Origin, ours: Metadata) -> list[str]:
 def check_network(ours: Metadata, weights: _Weights, whole: bool) -> None:
     """Compares a file's network with the model that will load its weights.
 
-    Warns of settings that are unknown.
+    Logs warnings about unknown and different settings.
 
     Args:
         ours: metadata of the model.
         weights: :class:`contnet.checkpoint.reading.Weights` of the file.
-        whole: the file must have the whole model, not only the backbone.
+        whole: whether the file must have the whole model, not only the backbone.
 
     Raises:
         UserError: for weights of another variant, or an option that changes the function.
     """
     path, origin = weights.path, weights.origin
     theirs = weights.metadata or Metadata(ours.network)
-    # The strides are at one place in all ResNets of torchvision and timm.
+    # ResNets of torchvision and timm never have strides in the 1x1 convolutions.
     if weights.form == "timm" and not origin.stride_in_1x1:
         theirs = replace(theirs, options={_STRIDE: False, **theirs.options})
     _check_decisive(ours, theirs, path)
@@ -380,10 +380,10 @@ def check_class_names(
         ours: names of the data's classes, in order; None if they are unknown.
         theirs: names of the file's classes, in order; None if they are unknown.
         weights: :class:`contnet.checkpoint.reading.Weights` of the file.
-        subset: the data may have some of the file's classes, in any order.
+        subset: whether the data may have only some of the file's classes, in any order.
 
     Raises:
-        UserError: if they differ.
+        UserError: if the names differ.
     """
     path = weights.path
     if theirs is None or ours is None:

@@ -1,4 +1,4 @@
-"""Names of a run's checkpoints, as for Checkpointer.save: file names without .pth."""
+"""Finds a run's checkpoints; their names are those of Checkpointer.save, without .pth."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ __all__ = [
     "published_file",
 ]
 
-# Detectron2's text file that says what a resume goes on from.
+# Detectron2's text file with the name of the checkpoint to resume from.
 LAST_CHECKPOINT = "last_checkpoint"
-# After the last iteration.
+# The checkpoint after the last iteration.
 FINAL = "model_final"
-# Of the best evaluation, which no resume goes on from.
+# The checkpoint of the best evaluation, which saving does not write into last_checkpoint.
 BEST = "model_best"
 
 _NUMBERED = re.compile(r"model_(\d+)")
 _LONGEST_NAME = 255  # bytes
-# No path, which could lead out of the folder, and no bytes that are no text.
+# Rejects paths, which could lead out of the folder, and bytes that cannot be decoded.
 _FILE_NAME = re.compile(r"[^/\uFFFD]+\.pth")
 
 
 def numbered_name(iteration: int) -> str:
-    """Name of the checkpoint after an iteration, counted from 0, other than the last one."""
+    """Returns the name of the checkpoint after an iteration (from 0) other than the last one."""
     return f"model_{iteration:07d}"
 
 
 def iteration_of(name: str) -> int | None:
-    """The iteration in a checkpoint's name; None if there is none."""
+    """Returns the iteration in a checkpoint's name; None if there is none."""
     match = _NUMBERED.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def checkpoint_files(output_dir: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder, by name."""
+    """Returns the checkpoints in a run's folder, sorted by name."""
     names = sorted(file_names(output_dir))
     known = [name for name in names if name.endswith(".pth")]
     return [
@@ -63,7 +63,7 @@ def has_last_checkpoint(output_dir: str | Path) -> bool:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """The checkpoint to resume from, which may not exist.
+    """Returns the checkpoint to resume from, which may not exist.
 
     Raises:
         OSError: if the run has no file that names it.
@@ -84,16 +84,16 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def published_file(folder: str | Path) -> Path | None:
-    """The weights in a folder of tools/publish.py; None in other folders."""
+    """Returns the weights in a folder of tools/publish.py; None for other folders."""
     files = [Path(folder, name) for name in file_names(folder) if name.endswith(".safetensors")]
     return files[0] if len(files) == 1 else None
 
 
 def find_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint to resume from; None if the run has none.
+    """Returns the checkpoint to resume from; None if the run has none.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if ``last_checkpoint`` is not valid, or names a file that does not exist.
     """
     if not has_last_checkpoint(output_dir):
         return None

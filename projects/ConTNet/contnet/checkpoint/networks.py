@@ -1,4 +1,4 @@
-"""Finds the network in a file of weights: which one it is, its naming, and its options."""
+"""Finds the network in a weight file: its variant, naming scheme and options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from contnet.utils.text import first_names, printable
 
 __all__ = ["FORMS", "HEADS", "Network", "find_network", "head_of"]
 
-# By family: its forms, each with the function from the family's own names (the first form's).
+# Formats of each family, with functions from the family's own names (those of its first format).
 FORMS: dict[str, dict[str, Callable[[str], str]]] = {
     "contnet": {"contnet": str, "authors": authors_name},
     "resnet": {"timm": str, "detectron2": detectron2_name},
@@ -51,7 +51,7 @@ class Network:
         family: "contnet" or "resnet".
         form: naming scheme of the file, one of ``FORMS[family]``.
         variant: name for :func:`contnet.create_model` or ``timm.create_model``.
-        options: its keyword arguments.
+        options: keyword arguments of this function.
         native: tensors by the names of ``form``.
         tensors: tensors by the family's own names, those of its first form.
         origins: names in the file by the family's own names.
@@ -73,12 +73,12 @@ class Network:
 
 
 def head_of(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The classifier's tensors, by the family's own names; empty if there is none."""
+    """Returns the classifier's tensors, by the family's own names; empty if there is none."""
     return {name: value for name, value in tensors.items() if name.startswith(HEADS[family])}
 
 
 def _check_single(weights: Weights) -> None:
-    """Raises UserError unless there is exactly one network of a known form."""
+    """Raises UserError unless there is exactly one network in a known format."""
     found = locate_networks(weights.tensors)
     if not found:
         first = next(iter(weights.tensors))
@@ -94,7 +94,7 @@ def _check_single(weights: Weights) -> None:
 
 
 def _pre_norm_of(weights: Weights, asked: bool | None) -> bool:
-    """The option pre_norm of a ConTNet, from the file or the user: no tensor shows it."""
+    """Returns a ConTNet's pre_norm from the file or the user, because no tensor shows it."""
     said = weights.metadata.options.get("pre_norm") if weights.metadata else None
     if said is None and asked is None:
         raise UserError(
@@ -110,7 +110,7 @@ def _check_said(network: Network, weights: Weights) -> None:
     """Rejects a file whose tensors do not match its metadata."""
     said = weights.metadata.options if weights.metadata else {}
     if network.family == "resnet":
-        # An activation, for one, leaves no trace in tensors.
+        # Tensors do not show all options, for example the activation.
         if unknown := sorted(said.keys() - RESNET_OPTIONS):
             option = printable(f"{unknown[0]} {said[unknown[0]]!r}", 200)
             raise UserError(f"its {network.variant} has {option}: this option cannot be converted")
@@ -128,10 +128,11 @@ def _check_said(network: Network, weights: Weights) -> None:
 
 
 def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
-    """Returns missing tensors, and checks the shapes of the others.
+    """Sets ``network.missing``, and checks the shapes and values of the other tensors.
 
     Raises:
-        UserError: if more than the head is missing, or a tensor has another shape.
+        UserError: if more than the head is missing, or a tensor has another shape, is quantised
+            or not finite.
     """
     absent = [k for k in expected if k not in network.tensors and not k.endswith(_COUNT)]
     network.missing = [name for name in absent if name.startswith(HEADS[network.family])]
@@ -159,7 +160,7 @@ def _check_shapes(network: Network, expected: Mapping[str, Tensor]) -> None:
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:
-    """Number of classes of a head; 0 if there is none."""
+    """Returns the number of classes of a head; 0 if there is none."""
     return next((len(value) for value in head.values() if value.ndim), 0)
 
 
@@ -186,7 +187,7 @@ def _find_contnet(form: str, native: dict[str, Tensor]) -> Network:
 
 
 def _whole_head(options: dict) -> int:
-    """Classes of the network that the file is compared with, which has a head in any case."""
+    """Returns the number of classes of the network for comparison, which always has a head."""
     return options["num_classes"] or 1
 
 
@@ -210,7 +211,7 @@ def _find_resnet(form: str, native: dict[str, Tensor]) -> Network:
     variant = _resnet_variant(tensors)
     with torch.device("meta"):
         whole = timm.create_model(variant, num_classes=_whole_head(options)).state_dict()
-    # An extra tensor, as that of a squeeze-and-excitation, means another function.
+    # Extra tensors, such as those of squeeze-and-excitation, mean another architecture.
     if extra := [origins[name] for name in tensors if name not in whole]:
         raise UserError(f"not a plain {variant}, which has no {first_names(extra)}")
     network = Network(
@@ -228,8 +229,8 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
         pre_norm: option of a ConTNet, which its tensors do not show; None if the file contains it.
 
     Raises:
-        UserError: if there is no network, more than one, an incomplete one, or not the one in the
-            file's metadata. The message does not name the file.
+        UserError: if there is no network, more than one, an incomplete one, or another one than in
+            the file's metadata. The message does not name the file.
     """
     _check_single(weights)
     form, native = weights.form, weights.network_tensors()
@@ -242,7 +243,7 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
     else:
         network = _find_resnet(form, native)
         said = weights.metadata.options if weights.metadata else {}
-        # torchvision and timm have no other ones.
+        # ResNets of torchvision and timm never have strides in the 1x1 convolutions.
         network.stride_in_1x1 = False if form == "timm" else said.get("stride_in_1x1")
     _check_said(network, weights)
     names = {ours: weights.prefix + name for ours, name in network.origins.items()}
@@ -250,6 +251,6 @@ def find_network(weights: Weights, pre_norm: bool | None = None) -> Network:
     network.origins = {ours: weights.origins[name] for ours, name in names.items()}
     unused = [origin for name, origin in weights.origins.items() if name not in used]
     network.dropped = unused + weights.odd
-    if form != "authors":  # whose run looks up what it needs, the file's own index buffers too
+    if form != "authors":  # its runner also loads the file's index buffers
         network.native = {k: v for k, v in native.items() if weights.prefix + k in used}
     return network

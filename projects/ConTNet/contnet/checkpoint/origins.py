@@ -1,4 +1,4 @@
-"""Facts about weight files of other libraries, by their origin."""
+"""Finds facts about weight files of other libraries from their origin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGENET_PIXELS = {"format": "RGB", "mean": _RGB_MEAN, "std": _RGB_STD}
 _BGR = {"format": "BGR", "mean": _RGB_MEAN[::-1]}
 _UNSCALED = {**_BGR, "std": [1.0, 1.0, 1.0]}
 _SCALED = {**_BGR, "std": [57.375, 57.12, 58.395]}
-# Makers of files whose pixels are BGR, most of them not scaled: Detectron2's "__author__".
+# Values of Detectron2's "__author__" in files for BGR pixels, most of which are not scaled.
 _ZOO = ("detectron2 model zoo", "caffe2", "fair", "msra", "pycls")
 # Data sets of the detectors of Detectron2's model zoo, by their number of classes.
 _ZOO_DATASETS = {
@@ -36,10 +36,10 @@ class Origin:
     """Facts about a file.
 
     Attributes:
-        maker: who made it, for messages; "" if unknown.
+        maker: library or project that made the file, for messages; "" if unknown.
         detector: library of its pyramid and heads, from :func:`detector_of`.
         pixels: "format", "mean" and "std" of the channels, as in :class:`Metadata`.
-        stride_in_1x1: for a ResNet; None if unknown.
+        stride_in_1x1: as MODEL.RESNETS.STRIDE_IN_1X1; None if unknown.
         classes: names of the classes, in order; None if unknown.
     """
 
@@ -60,7 +60,7 @@ def _grouped(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _zoo_classes(tensors: Mapping[str, Tensor]) -> list[str] | None:
-    """Class names of a detector from Detectron2's model zoo, by their number."""
+    """Returns the classes of a detector from Detectron2's model zoo, found by their number."""
     number = 0
     for name, value in tensors.items():
         if re.fullmatch(r"roi_heads\.box_predictor\.(\d\.)?cls_score\.bias", name):
@@ -75,7 +75,7 @@ def _zoo_classes(tensors: Mapping[str, Tensor]) -> list[str] | None:
 
 
 def _own_pixels(tensors: Mapping[str, Tensor]) -> dict:
-    """The pixel statistics in the weights of old Detectron2 detectors."""
+    """Returns the pixel statistics that old Detectron2 detectors have among their weights."""
     mean, std = (tensors.get(name) for name in ("pixel_mean", "pixel_std"))
     if mean is None or std is None or mean.numel() != 3 or std.numel() != 3:
         return {}
@@ -93,7 +93,7 @@ def _find_zoo(author: str, tensors: Mapping[str, Tensor], source: str) -> Origin
         return Origin(pixels=pixels)
     grouped = _grouped(tensors) or known == "pycls"
     pixels = pixels or (_SCALED if grouped else _UNSCALED)
-    # MSRA's ResNets have strides there, and those that were made with GN or groups do not.
+    # MSRA's ResNets have strides in the 1x1 convolutions; those with GN or groups do not.
     in_1x1 = not grouped and "gn" not in re.split(r"[^a-z]", source.lower())
     return Origin(author, "", pixels, in_1x1, classes)
 
@@ -104,11 +104,11 @@ def find_origin(
     """Finds the known facts about a file.
 
     Args:
-        content: its whole content.
-        tensors: its weights by name.
-        rest: its other entries.
+        content: whole content of the file.
+        tensors: weights by name.
+        rest: other entries of the file.
         matching: as in :class:`contnet.checkpoint.reading.Weights`.
-        source: its path or URL.
+        source: path or URL of the file.
     """
     author = content.get("__author__")
     if author is None:

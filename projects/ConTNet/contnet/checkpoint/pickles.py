@@ -1,4 +1,4 @@
-"""Safe unpickling of weights: only what is allowed here is ever called.
+"""Unpickles weights safely: only functions that are allowed here are ever called.
 
 Tensors, plain values and numpy arrays of numbers and strings are built. The arrays are built here,
 not by numpy, which trusts a pickle's data about an array's memory. An object of any other class
@@ -20,19 +20,19 @@ from contnet.utils.text import printable
 
 __all__ = ["NUMPY", "RunsCode", "find_kinds", "load_pickle", "make_stand_in", "without_attributes"]
 
-# What has no place in weights but to run code: modules, and functions of Python's own.
+# Modules and built-in functions that weights can only contain in order to run code.
 _CODE = {
     *("ctypes", "importlib", "nt", "os", "posix", "pty", "runpy", "shutil", "socket", "subprocess"),
     *("sys", "builtins.__import__", "builtins.breakpoint", "builtins.compile", "builtins.eval"),
     *("builtins.exec", "builtins.input", "builtins.open"),
 }
 _DEEPEST = 200
-# Codes of numpy's types of numbers and texts.
+# Type codes of numpy's numbers and strings.
 _PLAIN_TYPE = re.compile(r"[<>=|]?(?:[?bhilqBHILQefdFD]|[biufcSU]\d{1,9})")
 
 
 class RunsCode(pickle.UnpicklingError):
-    """The pickle would run code."""
+    """Raised if a pickle would run code."""
 
 
 class _Fixed(type):
@@ -46,7 +46,7 @@ class _Fixed(type):
 
 
 class _Type(metaclass=_Fixed):
-    """A dtype."""
+    """Replaces ``numpy.dtype``."""
 
     def __init__(self, code: str, *_: object):
         self.code, self.order = code, ""
@@ -65,7 +65,7 @@ def _as_bytes(data: object) -> bytes:
 
 
 class _Array(np.ndarray, metaclass=_Fixed):
-    """An array; an array of objects stays empty."""
+    """Replaces ``numpy.ndarray``; an array of objects stays empty."""
 
     def __new__(cls, *_: object):
         return super().__new__(cls, 0, "S1")
@@ -80,7 +80,7 @@ class _Array(np.ndarray, metaclass=_Fixed):
 
 
 class _Buffer(metaclass=_Fixed):
-    """An array in pickles of protocol 5 or later."""
+    """Builds an array of a pickle with protocol 5 or later."""
 
     def __new__(cls, data: object, kind: _Type, shape: tuple, order: str):
         array = _Array()
@@ -89,7 +89,7 @@ class _Buffer(metaclass=_Fixed):
 
 
 class _Scalar(metaclass=_Fixed):
-    """One number."""
+    """Builds a numpy scalar."""
 
     def __new__(cls, kind: _Type, data: object = b""):
         dtype = kind.plain()
@@ -97,7 +97,7 @@ class _Scalar(metaclass=_Fixed):
 
 
 class _Encode(metaclass=_Fixed):
-    """Bytes in pickles before protocol 3."""
+    """Builds the bytes of a pickle with a protocol before 3."""
 
     def __new__(cls, text: str, encoding: str):
         if encoding not in ("latin1", "latin-1"):
@@ -105,7 +105,7 @@ class _Encode(metaclass=_Fixed):
         return text.encode("latin1")
 
 
-# By the names of numpy 1 and 2.
+# Replacements for numpy's objects, by the names in numpy 1 and 2.
 NUMPY = {
     "numpy.dtype": _Type,
     "numpy.ndarray": _Array,
@@ -127,7 +127,7 @@ _PLAIN = {
 
 
 def _full_name(module: str, name: str) -> str:
-    if module != "exceptions":  # the one that PyTorch does not translate from Python 2
+    if module != "exceptions":  # a Python 2 module that PyTorch does not rename
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     full = f"{module}.{name}"
     if full in _CODE or full.partition(".")[0] in _CODE:
@@ -136,14 +136,14 @@ def _full_name(module: str, name: str) -> str:
 
 
 class _Finder(pickle.Unpickler):
-    """Finds the classes and functions that a pickle uses, and how, without building objects."""
+    """Finds a pickle's classes and functions, and their kinds, without building objects."""
 
     def __init__(self, file: BinaryIO, found: dict[str, type | None]):
         super().__init__(file, encoding="latin1")
         self.found = found
 
     def persistent_load(self, _: object) -> None:
-        """The values of a tensor, which are stored elsewhere in the file."""
+        """Ignores the values of a tensor, which are stored elsewhere in the file."""
 
     def find_class(self, module: str, name: str) -> type:
         found, full = self.found, _full_name(module, name)
@@ -154,10 +154,10 @@ class _Finder(pickle.Unpickler):
                 return super().__new__(cls)
 
             def __call__(self, *args: object) -> object:
-                return self  # as of functions that return functions
+                return self  # for functions that return functions
 
             def __setitem__(self, key: object, value: object) -> None:
-                """A dict's, which is what it is taken for anyway."""
+                """Ignores an item, since objects are dicts unless shown otherwise."""
 
             def extend(self, values: list) -> None:
                 found[full] = list
@@ -165,17 +165,17 @@ class _Finder(pickle.Unpickler):
             append = extend
 
             def __setstate__(self, state: object) -> None:
-                if not isinstance(state, dict):  # as of classes with __slots__
+                if not isinstance(state, dict):  # e.g. of a class with __slots__
                     found[full] = None
 
         return Object
 
 
 def find_kinds(file: BinaryIO, pickles: int = 1) -> dict[str, type | None]:
-    """Names of the classes and functions that pickles use, with the kind of their objects.
+    """Returns the kind of objects for each class or function in pickles, by full name.
 
-    PyTorch adds items only to Python's own dicts and lists, and sets no state of a dict that is not
-    itself a dict.
+    PyTorch adds items only to Python's own dicts and lists, and accepts only a dict as the state of
+    a dict.
 
     Args:
         file: open file, at the first pickle.
@@ -189,7 +189,7 @@ def find_kinds(file: BinaryIO, pickles: int = 1) -> dict[str, type | None]:
     size = file.seek(0, 2)
     file.seek(start)
     for kind, argument, _ in (each for _ in range(pickles) for each in pickletools.genops(file)):
-        # Python would take memory for all numbers up to it.
+        # Python would allocate memory for all memo numbers up to this one.
         if kind.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
             raise pickle.UnpicklingError(f"it numbers an object {argument}")
     file.seek(start)
@@ -204,8 +204,8 @@ def make_stand_in(name: str, kind: type | None, left_out: set[str]) -> type:
 
     Args:
         name: name of the other class.
-        kind: base of its objects, which are empty at first: dict, list, or None.
-        left_out: gets the name once an object is created.
+        kind: class of the objects, which are created empty: a dict, a list, or None for neither.
+        left_out: set to which the name is added when an object is created.
     """
 
     class StandIn(metaclass=_Fixed):
@@ -223,7 +223,7 @@ def without_attributes(content: object) -> object:
     """Removes attributes that a pickle has set on its dicts, which could hide methods.
 
     Raises:
-        pickle.UnpicklingError: if it is nested too deeply for Python.
+        pickle.UnpicklingError: if the content is nested too deeply.
     """
     seen, left = set(), [(content, 0)]
     while left:
@@ -255,10 +255,10 @@ def load_pickle(file: BinaryIO, left_out: set[str]) -> object:
 
     Args:
         file: open file, at its beginning.
-        left_out: gets the names of classes whose objects are dropped.
+        left_out: set to which the names of classes are added whose objects are dropped.
 
     Raises:
-        RunsCode: if it would run code.
+        RunsCode: if the pickle would run code.
         Exception: of any kind if it is damaged, or not a pickle.
     """
     kinds = find_kinds(file)

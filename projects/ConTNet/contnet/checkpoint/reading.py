@@ -1,4 +1,4 @@
-"""Reads weight files, with what is known about them.
+"""Reads weight files, and finds the known facts about them.
 
 A file in any format (ours, the authors', torchvision's, timm's, Detectron2's) is opened once and
 becomes :class:`Weights`.
@@ -43,21 +43,21 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# EMA weights by the names of our trainer, torchvision's scripts and timm's.
+# Keys of EMA weights in files of our trainer, torchvision's scripts and timm.
 EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
-# Weights of the last step; the last two names are pycls's and Caffe2's.
+# Keys of the last step's weights; the last two are those of pycls and Caffe2.
 _MODEL_KEYS = ("model", "state_dict", "model_state", "blobs")
-# How many weights PyTorch's AveragedModel has averaged, beside them.
+# Name of the counter that PyTorch's AveragedModel stores among its weights.
 NUM_AVERAGED = "n_averaged"
-# What DistributedDataParallel and torch.compile put before names.
+# Prefixes that DistributedDataParallel and torch.compile add to names.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
-# In bytes, up to which a tensor may repeat what its file has.
+# Largest size, in bytes, of a tensor that repeats a smaller storage.
 _EXPANDED = 2**26
 
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    """Opens the file once, so that what is checked is what is loaded."""
+    """Opens the file once, so that the file that is verified is also the one that is loaded."""
     try:
         with open_regular(path) as file:
             yield file
@@ -68,7 +68,7 @@ def _open(path: str) -> Iterator[BinaryIO]:
 def read_checkpoint(path: str) -> dict:
     """Reads a checkpoint from the disk; its tensors are read only when they are used.
 
-    The tensors are not verified, the rest of the file is.
+    Only the parts of the file without tensors are verified.
 
     Args:
         path: path of the file.
@@ -81,12 +81,12 @@ def read_checkpoint(path: str) -> dict:
         return read_content(file, path, mmap=True)
 
 
-# --- what it is ----------------------------------------------------------------------------------
+# --- weights -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Weights:
-    """The tensors of a file, and what is known about them.
+    """The tensors of a file, and the known facts about them.
 
     Attributes:
         path: path of the file, for messages.
@@ -94,10 +94,10 @@ class Weights:
         origins: full names in the file by these names.
         odd: names in the file of entries among the tensors that are not tensors.
         key: the file's key of the tensors; "" if the file contains nothing else.
-        is_ema: whether they are an exponential moving average.
+        is_ema: whether the tensors are an exponential moving average.
         rest: the other entries of the file.
         metadata: metadata in the file; None if it has none about its network.
-        classes: names of the classes that it was trained on, in order; None if they are unknown.
+        classes: names of the classes in training, in order; None if they are unknown.
         origin: facts about the file from its origin.
         form: naming scheme of the single network in it, a key of ``MARKS``; "" if it is unknown.
         prefix: prefix of this network's names in ``tensors``.
@@ -129,7 +129,7 @@ class Weights:
         self.warnings.append(line)
 
     def network_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the single known network, by the names of its naming scheme."""
+        """Returns the tensors of the single known network, by the names of its naming scheme."""
         return {
             name.removeprefix(self.prefix): value
             for name, value in self.tensors.items()
@@ -146,7 +146,7 @@ def conversion_advice(path: str) -> str:
 
 
 def _pick(content: Mapping, prefer_ema: bool) -> tuple[Mapping, str]:
-    """The state dict of a checkpoint, and its key; the checkpoint itself, and ""."""
+    """Returns the state dict in a checkpoint and its key, or the checkpoint itself and ""."""
     keys = (*EMA_KEYS, *_MODEL_KEYS) if prefer_ema else (*_MODEL_KEYS, *EMA_KEYS)
     for key in keys:
         if isinstance(content.get(key), Mapping) and content[key]:
@@ -155,7 +155,7 @@ def _pick(content: Mapping, prefer_ema: bool) -> tuple[Mapping, str]:
 
 
 def _matching(content: Mapping, state: Mapping) -> str:
-    """How names are matched; files of pycls, Detectron2 and Caffe2 need Detectron2's heuristics."""
+    """Returns how names are matched; pycls, Detectron2 and Caffe2 need Detectron2's heuristics."""
     if "model_state" in content or content.get("matching_heuristics") is True:
         return "detectron2"
     arrays = any(isinstance(value, np.ndarray) for value in state.values())
@@ -169,7 +169,7 @@ def _as_tensor(value: object) -> Tensor | None:
         return torch.from_numpy(np.array(value))
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return None
-    # A few values that are said to be many.
+    # The tensor claims many more values than its storage has.
     if value.nbytes > max(_EXPANDED, value.untyped_storage().nbytes()):
         return None
     return Tensor.detach(value)
@@ -178,7 +178,7 @@ def _as_tensor(value: object) -> Tensor | None:
 def _fill(weights: Weights, state: Mapping) -> None:
     """Sorts the entries of a state dict, and finds the network in it."""
     tensors = {name: _as_tensor(value) for name, value in state.items()}
-    # A model of its own may have a part that is called "module".
+    # Without a wrapper, the model itself may have a part that is called "module".
     wrapped = all(
         _WRAPPERS.match(str(name))
         for name, tensor in tensors.items()
@@ -202,7 +202,7 @@ def _fill(weights: Weights, state: Mapping) -> None:
 def _class_names(rest: Mapping, metadata: Metadata | None) -> list[str] | None:
     if metadata is not None:
         return metadata.classes
-    # Checkpoints of the first version.
+    # Checkpoints of the first version have the names in the trainer's state.
     trainer = rest.get("trainer")
     names = trainer.get("classes") if isinstance(trainer, Mapping) else None
     return [str(name) for name in names] if isinstance(names, list) and names else None
@@ -213,12 +213,12 @@ def read_weights(source: str, *, prefer_ema: bool = False, digest: bool = False)
 
     Args:
         source: a file, or an address for :func:`contnet.checkpoint.fetching.fetch_weights`.
-        prefer_ema: use the EMA of the weights, if there is one, instead of the last weights.
-        digest: compute the file's SHA-256.
+        prefer_ema: whether to use the EMA of the weights, if there is one, instead of the last
+            weights.
+        digest: whether to compute the file's SHA-256.
 
     Raises:
-        UserError: if it does not exist, is incomplete, has no tensors, or contains anything but
-            tensors and plain values.
+        UserError: if the file does not exist, is damaged, has no tensors, or would run code.
     """
     fetched = fetch_weights(source)
     path = fetched.path
@@ -263,7 +263,7 @@ def _class_names_of(source: str, changed: int) -> list[str] | None:
 
 
 def read_class_names(source: str) -> list[str] | None:
-    """Names of the classes that weights were trained on, in order; None if they are unknown.
+    """Reads the names of the classes that weights were trained on, in order; None if unknown.
 
     The arguments and errors are those of :func:`read_weights`.
     """

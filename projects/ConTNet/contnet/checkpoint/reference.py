@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 
 def _run_authors(variant: str, options: dict, state: State, images: Tensor):
     model = ReferenceNetwork(variant, **options).eval()
-    # What not every file has: the network computes it, or does not read it.
+    # Buffers that a file may lack, because the network computes them or does not use them.
     left_out = (".relative_position_index", ".num_batches_tracked")
     own = {name: value for name, value in model.state_dict().items() if name.endswith(left_out)}
     model.load_state_dict({**own, **state})
@@ -41,7 +41,7 @@ def _run_timm(variant: str, options: dict, state: State, images: Tensor):
 
 
 def _run_detectron2(variant: str, options: dict, state: State, images: Tensor):
-    # Only this form needs Detectron2.
+    # Imported here, because only this format needs Detectron2.
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
     from detectron2.modeling import build_resnet_backbone
@@ -54,7 +54,7 @@ def _run_detectron2(variant: str, options: dict, state: State, images: Tensor):
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     model = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
     head = {k: v.float() for k, v in state.items() if k.startswith("linear.")}
-    # Its norms are frozen ones, which count no batches.
+    # The model's norms are frozen, and do not count batches.
     counts = ".num_batches_tracked"
     model.load_state_dict({k: v for k, v in state.items() if k not in head and counts not in k})
     features = model(images)["res5"]
@@ -62,7 +62,7 @@ def _run_detectron2(variant: str, options: dict, state: State, images: Tensor):
     return features, F.linear(mean, head["linear.weight"], head["linear.bias"]) if head else mean
 
 
-# By form: a function of (variant, options, state dict, images), to the last map and the logits.
+# By format: a function of (variant, options, state dict, images) that returns last map and logits.
 RUNNERS: dict[str, Callable[[str, dict, State, Tensor], tuple[Tensor, Tensor]]] = {
     "authors": _run_authors,
     "contnet": _run_contnet,

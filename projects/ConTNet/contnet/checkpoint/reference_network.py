@@ -1,8 +1,8 @@
-"""A simple, slow ConTNet with the authors' tensor names, to compare the fast one with.
+"""A simple, slow ConTNet with the authors' tensor names, for comparison with the fast one.
 
 It is written from the published description, and simple enough to check by reading. Each encoder
 loops over its patches and computes attention within a patch with an explicit softmax; at the right
-and bottom margins, patches are smaller. Nothing is padded or masked, so the same code works for all
+and bottom borders, patches are smaller. Nothing is padded or masked, so the same code works for all
 sizes. It has no dropout, and shares no code with :mod:`contnet.modeling` or with the conversion of
 weights, so it can verify both.
 """
@@ -60,12 +60,12 @@ class PooledConv(nn.Module):
     def forward(self, x: Tensor, stride: int = 2) -> Tensor:
         if stride == 2:
             return self.conv(F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False))
-        # Repeating the margin makes a window that hangs over it the mean of its real pixels.
+        # Replicated borders give windows that cross the border the mean of their real pixels.
         return self.conv(F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1))
 
 
 def _relative_index(size: int) -> Tensor:
-    """Row of the table of relative positions for each pair of tokens (P*P, P*P)."""
+    """Returns the row in the relative position table for each pair of tokens (P*P, P*P)."""
     row, column = torch.meshgrid(*[torch.arange(size)] * 2, indexing="ij")
     row, column = row.flatten(), column.flatten()
     down, right = (each[:, None] - each + size - 1 for each in (row, column))
@@ -86,14 +86,14 @@ class Attention(nn.Module):
             self.register_buffer("relative_position_index", _relative_index(patch_size))
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """Bias (heads, T, T) of the top left corner of a patch."""
+        """Returns the bias (heads, T, T) for the top left height x width tokens of a patch."""
         grid = torch.arange(self.patch_size**2).view(self.patch_size, self.patch_size)
         tokens = grid[:height, :width].flatten()
         index = self.relative_position_index[tokens][:, tokens]
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (N, height * width, C), row by row."""
+        """Applies attention to tokens (N, height * width, C), which are ordered row by row."""
         split = (part.unflatten(2, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, 2))
         q, k, v = (part.transpose(1, 2) for part in split)
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
@@ -115,7 +115,7 @@ class Mlp(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A transformer layer on every patch of a map by itself."""
+    """A transformer layer that is applied to each patch of a map separately."""
 
     def __init__(
         self,
@@ -140,13 +140,13 @@ class Encoder(nn.Module):
             self.pe = nn.ParameterList([rows, columns])
 
     def _position(self, height: int, width: int) -> Tensor:
-        """Row table for the first half of the channels, column table for the second."""
+        """Returns position embeddings: first half of the channels by row, second half by column."""
         rows = self.pe[0][:, :height].expand(1, height, width, -1)
         columns = self.pe[1][:, :, :width].expand(1, height, width, -1)
         return torch.cat([rows, columns], dim=3)
 
     def _encode_patch(self, patch: Tensor) -> Tensor:
-        """One patch (N, C, h, w), whole or cut short by the margin."""
+        """Encodes one patch (N, C, h, w), which may be smaller at the border."""
         height, width = patch.shape[2:]
         x = patch.permute(0, 2, 3, 1)
         if self.pe is not None:
@@ -192,7 +192,7 @@ class Block(nn.Module):
             self.downsample = PooledConv(*pair) if use_avgdown else Conv(*pair, 1, 2)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The activated map, and what the two encoders make of it."""
+        """Returns the activated map, and the two encoders' output for it."""
         activated = F.relu(self.bn(x))
         return activated, self.ste2(self.ste1(activated))
 
@@ -202,13 +202,13 @@ class Block(nn.Module):
         return self.out_conv(encoded) + shortcut
 
     def dense(self, x: Tensor) -> Tensor:
-        """The same at stride 1: `forward(x)` equals `dense(x)[..., ::2, ::2]`."""
+        """Returns the output at stride 1: `forward(x)` equals `dense(x)[..., ::2, ::2]`."""
         activated, encoded = self.encode(x)
         return self.out_conv(encoded, stride=1) + self.downsample(activated, stride=1)
 
 
 class ReferenceNetwork(nn.Module):
-    """ConTNet by the authors' names; arguments are those of ``contnet.create_model``."""
+    """A ConTNet with the authors' names; arguments are those of ``contnet.create_model``."""
 
     def __init__(
         self,
@@ -233,15 +233,15 @@ class ReferenceNetwork(nn.Module):
         self.fc = nn.Linear(16 * variant.dim, num_classes) if num_classes else nn.Identity()
 
     def stem(self, x: Tensor) -> Tensor:
-        """7x7 convolution of stride 2, then 3x3 max-pool of stride 2."""
+        """Applies the 7x7 convolution of stride 2, then the 3x3 max-pool of stride 2."""
         return F.max_pool2d(self.layer0["conv"](x), 3, 2, 1)
 
     def layers(self) -> list[list[Block]]:
-        """The blocks of the four stages."""
+        """Returns the blocks of the four stages."""
         return [list(getattr(self, f"layer{i}").values()) for i in (1, 2, 3, 4)]
 
     def last_map(self, x: Tensor) -> Tensor:
-        """(N, C, ceil(H / 32), ceil(W / 32)) of images (N, in_chans, H, W)."""
+        """Returns the map (N, C, ceil(H / 32), ceil(W / 32)) of images (N, in_chans, H, W)."""
         x = self.stem(x)
         for blocks in self.layers():
             for block in blocks:
@@ -249,11 +249,11 @@ class ReferenceNetwork(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes), or the mean of the last map where there are no classes."""
+        """Returns logits (N, num_classes), or the mean of the last map if there are no classes."""
         return self.fc(self.last_map(x).mean((2, 3)))
 
     def features(self, x: Tensor, taps: str = "stage") -> dict[str, Tensor]:
-        """Maps res2 to res5, at strides 4, 8, 16 and 32."""
+        """Returns the maps res2 to res5, at strides 4, 8, 16 and 32."""
         x, maps = self.stem(x), {}
         for stage, (*blocks, last) in enumerate(self.layers()):
             for block in blocks:

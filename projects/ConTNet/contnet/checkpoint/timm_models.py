@@ -1,7 +1,7 @@
 """Registers the ConTNet variants with timm, so that ``timm.create_model("contnet_m")`` works.
 
-With ``features_only``, timm's getter, the default here, returns the taps of
-``forward_intermediates``. timm's other feature classes return the outputs of the stages.
+With ``features_only``, timm's getter (the default here) returns the taps of
+``forward_intermediates``, while timm's other feature classes return the outputs of the stages.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# Of the options that change the function.
+# Defaults of the options that change the network's function.
 _DEFAULTS = {"relative": False, "pre_norm": False, "use_avgdown": False, "qkv_bias": True}
 
 
@@ -50,7 +50,7 @@ def _load_file(model: ConTNet, name: str, options: dict, path: str) -> None:
     Raises:
         UserError: if the file cannot be read, or does not fit.
     """
-    # Only files need Detectron2.
+    # Imported here, because only files need Detectron2.
     from contnet.checkpoint.loading import load_weights
     from contnet.checkpoint.metadata import Metadata
     from contnet.checkpoint.reading import read_weights
@@ -87,7 +87,7 @@ def _describe_features(
             f"out_indices {tuple(out_indices)}: feature_cls {feature_cls!r} returns features in "
             "the order of the stages, list them in it or use feature_cls 'getter'"
         )
-    # By hooks timm gets the inputs of convolutions, too, which are the taps "pre".
+    # timm's hooks can return the inputs of convolutions, which are the taps "pre".
     if "hook" in names and model.taps == "pre":
         return
     if model.taps == "pre":
@@ -129,7 +129,7 @@ def _build(
     return build_model_with_cfg(
         make,
         name,
-        pretrained=False,  # the weights are loaded already
+        pretrained=False,  # make() has loaded the weights
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         feature_cfg=feature_cfg,

@@ -1,8 +1,8 @@
 """Detects damaged weight files, before anything is loaded from them.
 
 ``torch.save`` writes the CRC-32 of each part of its zip file, which ``torch.load`` ignores. Other
-formats have none. If a file name ends with the first digits of the file's SHA-256, as for
-torchvision's and converted files, it is compared.
+formats have no checksum. If a file name ends with the first digits of the file's SHA-256, as for
+torchvision's and converted files, the SHA-256 is compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contnet.utils.text import printable
 
 __all__ = ["digest_in_name", "verify_file"]
 
-# Digits alone may be a date.
+# At least one letter is required, because only decimal digits may be a date.
 _HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})$")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 _TENSOR = re.compile(r"[^/]*/data/\d+")
@@ -27,7 +27,7 @@ _CHUNK = 2**20  # bytes
 
 
 def digest_in_name(path: str) -> str:
-    """The first digits of a SHA-256 at the end of a file's name; "" if there are none."""
+    """Returns the first digits of a SHA-256 at the end of a file's name; "" if there are none."""
     stem = Path(path).stem
     found = _HASH.search(stem)
     return found[1] if found and not _UUID.search(stem) else ""
@@ -37,11 +37,11 @@ def _read_parts(file: BinaryIO, tensors: bool) -> None:
     """Reads the parts of a zip file of torch.save; zipfile compares their CRC-32."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        # They are stored as they are: what is said to be larger is not to be read.
+        # Parts are not compressed, so if they are larger than the file, they must not be read.
         if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
             raise zipfile.BadZipFile("its parts are larger than the file")
         if not any(part.CRC for part in parts):
-            return  # torch.serialization.set_crc32_options(False)
+            return  # saved with set_crc32_options(False)
         for part in parts:
             if tensors or not _TENSOR.fullmatch(part.filename):
                 with archive.open(part) as content:
@@ -53,16 +53,16 @@ def verify_file(file: BinaryIO, path: str, tensors: bool = True, digest: str = "
     """Verifies that a weight file is undamaged.
 
     Args:
-        file: open file, at its beginning, also afterwards.
+        file: open file, at its beginning, to which it is reset afterwards.
         path: path of the file.
-        tensors: verify the whole file, not only the parts without tensors.
-        digest: its SHA-256 or the start of it, which overrides the one in its name.
+        tensors: whether to verify the whole file, not only the parts without tensors.
+        digest: SHA-256 of the file or the start of it, which overrides the one in the name.
 
     Returns:
-        Its SHA-256, if it was compared; "" otherwise.
+        The SHA-256 of the file if it was compared, otherwise "".
 
     Raises:
-        UserError: if it is damaged, or its SHA-256 differs.
+        UserError: if the file is damaged, or its SHA-256 differs.
     """
     if file.read(2) == b"PK":
         try:

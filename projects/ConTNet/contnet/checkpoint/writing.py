@@ -1,4 +1,4 @@
-"""Writes weight files for others: plain tensors with metadata, named by their hash."""
+"""Writes weight files for publication: plain tensors with metadata, named by their hash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encode_weights(tensors: Mapping[str, Tensor], metadata: Mapping, suffix: str
     """
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     if suffix == ".safetensors":
-        # A single entry: several would be written in any order, and change the hash.
+        # A single entry, because several may be written in any order, which changes the hash.
         return safetensors.torch.save(tensors, {METADATA: json.dumps(metadata)})
     buffer = io.BytesIO()
     torch.save({"model": tensors, METADATA: metadata}, buffer)
@@ -39,7 +39,7 @@ def write_weights(path: Path, data: bytes) -> Path:
     """Writes a file with the start of its hash in its name, as in torch.hub; returns its path.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
     digest = hashlib.sha256(data).hexdigest()
     path = path.with_name(f"{path.stem}-{digest[:8]}{path.suffix}")

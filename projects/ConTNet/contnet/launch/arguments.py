@@ -163,15 +163,15 @@ class RunSettings:
 
     Attributes:
         cfg: the config, read, checked and completed; frozen.
-        resume: resume from the last checkpoint in OUTPUT_DIR.
-        eval_only: only evaluate.
+        resume: whether to resume from ``checkpoint``, if there is one.
+        eval_only: whether to only evaluate.
         processes: processes of the run.
-        arguments: source of the config, for the log.
+        arguments: config file and overrides on the command line, for the log.
         notes: additions to the config, a line each, for the log.
         warnings: warnings that concern the run's results, a line each, for the log and
             results.json.
-        scaled: original values, and their batch size, of keys that a resume has scaled.
-        checkpoint: the checkpoint to resume from.
+        scaled: keys that a resume has scaled, with their original values and batch size.
+        checkpoint: checkpoint to resume from.
     """
 
     cfg: CfgNode = field(repr=False)
@@ -188,9 +188,9 @@ class RunSettings:
 def _set_num_classes(
     cfg: CfgNode, config_file: str, opts: Sequence[str], eval_only: bool, resume: bool
 ) -> list[str]:
-    """Sets the number of classes from the first data set, if nothing else does; adds a note.
+    """Sets the number of classes from the first data set, unless it is given; returns a note.
 
-    An evaluation uses that of its weights, if they contain it: the data may have fewer classes.
+    An evaluation uses the number in its weights, if known, because its data may have fewer classes.
     """
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     key = class_key(cfg, names[0]) if names else None
@@ -209,11 +209,11 @@ def _set_num_classes(
 def _scale(cfg: CfgNode, processes: int, epoch_keys: Sequence[str]) -> tuple[CfgNode, list[str]]:
     """Scales the recipe by SOLVER.REFERENCE_WORLD_SIZE; returns the config and a note of changes.
 
-    The note does not list the keys set by ``epoch_keys``, which follow from the batch size.
+    The note does not list iterations that ``epoch_keys`` set, which follow from the batch size.
     """
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if scaled is not cfg:
-        # A key of this project, which Detectron2 does not know.
+        # Detectron2 does not scale this key, which belongs to this project.
         period = round(cfg.TEST.LOSS_PERIOD * cfg.SOLVER.REFERENCE_WORLD_SIZE / processes)
         scaled.merge_from_list(["TEST.LOSS_PERIOD", max(period, int(cfg.TEST.LOSS_PERIOD > 0))])
     ours = {ITERATION_KEYS[key] for key in epoch_keys}

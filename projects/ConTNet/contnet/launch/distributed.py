@@ -37,35 +37,35 @@ def _share_cpus(cpus: int, processes: int) -> None:
 
 
 def _machine_cpus(env: DistributedEnvironment) -> int:
-    """CPUs of all processes on this machine: SLURM may have bound each to its own."""
+    """Counts the CPUs of all processes on this machine, since SLURM may bind each to its own."""
     bound = comm.all_gather(os.sched_getaffinity(0))
     first = env.rank - env.local_rank
     return len(set().union(*bound[first : first + env.local_size]))
 
 
 def _worker(function: Callable, argument: object, num_gpus: int, on_cpu: bool) -> None:
-    """Runs in a spawned process; the caller only sees its exit status."""
-    # Spawned processes would spawn their loader workers too, each importing everything again.
+    """Calls ``function`` in a spawned process; the parent only sees its exit status."""
+    # By default, spawned processes also spawn their loader workers, which import everything again.
     torch.multiprocessing.set_start_method("fork", force=True)
     if on_cpu:
         _share_cpus(available_cpus(), num_gpus)
     try:
         function(argument)
-        # Threads of gloo that outlive the interpreter would abort the process.
+        # Otherwise, gloo's threads may outlive the interpreter and abort the process.
         dist.destroy_process_group()
     except UserError as error:
         print_error(error)
         sys.exit(error.status)
     except Interrupted as error:
-        end_now(error.status)  # the interpreter's own end takes seconds
+        end_now(error.status)  # a normal exit of the interpreter takes seconds
     finally:
         end_children()
 
 
 class _Relay(Listener):
-    """Context that forwards the first signal to the spawned ranks; the second one ends all at once.
+    """Context that forwards the first signal to the spawned ranks; a second one ends all at once.
 
-    Ranks start with blocked signals, and unblock them once they can handle them.
+    Ranks start with blocked signals, which they unblock once they can handle them.
 
     Args:
         number: number of ranks.
@@ -75,10 +75,10 @@ class _Relay(Listener):
         super().__init__("contnet-relay", heeded_signals())
         self._missing = number
         self._told: set[int] = set()
-        self._first: tuple[int, float] | None = None  # signal, time
+        self._first: tuple[int, float] | None = None  # signal number, time in seconds
 
     def __enter__(self) -> _Relay:
-        ensure_running()  # which would let the signals in again
+        ensure_running()  # before blocking signals, because it unblocks them
         self.start()
         signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
         return self
@@ -99,7 +99,7 @@ class _Relay(Listener):
         now = time.monotonic()
         if self._first is None:
             self._first = number, now
-            with contextlib.suppress(OSError, ValueError):  # the terminal may have been closed
+            with contextlib.suppress(OSError, ValueError):  # the terminal may be closed
                 print(
                     f"{signal.Signals(number).name}: the ranks save a checkpoint, if they train, "
                     "and exit; a second signal ends them at once",
@@ -142,7 +142,7 @@ def _join_run(
             refuse_shared_gpus(gpu_uuid())
         return function(argument)
     except Exception:
-        # NCCL would wait for collectives of ranks that are gone, and the error be told too late.
+        # NCCL's cleanup would wait for collectives of ranks that have ended, and delay the error.
         waits = not on_cpu
         raise
     finally:
@@ -171,20 +171,20 @@ def launch_run(
         The return value of ``function``, if it was called in this process; otherwise None.
 
     Raises:
-        UserError: from ``function``, if this is the only process on the machine; or if a spawned
-            process was killed.
+        UserError: from ``function``, if it was called in this process; if a spawned process was
+            killed; or if the processes cannot be connected or do not have enough GPUs.
         SystemExit: with the status of a spawned process that failed and logged its error.
     """
     on_cpu = device == "cpu"
     if on_cpu:
-        # Detectron2's launcher takes NCCL wherever it sees a GPU.
+        # Detectron2's launcher uses NCCL if it finds a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if processes.environment.launcher:
         return _join_run(function, argument, processes, on_cpu, timeout)
     if processes.world_size == 1:
         return function(argument)
     try:
-        # Signals come to the main thread alone.
+        # Only the main thread receives signals.
         main = threading.current_thread() is threading.main_thread()
         with _Relay(processes.num_gpus) if main else contextlib.nullcontext():
             launch(
@@ -196,9 +196,9 @@ def launch_run(
                 args=(function, argument, processes.num_gpus, on_cpu),
             )
     except ProcessRaisedException as error:
-        # Before the ranks can talk to each other, no line of ours is around what fails.
+        # Errors while connecting the ranks occur in Detectron2, where they are not caught.
         reason = str(error).strip().splitlines()[-1]
-        if "Duplicate GPU" in reason:  # NCCL's, as where two machines' ranks are on one
+        if "Duplicate GPU" in reason:  # from NCCL, if ranks of two "machines" run on one
             raise UserError(
                 f"{socket.gethostname()}: {reason}: give each --machine-rank its own machine, "
                 "or its own GPUs (CUDA_VISIBLE_DEVICES)"

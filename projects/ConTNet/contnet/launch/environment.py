@@ -1,7 +1,7 @@
-"""Finds this process's rank, run and job.
+"""Finds the rank and the job of this process.
 
 torchrun, SLURM's srun (with or without submitit) and submitit's local executor start all processes
-themselves and set environment variables; only these are read (no call of ``scontrol``).
+themselves and set environment variables. Only these are read; ``scontrol`` is not called.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _need(environ: Mapping[str, str], names: tuple[str, ...], sign: str) -> list
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list in SLURM's notation, such as ``gpu[07-09,12],login1``."""
+    """Returns the first host of a list in SLURM's notation, such as ``gpu[07-09,12],login1``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which contains no machine")
@@ -85,7 +85,7 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
     sign = "SLURM_STEP_ID" if "SLURM_STEP_ID" in environ else "SLURM_STEP_NUM_TASKS"
     job, step, tasks, nodes, per_node, rank, local_rank = _need(environ, _SLURM, sign)
     rank, world_size, local_rank = int(rank), int(tasks), int(local_rank)
-    if world_size == 1:  # also a shell that was opened by srun
+    if world_size == 1:  # includes a shell that srun has opened
         return DistributedEnvironment()
     sizes = {int(size) for size in re.findall(r"(\d+)(?:\(x\d+\))?", per_node)}
     if len(sizes) > 1:
@@ -100,7 +100,7 @@ def _slurm(environ: Mapping[str, str]) -> DistributedEnvironment:
             "--distribution=block"
         )
     attempt = f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')}"
-    # Two clusters may count the same jobs on the same machines; srun's port is one of their steps.
+    # Two clusters on the same machines may use the same job ids; srun's port tells them apart.
     if srun := environ.get("SLURM_STEP_LAUNCHER_PORT"):
         attempt += f".{srun}"
     return DistributedEnvironment(
@@ -112,8 +112,8 @@ def _local(environ: Mapping[str, str]) -> DistributedEnvironment:
     job, tasks, rank = _need(environ, _LOCAL, "SUBMITIT_EXECUTOR local")
     if tasks == "1":
         return DistributedEnvironment()
-    # The executor's process is the parent of all tasks, and a restart has the same parent: what
-    # an earlier attempt left behind has ended before the next one begins.
+    # Restarts need no number: the executor is the parent of the tasks of all attempts, and starts
+    # an attempt only after the tasks of the earlier one have ended.
     rank, tasks = int(rank), int(tasks)
     return DistributedEnvironment("local", rank, tasks, rank, tasks, "127.0.0.1", f"{job}.0.0")
 
@@ -140,7 +140,7 @@ def _find_job(environ: Mapping[str, str]) -> dict[str, object]:
     if "SLURM_JOB_ID" not in environ:
         return {}
     job_id = environ["SLURM_JOB_ID"]
-    # The last task of an array has the array's own number, which would stand for all of them.
+    # The last task of an array has the array's id, which SLURM's commands apply to all tasks.
     if "SLURM_ARRAY_JOB_ID" in environ:
         job_id = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return {
@@ -166,7 +166,7 @@ def find_environment(environ: Mapping[str, str] = os.environ) -> DistributedEnvi
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run: as requested, or as started by a launcher.
+    """The processes of a run, as requested or as started by a launcher.
 
     Attributes:
         num_gpus: processes on each machine.

@@ -18,7 +18,7 @@ from contnet.utils.errors import UserError
 
 __all__ = ["ITERATION_KEYS", "set_iterations", "used_epoch_keys"]
 
-# The key in epochs and the one in iterations.
+# Keys of settings in epochs, with the keys of the same settings in iterations.
 ITERATION_KEYS = {
     "SOLVER.MAX_EPOCHS": "SOLVER.MAX_ITER",
     "SOLVER.STEPS_EPOCHS": "SOLVER.STEPS",
@@ -36,7 +36,7 @@ def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list
     so a config file can override its ``_BASE_`` in the other unit.
 
     Args:
-        cfg: config, read from the other arguments.
+        cfg: config that was read from the other arguments.
         config_file: a yaml file.
         opts: ``[KEY, VALUE, KEY, VALUE, ...]``.
 
@@ -59,14 +59,14 @@ def used_epoch_keys(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> list
 
 
 def _count_images(cfg: CfgNode) -> float:
-    """Number of images in an epoch, as the loader counts them.
+    """Counts the images in an epoch, as the loader does.
 
     Raises:
         UserError: if the data sets have errors.
     """
     names = cfg.DATASETS.TRAIN
-    # Annotations are checked and kept at once, so that files are parsed once. Lists of labelled
-    # images are checked as they are made.
+    # The check keeps the annotations, so that files are parsed only once. Lists of labelled images
+    # are checked when they are created.
     annotated = [name for name in names if not isinstance(find_source(name), ClassificationSource)]
     check_datasets(cfg, annotated)
     order = build_order(cfg, load_dataset_dicts(cfg, names, train=True), seed=0)
@@ -74,12 +74,12 @@ def _count_images(cfg: CfgNode) -> float:
 
 
 def _iterations(epochs: float, images: float, batch: int) -> int:
-    """The first iteration at which this number of epochs is complete."""
+    """Returns the first iteration at which this number of epochs is complete."""
     return max(1, math.ceil(round(epochs * images / batch, 6)))
 
 
 def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
-    """Sets iterations from epochs, and all epochs to 0.
+    """Sets iterations from settings in epochs, and resets all settings in epochs.
 
     Args:
         cfg: config with the final batch size of the run.
@@ -92,7 +92,7 @@ def set_iterations(cfg: CfgNode, keys: Sequence[str]) -> list[str]:
         UserError: if a data set has errors, or the iterations contradict each other.
     """
     given = [key for key in ITERATION_KEYS if get_value(cfg, key)]
-    if not given or not cfg.DATASETS.TRAIN:  # without, the checks before a run fail
+    if not given or not cfg.DATASETS.TRAIN:  # check_inputs reports missing training sets
         return []
     notes = []
     if keys:

@@ -29,7 +29,7 @@ def report_lost_lines(handler: logging.StreamHandler) -> None:
         if not isinstance(error, OSError):
             usual(record)
             return
-        # What is left is written when the interpreter ends, which would print a traceback.
+        # Closing the stream at exit would write the buffered rest, and print a traceback.
         atexit.unregister(handler.stream.close)
         name = str(getattr(handler.stream, "name", handler.stream))
         if name in _reported:
@@ -52,15 +52,15 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record contains more than the last line of the run."""
+    """Whether a record is logged; UserErrors are only reported in the last line of the run."""
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 def shorten_tracebacks() -> None:
     """Removes the tracebacks of known errors.
 
-    The training loop logs a traceback for each error, and TensorBoard's threads print one when they
-    cannot write, which the next write reports, too.
+    The training loop logs a traceback for each error, and TensorBoard's threads print one if they
+    cannot write; the next write raises the same error.
     """
     threading.excepthook = _thread_failed
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)

@@ -30,11 +30,11 @@ def check_device_value(device: str, processes: int = 1) -> None:
     """Checks the value of MODEL.DEVICE.
 
     Args:
-        device: its value.
+        device: value of the key.
         processes: number of processes on all machines.
 
     Raises:
-        UsageError: if it is not a device, or one GPU for several processes.
+        UsageError: if it is not a device, or if it is a single GPU for several processes.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"MODEL.DEVICE is {device!r}, it must be cuda or cpu")
@@ -81,7 +81,7 @@ def choose_gpu(env: DistributedEnvironment, present: int) -> int:
     Raises:
         UserError: if there are too few.
     """
-    if present == 1:  # also where each task is given its own
+    if present == 1:  # also if the launcher makes only its own GPU visible to each process
         return 0
     if env.local_size > present:
         raise UserError(
@@ -92,12 +92,12 @@ def choose_gpu(env: DistributedEnvironment, present: int) -> int:
 
 
 def gpu_uuid() -> str:
-    """UUID of the current GPU; "" if PyTorch does not know it."""
+    """Returns the UUID of the current GPU; "" if PyTorch does not know it."""
     return str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", ""))
 
 
 def _check_shared(gpus: Sequence[tuple[str, str]]) -> None:
-    """Takes host and UUID of each rank's GPU."""
+    """Raises UserError if two ranks use the same GPU; takes each rank's host and GPU UUID."""
     for host, uuid in gpus:
         ranks = [rank for rank, (_, other) in enumerate(gpus) if uuid and other == uuid]
         if len(ranks) > 1:

@@ -1,4 +1,4 @@
-"""The legal values of config keys, in words."""
+"""Describes the legal values of config keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TYPES = {
 
 
 def _choices(key: str) -> list[object]:
-    """The values that a key may have, if they can be listed."""
+    """Returns the values that a key may have; empty if they cannot be listed."""
     if key in PARTS:
         return sorted(name for name, _ in PARTS[key])
     given = CHOICES.get(key) or values.CHOICES.get(key)
@@ -30,11 +30,11 @@ def _choices(key: str) -> list[object]:
 def legal_values(key: str, default: object) -> str:
     """Describes the values that the checks before a run allow for a key.
 
-    This does not include what its comment says, or which combinations of keys are allowed.
+    Limits that only the key's comment mentions, and rules for several keys, are not included.
 
     Args:
         key: key with dots.
-        default: its default, which has the required type.
+        default: default of the key, which has the required type.
     """
     if choices := _choices(key):
         return ", ".join(str(each) or "''" for each in choices)

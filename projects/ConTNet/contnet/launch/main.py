@@ -23,12 +23,12 @@ from contnet.utils.failures import lost_contact
 
 __all__ = ["main", "train"]
 
-# Seconds in which a process that has spawned ranks notices that one has ended, and ends the others.
+# Seconds within which the parent of spawned ranks notices that one ended, and ends the others.
 _LINGER = 10.0
 
 
 def _contact_lost(error: BaseException) -> UserError:
-    """The message of a rank that cannot continue because another one has ended."""
+    """Returns the error of a rank that cannot continue because another rank has ended."""
     said = re.search(r"Connection closed by peer \S+\d|Connection reset by peer", str(error))
     return UserError(
         f"rank {comm.get_rank()} on {socket.gethostname()} lost contact with another rank"
@@ -38,18 +38,18 @@ def _contact_lost(error: BaseException) -> UserError:
 
 
 def _run_interruptible(settings: RunSettings) -> None:
-    """Runs one process of a run, which saves before a signal ends it."""
+    """Runs one process of a run; on a signal, it saves a checkpoint before it ends."""
     with Interruption() as listener:
         try:
             run(settings, SaveOnSignal(listener))
-        except Exception as error:  # PyTorch's are RuntimeErrors of many kinds
+        except Exception as error:  # PyTorch raises RuntimeErrors of many kinds
             if not lost_contact(error):
                 raise
             listener.saving = False
             if listener.is_spawned:
                 if listener.number:
                     listener.interrupt()
-                time.sleep(_LINGER)  # till a signal, as a rule
+                time.sleep(_LINGER)  # usually ended by the parent's signal
             raise _contact_lost(error) from error
 
 
@@ -61,7 +61,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         UserError: for user errors, and other errors with a one-line message.
-        Interrupted: if a signal has ended it.
+        Interrupted: if a signal has ended the run.
         SystemExit: if a spawned process failed and logged its error.
     """
     settings = check_run(build_run_settings(parse_arguments(argv)))

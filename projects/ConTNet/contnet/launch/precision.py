@@ -1,4 +1,4 @@
-"""Sets the float32 precision of GPUs, which is a setting of the process."""
+"""Sets the float32 precision of GPUs for this process."""
 
 import warnings
 
@@ -18,8 +18,8 @@ def set_float32_precision(value: str) -> None:
         return
     backends = torch.backends
     with warnings.catch_warnings():
-        # PyTorch 2.9 and later advise the newer switches, which older ones do not have. But what
-        # torch.compile generates asks the older ones, and PyTorch raises where the two differ.
+        # PyTorch 2.9 and later recommend fp32_precision, which older versions lack. But the
+        # code of torch.compile reads the older ones, and PyTorch raises an error if the two differ.
         warnings.filterwarnings("ignore", "Please use the new API settings", UserWarning)
         backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = value == "tf32"
     if hasattr(backends.cuda.matmul, "fp32_precision"):

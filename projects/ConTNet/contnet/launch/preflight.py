@@ -42,12 +42,12 @@ __all__ = [
     "resume_settings",
 ]
 
-# What the shipped recipes are made for.
+# Number of GPUs that the shipped recipes are made for.
 _RECIPE_GPUS = 8
 
 
 def check_device(cfg: CfgNode, processes: Processes) -> None:
-    """Raises UserError unless this machine has the device, and enough of them."""
+    """Raises UserError unless this machine has the device, and enough GPUs."""
     device = cfg.MODEL.DEVICE
     check_device_value(device, processes.world_size)
     launcher = processes.environment.launcher
@@ -73,10 +73,10 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
 
     Args:
         settings: settings of the run.
-        make: create the folder; otherwise nothing is written.
+        make: whether to create the folder; otherwise, nothing is written.
 
     Raises:
-        UserError: if it cannot be written, or contains another run.
+        UserError: if the folder cannot be written, or contains another run's checkpoints.
     """
     folder = Path(settings.cfg.OUTPUT_DIR)
     try:
@@ -96,9 +96,9 @@ def check_output(settings: RunSettings, make: bool = True) -> None:
 
 
 def _check_not_in_use(settings: RunSettings) -> None:
-    """Raises UserError if another training writes into OUTPUT_DIR, unless this only evaluates.
+    """Raises UserError if another training writes into OUTPUT_DIR; evaluations are not checked.
 
-    Only called on rank 0's machine: others cannot distinguish its lease from another run's.
+    Only rank 0's machine checks, because others cannot distinguish its lease from another run's.
     """
     processes = settings.processes
     if processes.environment.rank == processes.machine_rank == 0 and not settings.eval_only:
@@ -117,7 +117,7 @@ def _check_weights(settings: RunSettings) -> None:
     if not weights or resumes:
         return
     if "://" in weights:
-        # Of the processes on a machine, one fetches what is not there yet.
+        # Only one process per machine downloads missing files.
         if settings.processes.environment.local_rank == 0:
             fetch_weights(weights)
     elif not os.path.isfile(fetch_weights(weights).path):
@@ -125,7 +125,7 @@ def _check_weights(settings: RunSettings) -> None:
 
 
 def _scaled(cfg: CfgNode, processes: int) -> str:
-    """Describes the recipe for this number of processes; "" if it cannot be scaled."""
+    """Describes the recipe scaled to this number of processes; "" if it cannot be scaled."""
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE or solver.IMS_PER_BATCH % (
         _RECIPE_GPUS * solver.GRAD_ACCUM_STEPS
@@ -158,7 +158,7 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     if cfg.MODEL.META_ARCHITECTURE not in SEGMENTORS or head.NAME != "PSPHead":
         return
-    # A map pooled to one pixel: statistics need a second image.
+    # PSPHead pools a map to one pixel, so batch statistics need at least two images.
     normed = {"BN": images, "SyncBN": images * processes, "naiveSyncBN": images * processes}
     if normed.get(head.NORM, 2) < 2:
         raise UsageError(
@@ -168,7 +168,7 @@ def _check_batch(cfg: CfgNode, processes: int) -> None:
 
 
 def _check_warmup(cfg: CfgNode) -> list[str]:
-    """Returns a warning if the training ends before its warm-up."""
+    """Returns a warning if the training ends before its warm-up does."""
     solver = cfg.SOLVER
     if solver.WARMUP_ITERS < solver.MAX_ITER:
         return []
@@ -179,7 +179,7 @@ def _check_warmup(cfg: CfgNode) -> list[str]:
 
 
 def _datasets(settings: RunSettings) -> list[str]:
-    """Names of the data sets of a run, each once."""
+    """Returns the names of the data sets of a run, without duplicates."""
     names = settings.cfg.DATASETS
     used = names.TEST if settings.eval_only else (*names.TRAIN, *names.TEST)
     return list(dict.fromkeys(used))
@@ -196,14 +196,14 @@ def _check_truth(settings: RunSettings) -> None:
 
 
 def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
-    """Checks what does not depend on the machine: batch size, data sets, metric, weights.
+    """Checks everything that does not depend on the machine, such as data sets and weights.
 
     Args:
         settings: settings of the run.
-        data: check the data sets; not needed if the same ones were checked before.
+        data: whether to check the data sets; not needed if they were checked before.
 
     Returns:
-        Lines about the data sets for the log of the run.
+        Warnings and notes for the log of the run.
 
     Raises:
         UserError: for the first error.
@@ -216,7 +216,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
             raise UsageError("DATASETS.TRAIN is empty: set it, or add --eval-only")
         _check_batch(cfg, settings.processes.world_size)
     _check_weights(settings)
-    # Of the processes that others start on a machine, one reads the annotation files.
+    # Only one of a launcher's processes per machine reads the annotation files.
     remarks = Remarks([] if settings.eval_only else _check_warmup(cfg), [])
     if data and settings.processes.environment.local_rank == 0:
         trained = None
@@ -235,7 +235,7 @@ def check_inputs(settings: RunSettings, data: bool = True) -> Remarks:
 
 
 def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
-    """Checks training sets with another path: they must have the same images and classes."""
+    """Checks that training sets with new paths have as many images, and the same classes."""
     images = (trainer_state(content).get("stream") or {}).get("images")
     found = len(load_dataset_dicts(cfg, cfg.DATASETS.TRAIN, train=True))
     if images is not None and images != found:
@@ -249,11 +249,11 @@ def _check_moved(file: str, content: dict, cfg: CfgNode) -> None:
 
 
 def resume_settings(settings: RunSettings, data: bool = True) -> RunSettings:
-    """Returns the settings of a resumed run, if there is a checkpoint.
+    """Returns the settings of a resumed run; unchanged if there is no checkpoint.
 
     Args:
         settings: settings from the command line.
-        data: check training sets whose files have another path than before.
+        data: whether to check training sets whose files have another path than before.
 
     Raises:
         UserError: for settings that a resume cannot change, or a checkpoint without training state.

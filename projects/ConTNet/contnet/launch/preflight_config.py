@@ -59,7 +59,7 @@ CHOICES = {
     "SOLVER.OPTIMIZER": OPTIMIZERS,
 }
 
-# Names that builders look up.
+# Registries in which builders look up the values of these keys.
 PARTS = {
     "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
@@ -71,7 +71,7 @@ PARTS = {
     "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
 }
 
-# What Detectron2 makes norms of, in all parts but ConTNet.
+# Names of norms in Detectron2, for all parts of a model except ConTNet.
 PART_NORMS = (
     "",
     "BN",
@@ -84,7 +84,7 @@ PART_NORMS = (
     "LN",
 )
 
-# What an ImageClassifier makes no use of, beside some keys of MODEL.CONTNET: starts of keys.
+# Prefixes of keys that an ImageClassifier does not use, besides some keys of MODEL.CONTNET.
 _DETECTOR_KEYS = (
     "MODEL.BACKBONE.",
     "MODEL.MASK_ON",
@@ -93,9 +93,9 @@ _DETECTOR_KEYS = (
     "INPUT.MAX_SIZE_",
     "INPUT.MIN_SIZE_",
 )
-# Of these, what configs/Base.yaml sets for all models.
+# Unused keys that are allowed, because configs/Base.yaml sets them for all models.
 _BASE_KEYS = ("MODEL.RESNETS.OUT_FEATURES", "MODEL.RESNETS.STRIDE_IN_1X1")
-# What does what somebody may have meant by some of these.
+# Hints at the keys to use instead of some of these.
 _INSTEAD = {
     "INPUT.MIN_SIZE_TEST": " (INPUT.CLASSIFIER.RESIZE_TEST and CROP_TEST are the sizes)",
     "INPUT.MIN_SIZE_TRAIN": " (INPUT.CLASSIFIER.SIZE is the size)",
@@ -109,7 +109,7 @@ def _check_choices(cfg: CfgNode) -> None:
     for key, legal in CHOICES.items():
         check_choice(cfg, key, legal)
     for key, registry in PARTS.items():
-        # Detectron2's default, for heads that need none.
+        # Detectron2's default is an empty name, for models without a box head.
         if key != "MODEL.ROI_BOX_HEAD.NAME" or get_value(cfg, key):
             check_choice(cfg, key, (name for name, _ in registry))
     for key, _ in flatten(cfg, cfg):
@@ -156,7 +156,7 @@ def _check_pyramid(cfg: CfgNode) -> None:
 def _check_fcos(cfg: CfgNode) -> None:
     width = cfg.MODEL.FPN.OUT_CHANNELS
     grouped = cfg.MODEL.META_ARCHITECTURE == "FCOS" and cfg.MODEL.FCOS.NORM == "GN"
-    # With one channel a group, a map of one pixel has no variance.
+    # With one channel per group, a map of one pixel has no variance.
     if grouped and (width % 32 or width < 64):
         raise config_error(
             f"MODEL.FPN.OUT_CHANNELS is {width}, with MODEL.FCOS.NORM GN it must be a multiple of "
@@ -175,7 +175,7 @@ def _check_segmentation(cfg: CfgNode) -> None:
         )
 
 
-# Of timm.create_model, which would load or fetch weights by itself.
+# Options of timm.create_model that make it load or download weights.
 _OPTIONS_OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained")
 
 
@@ -191,7 +191,7 @@ def _check_unused(cfg: CfgNode) -> None:
     unused = [f"MODEL.CONTNET.{key}" for key in cfg.MODEL.CONTNET if key not in used]
     unused += [key for key, _ in flatten(cfg, cfg) if key.startswith(_DETECTOR_KEYS)]
     for key in unused:
-        # None of its layers are frozen, whatever the default says.
+        # A classifier freezes no layers, so FREEZE_AT must be 0, which is not the default.
         idle = 0 if key == "MODEL.BACKBONE.FREEZE_AT" else get_value(_defaults(), key)
         if (value := get_value(cfg, key)) != idle and key not in _BASE_KEYS:
             raise config_error(
@@ -303,7 +303,7 @@ def check_model_config(cfg: CfgNode) -> None:
 
 
 def load_checked_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a config file and overrides, and checks everything that needs no data.
+    """Reads a config file and overrides, and checks everything that does not require data.
 
     The arguments and errors are those of :func:`contnet.config.load_config`.
 

@@ -1,6 +1,6 @@
 """Connects the processes of a run under SLURM and submitit's local executor.
 
-The port is derived from the job's number, and is not searched on the submitting machine.
+Ports are derived from the job id, and not searched for on the submitting machine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contnet.utils.errors import UserError
 
 __all__ = ["ports", "rendezvous"]
 
-# Ports that Linux gives out by itself start above these.
+# These are below the ports that Linux assigns automatically, which start at 32768.
 _FIRST_PORT, _NUM_PORTS, _TRIES = 20000, 12000, 16
 _GREETING = "contnet"
 
 
 def ports(attempt: str) -> list[int]:
-    """Ports for rank 0 of an attempt, in order; they depend only on job and step."""
+    """Returns the ports that rank 0 tries, in order; they depend only on job and step."""
     job, step = attempt.split(".")[:2]
     first = int(job) * 37 + int(step) * 7919
     return [_FIRST_PORT + (first + 1009 * k) % _NUM_PORTS for k in range(_TRIES)]
@@ -37,7 +37,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _serve(server: socket.socket, answer: bytes) -> None:
-    """Answers requests as long as this process lives."""
+    """Answers connections as long as this process lives."""
     while True:
         connection, _ = server.accept()
         with contextlib.suppress(OSError), connection:
@@ -75,17 +75,17 @@ def rendezvous(
 ) -> TCPStore:
     """Returns a store that all processes of this attempt share.
 
-    Rank 0 answers on the first free port of a list that is derived from the job's number; the
-    others try the ports until one answers with the name of their attempt.
+    Rank 0 answers on the first free port of a list that is derived from the job id; the other
+    ranks try the ports until one answers with the name of their attempt.
 
     Args:
-        env: under SLURM or the local executor.
-        join_timeout: how long to look for rank 0, in seconds: nodes do not start together.
-        timeout: of the store's later operations, in seconds.
-        answer_timeout: how long a port may stay silent before the next one is tried, in seconds.
+        env: environment of this process, under SLURM or the local executor.
+        join_timeout: seconds to look for rank 0, because nodes do not start together.
+        timeout: timeout of the store's later operations, in seconds.
+        answer_timeout: seconds to wait for an answer before the next port is tried.
 
     Raises:
-        UserError: if it cannot be found.
+        UserError: if rank 0 is not found, or all of its ports are in use.
     """
     if env.rank == 0:
         store = _open_store(env)

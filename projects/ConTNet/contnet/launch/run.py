@@ -1,4 +1,4 @@
-"""What each process of a run does: it trains, or evaluates."""
+"""Trains or evaluates in each process of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def _setup_loggers(folder: str) -> None:
-    """Has all libraries write to the screen and into log.txt; colours are for terminals."""
+    """Makes all libraries log to the screen and to log.txt; only terminals get colours."""
     rank = comm.get_rank()
     loggers = [
         setup_logger(folder, distributed_rank=rank, name="fvcore"),
@@ -55,7 +55,7 @@ def _setup_loggers(folder: str) -> None:
 
 
 def _log_start(cfg: CfgNode, settings: RunSettings) -> None:
-    """Says where and with what the run starts."""
+    """Logs the environment, the settings and the config of the run."""
     rank, size = comm.get_rank(), comm.get_world_size()
     logger.info(f"Rank of current process: {rank}. World size: {size}")
     logger.info(f"Environment info:\n{collect_env_info()}")
@@ -71,7 +71,7 @@ def _log_start(cfg: CfgNode, settings: RunSettings) -> None:
 
 
 def _save_config(cfg: CfgNode, eval_only: bool, guard: WriteGuard) -> None:
-    """Writes config.yaml; an evaluation leaves one that is there, which is a training's."""
+    """Writes config.yaml; an evaluation does not replace that of a training."""
     path = Path(cfg.OUTPUT_DIR, "config.yaml")
     if comm.is_main_process() and not (eval_only and path.exists()):
         with atomic_write(path, "w", guard) as file:
@@ -79,22 +79,22 @@ def _save_config(cfg: CfgNode, eval_only: bool, guard: WriteGuard) -> None:
 
 
 def _setup(settings: RunSettings, guard: WriteGuard) -> CfgNode:
-    """Makes this process ready; the config, with a seed."""
+    """Prepares this process; returns the config, with a seed."""
     silence_known_warnings()
     cfg = settings.cfg
-    register_datasets(cfg)  # a process that was started for the run has read no config
+    register_datasets(cfg)  # a spawned process has not registered them yet
     if cfg.SEED < 0:
-        # Not before: processes that a launcher has started on several machines agree on it here.
+        # Not earlier, because the processes must be connected to agree on a seed.
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SEED = comm.shared_random_seed()
         cfg.freeze()
     _setup_loggers(cfg.OUTPUT_DIR)
     _log_start(cfg, settings)
-    # Detectron2's default_setup would do the rest, too, but cut config.yaml on a full disk.
+    # Detectron2's default_setup is not used, since it truncates config.yaml if the disk is full.
     _save_config(cfg, settings.eval_only, guard)
     if cfg.DATALOADER.NUM_WORKERS:
-        raise_open_files()  # each tensor of a batch that a worker has sent is one
+        raise_open_files()  # each tensor that a worker sends is an open file
     seed_all_rng(cfg.SEED + comm.get_rank())
     if precision := cfg.SOLVER.FLOAT32_PRECISION:
         set_float32_precision(precision)
@@ -115,7 +115,7 @@ def _check_agreement(checkpoint: str) -> None:
 
 
 def _begin(settings: RunSettings, guard: WriteGuard) -> CfgNode:
-    """Makes this process ready, and says what there is to say of the checkpoint; the config."""
+    """Prepares this process, and checks the checkpoint of all processes; returns the config."""
     cfg = _setup(settings, guard)
     _check_agreement(settings.checkpoint.path)
     for warning in settings.checkpoint.warnings:
@@ -143,7 +143,7 @@ def _evaluate_only(cfg: CfgNode, settings: RunSettings, launcher: LauncherHook) 
 
 
 def _check_unchanged(settings: RunSettings) -> None:
-    """Raises UserError if a training has saved into the folder since this one has looked at it."""
+    """Raises UserError if another training has saved into the folder since this one started."""
     folder = settings.cfg.OUTPUT_DIR
     last = last_name(folder)
     if last != settings.checkpoint.last:
@@ -154,7 +154,7 @@ def _check_unchanged(settings: RunSettings) -> None:
 
 
 def _take_lease(settings: RunSettings) -> RunLease:
-    """Takes the lease of OUTPUT_DIR on rank 0, for which the others wait."""
+    """Takes the lease of OUTPUT_DIR on rank 0, while the other ranks wait; returns it."""
     lease = RunLease.of(settings.cfg.OUTPUT_DIR, settings.processes.environment)
     refused = ""
     if comm.is_main_process():
@@ -188,19 +188,19 @@ def _train(cfg: CfgNode, settings: RunSettings, launcher: LauncherHook) -> dict:
 def run(settings: RunSettings, launcher: LauncherHook | None = None) -> dict:
     """Trains or evaluates in one process of a run; returns the last evaluation's metrics.
 
-    A training takes the lease of its folder, unless the launcher has brought a guard.
+    A training takes the lease of its folder, unless the launcher already has a guard.
 
     Args:
         settings: the same in all processes.
-        launcher: what the launcher of this process adds.
+        launcher: hook of the launcher of this process; None if it has none.
 
     Raises:
-        UserError: if another training writes into the folder, among other mistakes.
+        UserError: if another training writes into the folder, and for other known errors.
     """
     try:
         with explaining_disk(settings.cfg.OUTPUT_DIR):
             return _run(settings, launcher or LauncherHook())
-    except Exception as error:  # the loader's workers and memory fail anywhere
+    except Exception as error:  # workers may die, and memory may run out, anywhere
         if (reason := explain_failure(error)) is None:
             raise
         raise UserError(reason) from error

@@ -1,4 +1,4 @@
-"""The lease of a run's folder: which process may write into it.
+"""The lease of a run's folder: only the process that owns it may write into the folder.
 
 ``lease/000001`` is the first lease, and the one with the highest number is valid. A process takes a
 lease by renaming a complete folder to the next number, which succeeds for only one process. The
@@ -42,9 +42,9 @@ _OWNER, _LOCK, _RELEASED = "owner.json", "lock", "released"
 _NUMBER = re.compile("[0-9]{6}")
 # Seconds between two heartbeats.
 _INTERVAL = 5.0
-# Seconds that the memory of a killed process may take to be given back.
+# Seconds that the system may take to free the memory of a killed process.
 _ENDING = 2.0
-# Bytes of owner.json that are read; it has some hundred.
+# Maximum number of bytes read from owner.json, which has a few hundred.
 _LONGEST = 10_000
 
 
@@ -90,16 +90,16 @@ class Owner:
         return self.machine, self.pid, self.process_start
 
     def precedes(self, other: Owner) -> bool:
-        """Whether it is an earlier attempt of the other one's job."""
+        """Whether this owner is an earlier attempt of the other owner's job."""
         if not self.job_id or self.attempt[:2] != other.attempt[:2]:
             return False
-        # Without SLURM, jobs have the numbers of processes.
+        # Without SLURM, job ids are process ids, which are only unique on one machine.
         comparable = self.cluster == "slurm" or self.machine == other.machine
         return comparable and self.restart < other.restart
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Opens a file that another user may have replaced: a pipe does not block it."""
+    """Opens a file without blocking, because another user may have replaced it by a pipe."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
@@ -112,10 +112,10 @@ def _newest_number(folder: Path) -> int:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """The owner of a lease; None if its file is damaged or missing.
+    """Reads the owner of a lease; None if its file is damaged or missing.
 
     Raises:
-        OSError: if it cannot be read now, so the owner is unknown.
+        OSError: if the file cannot be read now, so that the owner is unknown.
     """
     try:
         with _open(path / _OWNER) as file:
@@ -127,16 +127,16 @@ def _read_owner(path: Path) -> Owner | None:
 
 
 def _heartbeat(path: Path) -> int:
-    """A number that changes with each heartbeat."""
+    """Returns a number that changes with each heartbeat; 0 if there is no owner file."""
     try:
-        with _open(path / _OWNER) as file:  # opened, so that a network file system asks its server
+        with _open(path / _OWNER) as file:  # opening makes a network file system ask its server
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process holds the lock of a lease, as far as locks are visible."""
+    """Whether another process holds the lock of a lease; False if locks are not visible."""
     try:
         with _open(path / _LOCK) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -168,7 +168,7 @@ class _Taken:
         self._file = os.fstat(lock.fileno())
 
     def is_there(self) -> bool:
-        """Whether it still exists, and its folder was not replaced."""
+        """Whether the lease still exists, and its folder was not replaced."""
         try:
             return os.path.samestat(self._file, os.stat(self.path / _LOCK))
         except FileNotFoundError:
@@ -179,7 +179,7 @@ class _Watch:
     """Checks, with its own clock, whether an owner on another machine sends heartbeats.
 
     Args:
-        silence: seconds without a heartbeat after which the owner has ended.
+        silence: seconds without a heartbeat after which the owner is considered ended.
     """
 
     def __init__(self, silence: float):
@@ -204,7 +204,7 @@ class _Watch:
 
 
 def newest_lease(run_folder: str | Path) -> tuple[Owner, float] | None:
-    """The owner of the newest lease of a run, and the time of its last heartbeat; None if none."""
+    """Returns owner and last heartbeat (Unix time) of a run's newest lease; None if none."""
     folder = Path(run_folder, LEASE_FOLDER)
     path = folder / f"{_newest_number(folder):06d}"
     owner = _read_owner(path)
@@ -216,19 +216,19 @@ def newest_lease(run_folder: str | Path) -> tuple[Owner, float] | None:
 
 
 class RunLease(WriteGuard):
-    """Only the process with the newest lease may write into a run's folder.
+    """A guard that lets only the process with the newest lease write into a run's folder.
 
-    A later attempt of a job takes the lease from an earlier one, which checks before each file, and
-    ends. From other runs, it is taken only when they have ended. Their lock shows this, and their
-    process if it is on the same machine; on another machine, where locks may not be visible,
-    missing heartbeats. Clocks of different machines are never compared.
+    A later attempt of a job takes the lease from an earlier attempt, which checks the lease before
+    each file, and ends. The lease of another run is taken only after that run has ended. This is
+    shown by its lock, by its process if it is on the same machine, and by missing heartbeats if it
+    is on another machine, whose locks may not be visible. Clocks of machines are never compared.
 
     Args:
         run_folder: OUTPUT_DIR.
-        cluster, job_id, restart: this process's job.
+        cluster, job_id, restart: job of this process.
 
     Attributes:
-        silence: seconds without a heartbeat after which a process of another machine has ended.
+        silence: seconds without a heartbeat after which another machine's owner has ended.
     """
 
     silence = 60.0
@@ -248,35 +248,35 @@ class RunLease(WriteGuard):
             restart,
             time.strftime("%Y-%m-%d %H:%M:%S"),
         )
-        self._number = 0  # of this attempt's lease
-        self._taken: _Taken | None = None  # by this process
+        self._number = 0  # number of this attempt's lease
+        self._taken: _Taken | None = None  # the lease that this process has taken
         self._released = threading.Event()
 
     @classmethod
     def of(cls, run_folder: str | Path, env: DistributedEnvironment) -> RunLease:
-        """The lease for a process with this environment."""
+        """Creates the lease for a process with this environment."""
         return cls(run_folder, env.cluster, env.job_id, env.restart)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}"
 
     def lost(self) -> bool:
-        """Whether another attempt owns the run now, or a later one has owned it."""
-        taken = self._taken  # before the folder is read: another thread may take it meanwhile
+        """Whether another attempt owns the run now, or this process's lease was removed."""
+        taken = self._taken  # read first, as another thread may take a lease meanwhile
         number = _newest_number(self.folder)
         if taken is not None:
-            # Where the folder is gone, whoever writes there says so.
+            # If the whole folder is missing, the next write reports it.
             return self.run_folder.is_dir() and (number != taken.number or not taken.is_there())
         if number <= self._number:
             return False
         owner = _read_owner(self._path(number))
         if owner is not None and owner.attempt == self.owner.attempt:
-            self._number = number  # which rank 0 has taken
+            self._number = number  # taken by rank 0
             return False
         return self._number > 0 or (owner is not None and self.owner.precedes(owner))
 
     def wait(self, patience: float) -> None:
-        """On other ranks: waits until rank 0 has taken the lease, or for this many seconds.
+        """Waits, on other ranks, until rank 0 has taken the lease, at most ``patience`` seconds.
 
         Raises:
             LeaseLost: as in :meth:`check`.
@@ -298,7 +298,7 @@ class RunLease(WriteGuard):
     def check_free(self) -> None:
         """Raises UserError if another training writes into the folder.
 
-        Waits a moment for one that was just killed: its lock ends with its last thread.
+        Waits a moment for a process that was just killed, whose lock ends with its last thread.
         """
         end = time.monotonic() + _ENDING
         while True:
@@ -323,7 +323,7 @@ class RunLease(WriteGuard):
         )
 
     def _look(self, watch: _Watch | None = None) -> tuple[int, Owner | None, bool | None]:
-        """The newest lease, its owner, and whether it is alive (None if unknown yet)."""
+        """Returns the newest lease's number, its owner, and whether it is alive (None: unknown)."""
         try:
             number = _newest_number(self.folder)
             owner = _read_owner(self._path(number))
@@ -350,7 +350,7 @@ class RunLease(WriteGuard):
         if owner is None:
             return False
         if owner.machine == self.owner.machine:
-            # The lock has told of an owner that had one; a copied folder has no locks.
+            # An owner with a lock is not alive without it, for example in a copied folder.
             return not owner.locked and process_start(owner.pid) == owner.process_start
         return None
 
@@ -358,7 +358,7 @@ class RunLease(WriteGuard):
         """Takes the lease when its owner has ended.
 
         Args:
-            patience: seconds to wait for that.
+            patience: seconds to wait for the end of the owner.
 
         Raises:
             UserError: if the owner is still alive, or the lease cannot be written.
@@ -377,13 +377,14 @@ class RunLease(WriteGuard):
                 time.sleep(0.5)
 
     def _create(self, number: int) -> bool:
-        """Creates the lease with a number; returns whether it succeeded before other processes."""
+        """Creates the lease with a number; returns False if another process was faster."""
         own = self.folder / f"new-{uuid.uuid4().hex}"
         try:
-            if os.path.lexists(self.folder) and not self.folder.is_dir():  # in this order
+            # In this order, because another process may create the folder meanwhile.
+            if os.path.lexists(self.folder) and not self.folder.is_dir():
                 set_aside(self.folder)
             own.mkdir(parents=True)
-            # Never to be opened again by this process, which would drop the lock.
+            # This process must not open the file again, since closing it would drop the lock.
             lock = open(own / _LOCK, "wb")  # noqa: SIM115
             self.owner = replace(self.owner, locked=_lock(lock))
             (own / _OWNER).write_bytes(msgspec.json.encode(self.owner))
@@ -407,27 +408,27 @@ class RunLease(WriteGuard):
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
                 raise
-            # A file server that was asked twice says so of what it has done.
+            # A file server that gets a request twice reports an error even if it succeeded.
             return _read_owner(self._path(number)) == self.owner
         return True
 
     def _beat(self) -> None:
         taken = self._taken
         while not self._released.wait(_INTERVAL):
-            with contextlib.suppress(OSError):  # the folder may fail for a while
+            with contextlib.suppress(OSError):  # the file system may fail for a while
                 if not taken.is_there():
                     return
                 os.utime(taken.path / _OWNER)
-                # Has a network file system list the folder anew, which shows later leases.
+                # Makes a network file system list the folder again, which shows later leases.
                 os.utime(self.folder)
 
     def release(self) -> None:
-        """Releases the lease at a normal end, so the next process need not wait."""
+        """Releases the lease at a normal end, so that the next process does not have to wait."""
         self._released.set()
         taken, self._taken = self._taken, None
         if taken is None:
             return
-        with contextlib.suppress(OSError):  # the end of the process says the same
+        with contextlib.suppress(OSError):  # the end of the process also releases it
             if taken.is_there():
                 (taken.path / _RELEASED).touch()
         taken.lock.close()
