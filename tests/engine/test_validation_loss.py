@@ -16,6 +16,7 @@ from leaves import CONFIGS, SYSTEMS, TINY
 from contnet.config import load_config
 from contnet.data.datasets.register import register_datasets
 from contnet.data.pipeline.annotations import load_dataset_dicts
+from contnet.engine.trainer import Trainer
 from contnet.evaluation.evaluate import Evaluator
 from contnet.evaluation.validation_loss import build_loss_mapper
 from contnet.launch.main import main as train
@@ -195,3 +196,21 @@ def test_two_processes_measure_the_same(loss, tmp_path, monkeypatch):
     two = run("fcos_contti", tmp_path / "two", *options, flags=["--num-gpus", "2"])
     (ours,), (theirs,) = (split(folder)[0].values() for folder in (one, two))
     assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+def test_an_interrupted_computation_costs_no_training(tmp_path, monkeypatch):
+    """A checkpoint is saved before it, and a resume starts with it."""
+    whole, cut = run("fcos_contti", tmp_path / "whole"), tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validation_losses", interrupt)
+        with pytest.raises(InterruptedError):
+            run("fcos_contti", cut)
+    assert (cut / "last_checkpoint").read_text() == "model_0000002.pth"
+    run("fcos_contti", cut, flags=["--resume"])
+    assert metrics_of(cut) == metrics_of(whole)
+    assert equal(state_of(cut), state_of(whole))
+    assert not (cut / "model_0000002.pth").exists()
+
+
+def interrupt(_trainer):
+    raise InterruptedError

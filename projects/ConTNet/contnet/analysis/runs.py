@@ -135,12 +135,13 @@ def _plots(rows: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[Plot]:
 def _listed(
     rows: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> list[tuple[object, Mapping[str, float]]]:
-    """Returns the table's rows; if there are too many, evenly spaced ones and those with APs."""
+    """Returns the table's rows; if there are too many, evenly spaced ones and all evaluations."""
     listed = []
     for run, each in rows.items():
         step = math.ceil(len(each) / (_MOST_ROWS / len(rows)))
         for number, (iteration, row) in enumerate(each.items()):
-            if number % step == 0 or number == len(each) - 1 or any("/AP" in key for key in row):
+            evaluated = any(key.endswith(MAIN_METRICS) for key in row)
+            if number % step == 0 or number == len(each) - 1 or evaluated:
                 place = iteration if len(rows) == 1 else f"{run}: {iteration}"
                 listed.append((place, row))
     return listed

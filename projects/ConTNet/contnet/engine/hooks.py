@@ -179,6 +179,43 @@ class Evaluation(HookBase):
         self.best = dict(state_dict)
 
 
+class CheckpointBeforeEvaluation(HookBase):
+    """Saves a checkpoint before what may fail: evaluations and validation losses.
+
+    A resume from such a checkpoint starts with what was due. The file is deleted once a later
+    checkpoint exists, unless it is a periodic one.
+
+    Args:
+        checkpointer: the checkpointer, which saves only on the main process.
+        period: period of checkpoints, in iterations.
+        periods: periods of :class:`ValidationLoss` and :class:`Evaluation`, the next hooks, in
+            iterations.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, periods: Sequence[int]):
+        self.checkpointer = checkpointer
+        self.period = period
+        self.periods = periods
+
+    def after_step(self) -> None:
+        trainer, iteration = self.trainer, self.trainer.iter
+        if not any(is_due(iteration, each, trainer.max_iter) for each in self.periods):
+            return
+        # The values in metrics.json; the median if several passes of an iteration put a scalar.
+        latest = trainer.storage.latest_with_smoothing_hint(window_size=1)
+        hints = trainer.storage.smoothing_hints()
+        scalars = {key: float(value) for key, (value, i) in latest.items() if i == iteration}
+        final = iteration + 1 == trainer.max_iter
+        self.checkpointer.save(
+            numbered_name(iteration),
+            temporary=final or not is_due(iteration, self.period, trainer.max_iter),
+            unfinished=scalars,
+            smoothing_hints={key: hints[key] for key in scalars},
+        )
+        self.checkpointer.wait()
+        comm.synchronize()
+
+
 class ValidationLoss(HookBase):
     """Adds the losses on the test sets to the metrics, every period and after the last iteration.
 
@@ -194,42 +231,6 @@ class ValidationLoss(HookBase):
     def after_step(self) -> None:
         if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
             self.trainer.storage.put_scalars(**self.function(), smoothing_hint=False)
-
-
-class CheckpointBeforeEvaluation(HookBase):
-    """Saves a checkpoint before each evaluation, so that a failed evaluation loses no training.
-
-    A resume from such a checkpoint starts with the evaluation. The file is deleted once a later
-    checkpoint exists, unless it is a periodic one.
-
-    Args:
-        checkpointer: the checkpointer, which saves only on the main process.
-        period: period of checkpoints, in iterations.
-        evaluation_period: period of :class:`Evaluation`, the next hook, in iterations.
-    """
-
-    def __init__(self, checkpointer: Checkpointer, period: int, evaluation_period: int):
-        self.checkpointer = checkpointer
-        self.period = period
-        self.evaluation_period = evaluation_period
-
-    def after_step(self) -> None:
-        trainer, iteration = self.trainer, self.trainer.iter
-        if not is_due(iteration, self.evaluation_period, trainer.max_iter):
-            return
-        # The values in metrics.json; the median if several passes of an iteration put a scalar.
-        latest = trainer.storage.latest_with_smoothing_hint(window_size=1)
-        hints = trainer.storage.smoothing_hints()
-        scalars = {key: float(value) for key, (value, i) in latest.items() if i == iteration}
-        final = iteration + 1 == trainer.max_iter
-        self.checkpointer.save(
-            numbered_name(iteration),
-            temporary=final or not is_due(iteration, self.period, trainer.max_iter),
-            unfinished=scalars,
-            smoothing_hints={key: hints[key] for key in scalars},
-        )
-        self.checkpointer.wait()
-        comm.synchronize()
 
 
 class FirstProgress(HookBase):

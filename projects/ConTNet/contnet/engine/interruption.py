@@ -230,8 +230,7 @@ class SaveOnSignal(SavingHook):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        # The checkpoint is saved before an evaluation, but not before validation losses.
-        self.listener.saving = False
+        self.listener.saving = False  # the checkpoint is saved before
         if self.listener.number:
             self.listener.interrupt()
         yield

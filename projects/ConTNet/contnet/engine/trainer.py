@@ -157,11 +157,15 @@ class Trainer(SimpleTrainer):
             cfg.TEST.EVAL_PERIOD, self.evaluate, partial(main_metric, cfg), cfg.TEST.PATIENCE
         )
         self.scheduler = build_lr_scheduler(cfg, optimizer)
-        period = cfg.TEST.LOSS_PERIOD
-        has_loss = period > 0 and cfg.DATASETS.TEST
-        before_evaluation = CheckpointBeforeEvaluation(
-            self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
-        )
+        before_evaluation = losses = None
+        if cfg.DATASETS.TEST:
+            periods = (cfg.TEST.LOSS_PERIOD, cfg.TEST.EVAL_PERIOD)
+            before_evaluation = CheckpointBeforeEvaluation(
+                self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, periods
+            )
+            if cfg.TEST.LOSS_PERIOD:
+                losses = ValidationLoss(cfg.TEST.LOSS_PERIOD, self.validation_losses)
+        self._first_evaluation = losses or self.evaluation  # the hook, of those that evaluate
         self.register_hooks(
             [
                 CollectGarbage(),
@@ -169,8 +173,8 @@ class Trainer(SimpleTrainer):
                 hooks.LRScheduler(optimizer, self.scheduler),
                 None if self.ema is None else UpdateEMA(self.ema),
                 FirstProgress(),
-                ValidationLoss(period, self.validation_losses) if has_loss else None,
-                before_evaluation if cfg.DATASETS.TEST else None,
+                before_evaluation,
+                losses,
                 self.evaluation,
             ]
         )
@@ -292,11 +296,15 @@ class Trainer(SimpleTrainer):
         self.done = Progress(self.iter - pending, images - pending * old, batch if counts else 0)
         self.iter = self.start_iter - 1
         set_iteration(self.scheduler, min(self.start_iter, self.max_iter))
-        period = self.cfg.TEST.EVAL_PERIOD
-        if pending and not is_due(self.iter, period, self.max_iter):
+        test = self.cfg.TEST
+        if pending and not any(
+            is_due(self.iter, period, self.max_iter)
+            for period in (test.EVAL_PERIOD, test.LOSS_PERIOD)
+        ):
             logger.warning(
                 f"{before.file} was saved before an evaluation, which is skipped: with "
-                f"TEST.EVAL_PERIOD {period} it is not due"
+                f"TEST.EVAL_PERIOD {test.EVAL_PERIOD} and TEST.LOSS_PERIOD {test.LOSS_PERIOD} it "
+                "is not due"
             )
 
     def _warn_of_random_weights(self) -> None:
@@ -380,7 +388,7 @@ class Trainer(SimpleTrainer):
         for name, (value, hint) in self.pending_evaluation.items():
             # With its original hint, because the storage accepts only one hint per scalar.
             self.storage.put_scalar(name, value, smoothing_hint=hint)
-        for hook in self._hooks[self._hooks.index(self.evaluation) :]:
+        for hook in self._hooks[self._hooks.index(self._first_evaluation) :]:
             hook.after_step()
 
     def _steps_done(self) -> int:
