@@ -47,7 +47,7 @@ def test_network_beside_plain(capsys):
 
 def test_an_optimised_network_has_no_backward_pass(capsys):
     assert main(["network", "--backward", "--optimized"]) == 1
-    assert "--optimized is for inference" in capsys.readouterr().err
+    assert "--optimized is only for inference" in capsys.readouterr().err
 
 
 @pytest.mark.slow
