@@ -74,7 +74,7 @@ def test_a_part_computes_or_moves():
     assert least == {"computes": 10.0, "moves": 10.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_growth_with_pixels(capsys, monkeypatch):
     monkeypatch.setattr(pixels, "SIZES", ((64, 64), (448, 448)))
     argv = ["pixels", "--variant", "contnet_ti", "--rounds", "1", "--device", "cpu"]

@@ -318,7 +318,7 @@ CONFIG = {
 PIXELS = {"format": "RGB", "mean": [127.5] * 3, "std": [127.5, 63.75, 127.5]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_hub(server, tmp_path):
     """Safetensors are fetched first, only once, and later without the hub; names select a file."""
     state = {k: v.contiguous() for k, v in timm.create_model("resnet18").state_dict().items()}

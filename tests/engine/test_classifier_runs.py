@@ -64,7 +64,7 @@ def plain_loop(cfg, folder: Path, weights: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_trains_evaluates_and_tells_the_accuracy(command, imagenet_root, tmp_path, processes):
     output = command(f"--num-gpus {processes}")
     (result,) = json.loads((tmp_path / "results.json").read_text())

@@ -175,7 +175,12 @@ def trainings(train_net, cityscapes_root, imagenet_root, tmp_path_factory) -> Tr
 
 def _params() -> list:
     """Returns the settings; those that have little of their own are marked as long."""
-    rare = ("two processes", "cityscapes masks", "mixed images")
+    rare = (
+        "two processes",
+        "cityscapes masks",
+        "cityscapes classes, norms over two processes",
+        "mixed images",
+    )
     return [
         pytest.param(each, marks=pytest.mark.long if each in rare else pytest.mark.slow)
         for each in SETTINGS

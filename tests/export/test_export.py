@@ -115,7 +115,7 @@ def test_backbones(name, form, run_of, tmp_path):
     ("name", "form"),
     [
         (CLASSIFIER, "torchscript"),
-        pytest.param(CLASSIFIER, "onnx", marks=pytest.mark.slow),
+        pytest.param(CLASSIFIER, "onnx", marks=pytest.mark.long),
         pytest.param("retinanet_contti", "torchscript", marks=pytest.mark.slow),
     ],
 )

@@ -60,6 +60,7 @@ def test_two_processes(lab):
     assert tally["starts"] == 3
 
 
+@pytest.mark.long
 def test_requeued_out_of_an_evaluation(lab):
     tally = lab.run("requeued", "submitted", [Event("SIGUSR2", "evaluating", delay=0.02)])
     assert tally["SIGUSR2, evaluating"] == 1

@@ -72,7 +72,7 @@ def test_compiled_equals_eager(options):
 
 
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_serves_changing_sizes():
     model = network({})
     compiled = torch.compile(model, backend="eager", fullgraph=True)
