@@ -8,7 +8,7 @@ from cityscapes import use_cityscapes
 from benchmarks.main import main as benchmarks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_counts_parses(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     options = "--images 120 --objects 900 --processes 1 --detectron2 --scenes 0"

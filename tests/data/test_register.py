@@ -292,16 +292,12 @@ def test_boxes_without_masks(drawn, tmp_path):
         check_datasets(_config(*options, "MODEL.MASK_ON", "True"), NAMES)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "launcher"),
     [
         ("--num-gpus 2 DATALOADER.NUM_WORKERS 1", ()),
-        pytest.param(
-            "",
-            ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"),
-            marks=pytest.mark.long,
-        ),
+        ("", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")),
     ],
     ids=["two processes", "torchrun"],
 )

@@ -108,7 +108,7 @@ def test_a_run_from_another_folder_has_no_best_file(run):
     assert results_of(other) == [(7, False)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_end_together(run):
     folder = run("run", "--num-gpus", "2", "SOLVER.IMS_PER_BATCH", "4")
     assert results_of(folder) == EARLY

@@ -150,7 +150,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(runs, disk, train, iteration, 
     same(disk / "run", runs / "undisturbed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_in_two_processes(disk, train_net):
     """Each process's errors end in one line, without further messages from Python."""
     fill(disk, left=1)

@@ -37,6 +37,7 @@ def test_killed_while_it_saves_and_evaluates(lab):
     assert tally["set aside"] >= 1
 
 
+@pytest.mark.long
 def test_signalled_once(lab):
     tally = lab.run(
         "signalled",

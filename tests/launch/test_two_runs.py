@@ -131,7 +131,7 @@ def test_what_was_saved_since_a_start_looked_is_not_lost(tmp_path, saved):
     assert {path.name for path in folder.iterdir()} == {"last_checkpoint", "lease"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beside_a_training_and_after_its_end(train_net, tmp_path, capsys):
     """An evaluation may run beside it; a run's workers end with it, and do not block the next."""
     folder = tmp_path / "run"

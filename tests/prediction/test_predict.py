@@ -191,7 +191,7 @@ def test_mistakes(models, tmp_path, monkeypatch, capsys, words):
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes(models, tmp_path):
     for number in range(5):
         save(tmp_path / "folder" / f"{number}.png", 50 + number)

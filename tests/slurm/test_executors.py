@@ -225,7 +225,7 @@ def test_sweep_on_this_machine(no_slurm, capsys):
     assert [line for line in table if "1e30 | failed: the loss is not finite" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_classifier_trains_here_too(no_slurm, imagenet_root, monkeypatch, capsys):
     leaf = str(REPOSITORY / "configs" / "imagenet" / "contti.yaml")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(imagenet_root))
