@@ -202,7 +202,7 @@ RESNETS = {
 
 
 @pytest.mark.parametrize(
-    ("source", "form"), zip(RESNETS, ["bare", "model"] * 2, strict=True), ids=str
+    ("source", "form"), [*zip(RESNETS, ["bare", "model"] * 2, strict=True)], ids=str
 )
 def test_resnets_of_torchvision_and_timm(tmp_path, lines, source, form):
     """They provide every tensor, and the last feature map is the same."""

@@ -74,7 +74,7 @@ def every_system():
         yield pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", every_system())
+@pytest.mark.parametrize("name", [*every_system()])
 def test_it_leaves_no_trace(name, tmp_path):
     measured = run(name, tmp_path / "measured")
     plain = run(name, tmp_path / "plain", "TEST.LOSS_PERIOD", "0")
