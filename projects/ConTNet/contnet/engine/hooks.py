@@ -40,6 +40,7 @@ __all__ = [
     "UpdateEMA",
     "ValidationLoss",
     "WriteMetrics",
+    "any_due",
     "collecting_garbage",
     "is_due",
 ]
@@ -53,6 +54,11 @@ _REPORT_SHARE = 0.02
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
     """Whether an action is due after ``iteration``: every period (0: never), and at the end."""
     return iteration + 1 == max_iter or (period > 0 and (iteration + 1) % period == 0)
+
+
+def any_due(iteration: int, periods: Sequence[int], max_iter: int) -> bool:
+    """Whether an action of any of the periods is due after ``iteration``, as in :func:`is_due`."""
+    return any(is_due(iteration, period, max_iter) for period in periods)
 
 
 @contextlib.contextmanager
@@ -199,7 +205,7 @@ class CheckpointBeforeEvaluation(HookBase):
 
     def after_step(self) -> None:
         trainer, iteration = self.trainer, self.trainer.iter
-        if not any(is_due(iteration, each, trainer.max_iter) for each in self.periods):
+        if not any_due(iteration, self.periods, trainer.max_iter):
             return
         # The values in metrics.json; the median if several passes of an iteration put a scalar.
         latest = trainer.storage.latest_with_smoothing_hint(window_size=1)
@@ -274,7 +280,7 @@ class WriteMetrics(HookBase):
 
     def after_step(self) -> None:
         trainer = self.trainer
-        if any(is_due(trainer.iter, period, trainer.max_iter) for period in self.periods):
+        if any_due(trainer.iter, self.periods, trainer.max_iter):
             self.guard.check()
             for writer in self.writers:
                 writer.write()

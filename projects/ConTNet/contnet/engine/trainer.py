@@ -42,8 +42,8 @@ from contnet.engine.hooks import (
     UpdateEMA,
     ValidationLoss,
     WriteMetrics,
+    any_due,
     collecting_garbage,
-    is_due,
 )
 from contnet.engine.losses import read_from_all, rows_not_finite
 from contnet.engine.optimizer import build_lr_scheduler, build_optimizer, set_iteration
@@ -297,10 +297,8 @@ class Trainer(SimpleTrainer):
         self.iter = self.start_iter - 1
         set_iteration(self.scheduler, min(self.start_iter, self.max_iter))
         test = self.cfg.TEST
-        if pending and not any(
-            is_due(self.iter, period, self.max_iter)
-            for period in (test.EVAL_PERIOD, test.LOSS_PERIOD)
-        ):
+        periods = (test.EVAL_PERIOD, test.LOSS_PERIOD)
+        if pending and not any_due(self.iter, periods, self.max_iter):
             logger.warning(
                 f"{before.file} was saved before an evaluation, which is skipped: with "
                 f"TEST.EVAL_PERIOD {test.EVAL_PERIOD} and TEST.LOSS_PERIOD {test.LOSS_PERIOD} it "
