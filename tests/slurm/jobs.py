@@ -120,24 +120,32 @@ class Lab:
     def slurm_state(self, job) -> str:
         return self.cluster.ask("squeue", "-h", "-tall", f"-j{job.job_id}", "-o%T")
 
+    def until_ended(self, job) -> str:
+        """Waits until a job has ended for SLURM; returns its state."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.until(
+            f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in ended and s
+        )
+
     def until_over(self, job) -> str:
         """Waits until a job has ended and none of its processes is left; returns its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        state = self.until(
-            f"the end of {job.job_id}", lambda: (s := self.slurm_state(job)) in over and s
-        )
+        state = self.until_ended(job)
         # Each task of an array has its own number.
         raw = self.cluster.ask("squeue", "-h", "-r", "-tall", f"-j{job.job_id}", "-o%A")
         self.until("its processes to end", lambda: not self.cluster.processes(job=raw), 30)
         return state
 
     def report(self) -> str:
-        """Returns information for a failed test."""
+        """Returns information for a failed test: all jobs' states, and more about the newest."""
         lines = [self.cluster.ask("squeue", "-tall", check=False)]
-        for file in sorted((self.folder / "submitit").glob("*.out")):
+        for file in sorted((self.cluster.root / "log").glob("slurm*.log")):
+            lines += [f"--- {file.name}", *file.read_text(errors="replace").splitlines()[-20:]]
+        outputs = (self.folder / "submitit").glob("*.out")
+        for file in sorted(outputs, key=lambda file: file.stat().st_mtime)[-2:]:
             lines += [f"--- {file.name}", file.read_text(errors="replace")[-3000:]]
-        for run in self.folder.iterdir():
-            lines += [f"--- {run.name}", json.dumps(read_status(run), indent=1)]
+        runs = [run for run in self.folder.iterdir() if read_status(run)]
+        for run in sorted(runs, key=lambda run: run.stat().st_mtime)[-2:]:
+            lines += [f"--- {run.name}", json.dumps(read_status(run))]
         return "\n".join(lines)
 
 
