@@ -288,6 +288,7 @@ def test_wrong_overrides(opts, message):
         ("MODEL.CONTNET.DROP_PATH_RATE", "1.0", r"in \[0, 1\)"),
         ("MODEL.FPN.IN_FEATURES", "['res5','res4']", "in this order"),
         ("MODEL.FPN.IN_FEATURES", "[]", "in this order"),
+        ("MODEL.FPN.IN_FEATURES", "['res2','res4']", "without gaps"),
         ("MODEL.FPN.FUSE_TYPE", "max", "one of sum, avg"),
         ("MODEL.BACKBONE.NAME", "build_contnet", "build_contnet_fpn_backbone"),
         ("MODEL.META_ARCHITECTURE", "FasterRCNN", "GeneralizedRCNN"),
@@ -329,6 +330,30 @@ def test_illegal_values(key, value, message):
     with pytest.raises(UserError, match=message) as caught:
         load_checked_config(str(CONFIGS / "faster_rcnn_contm.yaml"), [key, value])
     assert key.rpartition(".")[2] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "features", "message"),
+    [
+        ("retinanet_contm", "['res3','res4']", r"FPN\.IN_FEATURES .* requires res5"),
+        ("faster_rcnn_r50", "['res3','res4']", r"FPN\.IN_FEATURES .* requires res5"),
+        (
+            "faster_rcnn_contm",
+            "['res3','res4','res5']",
+            r"RPN\.IN_FEATURES .*'p2'.* p3, p4, p5, p6",
+        ),
+        (
+            "faster_rcnn_contm",
+            "['res2','res3','res4']",
+            r"RPN\.IN_FEATURES .*'p6'.* p2, p3, p4, p5",
+        ),
+        ("retinanet_contm", "['res4','res5']", r"RETINANET\.IN_FEATURES .*'p3'.* p4, p5, p6, p7"),
+        ("fcos_contm", "['res4','res5']", r"FCOS\.IN_FEATURES .*'p3'.* p4, p5, p6, p7"),
+    ],
+)
+def test_levels_that_a_pyramid_lacks(config, features, message):
+    with pytest.raises(UserError, match=message):
+        load_checked_config(str(CONFIGS / f"{config}.yaml"), ["MODEL.FPN.IN_FEATURES", features])
 
 
 def test_every_number_is_finite(tmp_path):

@@ -14,7 +14,7 @@ from contnet.config import add_contnet_config
 from contnet.modeling.backbone import NORMS, ConTNetBackbone, backbone_prefix
 from contnet.modeling.build import build_model
 from contnet.modeling.contnet import FEATURES, TAPS, VARIANTS, ConTNet, create_model
-from contnet.modeling.fpn import DivisibleFPN
+from contnet.modeling.fpn import DivisibleFPN, requires_res5
 
 PYRAMIDS = {
     "build_contnet_fpn_backbone": ["p2", "p3", "p4", "p5", "p6"],
@@ -112,6 +112,30 @@ def test_pyramids_keep_what_they_report(name, opts):
         assert feature.isfinite().all()
     _backward(features)
     assert not _without_gradient(model)
+
+
+@pytest.mark.parametrize("out_features", [FEATURES, FEATURES[:3]])
+def test_a_pyramid_may_end_before_res5(out_features):
+    cfg = _pyramid_cfg("build_contnet_fpn_backbone", "MODEL.FPN.IN_FEATURES", ["res3", "res4"])
+    cfg.MODEL.CONTNET.OUT_FEATURES = list(out_features)
+    model = build_backbone(cfg)
+    features = model(torch.randn(1, 3, 32, 64))
+    assert list(features) == list(model.output_shape()) == ["p3", "p4", "p5"]
+    for name, stride in (("p3", 8), ("p4", 16), ("p5", 32)):
+        assert model.output_shape()[name].stride == stride
+        assert features[name].shape[-2:] == (32 // stride, 64 // stride)
+    assert torch.equal(features["p5"], features["p4"][..., ::2, ::2])
+    assert len(model.bottom_up.stages) == len(out_features)
+    assert not requires_res5("build_contnet_fpn_backbone")
+    assert requires_res5("build_resnet_fpn_backbone")
+
+
+@pytest.mark.parametrize("name", list(PYRAMIDS)[1:])
+def test_pyramids_with_other_top_blocks_need_res5(name):
+    assert requires_res5(name)
+    cfg = _pyramid_cfg(name, "MODEL.FPN.IN_FEATURES", ["res3", "res4"])
+    with pytest.raises(ValueError, match=rf"{name} needs the feature 'res5'"):
+        build_backbone(cfg)
 
 
 def test_top_blocks_read_the_conventional_maps():

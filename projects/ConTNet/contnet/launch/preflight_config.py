@@ -38,7 +38,7 @@ from contnet.modeling.contnet import (
     VARIANTS,
 )
 from contnet.modeling.fcos import BOX_LOSSES, CENTERNESS_BRANCHES
-from contnet.modeling.fpn import BOTTOM_UPS, bottom_up_name
+from contnet.modeling.fpn import BOTTOM_UPS, bottom_up_name, requires_res5
 from contnet.modeling.pspnet import SEGMENTORS
 from contnet.modeling.tta import tta_class
 from contnet.utils.text import nearest
@@ -134,6 +134,16 @@ def _check_network(cfg: CfgNode) -> None:
         )
 
 
+# Number of levels of a pyramid's top block, by the prefix of its name.
+_ADDED_LEVELS = {"": 1, "retinanet_": 2, "fcos_": 2}
+# The parts of a meta-architecture that read levels of the pyramid.
+_USERS_OF_LEVELS = {
+    "GeneralizedRCNN": ("RPN", "ROI_HEADS"),
+    "RetinaNet": ("RETINANET",),
+    "FCOS": ("FCOS",),
+}
+
+
 def _check_pyramid(cfg: CfgNode) -> None:
     builder = cfg.MODEL.BACKBONE.NAME
     bottom_up = bottom_up_name(builder)
@@ -142,15 +152,27 @@ def _check_pyramid(cfg: CfgNode) -> None:
     key = BOTTOM_UPS[bottom_up].out_features_key
     given = list(get_value(cfg, key) if key else FEATURES)
     wanted = list(cfg.MODEL.FPN.IN_FEATURES)
-    if not wanted or wanted != list(FEATURES[-len(wanted) :]):
+    if not wanted or ", ".join(wanted) not in ", ".join(FEATURES):
         raise config_error(
-            f"MODEL.FPN.IN_FEATURES is {wanted!r}, it must be the last of {', '.join(FEATURES)}, "
-            "in this order"
+            f"MODEL.FPN.IN_FEATURES is {wanted!r}, it must be one or several of "
+            f"{', '.join(FEATURES)}, in this order and without gaps"
         )
+    if wanted[-1] != "res5" and requires_res5(builder):
+        raise config_error(f"MODEL.FPN.IN_FEATURES is {wanted!r}, {builder} requires res5")
     if missing := [name for name in wanted if name not in given]:
         raise config_error(
             f"MODEL.FPN.IN_FEATURES has {missing[0]!r}, which {key} {given!r} does not include"
         )
+    prefix = builder.removeprefix("build_").removesuffix(f"{bottom_up}_fpn_backbone")
+    if prefix in _ADDED_LEVELS:
+        last = int(wanted[-1][-1]) + _ADDED_LEVELS[prefix]
+        levels = [f"p{number}" for number in range(int(wanted[0][-1]), last + 1)]
+        for user in _USERS_OF_LEVELS.get(cfg.MODEL.META_ARCHITECTURE, ()):
+            if missing := [level for level in cfg.MODEL[user].IN_FEATURES if level not in levels]:
+                raise config_error(
+                    f"MODEL.{user}.IN_FEATURES has {missing[0]!r}, but with MODEL.FPN.IN_FEATURES "
+                    f"{wanted!r} the pyramid has {', '.join(levels)}"
+                )
 
 
 def _check_fcos(cfg: CfgNode) -> None:

@@ -28,9 +28,10 @@ __all__ = [
     "bottom_up_name",
     "register_bottom_up",
     "register_top_block",
+    "requires_res5",
 ]
 
-# Function that makes a top block from the bottom-up network's shapes and the pyramid's width.
+# Function that makes a top block from the shapes of the pyramid's inputs and the pyramid's width.
 TopBlockMaker = Callable[[Mapping[str, ShapeSpec], int], nn.Module]
 
 
@@ -73,18 +74,19 @@ def _make_builder(name: str, build_bottom_up: Callable, make_top_block: TopBlock
         shapes = bottom_up.output_shape()
         in_features = cfg.MODEL.FPN.IN_FEATURES
         width = cfg.MODEL.FPN.OUT_CHANNELS
-        # All registered top blocks start at stride 32.
-        if missing := [feature for feature in (*in_features, "res5") if feature not in shapes]:
+        used = {feature: shapes[feature] for feature in in_features if feature in shapes}
+        wanted = (*in_features, "res5") if requires_res5(name) else in_features
+        if missing := [feature for feature in wanted if feature not in used]:
             raise ValueError(
-                f"{name} needs the feature {missing[0]!r}, "
-                f"the bottom-up network gives {', '.join(shapes)}"
+                f"{name} needs the feature {missing[0]!r}, MODEL.FPN.IN_FEATURES and the bottom-up "
+                f"network give {', '.join(used)}"
             )
         return DivisibleFPN(
             bottom_up=bottom_up,
             in_features=in_features,
             out_channels=width,
             norm=cfg.MODEL.FPN.NORM,
-            top_block=make_top_block(shapes, width),
+            top_block=make_top_block(used, width),
             fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
             square_pad=bottom_up.padding_constraints.get("square_size", 0),
         )
@@ -101,6 +103,12 @@ def _register_pyramids() -> None:
             builder = f"build_{prefix}{name}_fpn_backbone"
             if builder not in BACKBONE_REGISTRY:
                 BACKBONE_REGISTRY.register(_make_builder(builder, bottom_up.build, make_top_block))
+
+
+def requires_res5(builder: str) -> bool:
+    """Whether a pyramid must end at res5: all but those of this module with a max-pooled level."""
+    pooled = [f"build_{name}_fpn_backbone" for name in BOTTOM_UPS]
+    return builder not in pooled or BACKBONE_REGISTRY.get(builder).__module__ != __name__
 
 
 def bottom_up_name(builder: str) -> str:
@@ -121,7 +129,7 @@ def register_bottom_up(name: str, bottom_up: BottomUp) -> None:
 
     Args:
         name: as in ``build_NAME_fpn_backbone``.
-        bottom_up: the network; it must have the feature ``res5``.
+        bottom_up: the network; pyramids with other top blocks than max pooling need its ``res5``.
     """
     BOTTOM_UPS[name] = bottom_up
     _register_pyramids()
@@ -132,15 +140,23 @@ def register_top_block(prefix: str, make_top_block: TopBlockMaker) -> None:
 
     Args:
         prefix: as in ``build_PREFIXcontnet_fpn_backbone``, with an underscore at its end.
-        make_top_block: creates it from the bottom-up network's shapes and the pyramid's width.
+        make_top_block: creates it from the shapes of the pyramid's inputs, of which the last is
+            ``res5``, and the pyramid's width.
     """
     TOP_BLOCKS[prefix] = make_top_block
     _register_pyramids()
 
 
+def _pool_last_level(shapes: Mapping[str, ShapeSpec], width: int) -> LastLevelMaxPool:
+    block = LastLevelMaxPool()
+    # Detectron2 always pools p5, even if the pyramid ends before it.
+    block.in_feature = f"p{max(shapes).removeprefix('res')}"
+    return block
+
+
 register_bottom_up("contnet", BottomUp(build_contnet_backbone, "MODEL.CONTNET.OUT_FEATURES"))
 register_bottom_up("resnet", BottomUp(build_resnet_backbone, "MODEL.RESNETS.OUT_FEATURES"))
-register_top_block("", lambda shapes, width: LastLevelMaxPool())
+register_top_block("", _pool_last_level)
 register_top_block(
     "retinanet_", lambda shapes, width: LastLevelP6P7(shapes["res5"].channels, width, "res5")
 )
