@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs tests/slurm on two private clusters in parallel; $1 is the pytest command.
+# Runs the tests marked slurm on three private clusters in parallel; $1 is the pytest command.
 # As root, it installs SLURM if it is missing (Debian's packages), and fails if it cannot.
 set -u
 pytest=$1
@@ -25,29 +25,6 @@ if ! installed && [ "$(id -u)" = 0 ]; then
 fi
 installed || echo "SLURM is missing: as root, apt-get install --no-install-recommends $packages"
 
-logs=$(mktemp -d)
-pids=
-# The tests end with this script; each cluster's guardian then stops the cluster.
-trap 'kill $pids 2>/dev/null; rm -rf "$logs"' EXIT
-trap 'exit 130' HUP INT TERM
-status=0
-
-half() {
-    log=$logs/$1
-    shift
-    "$pytest" -m slurm --no-header "$@" >"$log" 2>&1 &
-    pids="$pids $!"
-}
-
-half signals tests/slurm/test_signals.py tests/slurm/test_command.py
-half failures tests/slurm/test_failures.py
-for pid in $pids; do
-    wait "$pid" || status=$?
-done
-pids=
-cat "$logs/signals" "$logs/failures"
-for part in signals failures; do
-    echo "SLURM tests, $part: $(tail -n 1 "$logs/$part" | tr -d =)"
-    grep -h "^SKIPPED" "$logs/$part"
-done
-exit "$status"
+# The tests mostly wait for SLURM, so three clusters fit on two cores; the longest test starts first.
+exec "$pytest" -m slurm -n 3 --dist worksteal \
+    tests/slurm/test_signals.py tests/slurm/test_failures.py tests/slurm/test_command.py

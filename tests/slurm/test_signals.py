@@ -27,41 +27,6 @@ def _saved_before(status, start):
     return record["iteration"]
 
 
-def test_usr2_then_requeued_by_hand(lab, reference):
-    job = lab.submit(lab.job("hand", faults={"pace": 0.3, "slow": 1.0}), nodes=2, tasks=1)
-    lab.until_iteration("hand", 2)
-    # Loader workers get the signals that SLURM sends to their task, which must not end anything.
-    for pid in lab.cluster.tasks(job.job_id).values():
-        for worker in _children(pid):
-            os.kill(worker, signal.SIGUSR2)
-            os.kill(worker, signal.SIGTERM)
-    lab.until_iteration("hand", 5)
-    for _ in range(2):
-        lab.cluster.ask("scancel", "--signal=USR2", job.job_id)
-    status = lab.until_iteration("hand", 10, restart=1)
-    saved = _saved_before(status, 1)
-    assert 5 <= saved < 10
-    lab.cluster.ask("scontrol", "requeue", job.job_id)
-    status = lab.until_state("hand", "finished")
-    assert lab.until_over(job) == "COMPLETED"
-    assert status["restart"] == 2 and len(status["requeues"]) == 1
-    first, second, third = starts_of(lab.folder / "hand")
-    assert first == 0 and second == saved + 1
-    assert third >= 11  # SIGTERM leaves time to save
-    same_training(lab.folder / "hand", reference(2))
-    assert job.results()[0]["bbox"]["AP"] >= 0
-
-
-def test_preempted_by_a_partition(lab, reference):
-    job = lab.submit(lab.job("urgent", faults={"pace": 0.2}), nodes=2, tasks=2)
-    lab.until_iteration("urgent", 5)
-    lab.cluster.ask("sbatch", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    status = lab.until_state("urgent", "finished")
-    assert lab.until_over(job) == "COMPLETED"
-    assert starts_of(lab.folder / "urgent") == [0, _saved_before(status, 1) + 1]
-    same_training(lab.folder / "urgent", reference(4))
-
-
 def test_time_limit_and_the_bound_of_requeues(lab, reference):
     # Three jobs with one task each, which run side by side.
     limited = lab.submit(lab.job("limit", faults={"pace": 4.0}), nodes=1, tasks=1, minutes=2)
@@ -96,6 +61,41 @@ def test_time_limit_and_the_bound_of_requeues(lab, reference):
     starts = starts_of(lab.folder / "limit")
     assert starts[:2] == [0, _saved_before(status, 1) + 1]
     same_training(lab.folder / "limit", reference(1))
+
+
+def test_usr2_then_requeued_by_hand(lab, reference):
+    job = lab.submit(lab.job("hand", faults={"pace": 0.3, "slow": 1.0}), nodes=2, tasks=1)
+    lab.until_iteration("hand", 2)
+    # Loader workers get the signals that SLURM sends to their task, which must not end anything.
+    for pid in lab.cluster.tasks(job.job_id).values():
+        for worker in _children(pid):
+            os.kill(worker, signal.SIGUSR2)
+            os.kill(worker, signal.SIGTERM)
+    lab.until_iteration("hand", 5)
+    for _ in range(2):
+        lab.cluster.ask("scancel", "--signal=USR2", job.job_id)
+    status = lab.until_iteration("hand", 10, restart=1)
+    saved = _saved_before(status, 1)
+    assert 5 <= saved < 10
+    lab.cluster.ask("scontrol", "requeue", job.job_id)
+    status = lab.until_state("hand", "finished")
+    assert lab.until_over(job) == "COMPLETED"
+    assert status["restart"] == 2 and len(status["requeues"]) == 1
+    first, second, third = starts_of(lab.folder / "hand")
+    assert first == 0 and second == saved + 1
+    assert third >= 11  # SIGTERM leaves time to save
+    same_training(lab.folder / "hand", reference(2))
+    assert job.results()[0]["bbox"]["AP"] >= 0
+
+
+def test_preempted_by_a_partition(lab, reference):
+    job = lab.submit(lab.job("urgent", faults={"pace": 0.2}), nodes=2, tasks=2)
+    lab.until_iteration("urgent", 5)
+    lab.cluster.ask("sbatch", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    status = lab.until_state("urgent", "finished")
+    assert lab.until_over(job) == "COMPLETED"
+    assert starts_of(lab.folder / "urgent") == [0, _saved_before(status, 1) + 1]
+    same_training(lab.folder / "urgent", reference(4))
 
 
 def test_cancelled_jobs_do_not_come_back(lab, reference, coco_root):
