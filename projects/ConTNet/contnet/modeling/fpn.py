@@ -106,7 +106,11 @@ def _register_pyramids() -> None:
 
 
 def requires_res5(builder: str) -> bool:
-    """Whether a pyramid must end at res5: all but those of this module with a max-pooled level."""
+    """Whether a pyramid must end at res5, by its builder's name.
+
+    Only those that this module builds with a max-pooled last level may end before it; Detectron2's
+    own pyramid of ResNets takes that level from p5.
+    """
     pooled = [f"build_{name}_fpn_backbone" for name in BOTTOM_UPS]
     return builder not in pooled or BACKBONE_REGISTRY.get(builder).__module__ != __name__
 
@@ -149,8 +153,9 @@ def register_top_block(prefix: str, make_top_block: TopBlockMaker) -> None:
 
 def _pool_last_level(shapes: Mapping[str, ShapeSpec], width: int) -> LastLevelMaxPool:
     block = LastLevelMaxPool()
-    # Detectron2 always pools p5, even if the pyramid ends before it.
-    block.in_feature = f"p{max(shapes).removeprefix('res')}"
+    # Detectron2 always takes p5, even if the pyramid ends before it.
+    stride = max(shape.stride for shape in shapes.values())
+    block.in_feature = f"p{int(math.log2(stride))}"
     return block
 
 
