@@ -30,8 +30,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is the delay of a requeue, 120 s by default.
-AuthInfo=socket={root}/run/munge.socket,cred_expire=5
+# cred_expire is the delay of a requeue, 120 s by default, but also the time to launch a step.
+AuthInfo=socket={root}/run/munge.socket,cred_expire=10
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
