@@ -173,7 +173,8 @@ def test_a_number_that_the_user_gave_stays_and_is_checked(drawn, tmp_path):
 
 
 def test_other_models_have_other_keys(drawn):
-    cfg = _config(*_options(f"{drawn}/"), "MODEL.META_ARCHITECTURE", "RetinaNet")
+    levels = ["MODEL.RETINANET.IN_FEATURES", "['p3','p4','p5']"]
+    cfg = _config(*_options(f"{drawn}/"), "MODEL.META_ARCHITECTURE", "RetinaNet", *levels)
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 4
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     check_datasets(cfg, NAMES)

@@ -292,8 +292,12 @@ def test_city_without_folders_is_told_where_its_layout_stands(city, capsys, monk
 
 
 def test_city_of_another_kind(city, capsys):
-    status, lines = _doctor(
-        capsys, *_city_options("sem_seg"), "MODEL.META_ARCHITECTURE", "RetinaNet"
-    )
+    model = [
+        "MODEL.META_ARCHITECTURE",
+        "RetinaNet",
+        "MODEL.RETINANET.IN_FEATURES",
+        "['p3','p4','p5']",
+    ]
+    status, lines = _doctor(capsys, *_city_options("sem_seg"), *model)
     assert status == 1
     assert any("it has label maps, but RetinaNet requires objects" in line for line in lines)
