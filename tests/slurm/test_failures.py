@@ -141,7 +141,7 @@ def test_survivors_of_a_lost_node_do_not_write(lab, reference):
     (start,) = starts_of(run)[1:]
     assert start >= 2
     lab.cluster.start_node(NODES[0])
-    lab.until_over(job)
+    assert lab.until_over(job) == "COMPLETED"
     same_training(run, reference(1))
 
 
